@@ -1,0 +1,66 @@
+"""What every configuration shares: the argument string and the defaults of the training system."""
+
+from ml_collections import ConfigDict
+
+from florence_jax.errors import UserError
+
+
+def parse_arg(arg: str | None, **defaults: str | int | bool) -> ConfigDict:
+    """Parses 'variant=H,res=384,runlocal' from `--config=file.py:ARG`.
+
+    Args:
+      arg: comma-separated `name=value`, or a bare `name` for a switch.
+      **defaults: the known names, with default values whose types the given values take.
+
+    Returns:
+      A ConfigDict with every known name.
+
+    Raises:
+      UserError: for an unknown name or a value of the wrong type.
+    """
+    values = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        name, equals, text = item.partition("=")
+        if name not in defaults:
+            raise UserError(f"unknown config argument {name!r}; known: {', '.join(sorted(defaults))}")
+        kind = type(defaults[name])
+        if kind is bool:
+            if equals and text not in ("True", "False"):
+                raise UserError(f"config argument {item!r}: write {name}, {name}=True or {name}=False")
+            values[name] = text != "False"
+            continue
+        try:
+            values[name] = kind(text)
+        except ValueError as error:
+            raise UserError(f"config argument {item!r}: {name} takes {kind.__name__} values") from error
+    return ConfigDict(values)
+
+
+def common(workdir: str) -> ConfigDict:
+    """Defaults of the training system; a config file fills in the task, the model and the data."""
+    return ConfigDict(
+        {
+            "mode": "train",  # or 'eval': only evaluate the newest checkpoint of the workdir
+            "workdir": workdir,  # --workdir overrides it
+            "seed": 0,
+            "init": "",  # checkpoints/ folder of another run to take the parameters from
+            "distributed": False,  # True on every host of a multi-host job
+            "precision": "float32",  # compute dtype; parameters, norms, softmax and loss are float32 always
+            "mesh": {"data": -1, "fsdp": 1},  # -1: all remaining devices
+            "optim": {
+                "learning_rate": 5e-4,
+                "final_fraction": 0.01,  # the cosine ends at this fraction of learning_rate
+                "warmup_steps": 0,
+                "b1": 0.9,
+                "b2": 0.98,
+                "eps": 1e-8,
+                "weight_decay": 0.1,
+                "clip_norm": 1.0,  # 0: no clipping
+                "ema_decay": 0.0,  # 0: no moving average
+                "decay_rules": (),  # ((path pattern, bool), ...), first match wins; (): train/optim.py's rules
+                "lr_rules": (),  # ((path pattern, multiplier), ...); 0 freezes
+            },
+            "checkpoint": {"every": 1000, "keep": 2},
+            "log": {"every": 50},
+        }
+    )

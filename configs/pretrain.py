@@ -1,0 +1,84 @@
+"""Image-text pretraining with the UniCL loss.
+
+    python -m florence_jax.main --config=configs/pretrain.py                    # laptop: 'ti' on the embedded emoji pairs
+    python -m florence_jax.main --config=configs/pretrain.py:runlocal          # two-minute smoke test of the same
+    python -m florence_jax.main --config=configs/pretrain.py:variant=H,res=224 --workdir=gs://bucket/run \
+        --config.data.train=gs://bucket/pairs --config.batch_size=24576
+
+Arguments: variant = ti | T | S | B | L | H, res = image size (0: the variant's own), stage = 1 (prompt templates on short
+captions) | 2 | 3 (none), runlocal.
+The first command was run on 2 CPU cores (see README for times and results); T to H have been compiled and stepped
+on random data only, never trained to convergence by this project.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import common, parse_arg
+from florence_jax.errors import UserError
+from florence_jax.models.florence import VARIANTS
+
+TRAIN_IMAGE_OPS = "decode|rrc({res}, scale=(0.5, 1.0))|flip(0.5)|jitter(0.4, 0.4, 0.4)"
+EVAL_IMAGE_OPS = "decode|resize({res})|center_crop({res})"
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The configuration for an argument string such as 'variant=B,res=384,stage=3'."""
+    given = parse_arg(arg, variant="ti", res=0, stage=1, runlocal=False)
+    if given.variant not in VARIANTS:
+        raise UserError(f"unknown variant {given.variant!r}; known: {', '.join(VARIANTS)}")
+    if given.stage not in (1, 2, 3):
+        raise UserError(f"unknown stage {given.stage}; the schedule has stages 1, 2 and 3")
+    config = common("runs/pretrain")
+    config.task = "pretrain"
+    config.model = {"variant": given.variant, "overrides": ConfigDict({"res": given.res} if given.res else {})}
+    res = given.res or VARIANTS[given.variant]["res"]
+    config.data = {
+        "train": "emoji:train",  # sources joined by '|', each with an optional '*weight'
+        "train_image_ops": TRAIN_IMAGE_OPS.format(res=res),
+        "eval_image_ops": EVAL_IMAGE_OPS.format(res=res),
+        "captions": "caption=1",  # record fields that captions are drawn from, with weights
+        "workers": 8,
+        "on_corrupt": "skip",  # or 'error'
+    }
+    config.text = {
+        "tokenizer": "sentencepiece",  # shipped model; or a .model file, or a CLIP BPE vocabulary file
+        "templates": given.stage == 1,  # prompts around one- and two-word captions
+    }
+    config.loss = "unicl"  # or 'clip': every pair its own class
+    config.eval = {
+        "every": 5000,  # 0: only at the end
+        "batch_size": 256,
+        "source": "",  # held-out pairs of your own: image-text retrieval on them
+    }
+    config.batch_size = 4096
+    config.total_steps = {1: 1_000_000, 2: 180_000, 3: 80_000}[given.stage]
+    config.optim.warmup_steps = 2000
+    if given.variant == "ti":
+        _laptop(config)
+    if given.runlocal:
+        _runlocal(config)
+    return config
+
+
+def _laptop(config: ConfigDict) -> None:
+    """Five minutes on two CPU cores, on the embedded emoji pairs."""
+    config.batch_size = 128
+    config.total_steps = 1500
+    config.optim.learning_rate = 8e-4
+    config.optim.warmup_steps = 100
+    config.data.captions = "caption=3,keywords=1,group=2"
+    config.data.workers = 0  # two cores: decoding in the trainer's own threads is faster than worker processes
+    config.checkpoint.every = 500
+    config.eval.every = 0
+
+
+def _runlocal(config: ConfigDict) -> None:
+    """A smoke test of any variant: tiny depth, few steps, everything else as in the real run."""
+    config.batch_size = 16
+    config.total_steps = 20
+    config.optim.warmup_steps = 5
+    config.checkpoint.every = 10
+    config.log.every = 5
+    config.data.workers = 0
+    config.workdir = "runs/pretrain_runlocal"
+    config.data.train = "emoji:train"

@@ -1,0 +1,390 @@
+"""CoSwin: Swin Transformer blocks with CvT's convolutional token embeddings (Florence, section 2.2).
+
+Blocks follow Liu et al., "Swin Transformer" (arXiv 2103.14030); embeddings follow Wu et al., "CvT" (arXiv
+2103.15808): a strided, overlapping convolution with explicit symmetric padding, then LayerNorm. Maps are NHWC.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from florence_jax.errors import UserError
+from florence_jax.models.layers import (
+    NORMAL,
+    Dtype,
+    LayerNorm,
+    Mlp,
+    attention,
+    drop_path,
+    remat_module,
+    split_heads,
+)
+
+SIZE_MODES = ("classification", "detection")
+MASKED = -100.0  # Swin's additive mask value: finite, so that a softmax row never becomes NaN
+
+
+def relative_position_index(height: int, width: int) -> np.ndarray:
+    """Row of the bias table for each (query, key) pair of a window: int32 (height * width, height * width).
+
+    With tokens row-major, entry (p, q) = (yp - yq + height - 1) * (2 * width - 1) + (xp - xq + width - 1).
+    """
+    y, x = np.divmod(np.arange(height * width, dtype=np.int32), np.int32(width))
+    return (y[:, None] - y[None] + height - 1) * (2 * width - 1) + (x[:, None] - x[None] + width - 1)
+
+
+def window_regions(height: int, width: int, window: int, shift: int) -> np.ndarray:
+    """Region id of every token of the rolled grid, window by window: int32 (windows, window**2).
+
+    Each axis has the bands [0, n - window), [n - window, n - shift), [n - shift, n); tokens of one window attend to
+    each other only inside one region, because rolling put pixels from opposite borders side by side.
+    """
+
+    def band(n: int) -> np.ndarray:
+        i = np.arange(n, dtype=np.int32)
+        return (i >= n - window).astype(np.int32) + (i >= n - shift)
+
+    grid = 3 * band(height)[:, None] + band(width)[None]
+    return _partition(grid[None, :, :, None], window)[0, :, :, 0]
+
+
+def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
+    """Additive mask of the shifted block, 0 inside a region and -100 across: float32 (windows, tokens, tokens)."""
+    regions = window_regions(height, width, window, shift)
+    return np.where(regions[:, :, None] == regions[:, None], 0, MASKED).astype(np.float32)
+
+
+def _partition(x, window: int):
+    """(B, H, W, C) -> (B, windows, window**2, C), windows row-major; the batch axis stays apart for sharding."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // window, window, width // window, window, channels)
+    return x.swapaxes(2, 3).reshape(batch, -1, window * window, channels)
+
+
+def _unpartition(x, height: int, width: int, window: int):
+    """Inverse of `_partition`: (B, windows, window**2, C) -> (B, H, W, C)."""
+    batch, channels = x.shape[0], x.shape[-1]
+    x = x.reshape(batch, height // window, width // window, window, window, channels)
+    return x.swapaxes(2, 3).reshape(batch, height, width, channels)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """2-D convolution of (B, H, W, C) by (k, k, C, features) with symmetric zero padding."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), ((padding, padding),) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+class ConvEmbed(nn.Module):
+    """Convolutional token embedding: convolution with bias, then LayerNorm; (B, H, W, C) -> (B, h, w, features).
+
+    Output side: floor((H + 2 * padding - kernel) / stride) + 1. Padding is explicit because XLA's 'SAME' pads a
+    7x7 stride-4 kernel unevenly. Kernel and bias start as U(+-1/sqrt(fan_in)), PyTorch's default.
+    """
+
+    features: int
+    kernel: int
+    stride: int
+    padding: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
+
+        def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return jax.random.uniform(key, shape, jnp.float32, -1, 1) * (self.kernel**2 * x.shape[-1]) ** -0.5
+
+        kernel = self.param("kernel", uniform, shape).astype(self.dtype)
+        bias = self.param("bias", uniform, (self.features,)).astype(self.dtype)
+        x = convolve(x, kernel, self.stride, self.padding) + bias.reshape(1, 1, 1, -1)
+        return LayerNorm(dtype=self.dtype, name="norm")(x)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside windows with a learned relative position bias (Swin, equation 4).
+
+    `x` is (B, windows, tokens, C) with tokens = height * width of `window`; `mask` is None or an additive float32
+    array (windows, tokens, tokens). Returns (B, windows, tokens, C).
+    """
+
+    heads: int
+    window: tuple[int, int]
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=NORMAL)
+        q, k, v = split_heads(dense(3 * x.shape[-1], name="qkv")(x), self.heads)
+        entries = (2 * self.window[0] - 1) * (2 * self.window[1] - 1)
+        table = self.param("relative_position_bias_table", NORMAL, (entries, self.heads))
+        bias = table.T[:, relative_position_index(*self.window)][None, None]  # (1, 1, heads, tokens, tokens)
+        if mask is not None:
+            bias = bias + mask[None, :, None]
+        return dense(x.shape[-1], name="proj")(attention(q, k, v, bias))
+
+
+class SwinBlock(nn.Module):
+    """One pre-norm Swin block on a map: (B, H, W, C) -> (B, H, W, C).
+
+    A map that does not divide by `window` is padded with zeros at the bottom and right after the first LayerNorm
+    and cropped after attention. Padded positions take part as keys, as in Swin's detectors, unless `mask_padding`.
+
+    Attributes:
+      heads: attention heads.
+      window: side of the square window, in tokens.
+      shift: rows and columns the map is rolled by before partitioning; 0 = plain windows.
+      mlp_ratio: hidden width of the MLP over C.
+      mask_padding: keep padded positions out of the softmax.
+      stochastic: apply stochastic depth with the `rate` given to the call (rng 'drop_path').
+    """
+
+    heads: int
+    window: int
+    shift: int = 0
+    mlp_ratio: int = 4
+    mask_padding: bool = False
+    stochastic: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rate: jax.Array | float = 0.0) -> jax.Array:
+        def branch(y: jax.Array) -> jax.Array:
+            return drop_path(y, rate, self.make_rng("drop_path")) if self.stochastic else y
+
+        norm = functools.partial(LayerNorm, dtype=self.dtype)
+        x = x + branch(self._attend(norm(name="norm1")(x)))
+        mlp = Mlp(self.mlp_ratio * x.shape[-1], "gelu", self.dtype, name="mlp")
+        return x + branch(mlp(norm(name="norm2")(x)))
+
+    def _attend(self, x: jax.Array) -> jax.Array:
+        height, width = x.shape[1:3]
+        bottom, right = -height % self.window, -width % self.window
+        x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0))) if bottom or right else x
+        x = jnp.roll(x, (-self.shift, -self.shift), (1, 2)) if self.shift else x
+        windows = _partition(x, self.window)
+        attend = WindowAttention(self.heads, (self.window, self.window), self.dtype, name="attention")
+        windows = attend(windows, self._mask(height, width, bottom, right))
+        x = _unpartition(windows, height + bottom, width + right, self.window)
+        x = jnp.roll(x, (self.shift, self.shift), (1, 2)) if self.shift else x
+        return x[:, :height, :width]
+
+    def _mask(self, height: int, width: int, bottom: int, right: int) -> jax.Array | None:
+        """The additive mask, built from small per-token constants: (windows, tokens, tokens) would be megabytes."""
+        blocked = None
+        if self.shift:
+            regions = window_regions(height + bottom, width + right, self.window, self.shift)
+            blocked = jnp.asarray(regions)[:, :, None] != jnp.asarray(regions)[:, None]
+        if self.mask_padding and (bottom or right):
+            padded = np.pad(np.zeros((height, width), bool), ((0, bottom), (0, right)), constant_values=True)
+            padded = np.roll(padded, (-self.shift, -self.shift), (0, 1))
+            keys = jnp.asarray(_partition(padded[None, :, :, None], self.window)[0, :, :, 0])[:, None]
+            blocked = jnp.broadcast_to(keys, (*keys.shape[:1], *[self.window**2] * 2)) if blocked is None else blocked | keys
+        return None if blocked is None else jnp.where(blocked, jnp.float32(MASKED), jnp.float32(0))
+
+
+class SwinPair(nn.Module):
+    """A plain block followed by a shifted one: the unit of Swin's depth, and of the scan over depth.
+
+    `rates` (2,) holds the two blocks' stochastic depth rates. Returns (map, None), the form `nn.scan` wants.
+    """
+
+    heads: int
+    window: int
+    shift: int
+    mlp_ratio: int = 4
+    mask_padding: bool = False
+    stochastic: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rates: jax.Array) -> tuple[jax.Array, None]:
+        block = functools.partial(
+            SwinBlock,
+            heads=self.heads,
+            window=self.window,
+            mlp_ratio=self.mlp_ratio,
+            mask_padding=self.mask_padding,
+            stochastic=self.stochastic,
+            dtype=self.dtype,
+        )
+        x = block(shift=0, name="plain")(x, rates[0])
+        return block(shift=self.shift, name="shifted")(x, rates[1]), None
+
+
+def stage_window(height: int, width: int, window: int, size_mode: str) -> tuple[int, int]:
+    """Effective (window, shift) of a stage whose map is height x width.
+
+    'classification' (Swin's classifier): a map no larger than the window is one window, without shift, and the map
+    must divide by the window. 'detection' (Swin's detectors): neither shrinks nor cancels, any size is padded.
+
+    Raises:
+      UserError: in classification mode, a map that does not divide by the window.
+    """
+    if size_mode == "detection":
+        return window, window // 2
+    if min(height, width) <= window:
+        window, shift = min(height, width), 0
+    else:
+        shift = window // 2
+    if height % window or width % window:
+        raise UserError(
+            f"a {height}x{width} feature map does not divide by window={window}: choose an image size and window "
+            "that divide at every stage, or size_mode='detection'"
+        )
+    return window, shift
+
+
+class CoSwin(nn.Module):
+    """The image tower.
+
+    Attributes:
+      width: channels C of the first stage; stage i has C * 2**i.
+      depths: blocks per stage, all even (a block and its shifted partner).
+      heads: attention heads per stage.
+      window: side of the attention window, in tokens.
+      mlp_ratio: hidden width of the MLPs over the channels.
+      drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first block.
+      size_mode: 'classification' (fixed sizes, final LayerNorm + average pooling) or 'detection' (any size, one
+        LayerNorm `norm{i}` per stage in `out_stages`, no pooling).
+      mask_padding: detection mode only; keep padded positions out of attention (default: they take part, as in the
+        published detectors).
+      out_stages: detection mode only; the stages that get a `norm{i}`.
+      remat: 'none' or 'block' (recompute each pair of blocks in the backward pass).
+      scan: scan over the pairs of a stage that has several (parameters stacked on axis 0 under `pairs`); otherwise,
+        and for a single pair, plain modules `pair0`, `pair1`, ...
+      dtype: compute dtype; parameters are float32.
+    """
+
+    width: int
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    window: int
+    mlp_ratio: int = 4
+    drop_path: float = 0.0
+    size_mode: str = "classification"
+    mask_padding: bool = False
+    out_stages: tuple[int, ...] = (0, 1, 2, 3)
+    remat: str = "none"
+    scan: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+        """Encodes images.
+
+        Args:
+          image: float (B, H, W, 3), normalised.
+          train: apply stochastic depth; needs rng 'drop_path' if `drop_path` > 0.
+
+        Returns:
+          'stage{i}': (B, h, w, C_i), each stage's map before any output norm; in classification mode 'pooled'
+          float32 (B, C_last); in detection mode 'norm{i}' (B, h, w, C_i) for the stages in `out_stages`.
+
+        Raises:
+          UserError: odd depths, unknown size mode, or sizes that do not fit the windows.
+        """
+        self._check()
+        rates = np.linspace(0, self.drop_path, sum(self.depths), dtype=np.float32)
+        outputs, x = {}, image.astype(self.dtype)
+        for i, depth in enumerate(self.depths):
+            start = sum(self.depths[:i])
+            x = self._embed(i, x)
+            x = self._stage(i, x, rates[start : start + depth].reshape(-1, 2), train)
+            outputs[f"stage{i}"] = x
+        if self.size_mode == "detection":
+            for i in self.out_stages:
+                outputs[f"norm{i}"] = LayerNorm(dtype=self.dtype, name=f"norm{i}")(outputs[f"stage{i}"])
+        else:
+            outputs["pooled"] = LayerNorm(name="norm")(x).mean((1, 2))
+        return outputs
+
+    def _check(self) -> None:
+        if any(depth % 2 or depth < 2 for depth in self.depths):
+            raise UserError(f"depths={self.depths}: every stage needs an even number of blocks, at least 2")
+        if len(self.heads) != len(self.depths):
+            raise UserError(f"heads={self.heads} and depths={self.depths} must have one entry per stage")
+        if self.size_mode not in SIZE_MODES:
+            raise UserError(f"size_mode={self.size_mode!r}: choose one of {', '.join(SIZE_MODES)}")
+
+    def _embed(self, stage: int, x: jax.Array) -> jax.Array:
+        kernel, stride, padding = (3, 2, 1) if stage else (7, 4, 2)
+        features = self.width * 2**stage
+        return ConvEmbed(features, kernel, stride, padding, self.dtype, name=f"stage{stage}_embed")(x)
+
+    def _stage(self, stage: int, x: jax.Array, rates: np.ndarray, train: bool) -> jax.Array:
+        window, shift = stage_window(x.shape[1], x.shape[2], self.window, self.size_mode)
+        scanned = self.scan and len(rates) > 1
+        pair = remat_module(SwinPair, self.remat, scanned=scanned)
+        arguments = dict(
+            heads=self.heads[stage],
+            window=window,
+            shift=shift,
+            mlp_ratio=self.mlp_ratio,
+            mask_padding=self.mask_padding,
+            stochastic=train and self.drop_path > 0,
+            dtype=self.dtype,
+        )
+        if scanned:
+            pair = nn.scan(pair, variable_axes={"params": 0}, split_rngs={"params": True, "drop_path": True})
+            return pair(**arguments, name=f"stage{stage}_pairs")(x, jnp.asarray(rates))[0]
+        for j, rate in enumerate(rates):
+            x = pair(**arguments, name=f"stage{stage}_pair{j}")(x, jnp.asarray(rate))[0]
+        return x
+
+
+def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """Weights of 1-D bicubic interpolation, float64 (size_out, size_in), as PyTorch with align_corners=False.
+
+    Keys' kernel with a = -0.75 and clamped borders, no antialiasing; `jax.image.resize(..., 'cubic')` uses
+    a = -0.5 and renormalises the borders, so it does not reproduce resized Swin checkpoints.
+    """
+    a = -0.75
+    weights = np.zeros((size_out, size_in))
+    for i in range(size_out):
+        x = (i + 0.5) * size_in / size_out - 0.5
+        for tap in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
+            d = abs(x - tap)
+            near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+            far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+            weights[i, min(max(tap, 0), size_in - 1)] += near if d <= 1 else far
+    return weights
+
+
+def resize_bias_tables(params: dict, window: int | Sequence[int]) -> dict:
+    """Resizes every relative position bias table of CoSwin parameters to a new window.
+
+    Needed when the window changes with the resolution (7 at 224 px -> 12 at 384 px); nothing else changes shape.
+    Each head's column is a (2w-1) x (2w-1) image, resized by PyTorch's bicubic interpolation.
+
+    Args:
+      params: nested dict holding CoSwin's parameters, at any depth (also stacked on axis 0 by the scan).
+      window: the new side of the window, one for all stages or one per stage. In classification mode a stage whose
+        map is smaller than the window needs the side of its map.
+
+    Returns:
+      A new dict; tables are float32 numpy arrays, other leaves are the same objects.
+
+    Raises:
+      UserError: a table that is not square.
+    """
+
+    def resize(path: tuple, leaf):
+        names = [str(entry.key) for entry in path]
+        if names[-1] != "relative_position_bias_table":
+            return leaf
+        new = window if isinstance(window, int) else window[int(next(n for n in names if n.startswith("stage"))[5])]
+        table = np.asarray(leaf, np.float64)
+        side = round(table.shape[-2] ** 0.5)
+        if side * side != table.shape[-2]:
+            raise UserError(f"bias table {'/'.join(names)} of shape {table.shape} is not of a square window")
+        matrix = bicubic_matrix(side, 2 * new - 1)
+        table = table.reshape(*table.shape[:-2], side, side, table.shape[-1])
+        table = np.einsum("iy,jx,...yxh->...ijh", matrix, matrix, table)
+        return table.reshape(*table.shape[:-3], -1, table.shape[-1]).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(resize, params)

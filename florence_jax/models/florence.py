@@ -1,0 +1,306 @@
+"""Florence's two towers, their projections and the temperature, behind a functional seam.
+
+The only names the rest of the project needs are `build`, `Model`, `VARIANTS`, `parameter_count` and
+`forward_flops`; no Flax type leaves this folder.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from florence_jax.errors import UserError
+from florence_jax.models.coswin import SIZE_MODES, CoSwin
+from florence_jax.models.layers import ACTIVATIONS, NORMAL, unit_norm
+from florence_jax.models.text import POOLINGS, TextTransformer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Mapping):
+    """All sizes of a model, resolved; read as attributes or as a read-only mapping (`dict(config)` is JSON-able).
+
+    Attributes (units: pixels, tokens, channels; see `CoSwin` and `TextTransformer` for the meaning of each):
+      variant: row of `VARIANTS` it started from.
+      res: side of the square training image in pixels.
+      projection: dimension D of the joint space.
+      image_width, depths, heads, window, mlp_ratio, drop_path, size_mode, mask_padding, out_stages: image tower.
+      text_width, text_layers, text_heads, text_length, vocab_size, text_causal, text_pooling, text_eps,
+      text_activation, text_pad_id, text_eot_id: text tower.
+      logit_scale_init: initial exp(parameter); 1/0.07 as in CLIP.
+      dtype: compute dtype; parameters are float32.
+      remat: 'none' or 'block'. scan: scan over depth instead of unrolling.
+    """
+
+    variant: str
+    res: int
+    projection: int
+    image_width: int
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    window: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    text_length: int
+    vocab_size: int
+    mlp_ratio: int = 4
+    drop_path: float = 0.0
+    size_mode: str = "classification"
+    mask_padding: bool = False
+    out_stages: tuple[int, ...] = (0, 1, 2, 3)
+    text_causal: bool = True
+    text_pooling: str = "eot"
+    text_eps: float = 1e-5
+    text_activation: str = "quick_gelu"
+    text_pad_id: int = 0
+    text_eot_id: int = 49407
+    logit_scale_init: float = 1 / 0.07
+    dtype: str = "float32"
+    remat: str = "none"
+    scan: bool = True
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names():
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+    @classmethod
+    def _names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+
+# T to L: Swin's widths and depths with UniCL's text tower. H: Florence gives only 637M + 256M parameters; C=256 with
+# depths (2,2,24,6) is the choice that also meets the compute published for this encoder (about 88 GMAC at 224 px), and
+# width 1152 with a vocabulary of 56,320 is our choice for 12 layers and 256M (it covers CLIP's 49,408 ids). ti is ours:
+# it trains on a laptop's CPU in minutes. `window_divisor`: window = res // window_divisor (7 at 224 px, 12 at 384 px).
+_UNICL_TEXT = dict(
+    text_width=512, text_layers=12, text_heads=8, text_length=76, vocab_size=49408, projection=512, res=224,
+    window_divisor=32,
+)  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ti": dict(
+        res=32, window_divisor=8, image_width=32, depths=(2, 2, 2, 2), text_width=128, text_layers=2, text_heads=4,
+        text_length=32, vocab_size=4096, text_causal=False, text_pooling="mean", projection=128,
+    ),
+    "T": dict(_UNICL_TEXT, image_width=96, depths=(2, 2, 6, 2)),
+    "S": dict(_UNICL_TEXT, image_width=96, depths=(2, 2, 18, 2)),
+    "B": dict(_UNICL_TEXT, image_width=128, depths=(2, 2, 18, 2)),
+    "L": dict(_UNICL_TEXT, image_width=192, depths=(2, 2, 18, 2)),
+    "H": dict(
+        _UNICL_TEXT, image_width=256, depths=(2, 2, 24, 6), text_width=1152, text_heads=18, vocab_size=56320,
+        projection=1024,
+    ),
+}  # fmt: skip
+
+
+def resolve_config(variant: str, **overrides: Any) -> ModelConfig:
+    """The sizes of `variant` with `overrides` applied; see `build`."""
+    if variant not in VARIANTS:
+        raise UserError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+    known = [name for name in ModelConfig._names() if name != "variant"]
+    if unknown := sorted(set(overrides) - set(known)):
+        raise UserError(f"unknown model option {', '.join(unknown)}: known are {', '.join(known)}")
+    sizes = {**VARIANTS[variant], **{name: value for name, value in overrides.items() if value is not None}}
+    divisor = sizes.pop("window_divisor")
+    sizes.setdefault("window", max(sizes["res"] // divisor, 1))
+    widths = [sizes["image_width"] * 2**i for i in range(len(sizes["depths"]))]
+    sizes.setdefault("heads", [max(width // 32, 1) for width in widths])
+    sizes.setdefault("out_stages", range(len(widths)))
+    for name in ("depths", "heads", "out_stages"):
+        sizes[name] = tuple(sizes[name])
+    sizes["dtype"] = jnp.dtype(sizes.get("dtype", "float32")).name
+    config = ModelConfig(variant=variant, **sizes)
+    _check(config)
+    return config
+
+
+def _check(config: ModelConfig) -> None:
+    choices = dict(
+        size_mode=SIZE_MODES, text_pooling=POOLINGS, text_activation=ACTIVATIONS, remat=("none", "block"), dtype=DTYPES
+    )
+    for name, known in choices.items():
+        if config[name] not in known:
+            raise UserError(f"{name}={config[name]!r}: choose one of {', '.join(known)}")
+    if not 0 <= config.drop_path < 1:
+        raise UserError(f"drop_path={config.drop_path}: must be in [0, 1)")
+    for i, heads in enumerate(config.heads):
+        if (config.image_width * 2**i) % heads:
+            raise UserError(f"heads={config.heads}: {heads} does not divide stage {i}'s {config.image_width * 2**i} channels")
+
+
+class _Projection(nn.Module):
+    """(B, C) -> unit vectors (B, features), float32; no bias (UniCL)."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", NORMAL, (x.shape[-1], self.features))
+        product = jnp.matmul(
+            x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32
+        )
+        return unit_norm(product)
+
+
+class _Florence(nn.Module):
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        common = dict(dtype=jnp.dtype(c.dtype), remat=c.remat, scan=c.scan)
+        self.image = CoSwin(
+            width=c.image_width, depths=c.depths, heads=c.heads, window=c.window, mlp_ratio=c.mlp_ratio,
+            drop_path=c.drop_path, size_mode=c.size_mode, mask_padding=c.mask_padding, out_stages=c.out_stages, **common,
+        )  # fmt: skip
+        self.text = TextTransformer(
+            vocab_size=c.vocab_size, length=c.text_length, width=c.text_width, layers=c.text_layers, heads=c.text_heads,
+            causal=c.text_causal, pooling=c.text_pooling, eps=c.text_eps, activation=c.text_activation,
+            pad_id=c.text_pad_id, eot_id=c.text_eot_id, **common,
+        )  # fmt: skip
+        self.image_projection = _Projection(c.projection, common["dtype"])
+        self.text_projection = _Projection(c.projection, common["dtype"])
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(c.logit_scale_init)), ())
+
+    def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> dict[str, jax.Array]:
+        outputs = {"logit_scale": jnp.exp(self.logit_scale.astype(jnp.float32))}
+        if "image" in batch:
+            image = self.image(batch["image"], train)
+            outputs |= {f"image/{name}": value for name, value in image.items()}
+            if "pooled" in image:
+                outputs["image/embedding"] = self.image_projection(image["pooled"])
+        if "text" in batch:
+            text = self.text(batch["text"])
+            outputs |= {f"text/{name}": value for name, value in text.items()}
+            outputs["text/embedding"] = self.text_projection(text["pooled"])
+        return outputs
+
+
+class Model:
+    """A model as two pure functions over a plain nested dict of float32 parameters."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self._module = _Florence(config)
+
+    def init(self, rng: jax.Array, batch: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Draws parameters.
+
+        Args:
+          rng: PRNG key.
+          batch: decides which towers exist ('image', 'text') and the image's size; only shapes are read. None =
+            both towers at the configured sizes. Works under `jax.jit` and `jax.eval_shape`.
+
+        Returns:
+          {"image", "text", "image_projection": {"kernel"}, "text_projection": {"kernel"}, "logit_scale": ()}.
+        """
+        shapes = {"image": (1, self.config.res, self.config.res, 3), "text": (1, self.config.text_length)}
+        if batch is not None:
+            shapes = {name: (1, *batch[name].shape[1:]) for name in shapes if name in batch}
+        dtypes = {"image": jnp.float32, "text": jnp.int32}
+        inputs = {name: jnp.zeros(shape, dtypes[name]) for name, shape in shapes.items()}
+        return self._module.init({"params": rng}, inputs)["params"]
+
+    def apply(
+        self,
+        params: Mapping[str, Any],
+        batch: Mapping[str, jax.Array],
+        train: bool = False,
+        rngs: Mapping[str, jax.Array] | None = None,
+    ) -> dict[str, jax.Array]:
+        """Encodes the towers whose inputs the batch holds.
+
+        Args:
+          params: as returned by `init`.
+          batch: "image" float (B, H, W, 3), already normalised, and/or "text" int32 (B, L); other keys are ignored.
+          train: apply stochastic depth.
+          rngs: {'drop_path': key}, needed when `train` and the configured drop_path > 0.
+
+        Returns:
+          'image/stage{i}' (B, h, w, C_i), 'image/pooled' (B, C) float32, 'image/embedding' (B, D) float32 of unit
+          norm; in detection mode 'image/norm{i}' instead of the last two; 'text/tokens' (B, L, W), 'text/pooled',
+          'text/embedding' likewise; 'logit_scale' float32 scalar, the factor of the logits (= exp of the parameter).
+
+        Raises:
+          UserError: sizes that do not fit the model, or a missing drop_path key.
+        """
+        if train and self.config.drop_path > 0 and "image" in batch and "drop_path" not in (rngs or {}):
+            raise UserError("training with drop_path > 0 needs rngs={'drop_path': key}")
+        inputs = {name: batch[name] for name in ("image", "text") if name in batch}
+        return self._module.apply({"params": params}, inputs, train, rngs=dict(rngs or {}))
+
+
+def build(variant: str, **overrides: Any) -> Model:
+    """Builds a model from the variants table.
+
+    Args:
+      variant: a key of `VARIANTS`.
+      **overrides: any field of `ModelConfig` but `variant`; None = keep the table's value. Unless given, `window`
+        follows `res`, and `heads` follows `image_width` (32 channels a head).
+
+    Raises:
+      UserError: unknown variant, option or choice; the message lists the known ones.
+    """
+    return Model(resolve_config(variant, **overrides))
+
+
+@functools.cache
+def _count(config: ModelConfig) -> dict[str, int]:
+    shapes = jax.eval_shape(Model(config).init, jax.random.key(0))
+    return {name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for name, tree in shapes.items()}
+
+
+def parameter_count(variant: str, **overrides: Any) -> dict[str, int]:
+    """Parameters by top-level entry (image, text, image_projection, text_projection, logit_scale) and 'total'.
+
+    Nothing is allocated. Arguments and errors as `build`.
+    """
+    counts = _count(resolve_config(variant, **overrides))
+    return {**counts, "total": sum(counts.values())}
+
+
+def forward_flops(config: ModelConfig) -> dict[str, float]:
+    """Floating point operations of one forward pass for one example, {'image': ..., 'text': ...}.
+
+    Counts two per multiply-add of the convolutions, linear layers, attention products and projections; a training
+    step is three times that, without rematerialisation. The image is `res` x `res`, the text `text_length` tokens.
+    """
+    return {"image": 2.0 * _image_macs(config), "text": 2.0 * _text_macs(config)}
+
+
+def _block_macs(tokens: int, width: int, attended: int, mlp_ratio: int = 4) -> int:
+    """qkv, output and MLP matrices, plus the two attention products over `attended` keys a query."""
+    return tokens * ((4 + 2 * mlp_ratio) * width**2 + 2 * attended * width)
+
+
+def _image_macs(config: ModelConfig) -> int:
+    macs, side, channels = 0, config.res, 3
+    for i, depth in enumerate(config.depths):
+        width = config.image_width * 2**i
+        side, kernel = ((side - 3) // 4 + 1, 7) if i == 0 else (-(-side // 2), 3)
+        macs += side**2 * kernel**2 * channels * width
+        window = min(config.window, side) if config.size_mode == "classification" else config.window
+        padded = -(-side // window) * window
+        # Padding adds tokens to attention but not to the MLP.
+        per_block = _block_macs(side**2, width, 0, config.mlp_ratio) + (padded**2 - side**2) * 4 * width**2
+        macs += depth * (per_block + 2 * padded**2 * window**2 * width)
+        channels = width
+    return macs + (channels * config.projection if config.size_mode == "classification" else 0)
+
+
+def _text_macs(config: ModelConfig) -> int:
+    block = _block_macs(config.text_length, config.text_width, config.text_length)
+    return config.text_layers * block + config.text_width * config.projection

@@ -1,0 +1,131 @@
+"""Parts shared by the image and text towers: normalisation, MLP, attention core, stochastic depth.
+
+Numerical policy of every tower: parameters are float32; matrix products run in the compute dtype; LayerNorm
+statistics and softmax run in float32 whatever the compute dtype.
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from florence_jax.errors import UserError
+
+Dtype = jnp.dtype | str
+
+# A plain normal: `jax.nn.initializers.truncated_normal(.02)` cuts at two sigma and has standard deviation .0176.
+NORMAL = nn.initializers.normal(0.02)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, x * Phi(x) with the Gaussian distribution function (Hendrycks & Gimpel 2016); any shape."""
+    return 0.5 * x * (1 + jax.lax.erf(x * (0.5**0.5)))
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """The sigmoid approximation of GELU used by CLIP's text tower, x * sigmoid(1.702 x); any shape."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"gelu": gelu, "quick_gelu": quick_gelu}
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """LayerNorm of (..., C) over its last axis, in float32 (Ba et al. 2016); `scale` and `bias` are (C,).
+
+    The variance is the mean of squared deviations (two passes), not E[x^2] - E[x]^2, which cancels in float32.
+    """
+    ones = (1,) * (x.ndim - 1)
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+    return x * scale.reshape(*ones, -1) + bias.reshape(*ones, -1)
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` with learned scale and bias; the result has `dtype`. Swin's eps is 1e-5 (Flax's default 1e-6)."""
+
+    eps: float = 1e-5
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return layer_norm(x, scale, bias, self.eps).astype(self.dtype)
+
+
+class Mlp(nn.Module):
+    """Two-layer perceptron C -> hidden -> C with biases; x is (..., C)."""
+
+    hidden: int
+    activation: str = "gelu"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=NORMAL)
+        hidden = ACTIVATIONS[self.activation](dense(self.hidden, name="fc1")(x))
+        return dense(x.shape[-1], name="fc2")(hidden)
+
+
+def split_heads(qkv: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(..., tokens, 3C) -> q, k, v, each (..., tokens, heads, C / heads).
+
+    The last axis nests as [3][head][head_dim]: all queries, then all keys, then all values, as in Swin and in
+    PyTorch's MultiheadAttention. `q` is scaled by head_dim^-1/2 (after its bias was added).
+    """
+    qkv = qkv.reshape(*qkv.shape[:-1], 3, heads, -1)
+    q, k, v = (qkv[..., i, :, :] for i in range(3))
+    return q * q.shape[-1] ** -0.5, k, v
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Softmax attention; logits and softmax in float32 (Vaswani et al. 2017, equation 1).
+
+    Args:
+      q, k, v: (..., tokens, heads, head_dim), `q` already scaled.
+      bias: float32, broadcast (same rank) against the logits (..., heads, queries, keys), or None.
+
+    Returns:
+      (..., tokens, heads * head_dim), in the dtype of `v`.
+    """
+    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + bias
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    out = jnp.einsum("...hqk,...khd->...qhd", weights, v)
+    return out.reshape(*out.shape[:-2], -1)
+
+
+def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array) -> jax.Array:
+    """Stochastic depth (Huang et al. 2016): zeroes whole examples of a branch, survivors divided by 1 - rate.
+
+    Args:
+      x: (B, ...) a residual branch.
+      rate: probability of dropping, a scalar in [0, 1); may be traced.
+      key: PRNG key; one Bernoulli draw per example.
+    """
+    keep = jnp.float32(1) - rate
+    mask = jax.random.bernoulli(key, keep, (x.shape[0],)).astype(jnp.float32) / keep
+    return x * mask.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def unit_norm(x: jax.Array) -> jax.Array:
+    """x / ||x||_2 over the last axis in float32; the floor 1e-24 under the root only guards an all-zero vector."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+
+def remat_module(module: type[nn.Module], remat: str, *, scanned: bool) -> type[nn.Module]:
+    """The module class, rematerialised in the backward pass if `remat` is 'block'.
+
+    Raises:
+      UserError: `remat` is neither 'none' nor 'block'.
+    """
+    if remat not in ("none", "block"):
+        raise UserError(f"remat={remat!r}: choose 'none' or 'block'")
+    # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+    return nn.remat(module, prevent_cse=not scanned) if remat == "block" else module

@@ -1,0 +1,135 @@
+"""Checkpoints: the only place that knows Orbax.
+
+Saves are asynchronous and atomic (a checkpoint directory appears under its step number only when complete). Every
+leaf is restored onto the sharding of the state it is restored into, so a run may continue on another mesh.
+"""
+
+import logging
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from florence_jax.errors import UserError
+from florence_jax.train.rules import path_string
+
+logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every phase of a save at INFO.
+
+
+class Checkpoints:
+    """The checkpoints of one run, under `directory`/<step>/.
+
+    Args:
+      directory: local path or bucket URL; created if missing (unless `read_only`).
+      keep: how many of the newest checkpoints stay.
+      read_only: never creates or deletes anything.
+
+    Raises:
+      UserError: if the directory cannot be written, or does not exist in read-only mode.
+    """
+
+    def __init__(self, directory: str, *, keep: int = 2, read_only: bool = False):
+        self.directory = epath.Path(directory)
+        if read_only and not self.directory.exists():
+            raise UserError(f"no checkpoints at {directory}: train first, or point --workdir at a finished run")
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.directory.absolute() if "://" not in directory else self.directory,
+                options=options,
+                item_handlers=ocp.PyTreeCheckpointHandler(),
+            )
+        except OSError as error:
+            raise UserError(f"cannot write checkpoints to {directory}: {error}; choose another --workdir") from error
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts an asynchronous save of `state` (device arrays are copied before this returns).
+
+        Raises:
+          UserError: if the previous save failed, for example on a full disk.
+        """
+        try:
+            if step not in self._manager.all_steps():
+                self._manager.save(step, args=ocp.args.PyTreeSave(state))
+        except (OSError, ValueError) as error:
+            raise self._save_failed(error) from error
+
+    def wait(self) -> None:
+        """Blocks until every started save is complete; raises `UserError` if one failed."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except (OSError, ValueError) as error:
+            raise self._save_failed(error) from error
+
+    def _save_failed(self, error: Exception) -> UserError:
+        first = str(error).split("\n", 1)[0]
+        return UserError(
+            f"saving a checkpoint to {self.directory} failed: {first}; free space or fix the permissions and run the "
+            "same command again: it resumes from the last complete checkpoint"
+        )
+
+    def restore(self, target: Any, step: int | None = None) -> Any:
+        """Reads a checkpoint into the structure, dtypes and shardings of `target`.
+
+        Args:
+          target: tree of `jax.ShapeDtypeStruct` with shardings (or arrays); may be a part of what was saved, such as
+            `{"params": ...}` alone.
+          step: which checkpoint; default the newest.
+
+        Raises:
+          UserError: if there is none, or if names or shapes differ; all differences are listed.
+        """
+        step = self.latest_step() if step is None else step
+        if step is None:
+            raise UserError(f"no complete checkpoint in {self.directory}: train first, or point at a finished run")
+        self._check_match(target, step)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        return self._manager.restore(
+            step, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+        )
+
+    def _check_match(self, target: Any, step: int) -> None:
+        """Compares names and shapes of the parameters before anything is read."""
+        saved = {_name(p): tuple(m.shape) for p, m in _leaves(self._manager.item_metadata(step))}
+        wanted = {_name(p): tuple(leaf.shape) for p, leaf in _leaves(target)}
+        roots = {name.split("/", 1)[0] for name in wanted}
+        lines = [f"{n}: not in the checkpoint" for n in sorted(wanted.keys() - saved.keys())]
+        lines += [
+            f"{n}: not in the model" for n in sorted(saved.keys() - wanted.keys()) if n.split("/", 1)[0] in roots
+        ]
+        lines += [
+            f"{n}: {saved[n]} in the checkpoint, {wanted[n]} in the model"
+            for n in sorted(wanted.keys() & saved.keys())
+            if saved[n] != wanted[n]
+        ]
+        if lines:
+            raise UserError(
+                f"checkpoint {self.directory}/{step} is of another architecture; {len(lines)} mismatches: "
+                + "; ".join(lines)
+                + ". Use the configuration it was trained with, or another --workdir"
+            )
+
+    def close(self) -> None:
+        """Waits for pending saves and releases the manager's threads."""
+        self.wait()
+        self._manager.close()
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return [(p, x) for p, x in jax.tree_util.tree_flatten_with_path(tree)[0] if hasattr(x, "shape")]
+
+
+def _name(path: Any) -> str:
+    """Path of a leaf, the same for optax's named tuples and for the dicts that Orbax stores them as."""
+    return path_string(path)

@@ -1,0 +1,243 @@
+"""The one training loop: evaluate, save, next batch, step, in that order, for every task."""
+
+import json
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from florence_jax.data.pipeline import to_global
+from florence_jax.errors import UserError
+from florence_jax.evaluators.base import evaluate
+from florence_jax.evaluators.report import write_report
+from florence_jax.tasks.base import Task
+from florence_jax.train.checkpoint import Checkpoints
+from florence_jax.train.metrics import MetricsWriter, Progress, Speedometer, read_metrics
+from florence_jax.train.optim import make_optimizer
+from florence_jax.train.sharding import batch_sharding, make_mesh, param_shardings, state_shardings
+from florence_jax.train.state import eval_params, init_state
+from florence_jax.train.step import make_train_step
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again to go on.
+
+
+def run(config: ConfigDict, task: Task, workdir: Path) -> int:
+    """Trains (or resumes, or only evaluates) one run in `workdir`.
+
+    Args:
+      config: locked configuration, see `configs/common.py`.
+      task: what to train.
+      workdir: receives config.json, metrics.jsonl, checkpoints/, tensorboard/, result.json and report.html.
+
+    Returns:
+      Exit code: 0 when finished, `EXIT_PREEMPTED` when SIGTERM stopped the run after saving.
+
+    Raises:
+      UserError: for anything a user can fix, see the modules called.
+    """
+    trainer = Trainer(config, task, workdir)
+    if config.mode == "eval":
+        trainer.restore_for_evaluation()
+        trainer.finish()
+        return 0
+    if config.mode != "train":
+        raise UserError(f"config.mode={config.mode!r} is unknown; choose 'train' or 'eval'")
+    return trainer.train()
+
+
+class Trainer:
+    """State and files of one run; `run` is the entry point."""
+
+    def __init__(self, config: ConfigDict, task: Task, workdir: Path):
+        self.config, self.task, self.workdir = config, task, workdir
+        self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+        if config.batch_size % self.mesh.size:
+            raise UserError(f"config.batch_size={config.batch_size} does not divide by the {self.mesh.size} devices")
+        self.is_main = jax.process_index() == 0
+        abstract = jax.eval_shape(task.init, jax.random.key(config.seed))
+        self.optimizer, self.schedule = make_optimizer(config.optim, config.total_steps, abstract)
+        self._params_sharding = param_shardings(abstract, self.mesh)
+        shapes = jax.eval_shape(self._fresh_state, jax.random.key(config.seed))
+        self.shardings = state_shardings(shapes, self._params_sharding, self.mesh)
+        self._target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
+        )
+        self.state: dict[str, Any] = {}
+        self._evaluators: Any = None
+        self._stop = threading.Event()
+
+    def _fresh_state(self, key: jax.Array) -> dict[str, Any]:
+        return init_state(self.task.init(key), self.optimizer, ema=self.config.optim.ema_decay > 0)
+
+    # -- starting ---------------------------------------------------------------------------------------------------
+
+    def restore_for_evaluation(self) -> None:
+        """Loads only the parameters to evaluate from the newest checkpoint."""
+        part = "ema" if self.config.optim.ema_decay > 0 else "params"
+        checkpoints = Checkpoints(str(self.workdir / "checkpoints"), read_only=True)
+        self.state = checkpoints.restore({"step": self._target["step"], part: self._target[part]})
+        checkpoints.close()
+
+    def _start(self, checkpoints: Checkpoints) -> int:
+        """Restores the newest checkpoint, or makes a fresh state; returns the step to continue from."""
+        config = self.config
+        if (step := checkpoints.latest_step()) is not None:
+            self.state = checkpoints.restore(self._target, step)
+            self._say(f"resuming {self.workdir} at step {step} of {config.total_steps}")
+            return step
+        make = jax.jit(self._fresh_state, out_shardings=self.shardings)
+        self.state = make(jax.random.key(config.seed))
+        if config.init:
+            source = Checkpoints(config.init, read_only=True)
+            self.state["params"] = source.restore({"params": self._target["params"]})["params"]
+            source.close()
+        return 0
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> int:
+        """Runs to `total_steps`; see `run`."""
+        config = self.config
+        checkpoints = Checkpoints(str(self.workdir / "checkpoints"), keep=config.checkpoint.keep)
+        start = self._start(checkpoints)
+        if start >= config.total_steps:
+            self._say(
+                f"{self.workdir} is finished: step {start} of {config.total_steps}, results in "
+                f"{self.workdir}/result.json. Choose another --workdir, or a larger --config.total_steps"
+            )
+            checkpoints.close()
+            return 0
+        self._describe()
+        writer = MetricsWriter(self.workdir, resume_step=start, write=self.is_main)
+        handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        try:
+            finished = self._steps(start, writer, checkpoints)
+            checkpoints.close()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+            writer.close()
+        if not finished:
+            self._say(f"stopped by SIGTERM at step {int(self.state['step'])}, saved; run the same command to go on")
+            return EXIT_PREEMPTED
+        self.finish()
+        return 0
+
+    def _steps(self, start: int, writer: MetricsWriter, checkpoints: Checkpoints) -> bool:
+        """The loop proper; True when it reached the end, False when it was asked to stop."""
+        config, total = self.config, self.config.total_steps
+        train_step = make_train_step(
+            self.task,
+            self.optimizer,
+            self.schedule,
+            seed=config.seed,
+            ema_decay=config.optim.ema_decay,
+            mesh=self.mesh,
+            shardings=self.shardings,
+        )
+        stream = self.task.train_stream(start)
+        speed = Speedometer(config.batch_size, self.task.flops_per_example)
+        progress = Progress(total, start, show=self.is_main)
+        late = LateMetrics(config.log.every, writer, speed, progress)
+        sharding = batch_sharding(self.mesh)
+        for step in range(start, total + 1):
+            stop, began = self._stop.is_set(), time.perf_counter()
+            evaluates = config.eval.every and step % config.eval.every == 0 and start < step < total
+            saves = step > start and (stop or step == total or step % config.checkpoint.every == 0)
+            if evaluates or saves or stop:
+                late.drain()
+            if evaluates:
+                writer.write(step, self._evaluate())
+            if saves:
+                checkpoints.save(step, self.state)
+            speed.pause(time.perf_counter() - began)
+            if stop or step == total:
+                break
+            began = time.perf_counter()
+            batch = to_global(next(stream), sharding)
+            speed.step(time.perf_counter() - began)
+            self.state, metrics = train_step(self.state, batch)
+            late.push(step + 1, metrics)
+            progress.step()
+        progress.close()
+        stream.close()
+        return step == total
+
+    def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
+        del signum, frame
+        self._stop.set()
+
+    # -- evaluating -------------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> dict[str, float]:
+        if self._evaluators is None:
+            self._evaluators = self.task.evaluators(self.mesh)
+        return evaluate(self._evaluators, eval_params(self.state))
+
+    def finish(self) -> None:
+        """Evaluates the final parameters and writes result.json, report.html and the table on the terminal."""
+        results = self._evaluate()
+        if not self.is_main:
+            return
+        if not results:
+            self._say("no evaluation set for this data: give one with --config.eval.source=PATH")
+        step = int(self.state["step"])
+        (self.workdir / "result.json").write_text(json.dumps(results | {"step": step}, indent=1) + "\n")
+        write_report(
+            self.workdir / "report.html",
+            title=f"florence_jax {self.config.task}: {self.workdir} at step {step}",
+            config=self.config,
+            history=read_metrics(self.workdir / "metrics.jsonl"),
+            results=results,
+            evaluators=self._evaluators,
+        )
+
+    def _describe(self) -> None:
+        count = sum(x.size for x in jax.tree.leaves(self._target["params"]))
+        self._say(
+            f"{self.config.task} {self.config.model.variant}: {count / 1e6:.2f} M parameters, "
+            f"{self.task.flops_per_example / 1e9:.2f} GFLOP a training example, {self.config.total_steps} steps of "
+            f"{self.config.batch_size} on {self.mesh.size} {jax.devices()[0].platform} device(s), workdir {self.workdir}"
+        )
+
+    def _say(self, text: str) -> None:
+        if self.is_main:
+            print(text, flush=True)
+
+
+class LateMetrics:
+    """Reads each step's metrics one step late, so that the device never waits for the host.
+
+    Every step's loss is checked; a non-finite one raises `UserError` naming the step. The values of step n are logged
+    when n is a multiple of `every`.
+    """
+
+    def __init__(self, every: int, writer: MetricsWriter, speed: Speedometer, progress: Progress):
+        self._every, self._writer, self._speed, self._progress = every, writer, speed, progress
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+
+    def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Hands over the metrics of `step` (still being computed) and reads those of the step before."""
+        self.drain()
+        self._pending = (step, metrics)
+
+    def drain(self) -> None:
+        """Reads what is pending; called before anything is saved, so that no checkpoint is ahead of its metrics."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        loss = float(metrics["loss"])
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of step {step} is {loss}; nothing after step {step - 1} was saved. Lower "
+                "config.optim.learning_rate, set config.optim.clip_norm, or look for bad records in the data"
+            )
+        if step % self._every == 0:
+            values = {f"train/{name}": float(value) for name, value in metrics.items()} | self._speed.read()
+            self._writer.write(step, values)
+            self._progress.log(step, values)

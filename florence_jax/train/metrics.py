@@ -1,0 +1,152 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard event files, one log line, a progress bar."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+# Peak dense bf16 FLOP/s of one device, by what JAX calls it (vendors' data sheets).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a metrics.jsonl; a last line cut off by a crash is left out. Missing file: empty list."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class MetricsWriter:
+    """Writes `{"step": n, "<split>/<name>": value, ...}` lines and the same scalars as TensorBoard events.
+
+    On construction, lines of steps after `resume_step` are removed: the run is about to write them again. Only the
+    process with `write=True` touches files.
+    """
+
+    def __init__(self, workdir: Path, *, resume_step: int, write: bool):
+        self._file: TextIO | None = None
+        self._events: SummaryWriter | None = None
+        if not write:
+            return
+        path = workdir / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(partial, path)
+        self._file = path.open("a")
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends one line; flushed at once so that a killed run loses nothing."""
+        if self._file is None or self._events is None:
+            return
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes both files."""
+        if self._file is not None and self._events is not None:
+            self._file.close()
+            self._events.close()
+
+
+class Speedometer:
+    """Turns step counts and waits into `perf/...` numbers between two readings.
+
+    Args:
+      batch_size: global examples a step.
+      flops_per_example: forward + backward, for MFU; reported only where the device's peak is known.
+    """
+
+    def __init__(self, batch_size: int, flops_per_example: float):
+        self._batch = batch_size
+        self._flops = flops_per_example
+        self._chips = jax.device_count()
+        self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        self._steps, self._wait, self._start = 0, 0.0, time.perf_counter()
+
+    def step(self, data_wait: float) -> None:
+        """Counts one step that waited `data_wait` seconds for its batch."""
+        self._steps += 1
+        self._wait += data_wait
+
+    def pause(self, seconds: float) -> None:
+        """Takes time spent on evaluation or saving out of the current reading."""
+        self._start += seconds
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading: seconds a step, share of it spent waiting for data, images/s, MFU."""
+        seconds = max(time.perf_counter() - self._start, 1e-9) / max(self._steps, 1)
+        rate = self._batch / seconds
+        values = {
+            "perf/step_seconds": seconds,
+            "perf/data_wait_share": self._wait / max(self._steps, 1) / seconds,
+            "perf/images_per_second": rate,
+            "perf/images_per_second_per_chip": rate / self._chips,
+        }
+        if self._peak:
+            values["perf/mfu"] = rate * self._flops / (self._chips * self._peak)
+        self._steps, self._wait, self._start = 0, 0.0, time.perf_counter()
+        return values
+
+
+class Progress:
+    """A progress bar when a terminal is attached, else one log line per reading."""
+
+    def __init__(self, total: int, start: int, *, show: bool):
+        self._show = show
+        self._total = total
+        self._bar = tqdm(total=total, initial=start, unit="step", disable=not (show and sys.stderr.isatty()))
+
+    def step(self) -> None:
+        """One more step is done."""
+        self._bar.update()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Shows the loss and the speed."""
+        if not self._show:
+            return
+        seconds = values["perf/step_seconds"]
+        text = (
+            f"step {step}/{self._total}  loss {values['train/loss']:.3f}  {values['perf/images_per_second']:.0f} img/s  "
+            f"{1000 * seconds:.0f} ms/step  data wait {100 * values['perf/data_wait_share']:.0f}%"
+        )
+        if "perf/mfu" in values:
+            text += f"  MFU {100 * values['perf/mfu']:.1f}%"
+        if self._bar.disable:
+            print(f"{text}  ETA {_clock((self._total - step) * seconds)}", flush=True)
+        else:
+            self._bar.set_postfix_str(text.split("  ", 1)[1])
+
+    def close(self) -> None:
+        """Leaves the terminal clean."""
+        self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

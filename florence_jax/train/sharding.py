@@ -1,0 +1,91 @@
+"""The device mesh and where every array lives on it.
+
+Axes: `data` replicates parameters, `fsdp` shards them (ZeRO-3: parameters, gradients and optimizer state); the batch
+is split over both. Axis types are Auto: XLA's partitioner places the collectives.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from florence_jax.errors import UserError
+from florence_jax.train.rules import match_rules, path_string
+
+BATCH_AXES = ("data", "fsdp")
+
+# A rule's value names the axis of the tensor to split over `fsdp` (negative counts from the end), or 'replicate'.
+# Matrices and convolutions split their output channels; vectors, tables and the scalar are small and replicated.
+SHARDING_RULES = (
+    (r".*/kernel", -1),
+    (r".*/token_embedding", 0),
+    (r".*", "replicate"),
+)
+
+
+def make_mesh(data: int, fsdp: int, devices: list[Any] | None = None) -> Mesh:
+    """A (`data`, `fsdp`) mesh over `devices` (default: all). One of the two may be -1: what is left.
+
+    Raises:
+      UserError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    sizes = [data, fsdp]
+    if sizes.count(-1) == 1:
+        known = max(1, -int(np.prod(sizes)))
+        sizes[sizes.index(-1)] = count // known
+    if min(sizes) < 1 or sizes[0] * sizes[1] != count:
+        raise UserError(f"mesh data={data}, fsdp={fsdp} does not use the {count} devices; choose sizes whose product is {count}")
+    return jax.make_mesh(tuple(sizes), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over all devices, the rest whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def param_shardings(params: Any, mesh: Mesh, rules: Any = SHARDING_RULES) -> Any:
+    """A `NamedSharding` for every leaf of `params` (arrays or shapes) by the path rules.
+
+    Raises:
+      UserError: listing every tensor whose named axis does not divide by the `fsdp` size: never a silent replica.
+    """
+    fsdp = mesh.shape["fsdp"]
+    axes = match_rules(rules, params, what="sharding")
+    offenders = []
+
+    def place(path: Any, leaf: Any, axis: int | str) -> NamedSharding:
+        if axis == "replicate" or fsdp == 1:
+            return replicated(mesh)
+        if leaf.shape[axis] % fsdp:
+            offenders.append(f"{path_string(path)} {tuple(leaf.shape)} axis {axis}")
+            return replicated(mesh)
+        spec: list[str | None] = [None] * leaf.ndim
+        spec[axis] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    tree = jax.tree_util.tree_map_with_path(place, params, axes)
+    if offenders:
+        raise UserError(
+            f"not divisible by mesh.fsdp={fsdp}: {'; '.join(offenders)}; choose a smaller fsdp, another axis, or 'replicate'"
+        )
+    return tree
+
+
+def state_shardings(state: Any, params_sharding: Any, mesh: Mesh) -> Any:
+    """Shardings for a whole train state: every sub-tree shaped like the parameters follows them, the rest replicates."""
+    structure = jax.tree.structure(params_sharding)
+
+    def is_params(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    return jax.tree.map(
+        lambda node: params_sharding if is_params(node) else replicated(mesh), state, is_leaf=is_params
+    )

@@ -1,0 +1,64 @@
+"""One optimizer step as a single jitted function."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from florence_jax.tasks.base import Task
+from florence_jax.train.sharding import batch_sharding, replicated
+
+
+def make_train_step(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    seed: int,
+    ema_decay: float,
+    mesh: Mesh,
+    shardings: Any,
+) -> Callable[[dict[str, Any], dict[str, jax.Array]], tuple[dict[str, Any], dict[str, jax.Array]]]:
+    """Builds `step(state, batch) -> (state, metrics)`; the old state's buffers are donated.
+
+    The step's random key is `fold_in(key(seed), step)`, so a resumed run draws what an undisturbed one would. After
+    the update the task may project the parameters (the logit-scale clamp) and, with `ema_decay` > 0, the moving
+    average follows. Metrics are float32 scalars: the task's own, `loss`, `grad_norm` (before clipping), `learning_rate`,
+    `skipped_records` (corrupt records passed over since the start).
+
+    Args:
+      task: gives the loss and the projection.
+      optimizer, schedule: from `optim.make_optimizer`.
+      seed: of the run.
+      ema_decay: of the moving average; 0 when the state has none.
+      mesh: device mesh; batches arrive sharded over it.
+      shardings: the state's, from `sharding.state_shardings`.
+    """
+
+    def step(state: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        batch = dict(batch)
+        skipped = state["skipped_records"] + batch.pop("corrupt").sum()
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state["params"], batch, key)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = task.project(optax.apply_updates(state["params"], updates))
+        new = {"step": state["step"] + 1, "skipped_records": skipped, "params": params, "opt_state": opt_state}
+        if ema_decay:
+            new["ema"] = optax.incremental_update(params, state["ema"], 1.0 - ema_decay)
+        metrics = metrics | {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "skipped_records": skipped.astype(jnp.float32),
+            "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
+        }
+        return new, metrics
+
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )

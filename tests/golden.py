@@ -1,0 +1,116 @@
+"""Deterministic weights shared with the reference implementations, and their conversion to our parameter layout.
+
+The golden numbers in the tests were printed by the public reference modules (float64) whose parameters had been set
+by `fill`; sums over many outputs are compared relative to the sum of magnitudes.
+"""
+
+import re
+
+import numpy as np
+
+NORM_WEIGHT = re.compile(r"(norm|ln_|LayerNorm|bn).*weight$")
+
+
+def fill(shapes: dict[str, tuple[int, ...]], amplitude: float) -> dict[str, np.ndarray]:
+    """Weights in PyTorch layout: tensor i of the sorted names, element j = a * sin(.37 (j + 1) + i); norms get 1 +."""
+    params = {}
+    for i, name in enumerate(sorted(shapes)):
+        size = int(np.prod(shapes[name]))
+        values = amplitude * np.sin(0.37 * (np.arange(size) + 1) + i)
+        params[name] = (values + bool(NORM_WEIGHT.search(name))).reshape(shapes[name])
+    return params
+
+
+def cosx(*shape: int) -> np.ndarray:
+    """float32 cos(.11 n) of the flat index n."""
+    return np.cos(0.11 * np.arange(np.prod(shape))).reshape(shape).astype(np.float32)
+
+
+def sinx(step: float, *shape: int) -> np.ndarray:
+    """float32 sin(step * n) of the flat index n."""
+    return np.sin(step * np.arange(np.prod(shape))).reshape(shape).astype(np.float32)
+
+
+def convert(torch_params: dict[str, np.ndarray], renames: tuple[tuple[str, str], ...] = ()) -> dict:
+    """PyTorch names and layouts to a nested dict: (out, in) -> (in, out), OIHW -> HWIO, weight -> kernel or scale.
+
+    `renames` are (regex, replacement) pairs applied in turn to the dotted name.
+    """
+    tree: dict = {}
+    for name, value in torch_params.items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        if name.endswith("weight"):
+            name = name.removesuffix("weight") + {1: "scale", 2: "kernel", 4: "kernel"}[value.ndim]
+            value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+        *path, leaf = name.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[leaf] = value.astype(np.float32)
+    return tree
+
+
+def block_shapes(channels: int, heads: int, window: int, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """PyTorch shapes of one Swin block."""
+    c = channels
+    shapes = {
+        "attn.proj.bias": (c,), "attn.proj.weight": (c, c), "attn.qkv.bias": (3 * c,), "attn.qkv.weight": (3 * c, c),
+        "attn.relative_position_bias_table": ((2 * window - 1) ** 2, heads), "mlp.fc1.bias": (4 * c,),
+        "mlp.fc1.weight": (4 * c, c), "mlp.fc2.bias": (c,), "mlp.fc2.weight": (c, 4 * c), "norm1.bias": (c,),
+        "norm1.weight": (c,), "norm2.bias": (c,), "norm2.weight": (c,),
+    }  # fmt: skip
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def embed_shapes(prefix: str, kernel: int, channels: int, features: int) -> dict[str, tuple[int, ...]]:
+    """PyTorch shapes of one convolutional embedding."""
+    shapes = {"norm.bias": (features,), "norm.weight": (features,), "proj.bias": (features,)}
+    shapes["proj.weight"] = (features, channels, kernel, kernel)
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def coswin_params(window: int, *, output_norm: str) -> dict:
+    """Our parameters of the golden two-stage CoSwin (C = 8, depths 2,2, heads 2,4); `output_norm` = 'norm' or 'norm1'."""
+    shapes = {"norm1.bias": (16,), "norm1.weight": (16,)}
+    shapes |= embed_shapes("patch_embed.", 7, 3, 8) | embed_shapes("layers.0.downsample.", 3, 8, 16)
+    for i, (channels, heads) in enumerate(((8, 2), (16, 4))):
+        for j in range(2):
+            shapes |= block_shapes(channels, heads, window, f"layers.{i}.blocks.{j}.")
+    renames = (
+        (r"^norm1\.", output_norm + "."),
+        (r"^patch_embed\.", "stage0_embed."),
+        (r"^layers\.0\.downsample\.", "stage1_embed."),
+        (r"_embed\.proj\.", "_embed."),
+        (r"^layers\.(\d)\.blocks\.0\.", r"stage\1_pair0.plain."),
+        (r"^layers\.(\d)\.blocks\.1\.", r"stage\1_pair0.shifted."),
+        (r"\.attn\.", ".attention."),
+    )
+    return convert(fill(shapes, 0.2), renames)
+
+
+def text_params() -> dict:
+    """Our parameters of the golden text tower: W = 8, 2 heads, 2 layers, vocabulary 20, length 6."""
+    shapes = {"ln_final.bias": (8,), "ln_final.weight": (8,), "positional_embedding": (6, 8)}
+    shapes["token_embedding.weight"] = (20, 8)
+    for layer in range(2):
+        block = {
+            "attn.in_proj_bias": (24,), "attn.in_proj_weight": (24, 8), "attn.out_proj.bias": (8,),
+            "attn.out_proj.weight": (8, 8), "ln_1.bias": (8,), "ln_1.weight": (8,), "ln_2.bias": (8,),
+            "ln_2.weight": (8,), "mlp.c_fc.bias": (32,), "mlp.c_fc.weight": (32, 8), "mlp.c_proj.bias": (8,),
+            "mlp.c_proj.weight": (8, 32),
+        }  # fmt: skip
+        shapes |= {f"resblocks.{layer}.{name}": shape for name, shape in block.items()}
+    filled = fill(shapes, 0.3)
+    tables = {"token_embedding": filled.pop("token_embedding.weight")}
+    tables["position_embedding"] = filled.pop("positional_embedding")
+    renames = (
+        (r"^ln_final\.", "norm."),
+        (r"^resblocks\.(\d)\.", r"layer\1."),
+        (r"\.ln_(\d)\.", r".norm\1."),
+        (r"\.attn\.in_proj_", ".qkv."),
+        (r"\.attn\.out_proj\.", ".proj."),
+        (r"\.c_fc\.", ".fc1."),
+        (r"\.c_proj\.", ".fc2."),
+    )
+    return convert(filled, renames) | {name: table.astype(np.float32) for name, table in tables.items()}

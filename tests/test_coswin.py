@@ -1,0 +1,250 @@
+"""CoSwin against the reference modules' numbers, and its options against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from florence_jax.errors import UserError
+from florence_jax.models import coswin
+from florence_jax.models.layers import drop_path, gelu
+from golden import block_shapes, convert, coswin_params, cosx, embed_shapes, fill, sinx
+
+TINY = dict(width=8, depths=(2, 2), heads=(2, 4), window=4)
+
+
+def assert_sums(y, total, magnitude):
+    """Sums to 1e-5 of the sum of magnitudes (a plain relative error of a cancelling sum means nothing)."""
+    y = np.asarray(y, np.float64)
+    np.testing.assert_allclose([y.sum(), np.abs(y).sum()], [total, magnitude], rtol=0, atol=1e-5 * magnitude)
+
+
+def random_like(tree, seed=0, scale=0.1):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, scale, leaf.shape), jnp.float32), tree)
+
+
+def test_relative_position_index():
+    expected = [
+        [7, 6, 5, 2, 1, 0],
+        [8, 7, 6, 3, 2, 1],
+        [9, 8, 7, 4, 3, 2],
+        [12, 11, 10, 7, 6, 5],
+        [13, 12, 11, 8, 7, 6],
+        [14, 13, 12, 9, 8, 7],
+    ]
+    np.testing.assert_array_equal(coswin.relative_position_index(2, 3), expected)
+
+
+def test_shift_mask():
+    open_pairs = [np.ones((4, 4)), *[np.equal.outer(ids, ids) for ids in ([0, 1, 0, 1], [0, 0, 1, 1])], np.eye(4)]
+    np.testing.assert_array_equal(coswin.shift_mask(4, 4, 2, 1), np.where(open_pairs, 0, -100))
+
+
+def test_window_attention_golden():
+    shapes = {name[5:]: s for name, s in block_shapes(8, 2, 2).items() if name.startswith("attn.")}
+    shapes["relative_position_bias_table"] = (15, 2)
+    y = coswin.WindowAttention(heads=2, window=(2, 3)).apply(
+        {"params": convert(fill(shapes, 0.5))}, cosx(2, 6, 8)[:, None]
+    )
+    first = [0.29024737, 0.32429879, 0.36367760, 0.67636105, 0.21383551, 0.74469240, -0.15260326, 0.55950421]
+    np.testing.assert_allclose(y[0, 0, 0], first, atol=1e-5)
+    assert_sums(y, 39.32546944, 55.61472391)
+
+
+def test_block_golden():
+    params = convert(fill(block_shapes(8, 2, 2), 0.3), ((r"^attn\.", "attention."),))
+    y = coswin.SwinBlock(heads=2, window=2, shift=1).apply({"params": params}, cosx(1, 4, 4, 8))
+    first = [0.05370901, -0.21070657, 0.51468390, 1.51771960, 2.50698446, 2.82391190, 2.19822526, 1.00562574]
+    np.testing.assert_allclose(y[0, 0, 0], first, atol=1e-5)
+    assert_sums(y, 69.07122041, 173.42517637)
+
+
+@pytest.mark.parametrize(
+    "sizes,shape,first,total,magnitude",
+    [
+        ((7, 4, 2), (1, 4, 5, 6), [-0.49720963, -1.35809946, -1.49227030, -1.43765468, -1.08747839], 19.57064428, 122.19658645),
+        ((3, 2, 1), (1, 8, 10, 6), [-0.76275860, -0.51695015, -0.25661345], 79.00876532, 479.13788415),
+    ],
+)  # fmt: skip
+def test_conv_embed_golden(sizes, shape, first, total, magnitude):
+    params = convert(fill(embed_shapes("", sizes[0], 3, 6), 0.2), ((r"^proj\.", ""),))
+    y = coswin.ConvEmbed(6, *sizes).apply({"params": params}, cosx(1, 3, 16, 20).transpose(0, 2, 3, 1))
+    assert y.shape == shape
+    np.testing.assert_allclose(y[0, 0, : len(first), 0], first, atol=1e-5)
+    assert_sums(y, total, magnitude)
+
+
+@pytest.mark.parametrize(
+    "size,window,mode,pooled,total,magnitude",
+    [
+        ((56, 56), 7, "classification", [-0.38254890, 1.61548539, 1.28910528, -0.92760633], 24.20782475, 691.21326611),
+        ((56, 56), 7, "detection", [-0.38274083, 1.61553419, 1.28937585, -0.92731520], 24.22016410, 691.21769090),
+        ((56, 84), 4, "detection", [-0.58045493, 1.53757806, 1.69654282, -0.47219882], 52.53774648, 1087.30177483),
+    ],
+)
+def test_coswin_golden(size, window, mode, pooled, total, magnitude):
+    model = coswin.CoSwin(**TINY | dict(window=window), size_mode=mode, out_stages=(1,))
+    image = sinx(0.013, 1, 3, *size).transpose(0, 2, 3, 1)
+    if mode == "detection":
+        y = model.apply({"params": coswin_params(window, output_norm="norm1")}, image)["norm1"]
+        np.testing.assert_allclose(y.mean((1, 2))[0, :4], pooled, atol=1e-5)
+        assert_sums(y, total, magnitude)
+    else:
+        outputs = model.apply({"params": coswin_params(window, output_norm="norm")}, image)
+        np.testing.assert_allclose(outputs["pooled"][0, :4], pooled, atol=1e-5)
+        np.testing.assert_allclose(outputs["pooled"].sum() * 49, total, atol=1e-5 * magnitude)
+
+
+def test_bicubic_ramp():
+    ramp = coswin.bicubic_matrix(13, 23) @ np.arange(13)
+    expected = [-0.09986, 0.27139, 0.87507, 1.48368, 2.06246, 2.58281, 3.22076, 3.69302, 4.34577, 4.82765, 5.45081, 6.0]
+    np.testing.assert_allclose(ramp[:12], expected, atol=1e-5)
+    np.testing.assert_allclose(ramp + ramp[::-1], 12, atol=1e-12)
+
+
+def test_resize_bias_tables():
+    small = coswin.CoSwin(**TINY | dict(window=7))
+    params = small.init(jax.random.key(0), jnp.zeros((1, 56, 56, 3)))["params"]
+    ramp = np.broadcast_to(np.repeat(np.arange(13.0), 13)[:, None], (169, 2))  # varies with dy only
+    params["stage0_pair0"]["plain"]["attention"]["relative_position_bias_table"] = ramp
+    resized = coswin.resize_bias_tables({"image": params}, (12, 6))["image"]
+    table = resized["stage0_pair0"]["plain"]["attention"]["relative_position_bias_table"].reshape(23, 23, 2)
+    np.testing.assert_allclose(table, np.broadcast_to(table[:, :1, :1], table.shape), atol=1e-6)
+    np.testing.assert_allclose(table[1, 0], 0.27139, atol=1e-5)
+    large = coswin.CoSwin(**TINY | dict(window=12))
+    shapes = jax.eval_shape(large.init, jax.random.key(0), jnp.zeros((1, 96, 96, 3)))["params"]
+    resized = coswin.resize_bias_tables(params, 12)
+    assert jax.tree.map(jnp.shape, resized) == jax.tree.map(lambda leaf: leaf.shape, shapes)
+    assert resized["stage0_embed"]["kernel"] is params["stage0_embed"]["kernel"]
+
+
+def test_scan_equals_unrolled():
+    sizes = TINY | dict(depths=(2, 6))
+    image = jnp.asarray(sinx(0.013, 2, 32, 32, 3))
+    unrolled = coswin.CoSwin(**sizes, scan=False)
+    params = random_like(unrolled.init(jax.random.key(0), image)["params"])
+    stacked = dict(params)
+    pairs = [stacked.pop(f"stage1_pair{j}") for j in range(3)]
+    stacked["stage1_pairs"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
+    loss = lambda model: lambda p: jnp.sin(3 * model.apply({"params": p}, image)["pooled"]).sum()  # noqa: E731
+    value, grads = jax.value_and_grad(loss(unrolled))(params)
+    for remat in ("none", "block"):
+        scanned = coswin.CoSwin(**sizes, remat=remat)
+        value_scan, grads_scan = jax.value_and_grad(loss(scanned))(stacked)
+        np.testing.assert_allclose(value_scan, value, rtol=1e-5)
+        for j in range(3):
+            for got, want in zip(
+                jax.tree.leaves(grads_scan["stage1_pairs"]), jax.tree.leaves(grads[f"stage1_pair{j}"]), strict=True
+            ):
+                np.testing.assert_allclose(got[j], want, rtol=1e-4, atol=1e-5)
+
+
+def test_mask_padding_isolates_padding():
+    """With the flag, what the padded keys hold (k = b_k, v = b_v) cannot reach the output; without it, it does."""
+    x = jnp.asarray(cosx(1, 6, 7, 8))  # padded to 8 x 8
+    changes = {}
+    for flag in (False, True):
+        block = coswin.SwinBlock(heads=2, window=4, shift=2, mask_padding=flag)
+        params = random_like(block.init(jax.random.key(0), x)["params"], scale=0.3)
+
+        def output(at_padding, block=block, params=params):
+            real = jnp.pad(jnp.ones((1, 6, 7, 1)), ((0, 0), (0, 2), (0, 1), (0, 0)))
+            attend = lambda z: jnp.where(real > 0, jnp.pad(z, ((0, 0), (0, 2), (0, 1), (0, 0))), at_padding)  # noqa: E731
+            y = attend(coswin.LayerNorm().apply({"params": params["norm1"]}, x))
+            mask = block._mask(6, 7, 2, 1)
+            windows = coswin._partition(jnp.roll(y, (-2, -2), (1, 2)), 4)
+            module = coswin.WindowAttention(heads=2, window=(4, 4))
+            out = coswin._unpartition(module.apply({"params": params["attention"]}, windows, mask), 8, 8, 4)
+            return jnp.roll(out, (2, 2), (1, 2))[:, :6, :7]
+
+        changes[flag] = float(jnp.abs(output(0.0) - output(5.0)).max())
+    assert changes[True] < 1e-6 < 1e-3 < changes[False]
+
+
+def test_padded_unshifted_masked_block_runs():
+    block = coswin.SwinBlock(heads=2, window=4, mask_padding=True)
+    y, _ = block.init_with_output(jax.random.key(0), jnp.asarray(cosx(2, 5, 3, 8)))
+    assert y.shape == (2, 5, 3, 8) and bool(jnp.isfinite(y).all())
+
+
+def test_stochastic_depth():
+    x = jnp.ones((4096, 3))
+    y = drop_path(x, 0.25, jax.random.key(0))
+    np.testing.assert_allclose(jnp.unique(y), [0, 4 / 3], rtol=1e-6)
+    np.testing.assert_array_equal(y, jnp.broadcast_to(y[:, :1], y.shape))  # whole examples
+    np.testing.assert_allclose(y.mean(), 1, atol=0.03)  # 3.3 standard errors
+
+    image = jnp.broadcast_to(sinx(0.013, 1, 32, 32, 3), (16, 32, 32, 3))
+    model = coswin.CoSwin(**TINY | dict(depths=(2, 4)), drop_path=0.5)
+    params = random_like(model.init(jax.random.key(0), image)["params"], scale=0.3)
+    run = lambda key, train=True: model.apply({"params": params}, image, train, rngs={"drop_path": jax.random.key(key)})  # noqa: E731
+    np.testing.assert_array_equal(run(1)["pooled"], run(1)["pooled"])
+    assert jnp.abs(run(1)["pooled"] - run(2)["pooled"]).max() > 1e-2
+    assert jnp.ptp(run(1)["pooled"], axis=0).max() > 1e-2  # examples draw separately
+    assert jnp.ptp(run(1, train=False)["pooled"], axis=0).max() < 1e-4
+
+
+def test_stochastic_depth_rates_grow_linearly():
+    """The first block of the network never drops; later ones do, at rates up to `drop_path`."""
+    image = jnp.broadcast_to(sinx(0.013, 1, 16, 16, 3), (512, 16, 16, 3))
+    model = coswin.CoSwin(width=8, depths=(2,), heads=(2,), window=4, drop_path=0.5)
+    params = random_like(model.init(jax.random.key(0), image)["params"], scale=0.3)
+    only = lambda block: jax.tree_util.tree_map_with_path(  # noqa: E731
+        lambda path, p: p * (block in jax.tree_util.keystr(path) or "pair" not in jax.tree_util.keystr(path)), params
+    )
+    run = lambda p, key=3: model.apply({"params": p}, image, True, rngs={"drop_path": jax.random.key(key)})["stage0"]  # noqa: E731
+    plain, shifted = run(only("plain")), run(only("shifted"))
+    assert jnp.ptp(plain, axis=0).max() < 1e-5
+    kinds = np.unique(np.round(np.asarray(shifted[:, 0, 0, 0]), 4))
+    assert 3 <= len(kinds) <= 4  # both, either or no branch dropped: the branches draw separately
+
+
+def test_bfloat16_keeps_norm_and_softmax_in_float32():
+    model = coswin.CoSwin(**TINY, dtype=jnp.bfloat16)
+    image = jnp.zeros((1, 32, 32, 3))
+    params = model.init(jax.random.key(0), image)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    jaxpr = jax.make_jaxpr(lambda p: model.apply(p, image))(params)
+    dtypes: dict[str, set] = {}
+
+    def visit(jaxpr):
+        for eqn in jaxpr.eqns:
+            dtypes.setdefault(eqn.primitive.name, set()).update(str(v.aval.dtype) for v in eqn.invars)
+            for sub in jax.extend.core.jaxprs_in_params(eqn.params):
+                visit(sub)
+
+    visit(jaxpr.jaxpr)
+    assert dtypes["exp"] == {"float32"} and dtypes["rsqrt"] == {"float32"}
+    assert dtypes["dot_general"] == {"bfloat16"} and dtypes["conv_general_dilated"] == {"bfloat16"}
+
+
+def test_initialisation():
+    params = coswin.CoSwin(width=64, depths=(2,), heads=(2,), window=7).init(jax.random.key(0), jnp.zeros((1, 56, 56, 3)))
+    params = params["params"]
+    conv, block = params["stage0_embed"], params["stage0_pair0"]["plain"]
+    bound = (3 * 49) ** -0.5
+    for leaf in (conv["kernel"], conv["bias"]):
+        assert 0.9 * bound < jnp.abs(leaf).max() <= bound
+    np.testing.assert_allclose(block["mlp"]["fc1"]["kernel"].std(), 0.02, rtol=0.03)
+    assert jnp.abs(block["mlp"]["fc1"]["kernel"]).max() > 0.06  # not truncated at two sigma
+    np.testing.assert_allclose(block["attention"]["relative_position_bias_table"].std(), 0.02, rtol=0.1)
+    assert not block["attention"]["qkv"]["bias"].any()
+
+
+def test_gelu_is_exact():
+    np.testing.assert_allclose(gelu(jnp.float32([-3, -1, 0.5, 2])), [-0.00404969, -0.15865525, 0.34573123, 1.9544997], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options,size,message",
+    [
+        (dict(depths=(2, 3)), 32, "even"),
+        (dict(size_mode="video"), 32, "size_mode"),
+        (dict(heads=(2,)), 32, "per stage"),
+        (dict(window=3), 32, "does not divide"),
+    ],
+)
+def test_user_errors(options, size, message):
+    with pytest.raises(UserError, match=message):
+        coswin.CoSwin(**TINY | options).init(jax.random.key(0), jnp.zeros((1, size, size, 3)))
