@@ -6,6 +6,8 @@ by `fill`; sums over many outputs are compared relative to the sum of magnitudes
 
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 NORM_WEIGHT = re.compile(r"(norm|ln_|LayerNorm|bn).*weight$")
@@ -29,6 +31,13 @@ def cosx(*shape: int) -> np.ndarray:
 def sinx(step: float, *shape: int) -> np.ndarray:
     """float32 sin(step * n) of the flat index n."""
     return np.sin(step * np.arange(np.prod(shape))).reshape(shape).astype(np.float32)
+
+
+def random_params(module, *inputs, scale: float = 0.1) -> dict:
+    """Normal parameters of a module's shapes, drawn without compiling its initialisers."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, scale, leaf.shape), leaf.dtype), shapes)
 
 
 def convert(torch_params: dict[str, np.ndarray], renames: tuple[tuple[str, str], ...] = ()) -> dict:
@@ -71,7 +80,7 @@ def embed_shapes(prefix: str, kernel: int, channels: int, features: int) -> dict
 
 
 def coswin_params(window: int, *, output_norm: str) -> dict:
-    """Our parameters of the golden two-stage CoSwin (C = 8, depths 2,2, heads 2,4); `output_norm` = 'norm' or 'norm1'."""
+    """Our parameters of the golden CoSwin: C = 8, depths (2, 2), heads (2, 4); `output_norm` is 'norm' or 'norm1'."""
     shapes = {"norm1.bias": (16,), "norm1.weight": (16,)}
     shapes |= embed_shapes("patch_embed.", 7, 3, 8) | embed_shapes("layers.0.downsample.", 3, 8, 16)
     for i, (channels, heads) in enumerate(((8, 2), (16, 4))):

@@ -4,17 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden import random_params, text_params
 
 from florence_jax.errors import UserError
 from florence_jax.models.text import TextTransformer
-from golden import text_params
 
 SIZES = dict(vocab_size=20, length=6, width=8, layers=2, heads=2)
 IDS = jnp.array([[18, 5, 7, 19, 0, 0], [18, 3, 19, 19, 19, 19]])
 
 
 def apply(ids, **options):
-    return TextTransformer(**SIZES | options).apply({"params": text_params()}, jnp.asarray(ids))
+    return jax.jit(TextTransformer(**SIZES | options).apply)({"params": text_params()}, jnp.asarray(ids))
 
 
 def test_golden():
@@ -43,7 +43,9 @@ def test_non_causal_tower_ignores_padding_only():
     assert bool(jnp.isfinite(apply([[0, 0, 0]], causal=False, pooling="mean")["pooled"]).all())
 
 
-@pytest.mark.parametrize("options,index", [(dict(pooling="eot"), 3), (dict(pooling="first"), 0), (dict(pooling="eos", eot_id=7), 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    "options,index", [(dict(pooling="eot"), 3), (dict(pooling="first"), 0), (dict(pooling="eos", eot_id=7), 2)]
+)
 def test_pooling_position(options, index):
     outputs = apply(IDS[:1], **options)
     np.testing.assert_array_equal(outputs["pooled"], outputs["tokens"][:, index])
@@ -52,13 +54,12 @@ def test_pooling_position(options, index):
 def test_scan_equals_unrolled():
     sizes = SIZES | dict(layers=4)
     unrolled = TextTransformer(**sizes, scan=False)
-    params = unrolled.init(jax.random.key(0), IDS)["params"]
-    params = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+    params = random_params(unrolled, IDS, scale=0.3)
     stacked = dict(params)
     stacked["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[stacked.pop(f"layer{i}") for i in range(4)])
-    want = unrolled.apply({"params": params}, IDS)["pooled"]
+    want = jax.jit(unrolled.apply)({"params": params}, IDS)["pooled"]
     for remat in ("none", "block"):
-        got = TextTransformer(**sizes, remat=remat).apply({"params": stacked}, IDS)["pooled"]
+        got = jax.jit(TextTransformer(**sizes, remat=remat).apply)({"params": stacked}, IDS)["pooled"]
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -83,4 +84,4 @@ def test_activation_option():
 )
 def test_user_errors(options, message):
     with pytest.raises(UserError, match=message):
-        TextTransformer(**SIZES | options).init(jax.random.key(0), IDS)
+        jax.eval_shape(TextTransformer(**SIZES | options).init, jax.random.key(0), IDS)

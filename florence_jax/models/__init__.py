@@ -1,0 +1,1 @@
+"""The models: the only package that imports Flax; parameters leave it as plain nested dicts."""

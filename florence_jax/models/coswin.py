@@ -25,6 +25,7 @@ from florence_jax.models.layers import (
 )
 
 SIZE_MODES = ("classification", "detection")
+STAGE_CONV = ((7, 4, 2), (3, 2, 1))  # kernel, stride, padding of the first and of the later embeddings
 MASKED = -100.0  # Swin's additive mask value: finite, so that a softmax row never becomes NaN
 
 
@@ -58,18 +59,23 @@ def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
     return np.where(regions[:, :, None] == regions[:, None], 0, MASKED).astype(np.float32)
 
 
-def _partition(x, window: int):
+def _partition(x: jax.Array | np.ndarray, window: int) -> jax.Array | np.ndarray:
     """(B, H, W, C) -> (B, windows, window**2, C), windows row-major; the batch axis stays apart for sharding."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // window, window, width // window, window, channels)
     return x.swapaxes(2, 3).reshape(batch, -1, window * window, channels)
 
 
-def _unpartition(x, height: int, width: int, window: int):
+def _unpartition(x: jax.Array, height: int, width: int, window: int) -> jax.Array:
     """Inverse of `_partition`: (B, windows, window**2, C) -> (B, H, W, C)."""
     batch, channels = x.shape[0], x.shape[-1]
     x = x.reshape(batch, height // window, width // window, window, window, channels)
     return x.swapaxes(2, 3).reshape(batch, height, width, channels)
+
+
+def conv_size(size: int, kernel: int, stride: int, padding: int) -> int:
+    """Side of a convolution's output map: floor((size + 2 * padding - kernel) / stride) + 1."""
+    return (size + 2 * padding - kernel) // stride + 1
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
@@ -82,7 +88,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.
 class ConvEmbed(nn.Module):
     """Convolutional token embedding: convolution with bias, then LayerNorm; (B, H, W, C) -> (B, h, w, features).
 
-    Output side: floor((H + 2 * padding - kernel) / stride) + 1. Padding is explicit because XLA's 'SAME' pads a
+    `conv_size` gives h and w. Padding is explicit because XLA's 'SAME' pads a
     7x7 stride-4 kernel unevenly. Kernel and bias start as U(+-1/sqrt(fan_in)), PyTorch's default.
     """
 
@@ -94,6 +100,7 @@ class ConvEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, H, W, C) -> (B, h, w, features)."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
 
         def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -118,6 +125,7 @@ class WindowAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """(B, windows, tokens, C) -> the same shape."""
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=NORMAL)
         q, k, v = split_heads(dense(3 * x.shape[-1], name="qkv")(x), self.heads)
         entries = (2 * self.window[0] - 1) * (2 * self.window[1] - 1)
@@ -153,6 +161,8 @@ class SwinBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, rate: jax.Array | float = 0.0) -> jax.Array:
+        """(B, H, W, C) -> the same shape; `rate` is the block's stochastic depth rate, a scalar in [0, 1)."""
+
         def branch(y: jax.Array) -> jax.Array:
             return drop_path(y, rate, self.make_rng("drop_path")) if self.stochastic else y
 
@@ -174,16 +184,18 @@ class SwinBlock(nn.Module):
         return x[:, :height, :width]
 
     def _mask(self, height: int, width: int, bottom: int, right: int) -> jax.Array | None:
-        """The additive mask, built from small per-token constants: (windows, tokens, tokens) would be megabytes."""
+        """Additive float32 mask (windows, tokens, tokens), or None."""
+        # Compared in the graph from small per-token constants: spelled out, a large map's masks would be megabytes.
         blocked = None
         if self.shift:
-            regions = window_regions(height + bottom, width + right, self.window, self.shift)
-            blocked = jnp.asarray(regions)[:, :, None] != jnp.asarray(regions)[:, None]
+            regions = jnp.asarray(window_regions(height + bottom, width + right, self.window, self.shift))
+            blocked = regions[:, :, None] != regions[:, None]
         if self.mask_padding and (bottom or right):
             padded = np.pad(np.zeros((height, width), bool), ((0, bottom), (0, right)), constant_values=True)
             padded = np.roll(padded, (-self.shift, -self.shift), (0, 1))
-            keys = jnp.asarray(_partition(padded[None, :, :, None], self.window)[0, :, :, 0])[:, None]
-            blocked = jnp.broadcast_to(keys, (*keys.shape[:1], *[self.window**2] * 2)) if blocked is None else blocked | keys
+            padded = jnp.asarray(_partition(padded[None, :, :, None], self.window)[0, :, :, 0])
+            keys = jnp.broadcast_to(padded[:, None], (*padded.shape, self.window**2))
+            blocked = keys if blocked is None else blocked | keys
         return None if blocked is None else jnp.where(blocked, jnp.float32(MASKED), jnp.float32(0))
 
 
@@ -203,6 +215,7 @@ class SwinPair(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, rates: jax.Array) -> tuple[jax.Array, None]:
+        """(B, H, W, C) -> the same shape, None; `rates` float32 (2,)."""
         block = functools.partial(
             SwinBlock,
             heads=self.heads,
@@ -237,6 +250,21 @@ def stage_window(height: int, width: int, window: int, size_mode: str) -> tuple[
             "that divide at every stage, or size_mode='detection'"
         )
     return window, shift
+
+
+def check_stages(width: int, depths: Sequence[int], heads: Sequence[int]) -> None:
+    """Checks that the stages fit together.
+
+    Raises:
+      UserError: an odd depth, a stage without its number of heads, or heads that do not divide the channels.
+    """
+    if any(depth % 2 or depth < 2 for depth in depths):
+        raise UserError(f"depths={depths}: every stage needs an even number of blocks, at least 2")
+    if len(heads) != len(depths):
+        raise UserError(f"heads={heads} and depths={depths} must have one entry per stage")
+    for i, count in enumerate(heads):
+        if width * 2**i % count:
+            raise UserError(f"heads={heads}: {count} heads do not divide the {width * 2**i} channels of stage {i}")
 
 
 class CoSwin(nn.Module):
@@ -288,7 +316,9 @@ class CoSwin(nn.Module):
         Raises:
           UserError: odd depths, unknown size mode, or sizes that do not fit the windows.
         """
-        self._check()
+        check_stages(self.width, self.depths, self.heads)
+        if self.size_mode not in SIZE_MODES:
+            raise UserError(f"size_mode={self.size_mode!r}: choose one of {', '.join(SIZE_MODES)}")
         rates = np.linspace(0, self.drop_path, sum(self.depths), dtype=np.float32)
         outputs, x = {}, image.astype(self.dtype)
         for i, depth in enumerate(self.depths):
@@ -303,18 +333,9 @@ class CoSwin(nn.Module):
             outputs["pooled"] = LayerNorm(name="norm")(x).mean((1, 2))
         return outputs
 
-    def _check(self) -> None:
-        if any(depth % 2 or depth < 2 for depth in self.depths):
-            raise UserError(f"depths={self.depths}: every stage needs an even number of blocks, at least 2")
-        if len(self.heads) != len(self.depths):
-            raise UserError(f"heads={self.heads} and depths={self.depths} must have one entry per stage")
-        if self.size_mode not in SIZE_MODES:
-            raise UserError(f"size_mode={self.size_mode!r}: choose one of {', '.join(SIZE_MODES)}")
-
     def _embed(self, stage: int, x: jax.Array) -> jax.Array:
-        kernel, stride, padding = (3, 2, 1) if stage else (7, 4, 2)
-        features = self.width * 2**stage
-        return ConvEmbed(features, kernel, stride, padding, self.dtype, name=f"stage{stage}_embed")(x)
+        embed = ConvEmbed(self.width * 2**stage, *STAGE_CONV[min(stage, 1)], self.dtype, name=f"stage{stage}_embed")
+        return embed(x)
 
     def _stage(self, stage: int, x: jax.Array, rates: np.ndarray, train: bool) -> jax.Array:
         window, shift = stage_window(x.shape[1], x.shape[2], self.window, self.size_mode)
@@ -373,7 +394,7 @@ def resize_bias_tables(params: dict, window: int | Sequence[int]) -> dict:
       UserError: a table that is not square.
     """
 
-    def resize(path: tuple, leaf):
+    def resize(path: tuple, leaf: jax.Array) -> jax.Array | np.ndarray:
         names = [str(entry.key) for entry in path]
         if names[-1] != "relative_position_bias_table":
             return leaf

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from florence_jax.errors import UserError
-from florence_jax.models.coswin import SIZE_MODES, CoSwin
+from florence_jax.models.coswin import SIZE_MODES, STAGE_CONV, CoSwin, check_stages, conv_size, stage_window
 from florence_jax.models.layers import ACTIVATIONS, NORMAL, unit_norm
 from florence_jax.models.text import POOLINGS, TextTransformer
 
@@ -121,7 +121,8 @@ def resolve_config(variant: str, **overrides: Any) -> ModelConfig:
     sizes.setdefault("out_stages", range(len(widths)))
     for name in ("depths", "heads", "out_stages"):
         sizes[name] = tuple(sizes[name])
-    sizes["dtype"] = jnp.dtype(sizes.get("dtype", "float32")).name
+    if not isinstance(sizes.setdefault("dtype", "float32"), str):
+        sizes["dtype"] = jnp.dtype(sizes["dtype"]).name
     config = ModelConfig(variant=variant, **sizes)
     _check(config)
     return config
@@ -136,9 +137,17 @@ def _check(config: ModelConfig) -> None:
             raise UserError(f"{name}={config[name]!r}: choose one of {', '.join(known)}")
     if not 0 <= config.drop_path < 1:
         raise UserError(f"drop_path={config.drop_path}: must be in [0, 1)")
-    for i, heads in enumerate(config.heads):
-        if (config.image_width * 2**i) % heads:
-            raise UserError(f"heads={config.heads}: {heads} does not divide stage {i}'s {config.image_width * 2**i} channels")
+    if config.text_width % config.text_heads:
+        raise UserError(f"text_width={config.text_width} does not divide by text_heads={config.text_heads}")
+    check_stages(config.image_width, config.depths, config.heads)
+    if config.size_mode == "classification":
+        side = config.res
+        for i in range(len(config.depths)):
+            side = conv_size(side, *STAGE_CONV[min(i, 1)])
+            try:
+                stage_window(side, side, config.window, config.size_mode)
+            except UserError as error:
+                raise UserError(f"res={config.res}: {error}") from None
 
 
 class _Projection(nn.Module):
@@ -150,9 +159,7 @@ class _Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", NORMAL, (x.shape[-1], self.features))
-        product = jnp.matmul(
-            x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32
-        )
+        product = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
         return unit_norm(product)
 
 
@@ -164,7 +171,8 @@ class _Florence(nn.Module):
         common = dict(dtype=jnp.dtype(c.dtype), remat=c.remat, scan=c.scan)
         self.image = CoSwin(
             width=c.image_width, depths=c.depths, heads=c.heads, window=c.window, mlp_ratio=c.mlp_ratio,
-            drop_path=c.drop_path, size_mode=c.size_mode, mask_padding=c.mask_padding, out_stages=c.out_stages, **common,
+            drop_path=c.drop_path, size_mode=c.size_mode, mask_padding=c.mask_padding, out_stages=c.out_stages,
+            **common,
         )  # fmt: skip
         self.text = TextTransformer(
             vocab_size=c.vocab_size, length=c.text_length, width=c.text_width, layers=c.text_layers, heads=c.text_heads,
@@ -290,7 +298,8 @@ def _image_macs(config: ModelConfig) -> int:
     macs, side, channels = 0, config.res, 3
     for i, depth in enumerate(config.depths):
         width = config.image_width * 2**i
-        side, kernel = ((side - 3) // 4 + 1, 7) if i == 0 else (-(-side // 2), 3)
+        kernel, stride, padding = STAGE_CONV[min(i, 1)]
+        side = conv_size(side, kernel, stride, padding)
         macs += side**2 * kernel**2 * channels * width
         window = min(config.window, side) if config.size_mode == "classification" else config.window
         padded = -(-side // window) * window

@@ -36,6 +36,7 @@ class TextBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array) -> tuple[jax.Array, None]:
+        """(B, L, W) -> the same shape, None."""
         norm = functools.partial(LayerNorm, eps=self.eps, dtype=self.dtype)
         # UniCL leaves the fused qkv at PyTorch's Xavier-uniform; everything else is normal(.02).
         qkv = nn.Dense(3 * x.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="qkv")

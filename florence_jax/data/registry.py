@@ -1,0 +1,56 @@
+"""The registry of transforms: what an op is, and the table that op strings look names up in."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from florence_jax.errors import UserError
+
+Example = dict[str, Any]
+
+
+class Op(abc.ABC):
+    """Base of the transforms: `__call__(example, rng) -> example`, a new dict; no other state.
+
+    Attributes:
+      name: as in op strings.
+      random: whether it draws from `rng`.
+
+    Raises (on call):
+      BadRecord: if the record, not the configuration, is at fault.
+    """
+
+    name = ""
+    random = False
+
+    @abc.abstractmethod
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """The transformed example."""
+
+
+OPS: dict[str, type[Op]] = {}
+
+
+def op(name: str) -> Callable[[type[Op]], type[Op]]:
+    """Class decorator: makes an `Op` known to `parse_ops` as `name`."""
+
+    def register(cls: type[Op]) -> type[Op]:
+        cls.name = name
+        OPS[name] = cls
+        return cls
+
+    return register
+
+
+def checked_number(name: str, value: Any, low: float, high: float) -> float:
+    """`value` as a float. Raises UserError, naming it, unless it is a number in [low, high]."""
+    if not isinstance(value, (int, float)) or not low <= value <= high:
+        raise UserError(f"{name} must be a number from {low} to {high}, not {value!r}")
+    return float(value)
+
+
+def key_of(example: Example) -> str:
+    """The record's key, for messages."""
+    return str(example.get("key", "without key"))

@@ -1,0 +1,150 @@
+"""Prompt templates for class names: short phrases with one `{}` where the name goes.
+
+Source: CLIP (Radford et al. 2021), the prompt engineering notebook for ImageNet and data/prompts.md for the others.
+"""
+
+from florence_jax.errors import UserError
+
+# CLIP's 80 templates for ImageNet, and the bare name, which UniCL (Yang et al. 2022) adds in training.
+TEMPLATES = (
+    "a bad photo of a {}.",
+    "a photo of many {}.",
+    "a sculpture of a {}.",
+    "a photo of the hard to see {}.",
+    "a low resolution photo of the {}.",
+    "a rendering of a {}.",
+    "graffiti of a {}.",
+    "a bad photo of the {}.",
+    "a cropped photo of the {}.",
+    "a tattoo of a {}.",
+    "the embroidered {}.",
+    "a photo of a hard to see {}.",
+    "a bright photo of a {}.",
+    "a photo of a clean {}.",
+    "a photo of a dirty {}.",
+    "a dark photo of the {}.",
+    "a drawing of a {}.",
+    "a photo of my {}.",
+    "the plastic {}.",
+    "a photo of the cool {}.",
+    "a close-up photo of a {}.",
+    "a black and white photo of the {}.",
+    "a painting of the {}.",
+    "a painting of a {}.",
+    "a pixelated photo of the {}.",
+    "a sculpture of the {}.",
+    "a bright photo of the {}.",
+    "a cropped photo of a {}.",
+    "a plastic {}.",
+    "a photo of the dirty {}.",
+    "a jpeg corrupted photo of a {}.",
+    "a blurry photo of the {}.",
+    "a photo of the {}.",
+    "a good photo of the {}.",
+    "a rendering of the {}.",
+    "a {} in a video game.",
+    "a photo of one {}.",
+    "a doodle of a {}.",
+    "a close-up photo of the {}.",
+    "a photo of a {}.",
+    "the origami {}.",
+    "the {} in a video game.",
+    "a sketch of a {}.",
+    "a doodle of the {}.",
+    "a origami {}.",
+    "a low resolution photo of a {}.",
+    "the toy {}.",
+    "a rendition of the {}.",
+    "a photo of the clean {}.",
+    "a photo of a large {}.",
+    "a rendition of a {}.",
+    "a photo of a nice {}.",
+    "a photo of a weird {}.",
+    "a blurry photo of a {}.",
+    "a cartoon {}.",
+    "art of a {}.",
+    "a sketch of the {}.",
+    "a embroidered {}.",
+    "a pixelated photo of a {}.",
+    "itap of the {}.",
+    "a jpeg corrupted photo of the {}.",
+    "a good photo of a {}.",
+    "a plushie {}.",
+    "a photo of the nice {}.",
+    "a photo of the small {}.",
+    "a photo of the weird {}.",
+    "the cartoon {}.",
+    "art of the {}.",
+    "a drawing of the {}.",
+    "a photo of the large {}.",
+    "a black and white photo of a {}.",
+    "the plushie {}.",
+    "a dark photo of a {}.",
+    "itap of a {}.",
+    "graffiti of the {}.",
+    "a toy {}.",
+    "itap of my {}.",
+    "a photo of a cool {}.",
+    "a photo of a small {}.",
+    "a tattoo of the {}.",
+    "{}.",
+)
+
+_ARTICLES = ("a photo of a {}.", "a photo of the {}.")
+
+_CIFAR = tuple(
+    f"a {kind}photo of {article} {{}}."
+    for article in ("a", "the")
+    for kind in ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
+) + tuple(f"a photo of {article} {size} {{}}." for article in ("a", "the") for size in ("small", "big"))
+
+# Data set name (TFDS's where it has one) -> CLIP's templates for zero-shot classification on it.
+TEMPLATE_SETS = {
+    "default": TEMPLATES,
+    "imagenet2012": TEMPLATES[:80],
+    "name": ("{}",),
+    "birdsnap": ("a photo of a {}, a type of bird.",),
+    "cars196": (
+        *_ARTICLES,
+        "a photo of my {}.",
+        "i love my {}!",
+        "a photo of my dirty {}.",
+        "a photo of my clean {}.",
+        "a photo of my new {}.",
+        "a photo of my old {}.",
+    ),
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+    "country211": (
+        "a photo i took in {}.",
+        "a photo i took while visiting {}.",
+        "a photo from my home country of {}.",
+        "a photo from my visit to {}.",
+        "a photo showing the country of {}.",
+    ),
+    "dtd": tuple(
+        f"a photo of {article} {{}} {noun}."
+        for article in ("a", "the")
+        for noun in ("texture", "pattern", "thing", "object")
+    ),
+    "eurosat": tuple(f"a centered satellite photo of {article}{{}}." for article in ("", "a ", "the ")),
+    "fgvc_aircraft": ("a photo of a {}, a type of aircraft.", "a photo of the {}, a type of aircraft."),
+    "food101": ("a photo of {}, a type of food.",),
+    "mnist": ('a photo of the number: "{}".',),
+    "oxford_flowers102": ("a photo of a {}, a type of flower.",),
+    "oxford_iiit_pet": ("a photo of a {}, a type of pet.",),
+    "stl10": _ARTICLES,
+    "sun397": _ARTICLES,
+    "voc/2007": ("a photo of a {}.",),
+}
+
+
+def template_set(name: str) -> tuple[str, ...]:
+    """Returns the templates of a data set, e.g. `template_set("food101")`.
+
+    Raises:
+      UserError: for a name that is not in TEMPLATE_SETS.
+    """
+    if name not in TEMPLATE_SETS:
+        raise UserError(f"no prompt templates for {name!r}; known sets: {', '.join(TEMPLATE_SETS)}")
+    return TEMPLATE_SETS[name]

@@ -1,0 +1,80 @@
+"""Checkpoints: round trip, another mesh, partial restore, and mismatches named in full."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from florence_jax.errors import UserError
+from florence_jax.train.checkpoint import Checkpoints
+from florence_jax.train.sharding import make_mesh
+from florence_jax.train.state import init_state
+
+
+def make_state(width=8):
+    params = {"a": {"kernel": jnp.arange(4.0 * width).reshape(4, width)}, "logit_scale": jnp.float32(2.6)}
+    return init_state(params, optax.adam(1e-3), ema=True)
+
+
+def shapes(state, mesh, spec):
+    def place(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec if x.ndim == 2 else PartitionSpec()))
+
+    return jax.tree.map(place, state)
+
+
+def test_round_trip_onto_two_meshes(tmp_path):
+    state = make_state()
+    checkpoints = Checkpoints(str(tmp_path / "c"), keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, state | {"step": jnp.int32(step)})
+    checkpoints.wait()
+    assert checkpoints.latest_step() == 3
+    assert sorted(int(p.name) for p in (tmp_path / "c").iterdir() if p.name.isdigit()) == [2, 3]
+    for mesh, spec in ((make_mesh(1, 8), PartitionSpec(None, "fsdp")), (make_mesh(4, 2), PartitionSpec("fsdp", None))):
+        restored = checkpoints.restore(shapes(state, mesh, spec))
+        assert int(restored["step"]) == 3
+        kernel = restored["opt_state"][0].mu["a"]["kernel"]
+        assert kernel.sharding.spec == spec
+        jax.tree.map(np.testing.assert_array_equal, restored | {"step": 0}, state | {"step": 0})
+    checkpoints.close()
+
+
+def test_parameters_alone_can_be_restored(tmp_path):
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    state = make_state()
+    checkpoints.save(1, state)
+    checkpoints.close()
+    reader = Checkpoints(str(tmp_path / "c"), read_only=True)
+    target = shapes({"params": state["params"]}, make_mesh(8, 1), PartitionSpec())
+    np.testing.assert_array_equal(reader.restore(target)["params"]["a"]["kernel"], state["params"]["a"]["kernel"])
+    reader.close()
+
+
+def test_every_mismatch_is_listed(tmp_path):
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    checkpoints.save(1, make_state())
+    checkpoints.wait()
+    other = {"params": {"a": {"kernel": jnp.ones((4, 6))}, "b": {"bias": jnp.ones(3)}}}
+    with pytest.raises(UserError) as error:
+        checkpoints.restore(shapes(other, make_mesh(8, 1), PartitionSpec()))
+    message = str(error.value)
+    for part in ("3 mismatches", "params/a/kernel: (4, 8) in the checkpoint, (4, 6) in the model",
+                 "params/b/bias: not in the checkpoint", "params/logit_scale: not in the model"):
+        assert part in message
+    checkpoints.close()
+
+
+def test_missing_checkpoints_say_so(tmp_path):
+    with pytest.raises(UserError, match="no checkpoints at"):
+        Checkpoints(str(tmp_path / "none"), read_only=True)
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        Checkpoints(str(tmp_path / "empty")).restore({"step": jnp.int32(0)})
+
+
+def test_unwritable_directory_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match="cannot write checkpoints"):
+        Checkpoints(str(tmp_path / "file" / "c"))

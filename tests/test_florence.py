@@ -1,0 +1,163 @@
+"""The variants table, the functional seam and the FLOP count."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from florence_jax.errors import UserError
+from florence_jax.models.florence import VARIANTS, build, forward_flops, parameter_count
+
+SMALL = dict(depths=(2, 2), image_width=16, heads=(2, 4), text_width=32, vocab_size=50, text_length=8, projection=12)
+
+
+def small_batch(batch=3, res=32):
+    rng = np.random.default_rng(0)
+    return {
+        "image": jnp.asarray(rng.normal(size=(batch, res, res, 3)), jnp.float32),
+        "text": jnp.asarray(rng.integers(1, 50, (batch, 8)), jnp.int32),
+        "label": jnp.zeros((batch,), jnp.int32),
+    }
+
+
+@pytest.mark.parametrize("variant,millions", [("T", 29.46), ("S", 50.78), ("B", 90.19), ("L", 202.75)])
+def test_image_parameters(variant, millions):
+    np.testing.assert_allclose(parameter_count(variant)["image"], millions * 1e6, rtol=1e-3)
+
+
+def test_huge_has_the_papers_size():
+    counts = parameter_count("H")
+    np.testing.assert_allclose(counts["image"], 637e6, rtol=0.005)
+    np.testing.assert_allclose(counts["text"], 256e6, rtol=0.01)
+    assert counts["image_projection"] == 2048 * 1024 and counts["logit_scale"] == 1
+    assert counts["total"] == sum(value for name, value in counts.items() if name != "total")
+
+
+def test_unicl_text_tower_size():
+    """63.17M as published, with one position fewer: 12 blocks of 12 W^2 + 13 W, two tables and a LayerNorm."""
+    count = parameter_count("T")["text"]
+    assert count == 12 * (12 * 512**2 + 13 * 512) + (49408 + 76 + 2) * 512
+    np.testing.assert_allclose(count, 63.17e6, rtol=1e-3)
+
+
+def test_flops_of_known_models():
+    np.testing.assert_allclose(forward_flops(build("H").config)["image"] / 2e9, 87.5, rtol=0.005)
+    np.testing.assert_allclose(forward_flops(build("H", res=384).config)["image"] / 2e9, 261.5, rtol=0.005)
+
+
+@pytest.mark.parametrize("mode,res,window", [("classification", 32, 4), ("detection", 36, 4)])
+def test_flops_match_the_compiler(mode, res, window):
+    sizes = dict(image_width=64, res=res, window=window, size_mode=mode, text_layers=3, scan=False)
+    model = build("ti", **SMALL | sizes)
+    for tower in ("image", "text"):
+        batch = {tower: small_batch(1, res)[tower]}
+        params = jax.eval_shape(model.init, jax.random.key(0), batch)
+        counted = forward_flops(model.config)[tower]
+        compiled = jax.jit(model.apply).lower(params, batch).cost_analysis()["flops"]
+        # The compiler also counts element-wise work, and leaves out convolution taps that fall on padding.
+        assert 0.95 * counted < compiled < 1.25 * counted, (tower, counted, compiled)
+
+
+@pytest.fixture(scope="module")
+def encoded():
+    """Parameters of the small model, and its outputs on the small batch."""
+    model = build("ti", **SMALL)
+    params = jax.jit(model.init)(jax.random.key(0), small_batch())
+    return params, jax.jit(model.apply)(params, small_batch())
+
+
+def test_outputs_and_params(encoded):
+    params, outputs = encoded
+    assert set(params) == {"image", "text", "image_projection", "text_projection", "logit_scale"}
+    assert all(type(node) is dict for node in (params, params["image"], params["text"]["layer0"]))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    shapes = {name: value.shape for name, value in outputs.items()}
+    assert shapes == {
+        "logit_scale": (),
+        "image/stage0": (3, 8, 8, 16),
+        "image/stage1": (3, 4, 4, 32),
+        "image/pooled": (3, 32),
+        "image/embedding": (3, 12),
+        "text/tokens": (3, 8, 32),
+        "text/pooled": (3, 32),
+        "text/embedding": (3, 12),
+    }
+    np.testing.assert_allclose(outputs["logit_scale"], 1 / 0.07, rtol=1e-6)
+    np.testing.assert_allclose(params["logit_scale"], np.log(1 / 0.07), rtol=1e-6)
+    for tower in ("image", "text"):
+        np.testing.assert_allclose(jnp.linalg.norm(outputs[f"{tower}/embedding"], axis=1), 1, rtol=1e-5)
+        cosine = outputs[f"{tower}/pooled"] @ params[f"{tower}_projection"]["kernel"]
+        cosine /= jnp.linalg.norm(cosine, axis=1, keepdims=True)
+        np.testing.assert_allclose(outputs[f"{tower}/embedding"], cosine, atol=1e-5)
+
+
+def test_one_tower_needs_only_its_input():
+    model = build("ti", **SMALL)
+    params = jax.eval_shape(model.init, jax.random.key(0), {"text": small_batch()["text"]})
+    assert set(params) == {"text", "text_projection", "logit_scale"}
+    outputs = jax.eval_shape(model.apply, params, {"text": small_batch()["text"]})
+    assert "text/embedding" in outputs and not any(name.startswith("image") for name in outputs)
+
+
+def test_detection_outputs():
+    model = build("ti", **SMALL | dict(size_mode="detection", out_stages=(1,)))
+    batch = {"image": small_batch(2, 40)["image"][:, :36]}
+    outputs = jax.eval_shape(lambda: model.apply(model.init(jax.random.key(0), batch), batch))
+    assert outputs["image/stage0"].shape == (2, 9, 10, 16) and outputs["image/norm1"].shape == (2, 5, 5, 32)
+    assert "image/embedding" not in outputs and "image/norm0" not in outputs
+
+
+def test_bfloat16_embeddings_are_float32_and_close(encoded):
+    params, full = encoded
+    low = jax.jit(build("ti", **SMALL, dtype="bfloat16").apply)(params, small_batch())
+    assert low["image/stage1"].dtype == jnp.bfloat16
+    for name in ("image/embedding", "text/embedding"):
+        assert low[name].dtype == jnp.float32
+        assert 0.995 < (full[name] * low[name]).sum(1).min() < 0.9999999
+
+
+def test_config_is_frozen_and_json():
+    config = build("B", res=384, drop_path=0.5, depths=[2, 2, 4, 2]).config
+    assert config["window"] == 12 and config.heads == (4, 8, 16, 32) and config.depths == (2, 2, 4, 2)
+    assert json.loads(json.dumps(dict(config)))["dtype"] == "float32"
+    assert hash(config) == hash(build("B", res=384, drop_path=0.5, depths=(2, 2, 4, 2)).config)
+    with pytest.raises(AttributeError):
+        config.res = 224
+    assert build("ti", res=48).config.window == 6 and build("ti").config.window == 4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_resolves(variant):
+    assert build(variant).config.variant == variant
+
+
+@pytest.mark.parametrize(
+    "variant,options,message",
+    [
+        ("XL", {}, "unknown variant 'XL': choose one of ti, T, S, B, L, H"),
+        ("ti", dict(widht=3), "unknown model option widht: known are res, projection"),
+        ("ti", dict(dtype="int8"), "dtype"),
+        ("ti", dict(dtype="half-ish"), "dtype"),
+        ("ti", dict(remat="all"), "remat"),
+        ("ti", dict(text_pooling="cls"), "text_pooling"),
+        ("ti", dict(drop_path=1.0), "drop_path"),
+        ("ti", dict(heads=(3, 2, 4, 8)), "heads"),
+        ("ti", dict(heads=(1, 2)), "heads"),
+        ("ti", dict(depths=(2, 2, 3, 2)), "depths"),
+        ("ti", dict(res=40, window=4), "res=40"),
+        ("T", dict(res=200), "res=200"),
+        ("ti", dict(text_heads=3), "text_heads"),
+    ],
+)
+def test_user_errors(variant, options, message):
+    with pytest.raises(UserError, match=message):
+        build(variant, **options)
+
+
+def test_missing_drop_path_key():
+    model = build("ti", **SMALL, drop_path=0.1)
+    batch = small_batch()
+    with pytest.raises(UserError, match="rngs"):
+        jax.eval_shape(lambda: model.apply(model.init(jax.random.key(0), batch), batch, train=True))

@@ -1,0 +1,31 @@
+"""metrics.jsonl: one line a step, rewritten tails after a resume, cut-off lines ignored."""
+
+import json
+
+from florence_jax.train.metrics import MetricsWriter, read_metrics
+
+
+def write(workdir, resume_step, steps, offset=0.0):
+    writer = MetricsWriter(workdir, resume_step=resume_step, write=True)
+    for step in steps:
+        writer.write(step, {"train/loss": step + offset})
+    writer.close()
+
+
+def test_resume_replaces_later_lines(tmp_path):
+    write(tmp_path, 0, (1, 2, 3, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "train/lo')  # killed in the middle of a line
+    write(tmp_path, 2, (3, 4), offset=0.5)
+    assert [(m["step"], m["train/loss"]) for m in read_metrics(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0), (2, 2.0), (3, 3.5), (4, 4.5)]  # fmt: skip
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_other_processes_write_nothing(tmp_path):
+    writer = MetricsWriter(tmp_path, resume_step=0, write=False)
+    writer.write(1, {"train/loss": 1.0})
+    writer.close()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,429 @@
+"""The streams: the same global batches for any split of the work, resume by step, bad records, masks."""
+
+import collections
+import io
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from absl import logging
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from PIL import Image
+
+from florence_jax.data.captions import CaptionIndex
+from florence_jax.data.pipeline import MAX_BAD_IN_A_ROW, Stream, eval_stream, to_global, train_stream
+from florence_jax.data.sources import BadRecord, FolderSource, open_source, write_array_record
+from florence_jax.data.transforms import caption_strings
+from florence_jax.errors import UserError
+
+OPS = (
+    "decode|rrc(8)|flip|jitter(0.4, 0.4, 0.4)|caption(caption=2, tags=1)|label|prompt|tokenize|keep(image, text, label)"
+)
+NUMBER_OPS = "keep(number)"
+FIELDS = "caption=2,tags=1"
+
+
+class CharTokenizer:
+    def __call__(self, text):
+        return np.array([ord(c) for c in text.lower().ljust(12)[:12]], np.int32)
+
+
+class ListSource:
+    """Records in memory; reads[i] counts how often record i was read."""
+
+    def __init__(self, records, name="list"):
+        self.records, self.name = records, name
+        self.reads = collections.Counter()
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        (record,) = self.__getitems__([index])
+        if isinstance(record, BadRecord):
+            raise record
+        return record
+
+    def __getitems__(self, indices):
+        assert all(0 <= i < len(self.records) for i in indices)
+        self.reads.update(indices)
+        return [self.records[i] for i in indices]
+
+    def metadata(self):
+        return ({k: v for k, v in r.items() if k != "image"} for r in self.records if not isinstance(r, BadRecord))
+
+
+def picture(i):
+    file = io.BytesIO()
+    noise = np.random.default_rng(i).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, "PNG")
+    return file.getvalue()
+
+
+def pairs(n, prefix="r"):
+    return [
+        {"key": f"{prefix}{i}", "image": picture(i), "caption": f"{prefix} name {i}", "tags": [f"tag{i % 3}", "any"]}
+        for i in range(n)
+    ]
+
+
+def numbers(n, first=0, bad=()):
+    """Sources of a plain number, to follow the order; some unusable."""
+    rows = [{"key": f"n{i}", "number": i, "caption": "x"} for i in range(first, first + n)]
+    return ListSource([BadRecord(r["key"], "broken") if i in bad else r for i, r in enumerate(rows)], f"numbers{first}")
+
+
+def context(*sources):
+    index = CaptionIndex.build(t for s in sources for r in s.metadata() for t in caption_strings(r, FIELDS))
+    return {"tokenizer": CharTokenizer(), "caption_index": index, "templates": ("the {}", "a {}!")}
+
+
+def take(stream, n):
+    with stream:
+        return list(itertools.islice(stream, n))
+
+
+def number_batches(sources, n, weights=None, **options):
+    options = {"batch_size": 4, "seed": 3} | options
+    return [batch["number"] for batch in take(train_stream(sources, weights, NUMBER_OPS, {}, **options), n)]
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            assert x[name].dtype == y[name].dtype
+            np.testing.assert_array_equal(x[name], y[name], err_msg=name)
+
+
+def joined(parts):
+    """Local batches of all processes -> global batches."""
+    return [{name: np.concatenate([p[name] for p in step]) for name in step[0]} for step in zip(*parts, strict=True)]
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records")
+    write_array_record(str(folder / "a.array_record"), pairs(11, "a"))
+    write_array_record(
+        str(folder / "b.array_record"), [*pairs(5, "b"), {"key": "bad", "image": b"x", "caption": "b bad"}]
+    )
+    return [open_source(str(folder / "a.array_record")), open_source(str(folder / "b.array_record"))]
+
+
+def stream_of(sources, **options):
+    return train_stream(sources, [2, 1], OPS, context(*sources), **({"batch_size": 8, "seed": 5} | options))
+
+
+def test_batches(two_sources):
+    batches = take(stream_of(two_sources), 6)
+    assert {name: (value.shape, value.dtype) for name, value in batches[0].items()} == {
+        "image": ((8, 8, 8, 3), np.uint8),
+        "text": ((8, 12), np.int32),
+        "label": ((8,), np.int32),
+        "corrupt": ((8,), np.int32),
+    }
+    assert sum(batch["corrupt"].sum() for batch in batches) > 0
+    assert len({image.tobytes() for batch in batches for image in batch["image"]}) == 48  # augmented anew each epoch
+
+
+def test_same_for_any_number_of_processes(two_sources):
+    whole = take(stream_of(two_sources), 5)
+    for count in (2, 4):
+        parts = [take(stream_of(two_sources, process_index=i, process_count=count), 5) for i in range(count)]
+        assert_same(joined(parts), whole)
+
+
+def test_same_for_any_prefetch_and_with_cache(two_sources):
+    whole = take(stream_of(two_sources), 6)
+    for options in ({"prefetch": 0}, {"prefetch": 5}, {"cache": True}):
+        assert_same(take(stream_of(two_sources, **options), 6), whole)
+
+
+def test_same_with_worker_processes_and_a_late_start(two_sources):
+    whole = take(stream_of(two_sources, process_index=1, process_count=2), 7)
+    assert_same(take(stream_of(two_sources, process_index=1, process_count=2, workers=2, start_step=2), 5), whole[2:])
+
+
+def test_resume_is_exact_and_seed_matters(two_sources):
+    whole = take(stream_of(two_sources), 9)
+    for start in (1, 4, 8):
+        assert_same(take(stream_of(two_sources, start_step=start), 9 - start), whole[start:])
+    other = take(stream_of(two_sources, seed=6), 1)[0]
+    assert (other["image"] != whole[0]["image"]).any()
+    far = take(stream_of(two_sources, start_step=10**9), 2)
+    assert_same(take(stream_of(two_sources, start_step=10**9 + 1), 1), far[1:])
+
+
+def test_epochs_cover_everything_in_new_orders():
+    flat = np.concatenate(number_batches([numbers(10)], 10)).reshape(4, 10)
+    for epoch in flat:
+        assert sorted(epoch) == list(range(10))
+    assert len({tuple(epoch) for epoch in flat}) == 4
+    # Another seed is not the same sequence one epoch on.
+    other = np.concatenate(number_batches([numbers(10)], 10, seed=4)).reshape(4, 10)
+    assert not {tuple(epoch) for epoch in flat} & {tuple(epoch) for epoch in other}
+
+
+def test_tiny_source():
+    assert np.concatenate(number_batches([numbers(1)], 2)).tolist() == [0] * 8
+
+
+def test_mixture_proportions_hold_in_every_stretch():
+    sources = [numbers(7), numbers(50, first=100)]
+    flat = np.concatenate(number_batches(sources, 50, weights=[3, 1]))
+    from_second = flat >= 100
+    assert from_second.sum() == 50
+    assert all(4 <= from_second[i : i + 20].sum() <= 6 for i in range(0, 200, 20))
+    # Each source goes through its own epochs.
+    assert sorted(flat[from_second]) == list(range(100, 150))
+    assert collections.Counter(flat[~from_second][:70]) == {i: 10 for i in range(7)}
+    equal = np.concatenate(number_batches(sources, 5)) >= 100
+    assert equal.sum() == 10
+
+
+def test_reads_are_batched(two_sources):
+    class Counting:
+        def __init__(self, source):
+            self.source, self.name, self.calls = source, source.name, []
+
+        def __len__(self):
+            return len(self.source)
+
+        def __getitems__(self, indices):
+            self.calls.append(len(indices))
+            return self.source.__getitems__(indices)
+
+        def metadata(self):
+            return self.source.metadata()
+
+    source = Counting(two_sources[0])
+    take(train_stream([source], None, OPS, context(source), batch_size=8, seed=0, prefetch=0), 3)
+    assert len(source.calls) == 3 and sum(source.calls) <= 24
+
+
+def test_cache_reads_once():
+    source = ListSource(pairs(6))
+    take(train_stream([source], None, OPS, context(source), batch_size=6, seed=0, cache=True, prefetch=0), 4)
+    assert source.reads == {i: 1 for i in range(6)}
+
+
+# -- bad records ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_records_are_counted_and_replaced_by_the_next():
+    bad = (2, 3, 9)
+    good = take(train_stream([numbers(10)], None, NUMBER_OPS, {}, batch_size=10, seed=1), 3)
+    with_bad = take(train_stream([numbers(10, bad=bad)], None, NUMBER_OPS, {}, batch_size=10, seed=1), 3)
+    replaced = {2: (4, 2), 3: (4, 1), 9: (0, 1)}
+    for a, b in zip(good, with_bad, strict=True):
+        for wanted, got, count in zip(a["number"], b["number"], b["corrupt"], strict=True):
+            assert (got, count) == replaced.get(int(wanted), (wanted, 0))
+        assert a["corrupt"].sum() == 0 and b["corrupt"].sum() == 4
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"image": b"x"},
+        {"image": picture(0)[:80]},
+        {"caption": ""},
+        {"caption": "&#x20;"},
+        {"caption": "y" * 10_001},
+        {"caption": "\ud800"},
+        {"caption": None},
+    ],
+)
+def test_every_kind_of_bad_record(broken, monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "log_every_n_seconds", lambda level, text, n, *args: lines.append(text % args))
+    records = pairs(4)
+    records[1] = records[1] | broken
+    source = ListSource(records, "src")
+    ops = OPS.replace("(caption=2, tags=1)", "")
+    batches = take(train_stream([source], None, ops, context(source), batch_size=4, seed=0, prefetch=0), 2)
+    assert [batch["corrupt"].sum() for batch in batches] == [1, 1]
+    lines = [line for line in lines if line.startswith("src: ")]  # others: threads of streams closed just before
+    assert len(lines) == 2 and "record 'r1'" in lines[0]
+    with pytest.raises(UserError, match="src: record 'r1': .*on_corrupt='skip'") as error:
+        take(train_stream([source], None, ops, context(source), batch_size=4, seed=0, on_corrupt="error"), 1)
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_usable():
+    source = numbers(5, bad=range(5))
+    with pytest.raises(UserError, match=f"numbers0: {MAX_BAD_IN_A_ROW} unusable records in a row.*'n.': broken"):
+        number_batches([source], 1)
+
+
+def test_missing_files_of_a_folder(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(0))
+    rows = [{"key": "a.png", "caption": "here"}, {"key": "gone.png", "caption": "gone"}]
+    source = FolderSource(str(tmp_path), rows)
+    ops = "decode|resize_exact(4)|caption|label"
+    (batch,) = take(train_stream([source], None, ops, context(source), batch_size=4, seed=0), 1)
+    assert batch["corrupt"].sum() == 2 and len(set(batch["label"])) == 1
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+EVAL_OPS = "decode|resize(8)|center_crop(8)|caption|label|tokenize"
+
+
+def flatten(batches):
+    """Rows of the source, in order, and what the batches have for them."""
+    whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    mask = whole.pop("mask")
+    return {name: value[mask] for name, value in whole.items()}, mask
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(1, 1), (4, 1), (4, 2), (8, 4), (16, 2), (48, 4), (48, 16)])
+def test_evaluation_covers_each_record_once(batch_size, count):
+    source = ListSource(pairs(10))
+    reference = take(eval_stream(source, EVAL_OPS, context(source), batch_size=10), 99)
+    assert len(reference) == 1 and reference[0]["mask"].all()
+    parts = [
+        take(
+            eval_stream(source, EVAL_OPS, context(source), batch_size=batch_size, process_index=i, process_count=count),
+            99,
+        )
+        for i in range(count)
+    ]
+    batches = joined(parts)
+    assert len(batches) == -(-10 // batch_size)
+    assert all(value.shape[0] == batch_size for batch in batches for value in batch.values())
+    rows, mask = flatten(batches)
+    assert mask.sum() == 10 and mask[:10].all()
+    np.testing.assert_array_equal(rows["index"], np.arange(10))
+    np.testing.assert_array_equal(rows["image"], reference[0]["image"])
+    np.testing.assert_array_equal(rows["label"], reference[0]["label"])
+    last = batches[-1]
+    assert (last["index"][~last["mask"]] == -1).all() and not last["image"][~last["mask"]].any()
+    assert {name: value.dtype for name, value in last.items()} == {
+        "image": np.uint8,
+        "text": np.int32,
+        "label": np.int32,
+        "mask": np.bool_,
+        "index": np.int32,
+    }
+
+
+def test_evaluation_of_list_captions_depends_on_the_row_only():
+    source = ListSource(pairs(9))
+    ops = EVAL_OPS.replace("caption", "caption(tags=1)")
+    (a, _), (b, _) = (flatten(take(eval_stream(source, ops, context(source), batch_size=b), 9)) for b in (9, 2))
+    np.testing.assert_array_equal(a["text"], b["text"])
+    assert len(set(a["label"])) > 2
+
+
+def test_bad_records_in_evaluation():
+    records = pairs(5)
+    records[0] = records[0] | {"image": b"x"}
+    records[3] = BadRecord("r3", "broken")
+    source = ListSource(records)
+    with pytest.raises(UserError, match="list: record 'r0'.*corrupt image"):
+        take(eval_stream(source, EVAL_OPS, context(source), batch_size=5), 1)
+    batches = take(eval_stream(source, EVAL_OPS, context(source), batch_size=2, on_corrupt="skip"), 9)
+    assert [batch["mask"].tolist() for batch in batches] == [[False, True], [True, False], [True, False]]
+    assert [batch["index"].tolist() for batch in batches] == [[0, 1], [2, 3], [4, -1]]
+    broken = ListSource([BadRecord("r", "broken")] * 3)
+    with pytest.raises(UserError, match="no usable record"):
+        take(eval_stream(broken, "keep(image)", {}, batch_size=2, on_corrupt="skip"), 9)
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 6, "process_count": 4}, "batch size 6 does not divide by the 4 processes"),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"process_index": 2, "process_count": 2}, "process 2 of 2"),
+        ({"process_index": -1}, "process -1 of 1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"start_step": -1}, "start_step=-1"),
+        ({"workers": -1}, "workers=-1"),
+        ({"prefetch": -1}, "prefetch=-1"),
+        ({"on_corrupt": "ignore"}, "on_corrupt='ignore' is unknown; choose 'skip' or 'error'"),
+        ({"weights": [1, 2]}, "1 data sources need as many positive weights"),
+        ({"weights": [0]}, "positive weights"),
+        ({"weights": [float("nan")]}, "positive weights"),
+        ({"sources": []}, "at least one"),
+        ({"ops": "deocde"}, "unknown op 'deocde'"),
+        ({"ops": "caption(caption=1, tgas=2)"}, "caption field 'tgas'; fields: caption, key, number"),
+    ],
+)
+def test_mistakes_in_training(options, message):
+    arguments = {"sources": [numbers(5)], "weights": None, "ops": NUMBER_OPS, "context": {}, "batch_size": 4, "seed": 0}
+    with pytest.raises(UserError, match=message) as error:
+        train_stream(**(arguments | options))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ops": "decode|rrc(8)"}, "'rrc' is random; evaluation needs fixed ops"),
+        ({"batch_size": 3, "process_count": 2}, "does not divide"),
+        ({"on_corrupt": "x"}, "unknown"),
+        ({"prefetch": -1}, "negative"),
+        ({"ops": "caption(tgas=2)"}, "caption field 'tgas'"),
+    ],
+)
+def test_mistakes_in_evaluation(options, message):
+    arguments = {"source": numbers(5), "ops": NUMBER_OPS, "context": {}, "batch_size": 4}
+    with pytest.raises(UserError, match=message):
+        eval_stream(**(arguments | options))
+
+
+@pytest.mark.parametrize(
+    ("records", "ops", "message"),
+    [
+        ([{"x": np.zeros((4, 5))}, {"x": np.zeros((4, 6))}], "", r"'x' has different shapes \(4, 5\) and \(4, 6\)"),
+        ([{"x": 1, "y": 2}, {"x": 1}], "", "some records have no field 'y'"),
+        ([{"x": 1}, {"x": 2}], "keep(image)", "no field 'image', only: x"),
+        ([{"caption": "a", "key": "k"}, {"caption": "b", "key": "l"}], "label", "has no label"),
+    ],
+)
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_mistakes_that_show_while_iterating(records, ops, message, prefetch):
+    with pytest.raises(UserError, match=message):
+        take(train_stream([ListSource(records)], None, ops, {}, batch_size=2, seed=0, prefetch=prefetch), 1)
+
+
+def test_stream_closes():
+    stream = train_stream([numbers(5)], None, NUMBER_OPS, {}, batch_size=2, seed=0)
+    assert isinstance(stream, Stream) and iter(stream) is stream
+    next(stream)
+    stream.close()
+    stream.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(stream)
+
+
+def test_to_global():
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    batch = {"image": np.arange(16 * 12, dtype=np.uint8).reshape(16, 2, 2, 3), "label": np.arange(16, dtype=np.int32)}
+    out = to_global(batch, sharding)
+    assert out["image"].sharding == sharding and out["image"].addressable_shards[0].data.shape == (2, 2, 2, 3)
+    for name, value in batch.items():
+        assert out[name].dtype == value.dtype
+        np.testing.assert_array_equal(out[name], value)
+
+
+def test_embedded_set_through_the_whole_stream():
+    source = open_source("emoji:new_names")
+    index = CaptionIndex.build(t for r in source.metadata() for t in caption_strings(r, "caption=3,keywords=1"))
+    ops = OPS.replace("caption=2, tags=1", "caption=3, keywords=1")
+    batches = take(
+        train_stream([source], None, ops, context(source) | {"caption_index": index}, batch_size=31, seed=0), 7
+    )
+    assert not sum(batch["corrupt"].sum() for batch in batches)
+    assert all(batch["label"].max() < len(index) for batch in batches)

@@ -1,0 +1,74 @@
+"""Eight devices give the loss and gradients of one, and no tensor is replicated silently."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from florence_jax.errors import UserError
+from florence_jax.losses.unicl import unicl
+from florence_jax.models import florence
+from florence_jax.train.sharding import batch_sharding, make_mesh, param_shardings, replicated, state_shardings
+from florence_jax.train.state import init_state
+
+MODEL = florence.build("ti", image_width=32, depths=(2, 2), heads=(1, 2), text_width=32, vocab_size=64, text_length=8,
+                       projection=32, drop_path=0.2)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    params = jax.jit(MODEL.init)(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": jnp.asarray(rng.normal(size=(16, 32, 32, 3)), jnp.float32),
+        "text": jnp.asarray(rng.integers(1, 64, (16, 8)), jnp.int32),
+        "label": jnp.asarray(rng.integers(0, 9, 16), jnp.int32),
+    }
+    return params, batch
+
+
+def loss(params, batch):
+    out = MODEL.apply(params, batch, train=True, rngs={"drop_path": jax.random.key(7)})
+    return unicl(out["image/embedding"], out["text/embedding"], batch["label"], out["logit_scale"])[0]
+
+
+def value_and_grad_on(mesh, problem):
+    params, batch = problem
+    shardings = param_shardings(params, mesh)
+    function = jax.jit(jax.value_and_grad(loss), in_shardings=(shardings, batch_sharding(mesh)),
+                       out_shardings=(replicated(mesh), shardings))
+    return function(jax.device_put(params, shardings), jax.device_put(batch, batch_sharding(mesh)))
+
+
+@pytest.mark.parametrize("data,fsdp", [(8, 1), (2, 4)])
+def test_eight_devices_equal_one(problem, data, fsdp):
+    one = value_and_grad_on(make_mesh(1, 1, jax.devices()[:1]), problem)
+    eight = value_and_grad_on(make_mesh(data, fsdp), problem)
+    np.testing.assert_allclose(eight[0], one[0], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(eight[1]), jax.tree.leaves(one[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(np.abs(b).max()) + 1e-8)
+
+
+def test_optimizer_state_follows_its_parameters(problem):
+    params, _ = problem
+    mesh = make_mesh(2, 4)
+    shardings = param_shardings(params, mesh)
+    state = jax.eval_shape(lambda p: init_state(p, optax.adam(1e-3), ema=True), params)
+    placed = state_shardings(state, shardings, mesh)
+    assert placed["params"]["image_projection"]["kernel"].spec == PartitionSpec(None, "fsdp")
+    assert placed["opt_state"][0].mu == shardings and placed["ema"] == shardings
+    assert placed["step"].spec == PartitionSpec()
+
+
+def test_indivisible_tensors_are_all_named():
+    params = {"a": {"kernel": jnp.ones((4, 6))}, "b": {"kernel": jnp.ones((4, 10)), "token_embedding": jnp.ones((8, 3))}}
+    with pytest.raises(UserError) as error:
+        param_shardings(params, make_mesh(2, 4))
+    assert "a/kernel (4, 6) axis -1" in str(error.value) and "b/kernel (4, 10)" in str(error.value)
+
+
+def test_mesh_that_does_not_use_the_devices_is_refused():
+    with pytest.raises(UserError, match="data=3, fsdp=2"):
+        make_mesh(3, 2)
