@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from florence_jax.errors import UserError
@@ -52,6 +52,8 @@ def main(argv: list[str]) -> None:
     """Runs the configured task."""
     if len(argv) > 1:
         fail(UserError(f"unexpected argument {argv[1]!r}; options are written --config.name=value"))
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax reports every phase of a save at INFO
     config = _CONFIG.value
     workdir = Path(_WORKDIR.value or config.workdir)
     try:

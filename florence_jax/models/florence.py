@@ -93,7 +93,7 @@ _UNICL_TEXT = dict(
 VARIANTS: dict[str, dict[str, Any]] = {
     "ti": dict(
         res=32, window_divisor=8, image_width=32, depths=(2, 2, 2, 2), text_width=128, text_layers=2, text_heads=4,
-        text_length=32, vocab_size=4096, text_causal=False, text_pooling="mean", projection=128,
+        text_length=32, vocab_size=2048, text_causal=False, text_pooling="mean", projection=128,
     ),
     "T": dict(_UNICL_TEXT, image_width=96, depths=(2, 2, 6, 2)),
     "S": dict(_UNICL_TEXT, image_width=96, depths=(2, 2, 18, 2)),

@@ -12,11 +12,14 @@ from ml_collections import ConfigDict
 
 from florence_jax.data.captions import CaptionIndex
 from florence_jax.data.pipeline import train_stream
-from florence_jax.data.sources import Source, open_mixture
+from florence_jax.data.sources import Source, open_mixture, open_source
 from florence_jax.data.templates import TEMPLATES
-from florence_jax.data.text import load_tokenizer
+from florence_jax.data.text import Tokenizer, load_tokenizer
 from florence_jax.data.transforms import caption_strings
 from florence_jax.errors import UserError
+from florence_jax.evaluators.base import Embedder, Evaluator
+from florence_jax.evaluators.emoji import EmojiSplit
+from florence_jax.evaluators.retrieval import Retrieval
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import florence
 
@@ -34,6 +37,25 @@ def normalise(image: jax.Array) -> jax.Array:
     return image.astype(jnp.float32) * scale[None, None, None] + shift[None, None, None]
 
 
+def build_model(config: ConfigDict) -> tuple[Tokenizer, florence.Model]:
+    """The tokenizer of `config.text` and the model of `config.model` that fits it.
+
+    The token embedding has the variant's number of rows, or the tokenizer's if that is larger. Where the end token is
+    not the largest id of the vocabulary (SentencePiece), 'eot' pooling becomes 'eos', which looks for its id.
+
+    Raises:
+      UserError: for an unknown variant, option or tokenizer.
+    """
+    sizes = {**config.model.overrides, "dtype": config.precision}
+    base = florence.resolve_config(config.model.variant, **sizes)
+    tokenizer = load_tokenizer(config.text.tokenizer, base.text_length)
+    sizes["vocab_size"] = max(base.vocab_size, tokenizer.vocab_size)
+    sizes |= {"text_pad_id": tokenizer.pad_id, "text_eot_id": tokenizer.eot_id}
+    if base.text_pooling == "eot" and tokenizer.eot_id != tokenizer.vocab_size - 1:
+        sizes["text_pooling"] = "eos"
+    return tokenizer, florence.build(config.model.variant, **sizes)
+
+
 class Pretrain:
     """The `Task` of configs/pretrain.py.
 
@@ -45,12 +67,8 @@ class Pretrain:
         if config.loss not in ("unicl", "clip"):
             raise UserError(f"config.loss={config.loss!r} is unknown; choose 'unicl' or 'clip'")
         self.config = config
-        sizes = dict(config.model.overrides)
-        length = sizes.get("text_length", florence.resolve(config.model.variant, **sizes).text_length)
-        self.tokenizer = load_tokenizer(config.text.tokenizer, length)
-        sizes.setdefault("vocab_size", self.tokenizer.vocab_size)
-        self.model = florence.build(config.model.variant, dtype=config.precision, **sizes)
-        self.flops_per_example = 3.0 * florence.forward_flops(self.model.config)
+        self.tokenizer, self.model = build_model(config)
+        self.flops_per_example = 3.0 * sum(florence.forward_flops(self.model.config).values())
         self.predict = {"image": self._embed_image, "text": self._embed_text}
 
     # -- model ------------------------------------------------------------------------------------------------------
@@ -117,6 +135,14 @@ class Pretrain:
             on_corrupt=data.on_corrupt,
         )
 
-    def evaluators(self, mesh: Mesh) -> Sequence[Any]:
+    def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
         """Held-out emoji splits when training on emoji, and retrieval on `config.eval.source` where one is given."""
-        raise UserError("evaluators are set below")
+        config = self.config
+        embedder = Embedder(self.predict, self.tokenizer, mesh, config.eval.batch_size)
+        ops = config.data.eval_image_ops
+        found: list[Evaluator] = []
+        if any(source.name.startswith("emoji:") for source in self._mixture[0]):
+            found += [EmojiSplit(split, ops, embedder) for split in ("new_style", "new_names")]
+        if config.eval.source:
+            found.append(Retrieval("held_out", open_source(config.eval.source), ops, embedder))
+        return found

@@ -4,7 +4,6 @@ Saves are asynchronous and atomic (a checkpoint directory appears under its step
 leaf is restored onto the sharding of the state it is restored into, so a run may continue on another mesh.
 """
 
-import logging
 from typing import Any
 
 import jax
@@ -13,8 +12,6 @@ from etils import epath
 
 from florence_jax.errors import UserError
 from florence_jax.train.rules import path_string
-
-logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every phase of a save at INFO.
 
 
 class Checkpoints:

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from florence_jax.data.pipeline import to_global
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import evaluate
-from florence_jax.evaluators.report import write_report
+from florence_jax.evaluators.base import chance_levels, evaluate
+from florence_jax.evaluators.report import results_table, write_report
 from florence_jax.tasks.base import Task
 from florence_jax.train.checkpoint import Checkpoints
 from florence_jax.train.metrics import MetricsWriter, Progress, Speedometer, read_metrics
@@ -24,6 +24,7 @@ from florence_jax.train.sharding import batch_sharding, make_mesh, param_shardin
 from florence_jax.train.state import eval_params, init_state
 from florence_jax.train.step import make_train_step
 
+NO_EVALUATION = "no evaluation set for this data: give one with --config.eval.source=PATH"
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again to go on.
 
 
@@ -184,18 +185,21 @@ class Trainer:
         results = self._evaluate()
         if not self.is_main:
             return
-        if not results:
-            self._say("no evaluation set for this data: give one with --config.eval.source=PATH")
-        step = int(self.state["step"])
-        (self.workdir / "result.json").write_text(json.dumps(results | {"step": step}, indent=1) + "\n")
+        step, chance = int(self.state["step"]), chance_levels(self._evaluators)
+        print(results_table(results, chance) if results else NO_EVALUATION, flush=True)
+        partial = self.workdir / "result.json.partial"
+        partial.write_text(json.dumps(results | {"step": step}, indent=1) + "\n")
+        partial.replace(self.workdir / "result.json")
         write_report(
             self.workdir / "report.html",
             title=f"florence_jax {self.config.task}: {self.workdir} at step {step}",
-            config=self.config,
+            config=self.config.to_dict(),
             history=read_metrics(self.workdir / "metrics.jsonl"),
             results=results,
-            evaluators=self._evaluators,
+            chance=chance,
+            fragments=[fragment for evaluator in self._evaluators for fragment in evaluator.report()],
         )
+        print(f"results in {self.workdir}/result.json, pictures and curves in {self.workdir}/report.html", flush=True)
 
     def _describe(self) -> None:
         count = sum(x.size for x in jax.tree.leaves(self._target["params"]))

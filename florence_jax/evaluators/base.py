@@ -1,0 +1,126 @@
+"""What an evaluator is, and the embedding of images and texts that most of them need."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from florence_jax.data.pipeline import eval_stream, to_global
+from florence_jax.data.sources import Source
+from florence_jax.data.text import Tokenizer
+from florence_jax.train.sharding import batch_sharding, replicated
+
+Predict = Callable[[Any, dict[str, jax.Array]], jax.Array]
+
+
+class Evaluator(Protocol):
+    """Turns parameters into numbers. Sums and counts are aggregated under a mask, so that the numbers do not depend on
+    the batch size or on the number of hosts.
+
+    Attributes:
+      name: prefix of its results, such as 'new_style'.
+      chance: what guessing scores, by the names that `run` gives; a name without a chance level is left out.
+    """
+
+    name: str
+    chance: dict[str, float]
+
+    def run(self, params: Any) -> dict[str, float]:
+        """Evaluates `params`; every process of a job calls it and gets the same numbers."""
+
+    def report(self) -> list[str]:
+        """HTML fragments about the last `run`."""
+
+
+def evaluate(evaluators: Sequence[Evaluator], params: Any) -> dict[str, float]:
+    """Runs all evaluators; the results are named 'eval/<evaluator>/<metric>'."""
+    return {f"eval/{e.name}/{metric}": value for e in evaluators for metric, value in e.run(params).items()}
+
+
+def chance_levels(evaluators: Sequence[Evaluator]) -> dict[str, float]:
+    """The chance levels of all evaluators, named as `evaluate` names the results."""
+    return {f"eval/{e.name}/{metric}": value for e in evaluators for metric, value in e.chance.items()}
+
+
+class Embedder:
+    """Embeds sources of images and lists of texts with a task's prediction functions, over all devices and hosts.
+
+    Args:
+      predict: 'image' and 'text', pure functions (params, batch) -> (B, D), see `tasks.base.Task`.
+      tokenizer: of the text tower.
+      mesh: device mesh.
+      batch_size: global images, or texts, a call; a multiple of the number of devices. One shape, one compilation.
+    """
+
+    def __init__(self, predict: dict[str, Predict], tokenizer: Tokenizer, mesh: Mesh, batch_size: int):
+        self.mesh, self.batch_size = mesh, -(-batch_size // mesh.size) * mesh.size
+        self._tokenizer = tokenizer
+        self._run = {name: self._compiled(predict[name]) for name in ("image", "text")}
+
+    def _compiled(self, function: Predict) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:
+        # The results go to every host: only numbers that all hosts have can be aggregated alike on all of them.
+        def run(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            rest = {name: batch[name] for name in ("index", "label", "mask") if name in batch}
+            return rest | {"embedding": function(params, batch)}
+
+        return jax.jit(run, out_shardings=replicated(self.mesh))
+
+    def images(
+        self, params: Any, source: Source, ops: str, context: dict[str, Any] | None = None, on_corrupt: str = "error"
+    ) -> dict[str, np.ndarray]:
+        """Embeds every image of a source.
+
+        Args:
+          params: of the model.
+          source, ops, context, on_corrupt: see `data.pipeline.eval_stream`; the ops leave "image" and perhaps "label".
+
+        Returns:
+          "embedding" float32 (N, D), "index" int32 (N,), row in the source, and "label" (N,) where the ops leave one;
+          N is the number of readable records.
+        """
+        stream = eval_stream(
+            source,
+            ops,
+            context or {},
+            batch_size=self.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            on_corrupt=on_corrupt,
+        )
+        with stream:
+            return self._gather("image", params, stream, source.name, -(-len(source) // self.batch_size))
+
+    def texts(self, params: Any, texts: Sequence[str], what: str = "texts") -> np.ndarray:
+        """Embeds texts: float32 (len(texts), D). `what` names them on the progress bar.
+
+        Raises:
+          UserError: for a text without tokens.
+        """
+        steps = -(-len(texts) // self.batch_size)
+        return self._gather("text", params, self._text_batches(texts, steps), what, steps)["embedding"]
+
+    def _text_batches(self, texts: Sequence[str], steps: int) -> Iterator[dict[str, np.ndarray]]:
+        local = self.batch_size // jax.process_count()
+        for step in range(steps):
+            start = step * self.batch_size + jax.process_index() * local
+            rows = self._tokenizer.encode_batch(texts[start : start + local])
+            present = len(rows)
+            yield {
+                "text": np.pad(rows, ((0, local - present), (0, 0))),
+                "mask": np.arange(local) < present,
+            }
+
+    def _gather(
+        self, tower: str, params: Any, batches: Iterator[dict[str, np.ndarray]], what: str, steps: int
+    ) -> dict[str, np.ndarray]:
+        sharding, outputs = batch_sharding(self.mesh), []
+        hidden = not sys.stderr.isatty() or jax.process_index() > 0
+        for batch in tqdm(batches, desc=what, total=steps, unit="batch", leave=False, disable=hidden):
+            out = jax.device_get(self._run[tower](params, to_global(batch, sharding)))
+            mask = out.pop("mask")
+            outputs.append({name: value[mask] for name, value in out.items()})
+        return {name: np.concatenate([out[name] for out in outputs]) for name in outputs[0]}

@@ -1,0 +1,203 @@
+"""Image-text retrieval: ranks of the matching pairs by cosine similarity, and recall@k in both directions."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from florence_jax.data.captions import CaptionIndex, normalise_caption
+from florence_jax.data.sources import Source
+from florence_jax.errors import UserError
+from florence_jax.evaluators.base import Embedder
+from florence_jax.evaluators.report import Example, matches_html, thumbnail
+
+KS = (1, 5, 10)
+QUERY_CHUNK = 1024
+TARGET_TILE = 16384
+
+
+def positive_ranks_reference(
+    queries: np.ndarray, targets: np.ndarray, query_ids: np.ndarray, target_ids: np.ndarray
+) -> np.ndarray:
+    """The definition of `positive_ranks`, from the whole similarity matrix."""
+    similarity = queries @ targets.T
+    positive = query_ids[:, None] == target_ids[None, :]
+    best = np.where(positive, similarity, -np.inf).max(1, keepdims=True)
+    return ((similarity >= best) & ~positive).sum(1)
+
+
+@functools.partial(jax.jit, static_argnames="tiles")
+def _rank_chunk(
+    queries: jax.Array, query_ids: jax.Array, targets: jax.Array, target_ids: jax.Array, tiles: int
+) -> jax.Array:
+    """Ranks of a chunk of queries, in two passes over tiles of the targets; padding targets have id -1."""
+    tiled = (targets.reshape(tiles, -1, targets.shape[1]), target_ids.reshape(tiles, -1))
+
+    def similarity(tile: jax.Array) -> jax.Array:
+        return jnp.matmul(queries, tile.T, precision="highest")
+
+    def best(carry: jax.Array, tile: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        positive = query_ids[:, None] == tile[1][None]
+        return jnp.maximum(carry, jnp.where(positive, similarity(tile[0]), -jnp.inf).max(1)), None
+
+    def above(carry: jax.Array, tile: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        other = (query_ids[:, None] != tile[1][None]) & (tile[1] >= 0)[None]
+        return carry + (other & (similarity(tile[0]) >= top[:, None])).sum(1), None
+
+    top, _ = jax.lax.scan(best, jnp.full(len(queries), -jnp.inf), tiled)
+    return jax.lax.scan(above, jnp.zeros(len(queries), jnp.int32), tiled)[0]
+
+
+def positive_ranks(
+    queries: np.ndarray, targets: np.ndarray, query_ids: np.ndarray, target_ids: np.ndarray
+) -> np.ndarray:
+    """How many wrong targets are at least as similar to each query as its best right one (0 = found first).
+
+    Ties count against the query, so that a model that maps everything to one point scores at the bottom, not at the
+    top. Memory: one (1024, 16384) tile of similarities, whatever the sizes.
+
+    Args:
+      queries: float32 (Q, D) unit vectors. targets: float32 (T, D) unit vectors.
+      query_ids: (Q,) and target_ids: (T,), integers >= 0; a target is right for a query if their ids are equal.
+
+    Returns:
+      int (Q,). A query without any right target gets T.
+
+    Raises:
+      UserError: for no queries or no targets.
+    """
+    if not len(queries) or not len(targets):
+        raise UserError(f"retrieval of {len(queries)} queries among {len(targets)} targets: both must be there")
+    tile = min(TARGET_TILE, len(targets))
+    extra = -len(targets) % tile
+    padded = jnp.asarray(np.pad(targets, ((0, extra), (0, 0))))
+    ids = jnp.asarray(np.pad(target_ids.astype(np.int32), (0, extra), constant_values=-1))
+    chunk, ranks = min(QUERY_CHUNK, len(queries)), []
+    for start in range(0, len(queries), chunk):
+        rows = queries[start : start + chunk]
+        missing = chunk - len(rows)
+        wanted = np.pad(query_ids[start : start + chunk].astype(np.int32), (0, missing))
+        found = _rank_chunk(np.pad(rows, ((0, missing), (0, 0))), wanted, padded, ids, len(padded) // tile)
+        ranks.append(np.asarray(found)[: len(rows)])
+    return np.concatenate(ranks)
+
+
+def recalls(ranks: np.ndarray, prefix: str, ks: Sequence[int] = KS) -> dict[str, float]:
+    """{'<prefix>r@<k>': share of queries with rank < k}."""
+    return {f"{prefix}r@{k}": float((ranks < k).mean()) for k in ks}
+
+
+def recall_chance(right: np.ndarray, total: int, k: int) -> float:
+    """Expected recall@k of a random order, mean over queries with `right[q]` right ones among `total` targets.
+
+    One minus the chance that k draws without replacement are all wrong.
+    """
+    wrong = total - right.astype(np.float64)
+    missed = np.ones_like(wrong)
+    for i in range(min(k, total)):
+        missed *= np.maximum(wrong - i, 0) / (total - i)
+    return float((1 - missed).mean())
+
+
+def retrieval_chance(image_ids: np.ndarray, text_ids: np.ndarray) -> dict[str, float]:
+    """Chance levels of `two_way_recalls` for the ids of its images and texts."""
+    chance = {}
+    for prefix, queries, targets in (("i2t_", image_ids, text_ids), ("t2i_", text_ids, image_ids)):
+        values, counts = np.unique(targets, return_counts=True)
+        place = np.searchsorted(values, queries).clip(max=len(values) - 1)
+        right = np.where(values[place] == queries, counts[place], 0)
+        chance |= {f"{prefix}r@{k}": recall_chance(right, len(targets), k) for k in KS}
+    return chance
+
+
+def two_way_recalls(
+    images: np.ndarray, texts: np.ndarray, image_ids: np.ndarray, text_ids: np.ndarray
+) -> dict[str, float]:
+    """R@1/5/10 of images -> texts ('i2t_r@1', ...) and texts -> images ('t2i_r@1', ...); shapes as `positive_ranks`."""
+    return recalls(positive_ranks(images, texts, image_ids, text_ids), "i2t_") | recalls(
+        positive_ranks(texts, images, text_ids, image_ids), "t2i_"
+    )
+
+
+class Retrieval:
+    """Retrieval on held-out pairs of any source: every image against every distinct caption.
+
+    Args:
+      name: prefix of the results.
+      source: its field "caption" is used; equal captions (after normalisation) are one text.
+      ops: image ops, such as 'decode|resize(224)|center_crop(224)'.
+      embedder: of the model.
+      on_corrupt: 'skip' leaves unreadable images out, 'error' ends the evaluation.
+
+    Raises:
+      UserError: if no record has a caption.
+    """
+
+    def __init__(self, name: str, source: Source, ops: str, embedder: Embedder, on_corrupt: str = "skip"):
+        self.name = name
+        self._source, self._embedder, self._on_corrupt = source, embedder, on_corrupt
+        captions = {normalise_caption(str(row.get("caption", ""))) for row in source.metadata()} - {""}
+        self._index = CaptionIndex.build(captions)
+        self._captions = sorted(captions, key=self._index.id)
+        self._ops = f"{ops}|caption(caption)|label|keep(image, label)"
+        self.chance: dict[str, float] = {}
+        self._report: list[str] = []
+
+    def run(self, params: Any) -> dict[str, float]:
+        """'i2t_r@k' and 't2i_r@k', and the number of images."""
+        context = {"caption_index": self._index}
+        images = self._embedder.images(params, self._source, self._ops, context, self._on_corrupt)
+        texts = self._embedder.texts(params, self._captions, f"{self.name} captions")
+        # A caption all of whose images are unreadable is nobody's.
+        present = np.unique(images["label"])
+        results = two_way_recalls(images["embedding"], texts[present], images["label"], present)
+        self.chance = retrieval_chance(images["label"], present)
+        pictures = [thumbnail(self._source, int(i)) for i in images["index"][:MAX_PICTURES]]
+        self._report = [
+            matches_report(
+                self.name, images["embedding"][: len(pictures)], pictures, images["label"], texts, self._captions
+            )
+        ]
+        return results | {"images": float(len(images["label"]))}
+
+    def report(self) -> list[str]:
+        """Grids image -> texts and text -> images."""
+        return self._report
+
+
+MAX_PICTURES = 2000  # in the grids of a report: thumbnails are kept in memory
+
+
+def matches_report(
+    title: str,
+    images: np.ndarray,
+    pictures: Sequence[str],
+    image_ids: np.ndarray,
+    texts: np.ndarray,
+    names: Sequence[str],
+    rows: int = 12,
+) -> str:
+    """HTML grids: `rows` images with their nearest texts, and as many texts with their nearest images.
+
+    Args:
+      title: of the section.
+      images: (N, D). pictures: N data URIs. image_ids: (>= N,), index of each image's own text.
+      texts: (T, D). names: T strings.
+      rows: of each grid, spread evenly over the set.
+    """
+    chosen = np.linspace(0, len(images) - 1, min(rows, len(images))).astype(int)
+    image_rows = []
+    for i in chosen:
+        nearest = np.argsort(-(texts @ images[i]), kind="stable")[:5]
+        answers = [Example(names[j], None, bool(j == image_ids[i])) for j in nearest]
+        image_rows.append((Example(names[image_ids[i]], pictures[i], True), answers))
+    text_rows = []
+    for i in chosen:
+        query = int(image_ids[i])
+        nearest = np.argsort(-(images @ texts[query]), kind="stable")[:5]
+        answers = [Example(names[image_ids[j]], pictures[j], bool(image_ids[j] == query)) for j in nearest]
+        text_rows.append((Example(names[query], None, True), answers))
+    return matches_html(f"{title}: image to text", image_rows) + matches_html(f"{title}: text to image", text_rows)
