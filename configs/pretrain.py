@@ -1,12 +1,12 @@
 """Image-text pretraining with the UniCL loss.
 
-    python -m florence_jax.main --config=configs/pretrain.py                    # laptop: 'ti' on the embedded emoji pairs
-    python -m florence_jax.main --config=configs/pretrain.py:runlocal          # two-minute smoke test of the same
+    python -m florence_jax.main --config=configs/pretrain.py             # laptop: 'ti' on the embedded emoji pairs
+    python -m florence_jax.main --config=configs/pretrain.py:runlocal    # two-minute smoke test of the same
     python -m florence_jax.main --config=configs/pretrain.py:variant=H,res=224 --workdir=gs://bucket/run \
         --config.data.train=gs://bucket/pairs --config.batch_size=24576
 
-Arguments: variant = ti | T | S | B | L | H, res = image size (0: the variant's own), stage = 1 (prompt templates on short
-captions) | 2 | 3 (none), runlocal.
+Arguments: variant = ti | T | S | B | L | H; res = image size (0: the variant's own); stage = 1 (prompt templates on
+short captions) | 2 | 3 (none); runlocal.
 The first command was run on 2 CPU cores (see README for times and results); T to H have been compiled and stepped
 on random data only, never trained to convergence by this project.
 """
@@ -38,6 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "eval_image_ops": EVAL_IMAGE_OPS.format(res=res),
         "captions": "caption=1",  # record fields that captions are drawn from, with weights
         "workers": 8,
+        "cache": False,  # keep decoded images in memory; for data much smaller than that
         "on_corrupt": "skip",  # or 'error'
     }
     config.text = {
@@ -68,6 +69,7 @@ def _laptop(config: ConfigDict) -> None:
     config.optim.warmup_steps = 100
     config.data.captions = "caption=3,keywords=1,group=2"
     config.data.workers = 0  # two cores: decoding in the trainer's own threads is faster than worker processes
+    config.data.cache = True
     config.checkpoint.every = 500
     config.eval.every = 0
 

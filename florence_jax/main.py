@@ -45,7 +45,7 @@ def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
         partial.write_text(json.dumps(config.to_dict(), indent=1, default=str) + "\n")
         partial.replace(workdir / "config.json")
     except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir}: {error}; choose a writable folder with free space") from error
+        raise UserError(f"cannot write to --workdir={workdir}: {error}; choose a writable folder with space") from error
 
 
 def main(argv: list[str]) -> None:
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         fail(error)
     except OSError as error:
-        fail(UserError(f"{error}; check the free space and the permissions of {workdir}, then run the same command again"))
+        fail(UserError(f"{error}; check the free space and permissions of {workdir}, then run the same command again"))
     sys.exit(code)
 
 

@@ -20,7 +20,9 @@ def make_state(width=8):
 
 def shapes(state, mesh, spec):
     def place(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec if x.ndim == 2 else PartitionSpec()))
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec if x.ndim == 2 else PartitionSpec())
+        )
 
     return jax.tree.map(place, state)
 
@@ -61,8 +63,12 @@ def test_every_mismatch_is_listed(tmp_path):
     with pytest.raises(UserError) as error:
         checkpoints.restore(shapes(other, make_mesh(8, 1), PartitionSpec()))
     message = str(error.value)
-    for part in ("3 mismatches", "params/a/kernel: (4, 8) in the checkpoint, (4, 6) in the model",
-                 "params/b/bias: not in the checkpoint", "params/logit_scale: not in the model"):
+    for part in (
+        "3 mismatches",
+        "params/a/kernel: (4, 8) in the checkpoint, (4, 6) in the model",
+        "params/b/bias: not in the checkpoint",
+        "params/logit_scale: not in the model",
+    ):
         assert part in message
     checkpoints.close()
 

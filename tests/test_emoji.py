@@ -240,13 +240,9 @@ def small_packages(count=40):
     return {
         "noto": {"package/emoji.json": json.dumps(rows).encode()}
         | {f"package/img/google/64/{p}.png": drawing(i, (64, 64)) for i, p in enumerate(points)},
-        "twemoji": {
-            f"package/img/twitter/64/{p}.png": drawing(1000 + i, (64, 64)) for i, p in enumerate(points)
-        },
+        "twemoji": {f"package/img/twitter/64/{p}.png": drawing(1000 + i, (64, 64)) for i, p in enumerate(points)},
         "fluent": {
-            f"package/assets/{p}-fe0f.webp": drawing(2000 + i, (256, 264))
-            for i, p in enumerate(points)
-            if i != 2
+            f"package/assets/{p}-fe0f.webp": drawing(2000 + i, (256, 264)) for i, p in enumerate(points) if i != 2
         },
         "names": {
             "package/en/data.json": json.dumps(names).encode(),

@@ -8,8 +8,12 @@ from configs.common import common
 from florence_jax.errors import UserError
 from florence_jax.train.optim import make_optimizer, make_schedule
 
-PARAMS = {"a": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "logit_scale": jnp.ones(()), "b": {"scale": jnp.ones(2)},
-          "t": {"token_embedding": jnp.ones((3, 2))}}
+PARAMS = {
+    "a": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    "logit_scale": jnp.ones(()),
+    "b": {"scale": jnp.ones(2)},
+    "t": {"token_embedding": jnp.ones((3, 2))},
+}
 
 
 def settings(**changes):
@@ -32,8 +36,12 @@ def test_warmup_longer_than_the_run_is_refused():
 def test_one_step_equals_adamw_by_hand():
     optim = settings(learning_rate=0.1, weight_decay=0.5, clip_norm=0.0, final_fraction=1.0)
     optimizer, _ = make_optimizer(optim, 10, PARAMS)
-    grads = {"a": {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, -2.0)}, "logit_scale": jnp.zeros(()),
-             "b": {"scale": jnp.zeros(2)}, "t": {"token_embedding": jnp.zeros((3, 2))}}
+    grads = {
+        "a": {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, -2.0)},
+        "logit_scale": jnp.zeros(()),
+        "b": {"scale": jnp.zeros(2)},
+        "t": {"token_embedding": jnp.zeros((3, 2))},
+    }
     updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
     # Adam's first step has unit length per entry; only the matrix is decayed.
     np.testing.assert_allclose(updates["a"]["kernel"], -0.1 * (1 + 0.5), rtol=1e-5)
@@ -42,10 +50,16 @@ def test_one_step_equals_adamw_by_hand():
 
 
 def test_learning_rate_rules_freeze_and_scale():
-    optim = settings(learning_rate=0.1, weight_decay=0.0, final_fraction=1.0, lr_rules=(("a/bias", 0.0), ("a/.*", 0.5), (".*", 1.0)))
+    optim = settings(
+        learning_rate=0.1, weight_decay=0.0, final_fraction=1.0, lr_rules=(("a/bias", 0.0), ("a/.*", 0.5), (".*", 1.0))
+    )
     optimizer, _ = make_optimizer(optim, 10, PARAMS)
-    ones = {"a": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "logit_scale": jnp.ones(()), "b": {"scale": jnp.ones(2)},
-            "t": {"token_embedding": jnp.ones((3, 2))}}
+    ones = {
+        "a": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+        "logit_scale": jnp.ones(()),
+        "b": {"scale": jnp.ones(2)},
+        "t": {"token_embedding": jnp.ones((3, 2))},
+    }
     updates, _ = optimizer.update(ones, optimizer.init(PARAMS), PARAMS)
     np.testing.assert_allclose(updates["a"]["bias"], 0.0)
     np.testing.assert_allclose(updates["a"]["kernel"], 0.5 * updates["t"]["token_embedding"][:2], rtol=1e-6)

@@ -13,8 +13,17 @@ from florence_jax.models import florence
 from florence_jax.train.sharding import batch_sharding, make_mesh, param_shardings, replicated, state_shardings
 from florence_jax.train.state import init_state
 
-MODEL = florence.build("ti", image_width=32, depths=(2, 2), heads=(1, 2), text_width=32, vocab_size=64, text_length=8,
-                       projection=32, drop_path=0.2)
+MODEL = florence.build(
+    "ti",
+    image_width=32,
+    depths=(2, 2),
+    heads=(1, 2),
+    text_width=32,
+    vocab_size=64,
+    text_length=8,
+    projection=32,
+    drop_path=0.2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +46,11 @@ def loss(params, batch):
 def value_and_grad_on(mesh, problem):
     params, batch = problem
     shardings = param_shardings(params, mesh)
-    function = jax.jit(jax.value_and_grad(loss), in_shardings=(shardings, batch_sharding(mesh)),
-                       out_shardings=(replicated(mesh), shardings))
+    function = jax.jit(
+        jax.value_and_grad(loss),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(replicated(mesh), shardings),
+    )
     return function(jax.device_put(params, shardings), jax.device_put(batch, batch_sharding(mesh)))
 
 
@@ -63,7 +75,10 @@ def test_optimizer_state_follows_its_parameters(problem):
 
 
 def test_indivisible_tensors_are_all_named():
-    params = {"a": {"kernel": jnp.ones((4, 6))}, "b": {"kernel": jnp.ones((4, 10)), "token_embedding": jnp.ones((8, 3))}}
+    params = {
+        "a": {"kernel": jnp.ones((4, 6))},
+        "b": {"kernel": jnp.ones((4, 10)), "token_embedding": jnp.ones((8, 3))},
+    }
     with pytest.raises(UserError) as error:
         param_shardings(params, make_mesh(2, 4))
     assert "a/kernel (4, 6) axis -1" in str(error.value) and "b/kernel (4, 10)" in str(error.value)

@@ -70,7 +70,7 @@ def test_logit_gradient_is_softmax_minus_targets():
     _, _, labels = random_batch(6, 8, classes=3)
     logits = jax.random.normal(jax.random.key(0), (6, 6))
     # With image = identity and text = logits^T the logits are the argument itself.
-    grad = jax.grad(lambda l: unicl(jnp.eye(6), l.T, labels, 1.0)[1]["i2t"])(logits)
+    grad = jax.grad(lambda x: unicl(jnp.eye(6), x.T, labels, 1.0)[1]["i2t"])(logits)
     positives = (labels[:, None] == labels[None, :]).astype(jnp.float32)
     expected = (jax.nn.softmax(logits, 1) - positives / positives.sum(1, keepdims=True)) / 6
     np.testing.assert_allclose(grad, expected, atol=1e-6)

@@ -20,14 +20,16 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.4em; } h2 { font-size: 1.15em; margin-top: 2em; }
 table { border-collapse: collapse; } th { text-align: left; font-weight: 600; }
-td, th { padding: 3px 14px 3px 0; border-bottom: 1px solid #e4e4e4; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
+td, th { padding: 3px 14px 3px 0; border-bottom: 1px solid #e4e4e4; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; }
 svg { background: #fafafa; margin: 0 1em 1em 0; } svg text { font: 11px system-ui, sans-serif; fill: #444; }
 .row { display: flex; gap: 8px; margin-bottom: 8px; align-items: stretch; }
 .cell { width: 128px; text-align: center; font-size: 12px; padding: 5px; border: 2px solid #ddd; border-radius: 5px;
   overflow-wrap: anywhere; display: flex; flex-direction: column; justify-content: center; align-items: center; }
 .cell img { max-width: 96px; max-height: 96px; } .cell.query { background: #f2f2f2; }
 .cell.right { border-color: #3a7d44; background: #eef7ef; } .cell.wrong { border-color: #d9b4ba; }
-.arrow { align-self: center; color: #888; } pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px; }
+.arrow { align-self: center; color: #888; }
+pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px; }
 """
 
 

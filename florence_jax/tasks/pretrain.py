@@ -82,9 +82,7 @@ class Pretrain:
         }
         return self.model.init(key, batch)
 
-    def loss(
-        self, params: Any, batch: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """UniCL over the global batch; with `config.loss='clip'` every pair is its own class."""
         inputs = {"image": normalise(batch["image"]), "text": batch["text"]}
         out = self.model.apply(params, inputs, train=True, rngs={"drop_path": key})
@@ -113,7 +111,10 @@ class Pretrain:
         config, data = self.config, self.config.data
         sources, weights = self._mixture
         index = CaptionIndex.build(
-            text for source in sources for record in source.metadata() for text in caption_strings(record, data.captions)
+            text
+            for source in sources
+            for record in source.metadata()
+            for text in caption_strings(record, data.captions)
         )
         context = {
             "tokenizer": self.tokenizer,
@@ -133,6 +134,7 @@ class Pretrain:
             process_count=jax.process_count(),
             workers=data.workers,
             on_corrupt=data.on_corrupt,
+            cache=data.cache,
         )
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:

@@ -349,9 +349,7 @@ def split_records(records: list[dict]) -> dict[str, list[dict]]:
             splits["new_names" if held_out else "new_style"].append(record)
         elif not held_out:
             splits["train"].append(record)
-    train, style = (
-        picture_features([decode(record["image"]) for record in splits[s]]) for s in ("train", "new_style")
-    )
+    train, style = (picture_features([decode(record["image"]) for record in splits[s]]) for s in ("train", "new_style"))
     known = {i for i, _ in near_duplicates(style, train)}
     splits["new_style"] = [record for i, record in enumerate(splits["new_style"]) if i not in known]
     return splits

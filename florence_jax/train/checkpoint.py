@@ -102,9 +102,7 @@ class Checkpoints:
         wanted = {_name(p): tuple(leaf.shape) for p, leaf in _leaves(target)}
         roots = {name.split("/", 1)[0] for name in wanted}
         lines = [f"{n}: not in the checkpoint" for n in sorted(wanted.keys() - saved.keys())]
-        lines += [
-            f"{n}: not in the model" for n in sorted(saved.keys() - wanted.keys()) if n.split("/", 1)[0] in roots
-        ]
+        lines += [f"{n}: not in the model" for n in sorted(saved.keys() - wanted.keys()) if n.split("/", 1)[0] in roots]
         lines += [
             f"{n}: {saved[n]} in the checkpoint, {wanted[n]} in the model"
             for n in sorted(wanted.keys() & saved.keys())

@@ -206,7 +206,8 @@ class Trainer:
         self._say(
             f"{self.config.task} {self.config.model.variant}: {count / 1e6:.2f} M parameters, "
             f"{self.task.flops_per_example / 1e9:.2f} GFLOP a training example, {self.config.total_steps} steps of "
-            f"{self.config.batch_size} on {self.mesh.size} {jax.devices()[0].platform} device(s), workdir {self.workdir}"
+            f"{self.config.batch_size} on {self.mesh.size} {jax.devices()[0].platform} device(s), "
+            f"workdir {self.workdir}"
         )
 
     def _say(self, text: str) -> None:

@@ -131,8 +131,9 @@ class Progress:
             return
         seconds = values["perf/step_seconds"]
         text = (
-            f"step {step}/{self._total}  loss {values['train/loss']:.3f}  {values['perf/images_per_second']:.0f} img/s  "
-            f"{1000 * seconds:.0f} ms/step  data wait {100 * values['perf/data_wait_share']:.0f}%"
+            f"step {step}/{self._total}  loss {values['train/loss']:.3f}  "
+            f"{values['perf/images_per_second']:.0f} img/s  {1000 * seconds:.0f} ms/step  "
+            f"data wait {100 * values['perf/data_wait_share']:.0f}%"
         )
         if "perf/mfu" in values:
             text += f"  MFU {100 * values['perf/mfu']:.1f}%"

@@ -43,8 +43,8 @@ def make_optimizer(
     """Builds the optimizer of a run.
 
     Args:
-      optim: `learning_rate`, `warmup_steps`, `final_fraction`, `b1`, `b2`, `eps`, `weight_decay`, `clip_norm` (0 = off),
-        `lr_rules` ((pattern, multiplier) pairs; a multiplier of 0 freezes), `decay_rules` likewise with booleans.
+      optim: `learning_rate`, `warmup_steps`, `final_fraction`, `b1`, `b2`, `eps`, `weight_decay`, `clip_norm` (0 =
+        off), `lr_rules` ((pattern, multiplier) pairs; a multiplier of 0 freezes), `decay_rules` likewise with booleans.
       total_steps: length of the cosine.
       params: the parameters, or their shapes.
 

@@ -37,7 +37,9 @@ def make_mesh(data: int, fsdp: int, devices: list[Any] | None = None) -> Mesh:
         known = max(1, -int(np.prod(sizes)))
         sizes[sizes.index(-1)] = count // known
     if min(sizes) < 1 or sizes[0] * sizes[1] != count:
-        raise UserError(f"mesh data={data}, fsdp={fsdp} does not use the {count} devices; choose sizes whose product is {count}")
+        raise UserError(
+            f"mesh data={data}, fsdp={fsdp} does not use the {count} devices; choose sizes with that product"
+        )
     return jax.make_mesh(tuple(sizes), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 
 
@@ -74,18 +76,17 @@ def param_shardings(params: Any, mesh: Mesh, rules: Any = SHARDING_RULES) -> Any
     tree = jax.tree_util.tree_map_with_path(place, params, axes)
     if offenders:
         raise UserError(
-            f"not divisible by mesh.fsdp={fsdp}: {'; '.join(offenders)}; choose a smaller fsdp, another axis, or 'replicate'"
+            f"not divisible by mesh.fsdp={fsdp}: {'; '.join(offenders)}; choose a smaller fsdp, another axis "
+            "or 'replicate'"
         )
     return tree
 
 
 def state_shardings(state: Any, params_sharding: Any, mesh: Mesh) -> Any:
-    """Shardings for a whole train state: every sub-tree shaped like the parameters follows them, the rest replicates."""
+    """Shardings of a whole train state: sub-trees shaped like the parameters follow them, the rest replicates."""
     structure = jax.tree.structure(params_sharding)
 
     def is_params(node: Any) -> bool:
         return jax.tree.structure(node) == structure
 
-    return jax.tree.map(
-        lambda node: params_sharding if is_params(node) else replicated(mesh), state, is_leaf=is_params
-    )
+    return jax.tree.map(lambda node: params_sharding if is_params(node) else replicated(mesh), state, is_leaf=is_params)

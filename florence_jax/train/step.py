@@ -26,8 +26,8 @@ def make_train_step(
 
     The step's random key is `fold_in(key(seed), step)`, so a resumed run draws what an undisturbed one would. After
     the update the task may project the parameters (the logit-scale clamp) and, with `ema_decay` > 0, the moving
-    average follows. Metrics are float32 scalars: the task's own, `loss`, `grad_norm` (before clipping), `learning_rate`,
-    `skipped_records` (corrupt records passed over since the start).
+    average follows. Metrics are float32 scalars: the task's own, `loss`, `grad_norm` (before clipping),
+    `learning_rate`, `skipped_records` (corrupt records passed over since the start).
 
     Args:
       task: gives the loss and the projection.
