@@ -25,15 +25,16 @@ def parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is None:
             raise UserError("--config is missing; for example --config=configs/pretrain.py")
+        _CONFIG.value.lock()  # a file that could not be loaded says so only when it is used
     except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         fail(error)
     return rest
 
 
 def fail(error: Exception) -> None:
-    """Prints the first line of `error` as the one message a user needs, and exits with code 2."""
+    """Prints `error` as one line on stderr, and exits with code 2."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-    print(f"error: {str(text).strip()}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(str(text).split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

@@ -142,7 +142,7 @@ class Retrieval:
         captions = {normalise_caption(str(row.get("caption", ""))) for row in source.metadata()} - {""}
         self._index = CaptionIndex.build(captions)
         self._captions = sorted(captions, key=self._index.id)
-        self._ops = f"{ops}|caption(caption)|label|keep(image, label)"
+        self._ops = f"{ops}|caption|label|keep(image, label)"
         self.chance: dict[str, float] = {}
         self._report: list[str] = []
 

@@ -1,0 +1,147 @@
+"""Embedding over devices, zero-shot classes, the evaluators on known embeddings, and the report."""
+
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from florence_jax.data.sources import FolderSource, open_source
+from florence_jax.data.text import load_tokenizer
+from florence_jax.evaluators.base import Embedder, chance_levels, evaluate
+from florence_jax.evaluators.emoji import EmojiSplit
+from florence_jax.evaluators.report import curve, results_table, thumbnail, write_report
+from florence_jax.evaluators.retrieval import Retrieval
+from florence_jax.evaluators.zero_shot import class_embeddings
+from florence_jax.train.sharding import make_mesh
+
+TOKENIZER = load_tokenizer("sentencepiece", 16)
+OPS = "decode|resize(8)|center_crop(8)"
+
+
+def predict_image(params, batch):
+    pixels = batch["image"].astype(jnp.float32).reshape(len(batch["image"]), -1)
+    pixels = pixels @ params
+    return pixels / jnp.linalg.norm(pixels, axis=1, keepdims=True)
+
+
+def predict_text(params, batch):
+    ids = batch["text"].astype(jnp.float32) @ params[:16]
+    return ids / jnp.maximum(jnp.linalg.norm(ids, axis=1, keepdims=True), 1e-9)
+
+
+PREDICT = {"image": predict_image, "text": predict_text}
+PARAMS = jnp.asarray(np.random.default_rng(0).normal(size=(192, 12)), jnp.float32)
+
+
+def embedder(batch_size, mesh=None):
+    return Embedder(PREDICT, TOKENIZER, mesh or make_mesh(-1, 1), batch_size)
+
+
+def test_embedding_covers_every_record_whatever_the_batch():
+    source = open_source("emoji:new_names")
+    whole = embedder(256).images(PARAMS, source, f"{OPS}|keep(image)")
+    parts = embedder(24).images(PARAMS, source, f"{OPS}|keep(image)")
+    assert len(whole["embedding"]) == len(source) == 217
+    np.testing.assert_array_equal(parts["index"], np.arange(217))
+    np.testing.assert_allclose(parts["embedding"], whole["embedding"], atol=1e-6)
+    texts = [f"{i} spiders" for i in range(19)]
+    np.testing.assert_allclose(embedder(8).texts(PARAMS, texts), embedder(32).texts(PARAMS, texts), atol=1e-6)
+
+
+def test_class_embeddings_are_means_of_unit_prompts_made_unit():
+    made = class_embeddings(embedder(8), PARAMS, ["cat", "dog, hot"], ("{}.", "a photo of {}"))
+    prompts = ["cat.", "a photo of cat", "dog hot.", "a photo of dog hot"]
+    mean = embedder(8).texts(PARAMS, prompts).reshape(2, 2, -1).mean(1)
+    np.testing.assert_allclose(made, mean / np.linalg.norm(mean, axis=1, keepdims=True), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return EmojiSplit("new_names", OPS, embedder(256))
+
+
+def test_emoji_split_of_a_perfect_model_is_perfect(emoji, monkeypatch):
+    one_hot = np.eye(len(emoji._names), dtype=np.float32)
+    monkeypatch.setattr(emoji._embedder, "images", lambda *a: {"embedding": one_hot[emoji._name_ids]})
+
+    def texts(params, prompts, what):
+        del params
+        names = emoji._names if "names" in what or len(prompts) > 1000 else None
+        if names is None:  # groups: the sum of their names
+            groups = np.stack([one_hot[emoji._name_ids[emoji._group_ids == g]].sum(0) for g in range(8)])
+            return np.repeat(groups, len(prompts) // 8, axis=0)
+        return np.repeat(one_hot, len(prompts) // len(names), axis=0)
+
+    monkeypatch.setattr(emoji._embedder, "texts", texts)
+    results = emoji.run(PARAMS)
+    assert {name: value for name, value in results.items() if value != 1.0} == {}
+    assert set(results) == set(emoji.chance)
+    assert emoji.chance["group_top1"] == 0.125 and abs(emoji.chance["name_r@10"] - 10 / 217) < 1e-9
+
+
+def test_emoji_split_of_a_random_model_is_near_chance(emoji):
+    results = evaluate([emoji], PARAMS)
+    assert results["eval/new_names/name_r@10"] < 0.15
+    (grid,) = emoji.report()
+    assert grid.count("data:image/webp") > 50 and "cell right" not in grid.split("image to text")[0]
+
+
+def test_candidates_of_new_style_are_all_names():
+    assert len(EmojiSplit("new_style", OPS, embedder(256))._names) == 1636
+
+
+def test_retrieval_leaves_unreadable_images_out(tmp_path):
+    from PIL import Image
+
+    rows = []
+    for i, caption in enumerate(["Red", "green", "red", "blue"]):
+        name = f"{i}.png"
+        if i != 3:
+            Image.new("RGB", (9, 9), caption.lower()).save(tmp_path / name)
+        rows.append({"key": name, "caption": caption})
+    evaluator = Retrieval("held_out", FolderSource(str(tmp_path), rows), OPS, embedder(8))
+    results = evaluate([evaluator], PARAMS)
+    assert results["eval/held_out/images"] == 3
+    assert results["eval/held_out/i2t_r@5"] == 1.0  # two captions are left, "red" and "green"
+    assert chance_levels([evaluator])["eval/held_out/i2t_r@1"] == 0.5
+    assert "image to text" in evaluator.report()[0]
+
+
+def test_report_is_one_page_without_outside_references(tmp_path, emoji):
+    history = [{"step": s, "train/loss": 3.0 / s, "train/floor": 0.1} for s in (1, 2, 3)] + [{"step": 3, "eval/x": 1.0}]
+    write_report(
+        tmp_path / "report.html",
+        title="a <run>",
+        config={"seed": 0},
+        history=history,
+        results={"eval/x": 0.25},
+        chance={"eval/x": 0.125},
+        fragments=["<p>pictures</p>"],
+    )
+    text = (tmp_path / "report.html").read_text()
+    assert (
+        "a &lt;run&gt;" in text
+        and "polyline" in text
+        and "0.250" in text
+        and "0.125" in text
+        and "&quot;seed&quot;: 0" in text
+    )
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert json.dumps(sorted(p.name for p in tmp_path.iterdir())) == '["report.html"]'
+
+
+def test_curve_skips_what_is_not_finite():
+    line = curve("loss", [1, 2, 3], {"a": [1.0, float("nan"), 2.0], "b": [None, 1.5, 1.0]})
+    assert [len(points.split()) for points in re.findall(r'points="([^"]*)"', line)] == [2, 2]
+    assert curve("empty", [1, 2], {"a": [None, None]}) == ""
+
+
+def test_table_shows_chance_beside_each_number():
+    lines = results_table({"eval/a": 0.5, "step": 1500.0}, {"eval/a": 0.125}).splitlines()
+    assert lines[1].split() == ["eval/a", "0.500", "0.125"] and lines[2].split() == ["step", "1500"]
+
+
+def test_thumbnail_of_an_unreadable_image_is_empty(tmp_path):
+    assert thumbnail(FolderSource(str(tmp_path), [{"key": "none.png", "caption": "x"}]), 0) == ""

@@ -1,0 +1,242 @@
+"""Whole runs: files, resuming bit for bit after kill -9 and SIGTERM, evaluation alone, errors that speak."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import TINY_FLAGS, tiny_config, tiny_pairs
+
+from florence_jax.data.sources import open_source, write_array_record
+from florence_jax.errors import UserError
+from florence_jax.tasks import create_task
+from florence_jax.tasks.pretrain import Pretrain
+from florence_jax.train.loop import EXIT_PREEMPTED, run
+from florence_jax.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+
+
+def train(config, workdir):
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    return run(config, create_task(config), Path(workdir))
+
+
+def values(workdir):
+    """{step: {name: value}} of everything in metrics.jsonl but speeds."""
+    return {
+        line["step"]: {name: value for name, value in line.items() if not name.startswith("perf/")}
+        for line in read_metrics(Path(workdir) / "metrics.jsonl")
+    }
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return tiny_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module")
+def finished(pairs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "finished"
+    assert train(tiny_config(pairs, **{"optim.ema_decay": 0.5}), workdir) == 0
+    return workdir
+
+
+def test_a_run_leaves_its_files(finished):
+    assert {"metrics.jsonl", "result.json", "report.html", "checkpoints", "tensorboard"} <= {
+        path.name for path in finished.iterdir()
+    }
+    assert not list(finished.glob("*.partial"))
+    lines = read_metrics(finished / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert {"train/loss", "train/floor", "perf/step_seconds", "perf/data_wait_share"} <= lines[0].keys()
+    result = json.loads((finished / "result.json").read_text())
+    assert result["step"] == 8 and 0 <= result["eval/held_out/i2t_r@10"] <= 1
+    assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [6, 8]
+    assert next((finished / "tensorboard").glob("events*")).stat().st_size > 0
+
+
+def test_a_finished_run_says_so_and_touches_nothing(finished, pairs, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert train(tiny_config(pairs, **{"optim.ema_decay": 0.5}), finished) == 0
+    assert "is finished: step 8 of 8" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_evaluation_alone_gives_the_same_numbers(finished, pairs, capsys):
+    expected = json.loads((finished / "result.json").read_text())
+    assert train(tiny_config(pairs, mode="eval", **{"optim.ema_decay": 0.5}), finished) == 0
+    assert json.loads((finished / "result.json").read_text()) == expected
+    table = capsys.readouterr().out
+    assert "chance" in table and "eval/held_out/i2t_r@1" in table
+
+
+def test_another_architecture_is_one_message_with_all_mismatches(finished, pairs):
+    config = tiny_config(pairs, **{"optim.ema_decay": 0.5, "model.overrides.projection": 24})
+    with pytest.raises(UserError, match="another architecture") as error:
+        train(config, finished)
+    for name in ("params/image_projection/kernel", "params/text_projection/kernel", "ema/text_projection/kernel"):
+        assert name in str(error.value)
+
+
+def test_parameters_can_start_from_another_run(finished, pairs, tmp_path):
+    config = tiny_config(
+        pairs, **{"optim.ema_decay": 0.5, "init": str(finished / "checkpoints"), "optim.learning_rate": 0.0}
+    )
+    task = create_task(config)
+    assert run(config, task, tmp_path) == 0
+    # Without a learning rate the run ends where it began: at the other run's last parameters.
+    from florence_jax.train.checkpoint import Checkpoints
+
+    target = {"params": jax.eval_shape(task.init, jax.random.key(0))}
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),
+        target,
+    )
+    for a, b in zip(
+        *(
+            jax.tree.leaves(Checkpoints(str(w / "checkpoints"), read_only=True).restore(target))
+            for w in (finished, tmp_path)
+        ),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def command(workdir, pairs, *extra):
+    flags = [f"--workdir={workdir}", f"--config.data.train={pairs}", f"--config.eval.source={pairs}", *extra]
+    return [sys.executable, "-m", "florence_jax.main", *TINY_FLAGS, *flags]
+
+
+def test_killed_run_continues_bit_for_bit(pairs, tmp_path):
+    """kill -9 at a random step; the rerun, with worker processes, gives the undisturbed run's values."""
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    options = dict(cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(command(undisturbed, pairs), **options)
+    assert done.returncode == 0, done.stdout.decode()
+    at = random.SystemRandom().randrange(2, 8)
+    victim = subprocess.Popen(command(killed, pairs), **options)
+    while victim.poll() is None and max(values(killed), default=0) < at:
+        time.sleep(0.01)
+    victim.kill()
+    victim.communicate()
+    shutil.rmtree(killed / "result.json", ignore_errors=True)
+    again = subprocess.run(command(killed, pairs, "--config.data.workers=1"), **options)
+    assert again.returncode == 0, again.stdout.decode()
+    assert values(killed) == values(undisturbed), f"killed at step {at}"
+    results = [json.loads((workdir / "result.json").read_text()) for workdir in (killed, undisturbed)]
+    assert results[0] == results[1]
+    assert b"eval/held_out/i2t_r@1" in again.stdout + done.stdout
+
+
+class StopsAt(Pretrain):
+    """Sends SIGTERM to this process when the batch of a step is fetched; or turns its images into NaN losses."""
+
+    at = 3
+    poison = False
+
+    def train_stream(self, start_step):
+        stream = super().train_stream(start_step)
+        task = self
+
+        class Wrapped:
+            step = start_step
+
+            def __next__(self):
+                self.step += 1
+                if self.step == task.at and not task.poison:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return next(stream)
+
+            def close(self):
+                stream.close()
+
+        return Wrapped()
+
+    def loss(self, params, batch, key):
+        loss, metrics = super().loss(params, batch, key)
+        return (loss * jnp.nan if self.poison else loss), metrics
+
+
+def test_sigterm_saves_and_the_rerun_continues_bit_for_bit(finished, pairs, tmp_path, capsys):
+    config = tiny_config(pairs, **{"optim.ema_decay": 0.5})
+    assert run(config, StopsAt(config), tmp_path) == EXIT_PREEMPTED
+    assert "stopped by SIGTERM at step 3" in capsys.readouterr().out
+    assert max(values(tmp_path)) == 3 and (tmp_path / "checkpoints" / "3").exists()
+    assert train(config, tmp_path) == 0
+    assert "resuming" in capsys.readouterr().out
+    assert values(tmp_path) == values(finished)
+
+
+def test_non_finite_loss_names_the_step_and_saves_nothing(pairs, tmp_path):
+    config = tiny_config(pairs)
+    task = StopsAt(config)
+    task.poison = True
+    with pytest.raises(UserError, match="loss of step 1 is nan"):
+        run(config, task, tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_corrupt_record_is_counted_and_skipped_or_an_error(tmp_path):
+    source = open_source("emoji:train")
+    records = [source[i] for i in range(40)]
+    records[7] = records[7] | {"image": b"RIFFnot a picture", "key": "broken/one"}
+    (tmp_path / "data").mkdir()
+    write_array_record(str(tmp_path / "data" / "pairs.array_record"), records)
+    changes = {"eval.source": "", "total_steps": 4}
+    config = tiny_config(str(tmp_path / "data"), **changes)
+    assert train(config, tmp_path / "skip") == 0
+    last = values(tmp_path / "skip")[4]
+    assert last["train/skipped_records"] >= 1
+    with pytest.raises(UserError, match="broken/one"):
+        train(tiny_config(str(tmp_path / "data"), **changes, **{"data.on_corrupt": "error"}), tmp_path / "error")
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"batch_size": 12}, "batch_size=12 does not divide by the 8 devices"),
+        ({"mode": "evaluate"}, "config.mode='evaluate' is unknown"),
+        ({"loss": "siglip"}, "config.loss='siglip' is unknown"),
+        ({"task": "paint"}, "config.task='paint' is unknown"),
+        ({"data.train": "no/such/folder"}, "'no/such/folder' does not exist"),
+        ({"data.captions": "headline=1"}, "no record has the caption field 'headline'"),
+        ({"data.train_image_ops": "decode|spin(3)"}, "unknown op 'spin'"),
+        ({"optim.warmup_steps": 8}, "optim.warmup_steps=8"),
+        ({"mesh.fsdp": 3}, "does not use the 8 devices"),
+        ({"text.tokenizer": "no.model"}, "cannot read no.model"),
+        ({"model.overrides.res": 36}, "res=36"),
+    ],
+)
+def test_mistakes_are_one_message(pairs, tmp_path, changes, message):
+    config = tiny_config(pairs)
+    with config.unlocked():
+        for name, value in changes.items():
+            *path, leaf = name.split(".")
+            node = config
+            for part in path:
+                node = node[part]
+            node[leaf] = value
+    with pytest.raises(UserError, match=message.replace("(", r"\(")) as error:
+        train(config, tmp_path)
+    assert "\n" not in str(error.value).strip()
+
+
+def test_empty_data_is_one_message(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="needs .*array_record files, or images with captions.csv"):
+        train(tiny_config(str(tmp_path / "empty")), tmp_path / "run")
+
+
+def test_evaluating_an_untrained_workdir_is_one_message(pairs, tmp_path):
+    with pytest.raises(UserError, match="no checkpoints at"):
+        train(tiny_config(pairs, mode="eval"), tmp_path)

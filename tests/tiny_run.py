@@ -1,0 +1,34 @@
+"""The smallest real run of configs/pretrain.py: one stage, one text layer, a slice of the embedded pairs."""
+
+from configs.pretrain import get_config
+from florence_jax.data.sources import open_source, write_array_record
+
+TINY_MODEL = {"image_width": 8, "depths": (2,), "text_width": 16, "text_layers": 1, "text_heads": 2, "projection": 16}
+TINY_FLAGS = [
+    "--config=configs/pretrain.py:runlocal",
+    "--config.total_steps=8",
+    "--config.checkpoint.every=2",
+    "--config.log.every=1",
+    "--config.batch_size=16",
+    "--config.eval.batch_size=64",
+    *(f"--config.model.overrides.{name}={value}" for name, value in TINY_MODEL.items()),
+]
+
+
+def tiny_pairs(path, count=48):
+    """Writes `count` embedded pairs as one ArrayRecord file in the folder `path`; returns the folder's name."""
+    path.mkdir(parents=True, exist_ok=True)
+    source = open_source("emoji:train")
+    write_array_record(str(path / "pairs.array_record"), [source[i] for i in range(count)])
+    return str(path)
+
+
+def tiny_config(data, **changes):
+    """The same run as `TINY_FLAGS`, on the pairs of folder `data`, which are also its held-out set."""
+    config = get_config("runlocal")
+    config.model.overrides = TINY_MODEL
+    config.total_steps, config.batch_size, config.eval.batch_size = 8, 16, 64
+    config.checkpoint.every, config.log.every = 2, 1
+    config.data.train = config.eval.source = data
+    config.update_from_flattened_dict(changes)
+    return config.lock()
