@@ -1,8 +1,11 @@
 """What every configuration shares: the argument string and the defaults of the training system."""
 
-from ml_collections import ConfigDict
+from typing import Any, get_origin, get_type_hints
+
+from ml_collections import ConfigDict, config_dict
 
 from florence_jax.errors import UserError
+from florence_jax.models.florence import ModelConfig
 
 
 def parse_arg(arg: str | None, **defaults: str | int | bool) -> ConfigDict:
@@ -33,6 +36,18 @@ def parse_arg(arg: str | None, **defaults: str | int | bool) -> ConfigDict:
             values[name] = kind(text)
         except ValueError as error:
             raise UserError(f"config argument {item!r}: {name} takes {kind.__name__} values") from error
+    return ConfigDict(values)
+
+
+def model_overrides() -> ConfigDict:
+    """A value for every size and option of a model, None (the variant's own) until set: `--config.model.overrides.x=`.
+
+    The compute dtype is not among them: `config.precision` gives it.
+    """
+    values: dict[str, Any] = {}
+    for name, kind in get_type_hints(ModelConfig).items():
+        if name not in ("variant", "dtype"):
+            values[name] = config_dict.placeholder(get_origin(kind) or kind)
     return ConfigDict(values)
 
 

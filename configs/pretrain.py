@@ -13,7 +13,7 @@ on random data only, never trained to convergence by this project.
 
 from ml_collections import ConfigDict
 
-from configs.common import common, parse_arg
+from configs.common import common, model_overrides, parse_arg
 from florence_jax.errors import UserError
 from florence_jax.models.florence import VARIANTS
 
@@ -30,7 +30,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise UserError(f"unknown stage {given.stage}; the schedule has stages 1, 2 and 3")
     config = common("runs/pretrain")
     config.task = "pretrain"
-    config.model = {"variant": given.variant, "overrides": ConfigDict({"res": given.res} if given.res else {})}
+    config.model = {"variant": given.variant, "overrides": model_overrides()}
+    if given.res:
+        config.model.overrides.res = given.res
     res = given.res or VARIANTS[given.variant]["res"]
     config.data = {
         "train": "emoji:train",  # sources joined by '|', each with an optional '*weight'

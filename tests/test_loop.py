@@ -120,7 +120,12 @@ def command(workdir, pairs, *extra):
 def test_killed_run_continues_bit_for_bit(pairs, tmp_path):
     """kill -9 at a random step; the rerun, with worker processes, gives the undisturbed run's values."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    options = dict(cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    options = dict(
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     done = subprocess.run(command(undisturbed, pairs), **options)
     assert done.returncode == 0, done.stdout.decode()
     at = random.SystemRandom().randrange(2, 8)

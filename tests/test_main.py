@@ -1,6 +1,8 @@
 """The command line: every mistake is one line on stderr and exit code 2, and nothing is left behind."""
 
+import functools
 import json
+import sys
 
 import pytest
 from absl import flags
@@ -11,8 +13,14 @@ from florence_jax import main as entry
 from florence_jax.train.loop import Trainer
 
 
-def call(*arguments):
+@pytest.fixture
+def call(monkeypatch):
     """Runs the command in this process; returns its exit code."""
+    return functools.partial(run_command, monkeypatch)
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["main", *arguments])  # ml_collections looks for its flags there
     with flagsaver.flagsaver():
         flags.FLAGS.unparse_flags()
         with pytest.raises(SystemExit) as stop:
@@ -44,7 +52,7 @@ def call(*arguments):
         (["--config=configs/pretrain.py:runlocal", "--workdir=/dev/null/x"], "cannot write to --workdir=/dev/null/x"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, capsys, tmp_path):
+def test_mistakes_are_one_line(call, arguments, message, capsys, tmp_path):
     workdir = tmp_path / "run"
     assert call(*(a.format(workdir) for a in arguments)) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -52,7 +60,7 @@ def test_mistakes_are_one_line(arguments, message, capsys, tmp_path):
     assert not workdir.exists() or not (workdir / "checkpoints").exists()
 
 
-def test_full_disk_is_one_line(capsys, tmp_path, monkeypatch):
+def test_full_disk_is_one_line(call, capsys, tmp_path, monkeypatch):
     def full(self):
         raise OSError(28, "No space left on device")
 
@@ -63,7 +71,7 @@ def test_full_disk_is_one_line(capsys, tmp_path, monkeypatch):
     assert "No space left on device" in line and "run the same command again" in line
 
 
-def test_config_is_dumped_before_training(tmp_path, monkeypatch):
+def test_config_is_dumped_before_training(call, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "train", lambda self: 0)
     pairs = tiny_pairs(tmp_path / "pairs")
     assert call(*TINY_FLAGS, f"--config.data.train={pairs}", f"--workdir={tmp_path}/run") == 0

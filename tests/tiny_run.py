@@ -9,6 +9,7 @@ TINY_FLAGS = [
     "--config.total_steps=8",
     "--config.checkpoint.every=2",
     "--config.log.every=1",
+    "--config.optim.warmup_steps=2",
     "--config.batch_size=16",
     "--config.eval.batch_size=64",
     *(f"--config.model.overrides.{name}={value}" for name, value in TINY_MODEL.items()),
@@ -26,9 +27,9 @@ def tiny_pairs(path, count=48):
 def tiny_config(data, **changes):
     """The same run as `TINY_FLAGS`, on the pairs of folder `data`, which are also its held-out set."""
     config = get_config("runlocal")
-    config.model.overrides = TINY_MODEL
+    config.model.overrides.update(TINY_MODEL)
     config.total_steps, config.batch_size, config.eval.batch_size = 8, 16, 64
-    config.checkpoint.every, config.log.every = 2, 1
+    config.checkpoint.every, config.log.every, config.optim.warmup_steps = 2, 1, 2
     config.data.train = config.eval.source = data
     config.update_from_flattened_dict(changes)
     return config.lock()

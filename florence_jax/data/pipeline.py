@@ -6,7 +6,7 @@ gives the same global batches, bit for bit, and a resumed run needs only its ste
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grain
@@ -97,7 +97,7 @@ def train_stream(
     weights = _check_train(sources, weights, seed, start_step, workers, prefetch, on_corrupt)
     local = _local_size(batch_size, process_index, process_count)
     parsed = parse_ops(ops, context)
-    _check_fields(sources, parsed)
+    check_caption_fields(sources, _drawn_fields(parsed))
     make = _MakeBatch(sources, parsed, seed=seed, size=local, on_corrupt=on_corrupt, cache=cache)
     # Only indices go through the order; records are read a batch at a time, at its end.
     order = _order(sources, weights, seed)
@@ -147,7 +147,7 @@ def eval_stream(
     _check_policy(on_corrupt)
     if prefetch < 0:
         raise UserError(f"prefetch={prefetch} must not be negative")
-    _check_fields([source], parsed)
+    check_caption_fields([source], _drawn_fields(parsed))
     make = _MakeEvalBatch([source], parsed, seed=0, size=local, on_corrupt=on_corrupt)
     steps = -(-len(source) // batch_size)
     batches = grain.MapDataset.range(process_index, steps * process_count, process_count).map(make)
@@ -199,15 +199,23 @@ def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
     return batch_size // process_count
 
 
-def _check_fields(sources: Sequence[Source], ops: Sequence[Op]) -> None:
-    """A mistyped caption field would only make captions rarer, silently: look for each in the first records."""
-    wanted = {name for op in ops if isinstance(op, Caption) for name in op.fields}
+def check_caption_fields(sources: Sequence[Source], fields: Iterable[str]) -> None:
+    """Looks for each caption field in the first records: a mistyped one would only make captions rarer, silently.
+
+    Raises:
+      UserError: for a field that no source has.
+    """
+    wanted = set(fields)
     known: set[str] = set()
     for source in sources:
         for record in itertools.islice(source.metadata(), FIELD_CHECK_RECORDS):
             known |= record.keys() | {f"{name}_joined" for name, value in record.items() if isinstance(value, list)}
     if known and (missing := sorted(wanted - known)):
         raise UserError(f"no record has the caption field {missing[0]!r}; fields: {', '.join(sorted(known))}")
+
+
+def _drawn_fields(ops: Sequence[Op]) -> set[str]:
+    return {name for op in ops if isinstance(op, Caption) for name in op.fields}
 
 
 # -- making batches ---------------------------------------------------------------------------------------------------

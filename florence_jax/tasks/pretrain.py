@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from florence_jax.data.captions import CaptionIndex
-from florence_jax.data.pipeline import train_stream
+from florence_jax.data.pipeline import check_caption_fields, train_stream
 from florence_jax.data.sources import Source, open_mixture, open_source
 from florence_jax.data.templates import TEMPLATES
 from florence_jax.data.text import Tokenizer, load_tokenizer
-from florence_jax.data.transforms import caption_strings
+from florence_jax.data.transforms import caption_strings, parse_fields
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Embedder, Evaluator
 from florence_jax.evaluators.emoji import EmojiSplit
@@ -110,6 +110,7 @@ class Pretrain:
         """Local batches {"image" uint8, "text" int32, "label" int32, "corrupt" int32} from `start_step` on."""
         config, data = self.config, self.config.data
         sources, weights = self._mixture
+        check_caption_fields(sources, parse_fields(data.captions))
         index = CaptionIndex.build(
             text
             for source in sources

@@ -28,4 +28,4 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, *, ema: boo
 
 def eval_params(state: dict[str, Any]) -> Any:
     """The parameters to evaluate: the moving average where the run keeps one, else the parameters themselves."""
-    return state.get("ema", state["params"])
+    return state["ema"] if "ema" in state else state["params"]
