@@ -33,8 +33,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def fail(error: Exception) -> None:
     """Prints `error` as one line on stderr, and exits with code 2."""
-    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-    print(f"error: {' '.join(str(text).split())}", file=sys.stderr, flush=True)
+    inner = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+    # ml_collections wraps the name of an unknown key, with a guess at the right one, in a KeyError.
+    text = f"unknown config key {inner.args[0]}" if isinstance(inner, KeyError) and inner.args else str(error)
+    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -61,6 +63,8 @@ def main(argv: list[str]) -> None:
         if config.distributed:
             jax.distributed.initialize()
         task = create_task(config)
+        if config.mode != "eval":
+            task.open_data()
         if config.mode != "eval" and jax.process_index() == 0:
             prepare_workdir(workdir, config)
         code = run(config, task, workdir)

@@ -28,7 +28,9 @@ ROOT = Path(__file__).parents[1]
 
 def train(config, workdir):
     Path(workdir).mkdir(parents=True, exist_ok=True)
-    return run(config, create_task(config), Path(workdir))
+    task = create_task(config)
+    task.open_data()
+    return run(config, task, Path(workdir))
 
 
 def values(workdir):
@@ -223,14 +225,7 @@ def test_corrupt_record_is_counted_and_skipped_or_an_error(tmp_path):
     ],
 )
 def test_mistakes_are_one_message(pairs, tmp_path, changes, message):
-    config = tiny_config(pairs)
-    with config.unlocked():
-        for name, value in changes.items():
-            *path, leaf = name.split(".")
-            node = config
-            for part in path:
-                node = node[part]
-            node[leaf] = value
+    config = tiny_config(pairs, **changes)
     with pytest.raises(UserError, match=message.replace("(", r"\(")) as error:
         train(config, tmp_path)
     assert "\n" not in str(error.value).strip()

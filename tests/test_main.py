@@ -38,7 +38,10 @@ def run_command(monkeypatch, *arguments):
         (["--config=configs/pretrain.py:size=3"], "unknown config argument 'size'; known: "),
         (["--config=configs/pretrain.py:res=big"], "res takes int values"),
         (["--config=configs/pretrain.py:stage=4"], "unknown stage 4"),
-        (["--config=configs/pretrain.py", "--config.total_step=3"], "total_step"),
+        (
+            ["--config=configs/pretrain.py", "--config.total_step=3"],
+            "unknown config key 'total_step' Did you mean",
+        ),
         (["--config=configs/pretrain.py", "--config.total_steps=many"], "total_steps"),
         (["--config=configs/pretrain.py", "total_steps=3"], "unexpected argument 'total_steps=3'"),
         (

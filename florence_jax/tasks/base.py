@@ -28,6 +28,9 @@ class Task(Protocol):
     def project(self, params: Any) -> Any:
         """Maps parameters back to their allowed set after an update (identity for most)."""
 
+    def open_data(self) -> None:
+        """Opens the training data and checks how it is to be used, before anything is compiled or written."""
+
     def train_stream(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
         """Local batches from `start_step` on, the same for any resume, host or worker count."""
 

@@ -15,7 +15,7 @@ from florence_jax.data.pipeline import check_caption_fields, train_stream
 from florence_jax.data.sources import Source, open_mixture, open_source
 from florence_jax.data.templates import TEMPLATES
 from florence_jax.data.text import Tokenizer, load_tokenizer
-from florence_jax.data.transforms import caption_strings, parse_fields
+from florence_jax.data.transforms import caption_strings, parse_fields, parse_ops
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Embedder, Evaluator
 from florence_jax.evaluators.emoji import EmojiSplit
@@ -106,11 +106,18 @@ class Pretrain:
     def _mixture(self) -> tuple[list[Source], list[float]]:
         return open_mixture(self.config.data.train)
 
+    def open_data(self) -> None:
+        """Raises UserError for a missing source, an unknown caption field or op."""
+        check_caption_fields(self._mixture[0], parse_fields(self.config.data.captions))
+        for ops in (self.config.data.train_image_ops, self.config.data.eval_image_ops):
+            parse_ops(ops, {})
+        if self.config.eval.source:
+            open_source(self.config.eval.source)
+
     def train_stream(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
         """Local batches {"image" uint8, "text" int32, "label" int32, "corrupt" int32} from `start_step` on."""
         config, data = self.config, self.config.data
         sources, weights = self._mixture
-        check_caption_fields(sources, parse_fields(data.captions))
         index = CaptionIndex.build(
             text
             for source in sources
