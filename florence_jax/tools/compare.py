@@ -1,0 +1,102 @@
+"""Runs one configuration with several values of one setting and several seeds, and prints the results side by side.
+
+    python -m florence_jax.tools.compare --seeds=0,1,2                                # the laptop run and its spread
+    python -m florence_jax.tools.compare --seeds=0,1,2 --vary=loss=unicl,clip         # UniCL against plain CLIP targets
+    python -m florence_jax.tools.compare --config=configs/pretrain.py:runlocal --vary=optim.weight_decay=0.1,0.3
+
+Each run is `python -m florence_jax.main` in a folder of its own below --workdir, so that an interrupted comparison
+continues where it was, and a finished run is not repeated. The table has mean and lowest to highest over the seeds.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from florence_jax.errors import UserError
+
+
+def parse_vary(text: str) -> list[tuple[str, str]]:
+    """'loss=unicl,clip' -> [('loss', 'unicl'), ('loss', 'clip')]; '' -> [('', '')], the configuration as it is.
+
+    Raises:
+      UserError: without a name or without values.
+    """
+    if not text:
+        return [("", "")]
+    name, equals, values = text.partition("=")
+    chosen = [value for value in values.split(",") if value]
+    if not equals or not name or not chosen:
+        raise UserError(f"--vary={text!r}: write NAME=VALUE,VALUE, such as loss=unicl,clip")
+    return [(name.removeprefix("config."), value) for value in chosen]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'0,1,2' -> [0, 1, 2]. Raises UserError for anything else."""
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--seeds={text!r}: write whole numbers, such as 0,1,2") from error
+
+
+def train(config: str, workdir: Path, seed: int, name: str, value: str, extra: Sequence[str]) -> dict[str, float]:
+    """One run in `workdir`, or its results where it is finished.
+
+    Raises:
+      UserError: if the run fails; its own message is on stderr.
+    """
+    command = [sys.executable, "-m", "florence_jax.main", f"--config={config}", f"--workdir={workdir}"]
+    command += [f"--config.seed={seed}", *([f"--config.{name}={value}"] if name else []), *extra]
+    done = subprocess.run(command, stdout=sys.stderr, check=False)
+    if done.returncode:
+        raise UserError(f"the run in {workdir} ended with exit code {done.returncode}; see its message above")
+    return json.loads((workdir / "result.json").read_text())
+
+
+def table(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """One column for each setting: 'mean (lowest to highest)' over its runs."""
+    metrics = [name for name in next(iter(results.values()))[0] if name.startswith("eval/")]
+    width = max(map(len, metrics), default=6)
+    columns = [max(len(label), 22) for label in results]
+    lines = [f"{'metric':<{width}}" + "".join(f"  {label:>{w}}" for label, w in zip(results, columns, strict=True))]
+    for metric in metrics:
+        cells = []
+        for runs in results.values():
+            values = np.array([run[metric] for run in runs])
+            cells.append(f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})")
+        lines.append(f"{metric:<{width}}" + "".join(f"  {c:>{w}}" for c, w in zip(cells, columns, strict=True)))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/pretrain.py")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--vary", default="", help="NAME=VALUE,VALUE: a config key and its values")
+    parser.add_argument("--workdir", default="runs/compare")
+    args, extra = parser.parse_known_args(argv)
+    try:
+        if unknown := [option for option in extra if not option.startswith("--config.")]:
+            raise UserError(f"unknown option {unknown[0]!r}; settings of the runs are written --config.name=value")
+        settings, seeds = parse_vary(args.vary), parse_seeds(args.seeds)
+        results: dict[str, list[dict[str, float]]] = {}
+        for seed in seeds:  # seed by seed, so that an interrupted comparison has whole rows
+            for name, value in settings:
+                label = f"{name}={value}" if name else "as configured"
+                folder = f"{name}_{value}" if name else "default"
+                workdir = Path(args.workdir) / f"{folder.replace('/', '_')}_seed{seed}"
+                results.setdefault(label, []).append(train(args.config, workdir, seed, name, value, extra))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.config}, seeds {args.seeds}: mean (lowest to highest)\n{table(results)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Comparing settings over seeds."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from florence_jax.errors import UserError
+from florence_jax.tools import compare
+
+
+def test_runs_every_setting_with_every_seed_and_prints_the_spread(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def fake_run(command, **kwargs):
+        flags = dict(flag.lstrip("-").split("=", 1) for flag in command[3:])
+        workdir = Path(flags["workdir"])
+        workdir.mkdir(parents=True)
+        calls.append((flags["config.loss"], flags["config.seed"], flags["config.total_steps"]))
+        value = (0.5 if flags["config.loss"] == "unicl" else 0.25) + int(flags["config.seed"]) / 10
+        (workdir / "result.json").write_text(json.dumps({"eval/x": value, "step": 3}))
+        return type("Done", (), {"returncode": 0})()
+
+    monkeypatch.setattr(compare.subprocess, "run", fake_run)
+    arguments = ["--seeds=0,2", "--vary=loss=unicl,clip", f"--workdir={tmp_path}", "--config.total_steps=3"]
+    assert compare.main(arguments) == 0
+    assert calls == [("unicl", "0", "3"), ("clip", "0", "3"), ("unicl", "2", "3"), ("clip", "2", "3")]
+    header, row = capsys.readouterr().out.splitlines()[1:]
+    assert header.split() == ["metric", "loss=unicl", "loss=clip"]
+    assert row.split()[1:] == ["0.600", "(0.500", "to", "0.700)", "0.350", "(0.250", "to", "0.450)"]
+
+
+def test_a_failed_run_ends_the_comparison(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare.subprocess, "run", lambda *a, **k: type("Done", (), {"returncode": 2})())
+    assert compare.main([f"--workdir={tmp_path}"]) == 2
+    assert "ended with exit code 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments,message", [(["--vary=loss"], "--vary"), (["--seeds=a"], "--seeds"), (["--x=1"], "--x")]
+)
+def test_mistakes(arguments, message, capsys):
+    assert compare.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_vary_names_a_config_key():
+    assert compare.parse_vary("config.loss=a,b") == [("loss", "a"), ("loss", "b")]
+    with pytest.raises(UserError):
+        compare.parse_vary("=3")
