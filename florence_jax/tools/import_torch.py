@@ -7,7 +7,8 @@
 
 swin: Swin classifiers in Microsoft's or timm's naming (only the image tower: there is no text). unicl: UniCL, KLITE.
 clip: OpenAI's CLIP with a ViT, its TorchScript files or a state dict. openclip: OpenCLIP's ViT models; an
-`open_clip_config.json` beside the file is read for what weights do not show (activation, heads, normalisation).
+`open_clip_config.json` beside the file is read for what weights do not show (activation, heads, normalisation). Both
+also take the naming of Hugging Face's transformers (CLIPModel).
 
 Sizes are read from the tensors' shapes. `--res` adapts the weights to other images: bias tables (also with `--window`;
 default res / 32) and position embeddings are interpolated. The folder goes to `--config.init`; its model.json names the
@@ -36,6 +37,7 @@ from florence_jax.tools.torch_names import (
     DROPPED,
     FAMILIES,
     canonical_names,
+    from_transformers,
     source_name,
     to_our_layout,
     torch_shape,
@@ -71,6 +73,9 @@ def convert(
     Raises:
       UserError: one message that lists every missing, unknown, ambiguous and mis-shaped tensor.
     """
+    state = from_transformers(state) if family in ("clip", "openclip") else state
+    if np.size(state.get("logit_scale", ())) == 1:  # OpenCLIP has an option that makes it (1,)
+        state = {**state, "logit_scale": np.reshape(state["logit_scale"], ())}
     names = canonical_names(state, family)
     shapes = {name: np.shape(state[found[0]]) for name, found in names.items()}
     dropped = [name for name in names if DROPPED.fullmatch(name)]

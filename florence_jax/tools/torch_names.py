@@ -36,6 +36,24 @@ _CLIP = (
 )
 _RENAMES = {"swin": _SWIN, "unicl": _UNICL, "clip": _CLIP, "openclip": _CLIP}
 
+# Hugging Face's transformers, in the order applied; q, k and v are fused after that.
+_TRANSFORMERS = (
+    (r"^vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
+    (r"^text_model\.encoder\.layers\.", "transformer.resblocks."),
+    (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
+    (r"^vision_model\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
+    (r"^vision_model\.pre_layrnorm\.", "visual.ln_pre."),
+    (r"^vision_model\.post_layernorm\.", "visual.ln_post."),
+    (r"^vision_model\.embeddings\.", "visual."),
+    (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
+    (r"^text_model\.embeddings\.", ""),
+    (r"^text_model\.final_layer_norm\.", "ln_final."),
+    (r"\.layer_norm(\d)\.", r".ln_\1."),
+    (r"\.self_attn\.", ".attn."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+)
+
 # Our names to canonical ones. Transformer blocks first: both towers of CLIP use them.
 _BLOCK = (
     (r"layer(\d+)/norm(\d)/", r"resblocks.\1.ln_\2."),
@@ -66,6 +84,29 @@ _OURS = {
         (r"(stage\d+)_pair(\d+)/(plain|shifted)/", r"\1.pair\2.\3."),
     ),
 }
+
+
+def from_transformers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A CLIP of Hugging Face's transformers under OpenAI's names; any other state dict unchanged.
+
+    Separate q, k and v become one `in_proj`; the projections are transposed to (width, dimension).
+    """
+    if not any(name.startswith("vision_model.") for name in state):
+        return dict(state)
+    renamed = {}
+    for name, value in state.items():
+        if name in ("visual_projection.weight", "text_projection.weight") and np.ndim(value) == 2:
+            name, value = name.replace("visual_projection", "visual.proj").removesuffix(".weight"), value.T
+        for pattern, replacement in _TRANSFORMERS:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    for name in [name for name in renamed if name.endswith((".q_proj.weight", ".q_proj.bias"))]:
+        stem, _, kind = name.rpartition(".q_proj.")
+        parts = [f"{stem}.{letter}_proj.{kind}" for letter in "qkv"]
+        shapes = {np.shape(renamed[part]) for part in parts if part in renamed}
+        if all(part in renamed for part in parts) and len(shapes) == 1:
+            renamed[f"{stem}.in_proj_{kind}"] = np.concatenate([renamed.pop(part) for part in parts])
+    return renamed
 
 
 def canonical_names(state: Mapping[str, np.ndarray], family: str) -> dict[str, list[str]]:
