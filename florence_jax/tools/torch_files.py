@@ -72,9 +72,10 @@ def _read_pickle(file: Path) -> dict[str, np.ndarray]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        first = str(error).strip().split("\n", 1)[0]
+        # PyTorch's own message proposes to load without the safeguard; that advice is not passed on.
         raise UserError(
-            f"{file} cannot be read as weights only: {first}; save its state dict as safetensors"
+            f"{file} is damaged, or holds objects other than tensors, which are never loaded: download it again, or "
+            "save its state dict as safetensors"
         ) from error
     while wrapper := _wrapper(content):
         content = content[wrapper]
