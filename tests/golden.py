@@ -127,6 +127,18 @@ def text_shapes() -> dict[str, tuple[int, ...]]:
     return shapes | {"token_embedding.weight": (20, 8)} | transformer_shapes(8, 2)
 
 
+def clip_shapes() -> dict[str, tuple[int, ...]]:
+    """A CLIP in OpenAI's names: ViT of width 16, 3 layers, 2 heads, patch 8 at 24 px; the golden text tower; D = 6."""
+    shapes = {
+        "ln_final.bias": (8,), "ln_final.weight": (8,), "logit_scale": (), "positional_embedding": (6, 8),
+        "text_projection": (8, 6), "token_embedding.weight": (20, 8), "visual.class_embedding": (16,),
+        "visual.conv1.weight": (16, 3, 8, 8), "visual.ln_post.bias": (16,), "visual.ln_post.weight": (16,),
+        "visual.ln_pre.bias": (16,), "visual.ln_pre.weight": (16,), "visual.positional_embedding": (10, 16),
+        "visual.proj": (16, 6),
+    }  # fmt: skip
+    return shapes | transformer_shapes(8, 2, "transformer.") | transformer_shapes(16, 3, "visual.transformer.")
+
+
 def text_params() -> dict:
     """Our parameters of the golden text tower."""
     filled = fill(text_shapes(), 0.3)

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from golden import cosx, fill, sinx, swin_shapes, text_shapes
+from golden import clip_shapes, cosx, fill, sinx, swin_shapes, text_shapes
 from safetensors.numpy import save_file
-from test_vit import clip_shapes
 
 from florence_jax.errors import UserError
 from florence_jax.models import coswin

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import fill, random_params, sinx, transformer_shapes
+from golden import clip_shapes, fill, random_params, sinx
 
 from florence_jax.errors import UserError
 from florence_jax.models.florence import build, forward_flops, parameter_count
@@ -15,18 +15,6 @@ from florence_jax.tools.import_torch import convert
 
 IMAGE = sinx(0.013, 1, 3, 24, 24).transpose(0, 2, 3, 1)
 IDS = jnp.array([[18, 5, 7, 19, 0, 0], [18, 3, 19, 19, 19, 19]])
-
-
-def clip_shapes():
-    """A CLIP in OpenAI's names: ViT of width 16, 3 layers, 2 heads, patch 8 at 24 px; the golden text tower; D = 6."""
-    shapes = {
-        "ln_final.bias": (8,), "ln_final.weight": (8,), "logit_scale": (), "positional_embedding": (6, 8),
-        "text_projection": (8, 6), "token_embedding.weight": (20, 8), "visual.class_embedding": (16,),
-        "visual.conv1.weight": (16, 3, 8, 8), "visual.ln_post.bias": (16,), "visual.ln_post.weight": (16,),
-        "visual.ln_pre.bias": (16,), "visual.ln_pre.weight": (16,), "visual.positional_embedding": (10, 16),
-        "visual.proj": (16, 6),
-    }  # fmt: skip
-    return shapes | transformer_shapes(8, 2, "transformer.") | transformer_shapes(16, 3, "visual.transformer.")
 
 
 def load(family="clip"):
