@@ -128,8 +128,8 @@ class _TensorUnpickler(pickle.Unpickler):
             return collections.OrderedDict
         if module == "torch" and name in STORAGE_DTYPES:
             return STORAGE_DTYPES[name]
-        if module == "torch.jit._pickle":  # build_intlist and the like: typed lists
-            return list
+        if module == "torch.jit._pickle":  # build_intlist(list), restore_type_tag(value, type): the value itself
+            return lambda value, *_: value
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a file of weights")
 
     def persistent_load(self, pid: tuple[Any, ...]) -> np.ndarray:
@@ -168,7 +168,15 @@ def _read_torchscript(file: Path) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(file) as archive:
             root = next(name.split("/", 1)[0] for name in archive.namelist() if name.endswith("/data.pkl"))
             module = _TensorUnpickler(archive, root).load()
-    except (zipfile.BadZipFile, pickle.UnpicklingError, StopIteration, KeyError, ValueError, EOFError) as error:
+    except (
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        StopIteration,
+        LookupError,
+        ValueError,
+        TypeError,
+        EOFError,
+    ) as error:
         raise UserError(f"{file} is not a readable TorchScript archive: {error}") from error
     if isinstance(module, _Object):
         collect(module, "")
