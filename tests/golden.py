@@ -98,19 +98,50 @@ def coswin_params(window: int, *, output_norm: str) -> dict:
     return convert(fill(shapes, 0.2), renames)
 
 
-def text_params() -> dict:
-    """Our parameters of the golden text tower: W = 8, 2 heads, 2 layers, vocabulary 20, length 6."""
+def swin_shapes() -> dict[str, tuple[int, ...]]:
+    """PyTorch shapes of the golden Swin: patch 4, C = 8, depths (2, 2), heads (2, 4), window 4."""
+    shapes = {"norm.bias": (16,), "norm.weight": (16,)} | embed_shapes("patch_embed.", 4, 3, 8)
+    merging = {"norm.bias": (32,), "norm.weight": (32,), "reduction.weight": (16, 32)}
+    shapes |= {f"layers.0.downsample.{name}": shape for name, shape in merging.items()}
+    for i, (channels, heads) in enumerate(((8, 2), (16, 4))):
+        for j in range(2):
+            shapes |= block_shapes(channels, heads, 4, f"layers.{i}.blocks.{j}.")
+    return shapes
+
+
+def transformer_shapes(width: int, layers: int, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """PyTorch shapes of the blocks of CLIP's transformer."""
+    w = width
+    block = {
+        "attn.in_proj_bias": (3 * w,), "attn.in_proj_weight": (3 * w, w), "attn.out_proj.bias": (w,),
+        "attn.out_proj.weight": (w, w), "ln_1.bias": (w,), "ln_1.weight": (w,), "ln_2.bias": (w,), "ln_2.weight": (w,),
+        "mlp.c_fc.bias": (4 * w,), "mlp.c_fc.weight": (4 * w, w), "mlp.c_proj.bias": (w,),
+        "mlp.c_proj.weight": (w, 4 * w),
+    }  # fmt: skip
+    return {f"{prefix}resblocks.{i}.{name}": shape for i in range(layers) for name, shape in block.items()}
+
+
+def text_shapes() -> dict[str, tuple[int, ...]]:
+    """PyTorch shapes of the golden text tower: W = 8, 2 heads, 2 layers, vocabulary 20, length 6."""
     shapes = {"ln_final.bias": (8,), "ln_final.weight": (8,), "positional_embedding": (6, 8)}
-    shapes["token_embedding.weight"] = (20, 8)
-    for layer in range(2):
-        block = {
-            "attn.in_proj_bias": (24,), "attn.in_proj_weight": (24, 8), "attn.out_proj.bias": (8,),
-            "attn.out_proj.weight": (8, 8), "ln_1.bias": (8,), "ln_1.weight": (8,), "ln_2.bias": (8,),
-            "ln_2.weight": (8,), "mlp.c_fc.bias": (32,), "mlp.c_fc.weight": (32, 8), "mlp.c_proj.bias": (8,),
-            "mlp.c_proj.weight": (8, 32),
-        }  # fmt: skip
-        shapes |= {f"resblocks.{layer}.{name}": shape for name, shape in block.items()}
-    filled = fill(shapes, 0.3)
+    return shapes | {"token_embedding.weight": (20, 8)} | transformer_shapes(8, 2)
+
+
+def clip_shapes() -> dict[str, tuple[int, ...]]:
+    """A CLIP in OpenAI's names: ViT of width 16, 3 layers, 2 heads, patch 8 at 24 px; the golden text tower; D = 6."""
+    shapes = {
+        "ln_final.bias": (8,), "ln_final.weight": (8,), "logit_scale": (), "positional_embedding": (6, 8),
+        "text_projection": (8, 6), "token_embedding.weight": (20, 8), "visual.class_embedding": (16,),
+        "visual.conv1.weight": (16, 3, 8, 8), "visual.ln_post.bias": (16,), "visual.ln_post.weight": (16,),
+        "visual.ln_pre.bias": (16,), "visual.ln_pre.weight": (16,), "visual.positional_embedding": (10, 16),
+        "visual.proj": (16, 6),
+    }  # fmt: skip
+    return shapes | transformer_shapes(8, 2, "transformer.") | transformer_shapes(16, 3, "visual.transformer.")
+
+
+def text_params() -> dict:
+    """Our parameters of the golden text tower."""
+    filled = fill(text_shapes(), 0.3)
     tables = {"token_embedding": filled.pop("token_embedding.weight")}
     tables["position_embedding"] = filled.pop("positional_embedding")
     renames = (

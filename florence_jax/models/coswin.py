@@ -1,7 +1,8 @@
 """CoSwin: Swin Transformer blocks with CvT's convolutional token embeddings (Florence, section 2.2).
 
 Blocks follow Liu et al., "Swin Transformer" (arXiv 2103.14030); embeddings follow Wu et al., "CvT" (arXiv
-2103.15808): a strided, overlapping convolution with explicit symmetric padding, then LayerNorm. Maps are NHWC.
+2103.15808): a strided, overlapping convolution with explicit symmetric padding, then LayerNorm. Plain Swin, with its
+own patch embedding and patch merging, is the option `embedding='patch'`. Maps are NHWC.
 """
 
 import functools
@@ -25,6 +26,7 @@ from florence_jax.models.layers import (
 )
 
 SIZE_MODES = ("classification", "detection")
+EMBEDDINGS = ("conv", "patch")
 STAGE_CONV = ((7, 4, 2), (3, 2, 1))  # kernel, stride, padding of the first and of the later embeddings
 MASKED = -100.0  # Swin's additive mask value: finite, so that a softmax row never becomes NaN
 
@@ -78,6 +80,13 @@ def conv_size(size: int, kernel: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - kernel) // stride + 1
 
 
+def embedded_size(size: int, stage: int, embedding: str = "conv") -> int:
+    """Side of the map of `stage` from the side of its input (pixels for stage 0); see `CoSwin.embedding`."""
+    if embedding == "patch":
+        return -(-size // (2 if stage else 4))
+    return conv_size(size, *STAGE_CONV[min(stage, 1)])
+
+
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
     """2-D convolution of (B, H, W, C) by (k, k, C, features) with symmetric zero padding."""
     return jax.lax.conv_general_dilated(
@@ -110,6 +119,30 @@ class ConvEmbed(nn.Module):
         bias = self.param("bias", uniform, (self.features,)).astype(self.dtype)
         x = convolve(x, kernel, self.stride, self.padding) + bias.reshape(1, 1, 1, -1)
         return LayerNorm(dtype=self.dtype, name="norm")(x)
+
+
+def pad_to_multiple(x: jax.Array, side: int) -> jax.Array:
+    """(B, H, W, C) with zeros added at the bottom and right until H and W divide by `side`."""
+    bottom, right = -x.shape[1] % side, -x.shape[2] % side
+    return jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0))) if bottom or right else x
+
+
+class PatchMerging(nn.Module):
+    """Swin's downsampling: 2x2 tokens side by side (4C), LayerNorm, linear to `features` without bias.
+
+    The four are ordered (row, column) = (0, 0), (1, 0), (0, 1), (1, 1). An odd map is padded with zeros.
+    """
+
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), features)."""
+        x = pad_to_multiple(x, 2)
+        x = jnp.concatenate([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], axis=-1)
+        x = LayerNorm(dtype=self.dtype, name="norm")(x)
+        return nn.Dense(self.features, use_bias=False, dtype=self.dtype, kernel_init=NORMAL, name="reduction")(x)
 
 
 class WindowAttention(nn.Module):
@@ -154,7 +187,7 @@ class SwinBlock(nn.Module):
     heads: int
     window: int
     shift: int = 0
-    mlp_ratio: int = 4
+    mlp_ratio: float = 4
     mask_padding: bool = False
     stochastic: bool = False
     dtype: Dtype = jnp.float32
@@ -168,7 +201,7 @@ class SwinBlock(nn.Module):
 
         norm = functools.partial(LayerNorm, dtype=self.dtype)
         x = x + branch(self._attend(norm(name="norm1")(x)))
-        mlp = Mlp(self.mlp_ratio * x.shape[-1], "gelu", self.dtype, name="mlp")
+        mlp = Mlp(round(self.mlp_ratio * x.shape[-1]), "gelu", self.dtype, name="mlp")
         return x + branch(mlp(norm(name="norm2")(x)))
 
     def _attend(self, x: jax.Array) -> jax.Array:
@@ -208,7 +241,7 @@ class SwinPair(nn.Module):
     heads: int
     window: int
     shift: int
-    mlp_ratio: int = 4
+    mlp_ratio: float = 4
     mask_padding: bool = False
     stochastic: bool = False
     dtype: Dtype = jnp.float32
@@ -275,6 +308,8 @@ class CoSwin(nn.Module):
       depths: blocks per stage, all even (a block and its shifted partner).
       heads: attention heads per stage.
       window: side of the attention window, in tokens.
+      embedding: 'conv' (Florence: overlapping convolutions of CvT) or 'patch' (Swin: 4x4 patches, then patch merging;
+        sizes that do not divide are padded with zeros at the bottom and right, as in Swin's detectors).
       mlp_ratio: hidden width of the MLPs over the channels.
       drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first block.
       size_mode: 'classification' (fixed sizes, final LayerNorm + average pooling) or 'detection' (any size, one
@@ -292,7 +327,8 @@ class CoSwin(nn.Module):
     depths: tuple[int, ...]
     heads: tuple[int, ...]
     window: int
-    mlp_ratio: int = 4
+    embedding: str = "conv"
+    mlp_ratio: float = 4
     drop_path: float = 0.0
     size_mode: str = "classification"
     mask_padding: bool = False
@@ -314,11 +350,13 @@ class CoSwin(nn.Module):
           float32 (B, C_last); in detection mode 'norm{i}' (B, h, w, C_i) for the stages in `out_stages`.
 
         Raises:
-          UserError: odd depths, unknown size mode, or sizes that do not fit the windows.
+          UserError: odd depths, unknown size mode or embedding, or sizes that do not fit the windows.
         """
         check_stages(self.width, self.depths, self.heads)
         if self.size_mode not in SIZE_MODES:
             raise UserError(f"size_mode={self.size_mode!r}: choose one of {', '.join(SIZE_MODES)}")
+        if self.embedding not in EMBEDDINGS:
+            raise UserError(f"embedding={self.embedding!r}: choose one of {', '.join(EMBEDDINGS)}")
         rates = np.linspace(0, self.drop_path, sum(self.depths), dtype=np.float32)
         outputs, x = {}, image.astype(self.dtype)
         for i, depth in enumerate(self.depths):
@@ -334,8 +372,12 @@ class CoSwin(nn.Module):
         return outputs
 
     def _embed(self, stage: int, x: jax.Array) -> jax.Array:
-        embed = ConvEmbed(self.width * 2**stage, *STAGE_CONV[min(stage, 1)], self.dtype, name=f"stage{stage}_embed")
-        return embed(x)
+        features, name = self.width * 2**stage, f"stage{stage}_embed"
+        if self.embedding == "conv":
+            return ConvEmbed(features, *STAGE_CONV[min(stage, 1)], self.dtype, name=name)(x)
+        if stage:
+            return PatchMerging(features, self.dtype, name=name)(x)
+        return ConvEmbed(features, 4, 4, 0, self.dtype, name=name)(pad_to_multiple(x, 4))
 
     def _stage(self, stage: int, x: jax.Array, rates: np.ndarray, train: bool) -> jax.Array:
         window, shift = stage_window(x.shape[1], x.shape[2], self.window, self.size_mode)

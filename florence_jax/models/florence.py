@@ -15,10 +15,20 @@ import jax
 import jax.numpy as jnp
 
 from florence_jax.errors import UserError
-from florence_jax.models.coswin import SIZE_MODES, STAGE_CONV, CoSwin, check_stages, conv_size, stage_window
+from florence_jax.models.coswin import (
+    EMBEDDINGS,
+    SIZE_MODES,
+    STAGE_CONV,
+    CoSwin,
+    check_stages,
+    embedded_size,
+    stage_window,
+)
 from florence_jax.models.layers import ACTIVATIONS, NORMAL, unit_norm
 from florence_jax.models.text import POOLINGS, TextTransformer
+from florence_jax.models.vit import ViT, check_patches
 
+IMAGE_TOWERS = ("coswin", "vit")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -26,11 +36,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 class ModelConfig(Mapping):
     """All sizes of a model, resolved; read as attributes or as a read-only mapping (`dict(config)` is JSON-able).
 
-    Attributes (units: pixels, tokens, channels; see `CoSwin` and `TextTransformer` for the meaning of each):
+    Attributes (units: pixels, tokens, channels; see `CoSwin`, `ViT` and `TextTransformer` for the meaning of each):
       variant: row of `VARIANTS` it started from.
       res: side of the square training image in pixels.
       projection: dimension D of the joint space.
-      image_width, depths, heads, window, mlp_ratio, drop_path, size_mode, mask_padding, out_stages: image tower.
+      image_tower: 'coswin' (Florence; also plain Swin, see `embedding`) or 'vit' (CLIP).
+      image_width, depths, heads, mlp_ratio: either image tower; depths and heads have an entry per stage (ViT: one).
+      window, embedding, drop_path, size_mode, mask_padding, out_stages: of CoSwin only.
+      patch_size, image_activation: of ViT only.
+      image_mean, image_std: per channel, of a full-scale pixel: the normalisation the parameters were trained with.
       text_width, text_layers, text_heads, text_length, vocab_size, text_causal, text_pooling, text_eps,
       text_activation, text_pad_id, text_eot_id: text tower.
       logit_scale_init: initial exp(parameter); 1/0.07 as in CLIP.
@@ -50,7 +64,13 @@ class ModelConfig(Mapping):
     text_heads: int
     text_length: int
     vocab_size: int
-    mlp_ratio: int = 4
+    image_tower: str = "coswin"
+    embedding: str = "conv"
+    patch_size: int = 4
+    image_activation: str = "gelu"
+    image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of ImageNet
+    image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mlp_ratio: float = 4
     drop_path: float = 0.0
     size_mode: str = "classification"
     mask_padding: bool = False
@@ -85,11 +105,22 @@ class ModelConfig(Mapping):
 # T to L: Swin's widths and depths with UniCL's text tower. H: Florence gives only 637M + 256M parameters; C=256 with
 # depths (2,2,24,6) is the choice that also meets the compute published for this encoder (about 88 GMAC at 224 px), and
 # width 1152 with a vocabulary of 56,320 is our choice for 12 layers and 256M (it covers CLIP's 49,408 ids). ti is ours:
-# it trains on a laptop's CPU in minutes. `window_divisor`: window = res // window_divisor (7 at 224 px, 12 at 384 px).
+# it trains on a laptop's CPU in minutes. Swin-*: plain Swin with UniCL's text tower, as in UniCL's released weights.
+# ViT-*: OpenAI's CLIP (Radford et al. 2021, table 20), also the sizes of OpenCLIP's models of the same name, most of
+# which use the exact GELU instead. `window_divisor`: window = res // window_divisor (7 at 224 px, 12 at 384 px).
 _UNICL_TEXT = dict(
     text_width=512, text_layers=12, text_heads=8, text_length=76, vocab_size=49408, projection=512, res=224,
     window_divisor=32,
 )  # fmt: skip
+_SWIN = dict(_UNICL_TEXT, embedding="patch", text_length=77, text_eps=1e-12)
+_CLIP = dict(
+    image_tower="vit", image_activation="quick_gelu", image_mean=(0.48145466, 0.4578275, 0.40821073),
+    image_std=(0.26862954, 0.26130258, 0.27577711), res=224, window=0, text_length=77, vocab_size=49408,
+)  # fmt: skip
+_CLIP_B = dict(_CLIP, image_width=768, depths=(12,), text_width=512, text_layers=12, text_heads=8, projection=512)
+_CLIP_L = dict(
+    _CLIP, image_width=1024, depths=(24,), patch_size=14, text_width=768, text_layers=12, text_heads=12, projection=768
+)
 VARIANTS: dict[str, dict[str, Any]] = {
     "ti": dict(
         res=32, window_divisor=8, image_width=32, depths=(2, 2, 2, 2), text_width=128, text_layers=2, text_heads=4,
@@ -103,6 +134,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         _UNICL_TEXT, image_width=256, depths=(2, 2, 24, 6), text_width=1152, text_heads=18, vocab_size=56320,
         projection=1024,
     ),
+    "Swin-T": dict(_SWIN, image_width=96, depths=(2, 2, 6, 2)),
+    "Swin-B": dict(_SWIN, image_width=128, depths=(2, 2, 18, 2)),
+    "ViT-B-32": dict(_CLIP_B, patch_size=32),
+    "ViT-B-16": dict(_CLIP_B, patch_size=16),
+    "ViT-L-14": _CLIP_L,
+    "ViT-L-14-336": dict(_CLIP_L, res=336),
 }  # fmt: skip
 
 
@@ -114,12 +151,13 @@ def resolve_config(variant: str, **overrides: Any) -> ModelConfig:
     if unknown := sorted(set(overrides) - set(known)):
         raise UserError(f"unknown model option {', '.join(unknown)}: known are {', '.join(known)}")
     sizes = {**VARIANTS[variant], **{name: value for name, value in overrides.items() if value is not None}}
-    divisor = sizes.pop("window_divisor")
+    divisor = sizes.pop("window_divisor", 32)
     sizes.setdefault("window", max(sizes["res"] // divisor, 1))
     widths = [sizes["image_width"] * 2**i for i in range(len(sizes["depths"]))]
-    sizes.setdefault("heads", [max(width // 32, 1) for width in widths])
+    head_width = 64 if sizes.get("image_tower") == "vit" else 32
+    sizes.setdefault("heads", [max(width // head_width, 1) for width in widths])
     sizes.setdefault("out_stages", range(len(widths)))
-    for name in ("depths", "heads", "out_stages"):
+    for name in ("depths", "heads", "out_stages", *({"image_mean", "image_std"} & sizes.keys())):
         sizes[name] = tuple(sizes[name])
     if not isinstance(sizes.setdefault("dtype", "float32"), str):
         sizes["dtype"] = jnp.dtype(sizes["dtype"]).name
@@ -130,8 +168,9 @@ def resolve_config(variant: str, **overrides: Any) -> ModelConfig:
 
 def _check(config: ModelConfig) -> None:
     choices = dict(
-        size_mode=SIZE_MODES, text_pooling=POOLINGS, text_activation=ACTIVATIONS, remat=("none", "block"), dtype=DTYPES
-    )
+        image_tower=IMAGE_TOWERS, embedding=EMBEDDINGS, image_activation=ACTIVATIONS, size_mode=SIZE_MODES,
+        text_pooling=POOLINGS, text_activation=ACTIVATIONS, remat=("none", "block"), dtype=DTYPES,
+    )  # fmt: skip
     for name, known in choices.items():
         if config[name] not in known:
             raise UserError(f"{name}={config[name]!r}: choose one of {', '.join(known)}")
@@ -139,15 +178,31 @@ def _check(config: ModelConfig) -> None:
         raise UserError(f"drop_path={config.drop_path}: must be in [0, 1)")
     if config.text_width % config.text_heads:
         raise UserError(f"text_width={config.text_width} does not divide by text_heads={config.text_heads}")
+    if len(config.image_mean) != 3 or len(config.image_std) != 3 or min(config.image_std) <= 0:
+        raise UserError(f"image_mean={config.image_mean}, image_std={config.image_std}: give 3 values each, std > 0")
+    if config.image_tower == "vit":
+        _check_vit(config)
+        return
     check_stages(config.image_width, config.depths, config.heads)
     if config.size_mode == "classification":
         side = config.res
         for i in range(len(config.depths)):
-            side = conv_size(side, *STAGE_CONV[min(i, 1)])
+            side = embedded_size(side, i, config.embedding)
             try:
                 stage_window(side, side, config.window, config.size_mode)
             except UserError as error:
                 raise UserError(f"res={config.res}: {error}") from None
+
+
+def _check_vit(config: ModelConfig) -> None:
+    check_patches(config.res, config.patch_size)
+    if len(config.depths) != 1 or len(config.heads) != 1 or config.image_width % config.heads[0]:
+        raise UserError(
+            f"depths={config.depths}, heads={config.heads}: image_tower='vit' has one stage, whose heads divide "
+            f"image_width={config.image_width}"
+        )
+    if config.drop_path or config.size_mode != "classification":
+        raise UserError("image_tower='vit' has no stochastic depth and no detection mode: drop_path=0, no size_mode")
 
 
 class _Projection(nn.Module):
@@ -169,11 +224,17 @@ class _Florence(nn.Module):
     def setup(self):
         c = self.config
         common = dict(dtype=jnp.dtype(c.dtype), remat=c.remat, scan=c.scan)
-        self.image = CoSwin(
-            width=c.image_width, depths=c.depths, heads=c.heads, window=c.window, mlp_ratio=c.mlp_ratio,
-            drop_path=c.drop_path, size_mode=c.size_mode, mask_padding=c.mask_padding, out_stages=c.out_stages,
-            **common,
-        )  # fmt: skip
+        if c.image_tower == "vit":
+            self.image = ViT(
+                width=c.image_width, layers=c.depths[0], heads=c.heads[0], patch_size=c.patch_size, res=c.res,
+                mlp_ratio=c.mlp_ratio, activation=c.image_activation, **common,
+            )  # fmt: skip
+        else:
+            self.image = CoSwin(
+                width=c.image_width, depths=c.depths, heads=c.heads, window=c.window, embedding=c.embedding,
+                mlp_ratio=c.mlp_ratio, drop_path=c.drop_path, size_mode=c.size_mode, mask_padding=c.mask_padding,
+                out_stages=c.out_stages, **common,
+            )  # fmt: skip
         self.text = TextTransformer(
             vocab_size=c.vocab_size, length=c.text_length, width=c.text_width, layers=c.text_layers, heads=c.text_heads,
             causal=c.text_causal, pooling=c.text_pooling, eps=c.text_eps, activation=c.text_activation,
@@ -238,9 +299,10 @@ class Model:
           rngs: {'drop_path': key}, needed when `train` and the configured drop_path > 0.
 
         Returns:
-          'image/stage{i}' (B, h, w, C_i), 'image/pooled' (B, C) float32, 'image/embedding' (B, D) float32 of unit
-          norm; in detection mode 'image/norm{i}' instead of the last two; 'text/tokens' (B, L, W), 'text/pooled',
-          'text/embedding' likewise; 'logit_scale' float32 scalar, the factor of the logits (= exp of the parameter).
+          'image/stage{i}' (B, h, w, C_i) (ViT: its patches' states as 'image/stage0'), 'image/pooled' (B, C) float32,
+          'image/embedding' (B, D) float32 of unit norm; in detection mode 'image/norm{i}' instead of the last two;
+          'text/tokens' (B, L, W), 'text/pooled', 'text/embedding' likewise; 'logit_scale' float32 scalar, the factor of
+          the logits (= exp of the parameter).
 
         Raises:
           UserError: sizes that do not fit the model, or a missing drop_path key.
@@ -289,27 +351,42 @@ def forward_flops(config: ModelConfig) -> dict[str, float]:
     return {"image": 2.0 * _image_macs(config), "text": 2.0 * _text_macs(config)}
 
 
-def _block_macs(tokens: int, width: int, attended: int, mlp_ratio: int = 4) -> int:
+def _block_macs(tokens: int, width: int, attended: int, mlp_ratio: float = 4) -> float:
     """qkv, output and MLP matrices, plus the two attention products over `attended` keys a query."""
     return tokens * ((4 + 2 * mlp_ratio) * width**2 + 2 * attended * width)
 
 
-def _image_macs(config: ModelConfig) -> int:
-    macs, side, channels = 0, config.res, 3
+def _vit_macs(config: ModelConfig) -> float:
+    patches = (config.res // config.patch_size) ** 2
+    block = _block_macs(patches + 1, config.image_width, patches + 1, config.mlp_ratio)
+    return config.image_width * (config.patch_size**2 * 3 * patches + config.projection) + config.depths[0] * block
+
+
+def _embed_macs(config: ModelConfig, stage: int, side: int) -> int:
+    """Of the embedding that makes the `side` x `side` map of `stage`."""
+    width = config.image_width * 2**stage
+    if config.embedding == "patch":
+        return side**2 * (4 * (width // 2) if stage else 4**2 * 3) * width
+    kernel = STAGE_CONV[min(stage, 1)][0]
+    return side**2 * kernel**2 * (width // 2 if stage else 3) * width
+
+
+def _image_macs(config: ModelConfig) -> float:
+    if config.image_tower == "vit":
+        return _vit_macs(config)
+    macs, side, width = 0, config.res, config.image_width
     for i, depth in enumerate(config.depths):
         width = config.image_width * 2**i
-        kernel, stride, padding = STAGE_CONV[min(i, 1)]
-        side = conv_size(side, kernel, stride, padding)
-        macs += side**2 * kernel**2 * channels * width
+        side = embedded_size(side, i, config.embedding)
+        macs += _embed_macs(config, i, side)
         window = min(config.window, side) if config.size_mode == "classification" else config.window
         padded = -(-side // window) * window
         # Padding adds tokens to attention but not to the MLP.
         per_block = _block_macs(side**2, width, 0, config.mlp_ratio) + (padded**2 - side**2) * 4 * width**2
         macs += depth * (per_block + 2 * padded**2 * window**2 * width)
-        channels = width
-    return macs + (channels * config.projection if config.size_mode == "classification" else 0)
+    return macs + (width * config.projection if config.size_mode == "classification" else 0)
 
 
-def _text_macs(config: ModelConfig) -> int:
+def _text_macs(config: ModelConfig) -> float:
     block = _block_macs(config.text_length, config.text_width, config.text_length)
     return config.text_layers * block + config.text_width * config.projection

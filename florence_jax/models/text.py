@@ -25,17 +25,18 @@ POOLINGS = ("eot", "first", "eos", "mean")
 class TextBlock(nn.Module):
     """Pre-norm transformer block: (B, L, W) -> (B, L, W).
 
-    `bias` is the additive float32 attention bias, broadcastable to (B, heads, L, L), of the same rank. Returns
-    (x, None), the form `nn.scan` wants.
+    `bias` is the additive float32 attention bias, broadcastable to (B, heads, L, L), of the same rank, or None.
+    Returns (x, None), the form `nn.scan` wants.
     """
 
     heads: int
     activation: str = "quick_gelu"
+    mlp_ratio: float = 4
     eps: float = 1e-5
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, None]:
         """(B, L, W) -> the same shape, None."""
         norm = functools.partial(LayerNorm, eps=self.eps, dtype=self.dtype)
         # UniCL leaves the fused qkv at PyTorch's Xavier-uniform; everything else is normal(.02).
@@ -43,7 +44,7 @@ class TextBlock(nn.Module):
         proj = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=NORMAL, name="proj")
         q, k, v = split_heads(qkv(norm(name="norm1")(x)), self.heads)
         x = x + proj(attention(q, k, v, bias))
-        mlp = Mlp(4 * x.shape[-1], self.activation, self.dtype, name="mlp")
+        mlp = Mlp(round(self.mlp_ratio * x.shape[-1]), self.activation, self.dtype, name="mlp")
         return x + mlp(norm(name="norm2")(x)), None
 
 

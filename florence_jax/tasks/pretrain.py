@@ -30,10 +30,10 @@ STD = (0.229, 0.224, 0.225)
 LOGIT_SCALE_RANGE = (0.0, float(np.log(100.0)))
 
 
-def normalise(image: jax.Array) -> jax.Array:
-    """uint8 (B, H, W, 3) on the device to float32 with ImageNet's mean 0 and deviation 1 per channel."""
-    scale = 1.0 / (255.0 * np.asarray(STD, np.float32))
-    shift = -np.asarray(MEAN, np.float32) / np.asarray(STD, np.float32)
+def normalise(image: jax.Array, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> jax.Array:
+    """uint8 (B, H, W, 3) on the device to float32 with mean 0 and deviation 1 per channel (default: of ImageNet)."""
+    scale = 1.0 / (255.0 * np.asarray(std, np.float32))
+    shift = -np.asarray(mean, np.float32) / np.asarray(std, np.float32)
     return image.astype(jnp.float32) * scale[None, None, None] + shift[None, None, None]
 
 
@@ -84,7 +84,7 @@ class Pretrain:
 
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """UniCL over the global batch; with `config.loss='clip'` every pair is its own class."""
-        inputs = {"image": normalise(batch["image"]), "text": batch["text"]}
+        inputs = {"image": self._normalise(batch["image"]), "text": batch["text"]}
         out = self.model.apply(params, inputs, train=True, rngs={"drop_path": key})
         labels = jnp.arange(batch["label"].shape[0]) if self.config.loss == "clip" else batch["label"]
         loss, metrics = unicl(out["image/embedding"], out["text/embedding"], labels, out["logit_scale"])
@@ -94,8 +94,11 @@ class Pretrain:
         """Clamps the logit scale to CLIP's range."""
         return params | {"logit_scale": jnp.clip(params["logit_scale"], *LOGIT_SCALE_RANGE)}
 
+    def _normalise(self, image: jax.Array) -> jax.Array:
+        return normalise(image, self.model.config.image_mean, self.model.config.image_std)
+
     def _embed_image(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        return self.model.apply(params, {"image": normalise(batch["image"])})["image/embedding"]
+        return self.model.apply(params, {"image": self._normalise(batch["image"])})["image/embedding"]
 
     def _embed_text(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         return self.model.apply(params, {"text": batch["text"]})["text/embedding"]

@@ -96,6 +96,17 @@ class Checkpoints:
             step, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
         )
 
+    def entries(self, root: str) -> tuple[str, ...]:
+        """Names directly under `root` in the newest checkpoint, such as the towers under 'params'.
+
+        Raises:
+          UserError: if there is no checkpoint.
+        """
+        if (step := self.latest_step()) is None:
+            raise UserError(f"no complete checkpoint in {self.directory}: train first, or point at a finished run")
+        paths = (_name(path).split("/") for path, _ in _leaves(self._manager.item_metadata(step)))
+        return tuple(dict.fromkeys(path[1] for path in paths if path[0] == root and len(path) > 1))
+
     def _check_match(self, target: Any, step: int) -> None:
         """Compares names and shapes of the parameters before anything is read."""
         saved = {_name(p): tuple(m.shape) for p, m in _leaves(self._manager.item_metadata(step))}

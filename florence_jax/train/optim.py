@@ -12,7 +12,7 @@ from florence_jax.train.rules import match_rules
 # Vectors (norm scales, biases), the bias tables, embeddings and the logit scale are not decayed (UniCL's intent).
 DECAY_RULES = (
     (r".*/(bias|scale)", False),
-    (r".*/(relative_position_bias_table|position_embedding|token_embedding)", False),
+    (r".*/(relative_position_bias_table|position_embedding|token_embedding|class_embedding)", False),
     (r"logit_scale", False),
     (r".*", True),
 )
