@@ -1,4 +1,4 @@
-"""The table of scores: its columns, keyed hashes, and parquet files that appear complete or not at all.
+"""The table of scores: its columns, dividing it into blocks, and parquet files that appear complete or not at all.
 
 One row is one raw pair. Everything decided later is decided from these columns; images are not opened again.
 """
@@ -18,24 +18,59 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-UID_DIGITS = 32  # hexadecimal, 128 bits
+PROBE = pa.struct([("kind", pa.string()), ("h64", pa.uint64()), ("h256", pa.binary())])
+# One raw pair; `image_id`, `text_id` and `uid` are 32 hexadecimal digits.
+SCORES = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("source", pa.string()),
+        ("key", pa.string()),
+        ("url", pa.string()),
+        ("licence", pa.string()),
+        ("headers", pa.list_(pa.string())),
+        ("extra", pa.string()),  # JSON object of further fields
+        ("path", pa.string()),  # where the bytes are: of a file, or 'copy:' and the name of a file in the workdir
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        # hashing.measure
+        ("status", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("bytes", pa.int64()),
+        ("format", pa.string()),
+        ("mode", pa.string()),
+        ("orientation", pa.int8()),
+        ("has_alpha", pa.bool_()),
+        ("image_id", pa.string()),
+        ("h64", pa.uint64()),
+        ("h256", pa.binary()),
+        ("detail", pa.float32()),
+        ("aspect", pa.float32()),
+        ("probes", pa.list_(PROBE)),
+        # filters.text_scores
+        ("caption", pa.string()),  # as found
+        ("text", pa.string()),  # normalised
+        ("text_id", pa.string()),
+        ("characters", pa.int32()),
+        ("words", pa.int32()),
+        ("language", pa.string()),
+        ("language_probability", pa.float32()),
+        ("repetition", pa.float32()),
+        ("run", pa.int32()),
+        ("url_share", pa.float32()),
+        ("letter_share", pa.float32()),
+        ("garbled", pa.int32()),
+        ("file_name", pa.bool_()),
+        ("markup", pa.bool_()),
+        ("boilerplate", pa.string()),
+    ]
+)
 
 
 def uid_of(source: str, key: str) -> str:
     """128-bit BLAKE2b of (source name, key), 32 hexadecimal digits: the identity of a raw pair."""
     data = source.encode("utf-8", "surrogatepass") + b"\0" + key.encode("utf-8", "surrogatepass")
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def keyed_hash(seed: int, uid: str, entry: str = "") -> int:
-    """64-bit BLAKE2b of (uid, entry) under the key `seed`: the only source of chance in curation."""
-    data = f"{entry}\0{uid}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(8, "big")).digest(), "big")
-
-
-def keyed_hashes(seed: int, uids: Iterable[str], entry: str = "") -> np.ndarray:
-    """uint64 (N,): `keyed_hash` of each uid."""
-    return np.array([keyed_hash(seed, uid, entry) for uid in uids], np.uint64)
 
 
 def prefixes(identifiers: pa.ChunkedArray) -> np.ndarray:
