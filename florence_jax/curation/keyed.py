@@ -7,7 +7,7 @@ import numpy as np
 
 
 def keyed_hash(seed: int, *parts: str) -> int:
-    """uint64: BLAKE2b keyed by the seed, over the parts, each with its length in front (so 'ab','c' is not 'a','bc')."""
+    """uint64: BLAKE2b keyed by the seed, over the parts, each with its length in front ('ab','c' is not 'a','bc')."""
     digest = hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, "big", signed=True))
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")

@@ -1,8 +1,8 @@
 """Selection: balance over metadata queries, informativeness and learnability, each a score column with a switch.
 
-Balance follows MetaCLIP (Xu et al. 2024): a pair is kept through any query that it matches, at most t pairs a query. The
-score of a pair is the smallest t that keeps it, so that a new t is a comparison on the table, and a larger t only adds
-pairs. Everything random is a keyed hash.
+Balance follows MetaCLIP (Xu et al. 2024): a pair is kept through any query that it matches, at most t pairs a query.
+The score of a pair is the smallest t that keeps it, so that a new t is a comparison on the table, and a larger t only
+adds pairs. Everything random is a keyed hash.
 """
 
 import collections
@@ -55,7 +55,8 @@ def decide_selection(scores: Mapping[str, Any], rules: SelectRules) -> Decision 
     """The first reason to leave a pair out, or None.
 
     Args:
-      scores: what the switched-on rules read: "balance_t" and "matches" (number of queries), "bits", "cluster_t", "gap".
+      scores: what the switched-on rules read: "balance_t" and "matches" (number of queries), "bits", "cluster_t",
+        "gap".
 
     Returns:
       (reason, value, threshold); reasons: 'no_query', 'balance', 'information', 'cluster', 'learnability'.
@@ -195,15 +196,16 @@ def balance_scores(matches: Matches, entries: Sequence[str], seed: int, counts: 
     return best
 
 
-def predict_size(matches: Matches, counts: np.ndarray, t: float, keep_unmatched: bool = False) -> float:
+def predict_size(matches: Matches, counts: np.ndarray, pairs: int, t: float, keep_unmatched: bool = False) -> float:
     """Expected number of pairs kept at t, from the counts and the matches of all pairs or of a uniform sample.
 
     A pair that matches several queries is kept if any of them keeps it, so adding up min(t, count) over queries counts
     it several times; the product over its queries does not.
 
     Args:
-      matches: of a sample; the prediction is scaled to the size of the whole set, found from `counts`.
+      matches: of all pairs or of a sample.
       counts: int64 (size + 1,) of the whole set.
+      pairs: size of the whole set.
       t: most pairs a query.
       keep_unmatched: as in `SelectRules`.
     """
@@ -212,16 +214,15 @@ def predict_size(matches: Matches, counts: np.ndarray, t: float, keep_unmatched:
         chance[-1] = 0.0
     missed = np.ones(len(matches.uids))
     np.multiply.at(missed, matches.pairs, 1.0 - chance[matches.queries])
-    sampled = np.bincount(matches.queries % (matches.size + 1), minlength=matches.size + 1).sum()
-    return float((1.0 - missed).sum() * counts.sum() / max(sampled, 1))
+    return float((1.0 - missed).sum() * pairs / max(len(matches.uids), 1))
 
 
-def t_for_size(matches: Matches, counts: np.ndarray, size: float, keep_unmatched: bool = False) -> int:
+def t_for_size(matches: Matches, counts: np.ndarray, pairs: int, size: float, keep_unmatched: bool = False) -> int:
     """The largest integer t whose predicted size is at most `size` (at least 1); see `predict_size`."""
     low, high = 1, max(int(counts.max(initial=1)), 1)
     while low < high:
         middle = (low + high + 1) // 2
-        if predict_size(matches, counts, middle, keep_unmatched) <= size:
+        if predict_size(matches, counts, pairs, middle, keep_unmatched) <= size:
             low = middle
         else:
             high = middle - 1
