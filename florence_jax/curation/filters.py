@@ -72,8 +72,8 @@ _PHRASES = (
     "click to enlarge|click for larger|click image|click to view|click to zoom|view larger image|zoom image"
     "|image may contain|may be an image of|no photo description available|no automatic alt text"
     "|no description available|image not available|image not found|no image available|image coming soon"
-    "|photo coming soon|this image has an empty alt attribute|its file name is|image for post|all rights reserved|add to cart"
-    "|your browser does not support|javascript is disabled|enable javascript|sign in to|log in to|cookie policy"
+    "|photo coming soon|this image has an empty alt attribute|its file name is|image for post|all rights reserved"
+    "|add to cart|your browser does not support|javascript is disabled|enable javascript|sign in to|log in to|cookie policy"
     "|lazy load|loading image|open in lightbox|share this on".split("|")
 )
 

@@ -112,9 +112,9 @@ _CC_NAME = re.compile(
 )
 _CC_WORDS = (("attribution", "by"), ("non-?commercial", "nc"), ("no-?deriv(?:ative)?s", "nd"), ("share-?alike", "sa"))
 _LICENCE_NAMES = {
-    "cc zero": "cc0-1.0", "cc0": "cc0-1.0", "cc0 1.0": "cc0-1.0", "pd": "public-domain", "publicdomain": "public-domain",
-    "apache 2.0": "apache-2.0", "apache license 2.0": "apache-2.0", "apache-2": "apache-2.0", "mit license": "mit",
-    "the mit license": "mit",
+    "cc zero": "cc0-1.0", "cc0": "cc0-1.0", "cc0 1.0": "cc0-1.0", "pd": "public-domain",
+    "publicdomain": "public-domain", "apache 2.0": "apache-2.0", "apache license 2.0": "apache-2.0", "apache-2": "apache-2.0",
+    "mit license": "mit", "the mit license": "mit",
 }  # fmt: skip
 
 
@@ -318,13 +318,13 @@ class Takedown:
                 requests[kind].append(value.strip())
         return cls(requests["uid"], requests["url"], requests["hash"])
 
-    def decide(self, uid: str, url: str, image_id: bytes) -> Decision | None:
+    def decide(self, uid: str, url: str, image_id: str) -> Decision | None:
         """('takedown', 'uid' | 'url' | 'hash', '') for a record on the list, or None."""
         if uid.lower() in self._uids:
             return "takedown", "uid", ""
         if url and canonical_url(url) in self._urls:
             return "takedown", "url", ""
-        return ("takedown", "hash", "") if bytes(image_id).hex()[:32] in self._hashes else None
+        return ("takedown", "hash", "") if image_id.lower()[:32] in self._hashes else None
 
 
 def takedown_clusters(taken: np.ndarray, clusters: np.ndarray | Sequence[Any]) -> np.ndarray:
