@@ -4,8 +4,8 @@ Image bytes that cannot be read again alone (parquet columns, ArrayRecord, compr
 beside the part, so that writing the output later needs one small read per picture, whatever the input was.
 """
 
+import dataclasses
 import json
-from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -13,11 +13,32 @@ import pyarrow as pa
 from florence_jax.curation.filters import text_scores
 from florence_jax.curation.hashing import Limits, measure
 from florence_jax.curation.inputs import DamagedInput, Pair, Split, read_split
+from florence_jax.curation.safety import HashList, safety_scores
 from florence_jax.curation.table import SCORES, exists, join, read_bytes, read_table, uid_of, write_file, write_table
 from florence_jax.errors import UserError
 
 COPY = "copy:"
 MAX_EXTRA = 4096  # characters of the further fields of one pair
+QUARANTINED = {"key": "", "caption": "", "url": "", "licence": "", "headers": [], "extra": {}, "locator": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasureRules:
+    """How a split is measured.
+
+    Attributes:
+      limits: what is not decoded.
+      extra_fields: fields of the raw pairs that are kept beside the known ones.
+      hash_list: known pictures to quarantine, or None.
+      retry: parts with one of these statuses ('unreadable', 'missing', ...) are measured again.
+      digest: stands for all of it but `retry`; in the names of the parts.
+    """
+
+    limits: Limits
+    extra_fields: tuple[str, ...]
+    hash_list: HashList | None
+    retry: tuple[str, ...]
+    digest: str
 
 
 def part_path(workdir: str, split: Split, settings: str) -> str:
@@ -25,16 +46,16 @@ def part_path(workdir: str, split: Split, settings: str) -> str:
     return join(workdir, "measured", f"{split.identity()}-{settings[:8]}.parquet")
 
 
-def measure_split(split: Split, workdir: str, settings: str, limits: Limits, extra_fields: Sequence[str]) -> str:
+def measure_split(split: Split, workdir: str, rules: MeasureRules) -> str:
     """Reads and measures a split, and writes its part; nothing is done if the part is there.
 
-    Damage of the input file is noted in the metadata of the part ('damage'); the pairs before it are kept.
+    Of a picture on the hash list nothing is kept but its uid, hashes and sizes. Damage of the input file is noted in the metadata of the part ('damage'); the pairs before it are kept.
 
     Returns:
       Path of the part.
     """
-    path = part_path(workdir, split, settings)
-    if exists(path):
+    path = part_path(workdir, split, rules.digest)
+    if exists(path) and not (rules.retry and statuses(path) & set(rules.retry)):
         return path
     rows: list[dict[str, Any]] = []
     damage = ""
@@ -43,10 +64,11 @@ def measure_split(split: Split, workdir: str, settings: str, limits: Limits, ext
         nonlocal damage
         name = path.rpartition("/")[2].replace(".parquet", ".images")
         try:
-            for pair in read_split(split, limits.max_bytes):
-                if pair["locator"] is None and pair["image"] and copies is not None:
-                    pair["locator"] = (COPY + name, copies.tell(), copies.write(pair["image"]))
-                rows.append(measure_pair(pair, limits, extra_fields))
+            for pair in read_split(split, rules.limits.max_bytes):
+                row = measure_pair(pair, rules)
+                if not row["path"] and pair["image"] and copies is not None and row["listed"] is None:
+                    row |= {"path": COPY + name, "offset": copies.tell(), "size": copies.write(pair["image"])}
+                rows.append(row)
         except DamagedInput as error:
             damage = str(error)
 
@@ -63,27 +85,37 @@ def measure_split(split: Split, workdir: str, settings: str, limits: Limits, ext
     return path
 
 
-def measure_pair(pair: Pair, limits: Limits, extra_fields: Sequence[str]) -> dict[str, Any]:
+def measure_pair(pair: Pair, rules: MeasureRules) -> dict[str, Any]:
     """The row of the table of scores for a raw pair; see `table.SCORES`."""
-    scores = measure(pair["image"], limits)
-    text = text_scores(pair["caption"])
-    extra = {name: pair["extra"][name] for name in extra_fields if name in pair["extra"]}
+    scores = measure(pair["image"], rules.limits)
+    row = scores | {
+        "uid": uid_of(pair["source"], pair["key"]),
+        "source": _valid(pair["source"]),
+        "status": pair["problem"] or scores["status"],
+        "image_id": scores["image_id"].hex(),
+        "probes": [{"kind": kind, "h64": h64, "h256": h256} for kind, h64, h256 in scores["probes"]],
+        "listed": None,
+        "listed_limit": None,
+    }
+    if rules.hash_list is not None and row["status"] == "ok" and (found := rules.hash_list.decide(pair["image"])):
+        row |= {"listed": int(found[1]), "listed_limit": int(found[2])}
+        pair = QUARANTINED
+    extra = {name: pair["extra"][name] for name in rules.extra_fields if name in pair["extra"]}
     packed = json.dumps(extra, sort_keys=True, ensure_ascii=False)
     path, offset, size = pair["locator"] or ("", 0, 0)
+    row |= text_scores(pair["caption"])
+    row["text"] = _valid(row.pop("caption"))
+    safety = safety_scores(pair)
+    safety["licence_id"] = safety.pop("licence")
     return {
-        **scores,
-        **text,
-        "uid": uid_of(pair["source"], pair["key"]),
-        **{name: _valid(pair[name]) for name in ("source", "key", "url", "licence", "caption")},
+        **row,
+        **safety,
+        **{name: _valid(pair[name]) for name in ("key", "url", "licence", "caption")},
         "headers": [_valid(line) for line in pair["headers"]],
         "extra": _valid(packed) if len(packed) <= MAX_EXTRA else "{}",
         "path": path,
         "offset": offset,
         "size": size,
-        "status": pair["problem"] or scores["status"],
-        "image_id": scores["image_id"].hex(),
-        "probes": [{"kind": kind, "h64": h64, "h256": h256} for kind, h64, h256 in scores["probes"]],
-        "text": _valid(text["caption"]),
     }
 
 

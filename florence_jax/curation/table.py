@@ -63,7 +63,19 @@ SCORES = pa.schema(
         ("file_name", pa.bool_()),
         ("markup", pa.bool_()),
         ("boilerplate", pa.string()),
+        # safety.safety_scores, safety.HashList
+        ("mails", pa.int32()),
+        ("phones", pa.int32()),
+        ("cards", pa.int32()),
+        ("licence_id", pa.string()),
+        ("host", pa.string()),
+        ("listed", pa.int32()),  # distance to a listed hash; null where there is no match
+        ("listed_limit", pa.int32()),
     ]
+)
+# Why a pair is where it is; every uid has one.
+DECISIONS = pa.schema(
+    [(name, pa.string()) for name in ("uid", "source", "stage", "reason", "value", "threshold", "config")]
 )
 
 
