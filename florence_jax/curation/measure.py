@@ -5,6 +5,7 @@ beside the part, so that writing the output later needs one small read per pictu
 """
 
 import dataclasses
+import hashlib
 import json
 from typing import Any, BinaryIO
 
@@ -49,7 +50,8 @@ def part_path(workdir: str, split: Split, settings: str) -> str:
 def measure_split(split: Split, workdir: str, rules: MeasureRules) -> str:
     """Reads and measures a split, and writes its part; nothing is done if the part is there.
 
-    Of a picture on the hash list nothing is kept but its uid, hashes and sizes. Damage of the input file is noted in the metadata of the part ('damage'); the pairs before it are kept.
+    Of a picture on the hash list nothing is kept but its uid, hashes and sizes. Damage of the input file is noted in
+    the metadata of the part ('damage'); the pairs before it are kept.
 
     Returns:
       Path of the part.
@@ -129,17 +131,17 @@ def statuses(path: str) -> set[str]:
     return set(read_table(path, ["status"])["status"].unique().to_pylist())
 
 
-def image_bytes(workdir: str, path: str, offset: int, size: int) -> bytes:
+def image_bytes(workdir: str, path: str, offset: int, size: int, image_id: str) -> bytes:
     """The bytes of a picture, from its row's `path`, `offset` and `size`.
 
     Raises:
-      UserError: if they cannot be read any more.
+      UserError: if they cannot be read any more, or are others than those with this `image_id`.
     """
     name = join(workdir, "measured", path.removeprefix(COPY)) if path.startswith(COPY) else path
     try:
         data = read_bytes(name, offset, size) if size else b""
     except OSError as error:
         raise UserError(f"cannot read {name} again: {error}; restore it or remove it from --input") from error
-    if len(data) != size:
-        raise UserError(f"{name} has become shorter since it was measured; restore it or run in a new --workdir")
+    if hashlib.sha256(data).hexdigest()[:32] != image_id:
+        raise UserError(f"{name} has changed since it was measured; restore it or run in a new --workdir")
     return data
