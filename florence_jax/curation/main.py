@@ -58,7 +58,7 @@ def beam_options(runner: str, workers: int, more: str) -> list[str]:
     workers = workers or os.cpu_count() or 1
     mode = "multi_processing" if workers > 1 else "in_memory"
     direct = ["--runner=FnApiRunner", f"--direct_running_mode={mode}", f"--direct_num_workers={workers}"]
-    return [*direct, *shlex.split(more)]
+    return [*direct, "--default_sdk_harness_log_level=ERROR", *shlex.split(more)]
 
 
 def with_sample(config: dict[str, Any], workdir: str) -> dict[str, Any]:
