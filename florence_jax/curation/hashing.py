@@ -80,11 +80,14 @@ class Limits:
     animated: bool = False
 
 
+DEFAULT_LIMITS = Limits()
+
+
 class Unusable(Exception):
     """A picture that is not measured further: the reason code is its argument."""
 
 
-def measure(data: bytes, limits: Limits = Limits()) -> dict[str, Any]:
+def measure(data: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
     """Everything that curation needs to know of a picture. Never raises on bad data: `status` says what is wrong.
 
     Args:
