@@ -25,6 +25,7 @@ from florence_jax.errors import UserError
 
 MIN_DETAIL = 0.5  # grey levels; below it only equal files are duplicates: the hash of a flat picture means little
 ASPECT_STEP = 1.05  # pictures of one h256 are exact copies if their shapes fall into one bucket of this ratio
+FAR = 1 << 20 | 64 << 10 | 256  # the score of no pair of views
 SPLIT_ABOVE = 50  # members; larger components are split around their representatives
 INDEXED_VIEWS = ("trimmed",)  # kinds of probes that are compared with other pictures' probes as well
 
@@ -146,20 +147,27 @@ class Views:
         rows = rows.take(np.argsort(rows.rid, kind="stable"))
         return cls(rows, np.searchsorted(rows.rid, np.arange(n + 1)))
 
-    def distances(self, image: int, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Smallest distances (d64, d256), int32 each, of `image` to each of the images `others`; 256 where none."""
+    def distances(self, image: int, others: np.ndarray, k: int = 64) -> tuple[np.ndarray, np.ndarray]:
+        """How far `image` is from each of the images `others`, by their nearest pair of views.
+
+        Returns:
+          int32 (d64, d256) of the pair of views with the smallest d256 among those with d64 <= k; of the smallest d64
+          where there is none such; (64, 256) for images without hashes.
+        """
         mine = self.rows.take(np.arange(self.bounds[image], self.bounds[image + 1]))
         counts = self.bounds[others + 1] - self.bounds[others]
         starts = np.cumsum(counts) - counts
         theirs = self.rows.take(np.repeat(self.bounds[others] - starts, counts) + np.arange(counts.sum()))
-        results = []
-        for a, b in ((mine.h64[:, None], theirs.h64[:, None]), (mine.h256, theirs.h256)):
-            far = np.full(len(others), 256, np.int32)
-            if len(mine) and len(theirs):
-                distance = np.where(mine.probe[:, None] & theirs.probe, 256, bit_distance(a[:, None], b[None]))
-                far[counts > 0] = np.minimum.reduceat(distance.min(axis=0), starts[counts > 0])
-            results.append(far)
-        return results[0], results[1]
+        nearest = np.full(len(others), FAR)
+        if len(mine) and len(theirs):
+            short = np.bitwise_count(mine.h64[:, None] ^ theirs.h64).astype(np.int32)
+            long = bit_distance(mine.h256[:, None], theirs.h256[None])
+            score = np.where(short <= k, long << 8 | short, 1 << 20 | short << 10 | long)
+            score[mine.probe[:, None] & theirs.probe] = FAR
+            nearest[counts > 0] = np.minimum.reduceat(score.min(axis=0), starts[counts > 0])
+        within = nearest < 1 << 20
+        d64 = np.where(within, nearest & 255, nearest >> 10 & 1023)
+        return d64.astype(np.int32), np.where(within, nearest >> 8, nearest & 1023).astype(np.int32)
 
 
 def split_components(
