@@ -11,7 +11,8 @@ depend on the BLAS library, its threads or the batch, only on the decoded pixels
 Hashes of other views of the picture come at the price of a small matrix product, as `probes`:
   `trimmed`            without its uniform border, if it has one;
   `flip`               mirrored left to right (of the trimmed picture);
-  `crop96` ... `crop80`  the central 96 to 80 % of each side (of the trimmed picture).
+  `crop96` ... `crop80`  the central 96 to 80 % of each side, of the trimmed picture; of the whole one
+                         too if they differ, since what looks like a border may be a sky.
 """
 
 import dataclasses
@@ -201,16 +202,15 @@ def hash_plane(plane: Image.Image, aspect: float) -> dict[str, Any]:
       `h64`, `h256`, `detail`, `aspect`, `probes` as `measure` documents them.
     """
     box = trim(np.asarray(plane))
-    views = cosines(_grid(plane, box))
-    flipped = views[:1] * FLIP
-    names = ["flip", *(f"crop{round(100 * crop)}" for crop in CROPS[1:])]
-    stack = [flipped, views[1:]]
-    whole = views[:1]
+    whole = views = cosines(_grid(plane, None))
+    crops = [f"crop{round(100 * crop)}" for crop in CROPS[1:]]
+    names, extra = ["flip", *crops], []
     if box is not None:
-        whole = cosines(_grid(plane, None))[:1]
-        names, stack = ["trimmed", *names], [views[:1], *stack]
+        views = cosines(_grid(plane, box))
+        names, extra = ["trimmed", *names, *crops], [views[:1]]
         aspect *= (box[2] - box[0]) / plane.width / ((box[3] - box[1]) / plane.height)
-    h64, h256 = hash_bits(np.concatenate([whole, *stack]))
+    stack = [whole[:1], *extra, views[:1] * FLIP, views[1:], *([whole[1:]] if box is not None else [])]
+    h64, h256 = hash_bits(np.concatenate(stack))
     values = views[0].ravel()
     margins = np.abs(values - np.partition(values, 127)[127])
     return {

@@ -71,7 +71,7 @@ class Join:
     """
 
     k: int = 4
-    max_d256: int = 40
+    max_d256: int = 44
     hot_bucket: int = 50_000
     window: int = 256
 

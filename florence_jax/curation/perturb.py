@@ -5,7 +5,7 @@
 
 Every photograph and tiles of it are originals; every change is applied to each of them and saved as JPEG (quality 95
 where the change says nothing else). Recall is the share of changed pictures found as duplicates of their original by
-the rule of the pipeline: hashes of some pair of views, not both probes, within k and their 256 bits within 40. False
+the rule of the pipeline: hashes of some pair of views, not both probes, within k and their 256 bits within 44. False
 pairs are those of different originals, changed or not, under the same rule. Changes that hashes do not see (off-centre
 crops, rotations, caption bars) stay in the table, with their failures.
 """
