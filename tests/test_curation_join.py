@@ -39,7 +39,6 @@ def all_pairs(rows, k, max_d256):
 def crowd(n, seed=0, low=8):
     """Hashes drawn from few values with few bits changed, so that buckets are large and chains long."""
     rng = np.random.default_rng(seed)
-    rows = random_rows(n, seed)
     flips = np.uint64(1) << rng.integers(0, 64, (n, 3)).astype(np.uint64)
     h64 = rng.integers(0, 2**64, low, np.uint64)[rng.integers(0, low, n)] ^ np.bitwise_xor.reduce(flips, axis=1)
     h256 = rng.integers(0, 2**64, (low, 4), np.uint64)[rng.integers(0, low, n)]
@@ -55,8 +54,8 @@ def test_numbers_of_tables():
 @pytest.mark.parametrize("k", [2, 4])
 def test_every_error_pattern_leaves_a_key_intact(k):
     masks = covering_tables(k)
-    for weight in range(k + 1):
-        chosen = np.array(list(itertools.combinations(range(64), weight)), np.uint64).reshape(-1, weight)
+    for weight in range(1, k + 1):
+        chosen = np.array(list(itertools.combinations(range(64), weight)), np.uint64)
         errors = np.bitwise_or.reduce(np.uint64(1) << chosen, axis=1)
         intact = np.zeros(len(errors), bool)
         for mask in masks:
@@ -114,10 +113,10 @@ def test_finds_all_planted_pairs(k, n):
 @pytest.mark.parametrize("k", [2, 4])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_same_components_as_all_pairs(k, seed):
-    rows = crowd(1500, seed)
+    rows = crowd(1500, seed, low=2 * k)
     reference = all_pairs(rows, k, 44)
     edges, counts = candidate_edges(rows, Join(k=k))
-    assert len(reference) > 500 and counts["largest_bucket"] > join.SMALL_BUCKET
+    assert len(reference) > 100 and counts["largest_bucket"] > join.SMALL_BUCKET
     assert (edges == components.star_edges(reference)).all()
 
 
