@@ -21,7 +21,7 @@ from florence_jax.errors import UserError
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "step": ("florence_jax.tools.bench_step", "seconds of a training step, compared with eager PyTorch if installed"),
     "data": ("florence_jax.tools.bench_data", "images a second of the input pipeline, compared with bare decoding"),
-    "curate": ("florence_jax.tools.bench_curate", "images a second of curation's hash stage, cost of the duplicate join"),
+    "curate": ("florence_jax.tools.bench_curate", "images a second of curation's hash stage, cost of its join"),
 }
 
 

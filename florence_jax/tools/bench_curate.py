@@ -5,8 +5,8 @@ views. In turns with it runs a plain loop over the same files, in one thread as 
 reduced decode, a 64 x 64 resize, one cosine transform and the two hashes of the picture alone, with nothing checked.
   `hash_images_per_s_core`  of the stage, by processor time (what one core achieves, however busy the machine);
   `plain_ratio`             the stage's speed over the plain loop's;
-  `beam_ratio`              speed of the pipeline's measuring (captions and writing included) inside Beam's direct runner
-                            over the stage's, both by the clock in one process; null without apache_beam;
+  `beam_ratio`              speed of the pipeline's measuring (reading tars, captions and writing included) in Beam's
+                            direct runner over the stage's, by processor time; null without apache_beam;
   `join_core_hours`         of the whole join of 3e9 hashes (k = 4, 15 tables), projected from one block as large as a
                             task gets there (732,000 rows, 1,135 in a bucket on average); `join_found` of the pairs
                             planted in it, `join_planted`.
@@ -63,14 +63,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         inside = beam_seconds(files, 2 * args.images)
         if step:
             stage.append(times[0])
-            plain.append(times[1][1])
+            plain.append(times[1])
             beam.append(inside)
-    wall, cpu = np.median(stage, axis=0)
+    cpu = np.median(stage)
     report = {
         "hash_images_per_s_core": 1 / cpu,
         "plain_images_per_s_core": 1 / np.median(plain),
         "plain_ratio": np.median(plain) / cpu,
-        "beam_ratio": None if beam[0] is None else wall / np.median(beam),
+        "beam_ratio": None if beam[0] is None else cpu / np.median(beam),
         "kilobytes_per_image": sum(map(len, files)) / len(files) / 1000,
         **join_block(args.block),
     }
@@ -92,16 +92,16 @@ def plain_hash(data: bytes) -> tuple[np.ndarray, np.ndarray, bytes]:
     return *hash_bits((rows @ plane @ rows.T)[None]), identity
 
 
-def time_loop(function: Callable[[bytes], Any], files: Sequence[bytes], count: int) -> tuple[float, float]:
-    """(seconds, processor seconds) per image in this thread."""
-    wall, cpu = time.perf_counter(), time.thread_time()
+def time_loop(function: Callable[[bytes], Any], files: Sequence[bytes], count: int) -> float:
+    """Processor seconds per image in this thread."""
+    began = time.thread_time()
     for data in itertools.islice(itertools.cycle(files), count):
         function(data)
-    return (time.perf_counter() - wall) / count, (time.thread_time() - cpu) / count
+    return (time.thread_time() - began) / count
 
 
 def beam_seconds(files: Sequence[bytes], count: int) -> float | None:
-    """Seconds per image of the pipeline's measuring inside Beam, in this process; None without Beam.
+    """Processor seconds per image of the pipeline's measuring inside Beam, in this process; None without it.
 
     From tar shards to parts of the score table. The start of the runner is not counted: it is the difference between
     many shards and one that is divided by the images.
@@ -121,10 +121,10 @@ def beam_seconds(files: Sequence[bytes], count: int) -> float | None:
         with tempfile.TemporaryDirectory() as folder:
             write_shards(Path(folder) / "raw", files, shards)
             splits = list_splits(f"{folder}/raw", SHARD)
-            began = time.perf_counter()
+            began = time.process_time()
             with beam.Pipeline(options=options) as pipeline:
                 _ = pipeline | beam.Create(splits) | beam.Reshuffle() | beam.Map(measure_split, folder, rules)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.process_time() - began)
     return (seconds[1] - seconds[0]) / (-(-count // SHARD) * SHARD)
 
 
@@ -153,9 +153,9 @@ def join_block(n: int) -> dict[str, Any]:
     flips = free[np.argsort(rng.random((PLANTED, len(free))), axis=1)[:, :4]]
     h64[1 : 2 * PLANTED : 2] = h64[: 2 * PLANTED : 2] ^ np.bitwise_or.reduce(flips, axis=1)
     wide[1 : 2 * PLANTED : 2] = wide[: 2 * PLANTED : 2]
-    began = time.perf_counter()
+    began = time.thread_time()
     edges, counts = block_edges(HashRows(np.arange(n), h64, wide, np.zeros(n, bool)), int(mask))
-    seconds = time.perf_counter() - began
+    seconds = time.thread_time() - began
     found = ((edges[:, 0] % 2 == 0) & (edges[:, 1] == edges[:, 0] + 1) & (edges[:, 0] < 2 * PLANTED)).sum()
     per_row = seconds / n * (BUCKET / (n / len(np.unique(compact(h64, int(mask))))))  # work grows with the bucket
     return {
