@@ -1,6 +1,6 @@
 """Decode once, measure once: what every later decision about a picture reads, perceptual hashes included.
 
-A picture is reduced to a 96 x 96 grey plane and to 16 x 16 of its cosine coefficients (DC row and column left out).
+A picture is reduced to a 96 x 96 grey plane and to 16 x 16 of its lowest cosine coefficients.
 `h256` has a bit for each coefficient above their median; `h64` does the same for the lowest 8 x 8. A median threshold
 sets exactly half of the bits, so distances are even. The bits of `h64` are in a fixed random order, so that any run of
 them mixes low and high frequencies: the blocks of a covering design (join.py) are then equally selective.
@@ -11,7 +11,8 @@ depend on the BLAS library, its threads or the batch, only on the decoded pixels
 Hashes of other views of the picture come at the price of a small matrix product, as `probes`:
   `trimmed`            without its uniform border, if it has one;
   `flip`               mirrored left to right (of the trimmed picture);
-  `crop95` ... `crop80`  the central 95 to 80 % of each side (of the trimmed picture).
+  `crop96` ... `crop80`  the central 96 to 80 % of each side, of the trimmed picture; of the whole one
+                         too if they differ, since what looks like a border may be a sky.
 """
 
 import dataclasses
@@ -56,8 +57,8 @@ TRANSPOSE = {
 DECODE_SIDE = 128  # the shorter side of the decoded picture is at least this, where the picture has it
 GRID = 96  # side of the plane whose cosine transform is taken
 SIDE = 16  # coefficients of h256 per axis
-CROPS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of each side; the first is the whole picture
-SCALE = 2.0**21  # of the integer cosines: 255 * (1.7 * SCALE)^2 < 2^53
+CROPS = (1.0, 0.964, 0.929, 0.896, 0.864, 0.833, 0.803)  # of each side, 3.6 % apart; the first is the whole picture
+SCALE = 2.0**21  # of the integer cosines: 255 * (2 * SCALE)^2 < 2^53
 BIT_ORDER = np.random.default_rng(2111_11432).permutation(64)
 BORDER_RANGE = 20  # grey levels: a border's rows vary less than this within and among themselves
 MIN_TRIMMED = 24  # pixels of the decoded picture; a smaller rest is not worth trimming to
@@ -80,11 +81,14 @@ class Limits:
     animated: bool = False
 
 
+DEFAULT_LIMITS = Limits()
+
+
 class Unusable(Exception):
     """A picture that is not measured further: the reason code is its argument."""
 
 
-def measure(data: bytes, limits: Limits = Limits()) -> dict[str, Any]:
+def measure(data: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
     """Everything that curation needs to know of a picture. Never raises on bad data: `status` says what is wrong.
 
     Args:
@@ -198,16 +202,15 @@ def hash_plane(plane: Image.Image, aspect: float) -> dict[str, Any]:
       `h64`, `h256`, `detail`, `aspect`, `probes` as `measure` documents them.
     """
     box = trim(np.asarray(plane))
-    views = cosines(_grid(plane, box))
-    flipped = views[:1] * FLIP
-    names = ["flip", *(f"crop{round(100 * crop)}" for crop in CROPS[1:])]
-    stack = [flipped, views[1:]]
-    whole = views[:1]
+    whole = views = cosines(_grid(plane, None))
+    crops = [f"crop{round(100 * crop)}" for crop in CROPS[1:]]
+    names, extra = ["flip", *crops], []
     if box is not None:
-        whole = cosines(_grid(plane, None))[:1]
-        names, stack = ["trimmed", *names], [views[:1], *stack]
+        views = cosines(_grid(plane, box))
+        names, extra = ["trimmed", *names, *crops], [views[:1]]
         aspect *= (box[2] - box[0]) / plane.width / ((box[3] - box[1]) / plane.height)
-    h64, h256 = hash_bits(np.concatenate([whole, *stack]))
+    stack = [whole[:1], *extra, views[:1] * FLIP, views[1:], *([whole[1:]] if box is not None else [])]
+    h64, h256 = hash_bits(np.concatenate(stack))
     values = views[0].ravel()
     margins = np.abs(values - np.partition(values, 127)[127])
     return {
@@ -247,19 +250,20 @@ def _grid(plane: Image.Image, box: tuple[int, int, int, int] | None) -> np.ndarr
 
 
 def _cosine_rows() -> np.ndarray:
-    """(crops, SIDE, GRID): integrals over each pixel of cos(pi k t), t from 0 to 1 across the crop, k = 1 .. SIDE."""
+    """(crops, SIDE, GRID): integrals over each pixel of 2 cos(pi k t), t from 0 to 1 across the crop, k < SIDE."""
     rows = np.zeros((len(CROPS), SIDE, GRID))
-    k = np.pi * np.arange(1, SIDE + 1)[:, None]
+    k = np.pi * np.arange(1, SIDE)[:, None]
     for i, crop in enumerate(CROPS):
         edges = ((np.arange(GRID + 1) / GRID - 0.5) / crop + 0.5).clip(0, 1)
-        rows[i] = 2 * np.diff(np.sin(k * edges), axis=1) / k
+        rows[i, 0] = 2 * np.diff(edges)
+        rows[i, 1:] = 2 * np.diff(np.sin(k * edges), axis=1) / k
     return np.rint(rows * SCALE)
 
 
 COSINES = _cosine_rows()
 COSINES_FLAT = COSINES.reshape(-1, GRID)
 COSINES_TURNED = np.ascontiguousarray(COSINES.transpose(0, 2, 1))
-FLIP = np.where(np.arange(1, SIDE + 1) % 2, -1.0, 1.0)  # of horizontal coefficients, when left and right change places
+FLIP = np.where(np.arange(SIDE) % 2, -1.0, 1.0)  # of horizontal coefficients, when left and right change places
 
 
 def cosines(grid: np.ndarray) -> np.ndarray:
