@@ -73,8 +73,8 @@ _PHRASES = (
     "|image may contain|may be an image of|no photo description available|no automatic alt text"
     "|no description available|image not available|image not found|no image available|image coming soon"
     "|photo coming soon|this image has an empty alt attribute|its file name is|image for post|all rights reserved"
-    "|add to cart|your browser does not support|javascript is disabled|enable javascript|sign in to|log in to|cookie policy"
-    "|lazy load|loading image|open in lightbox|share this on".split("|")
+    "|add to cart|your browser does not support|javascript is disabled|enable javascript|sign in to"
+    "|log in to|cookie policy|lazy load|loading image|open in lightbox|share this on".split("|")
 )
 
 
@@ -125,7 +125,7 @@ class TextRules:
     max_repetition: float = 0.5
     max_run: int = 5
     max_url_share: float = 0.3
-    min_letter_share: float = 0.5
+    min_letter_share: float = 0.35
     max_garbled: int = 0
     drop_file_names: bool = True
     drop_boilerplate: bool = True
