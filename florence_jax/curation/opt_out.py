@@ -22,8 +22,7 @@ except ImportError:  # optional: only robots.txt needs it
 
 # Directives of X-Robots-Tag that have a value after a colon; any other name before a colon is a crawler's.
 _VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
-_AGENT = re.compile(r"\s*([\w.*/+-]+)\s*:(.*)", re.S)
-_TOKEN = re.compile(r"[a-z*][a-z0-9_.*-]*", re.I)
+_AGENT = re.compile(r"\s*([a-z*][\w.*/+-]*)\s*:(.*)", re.S | re.I)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +59,9 @@ def parse_x_robots(value: str) -> list[tuple[str, str]]:
     """
     agent, found = "*", []
     for item in value.split(","):
-        while (match := _AGENT.fullmatch(item)) and match[1].lower() not in _VALUED and _TOKEN.fullmatch(match[1]):
+        while (match := _AGENT.fullmatch(item)) and match[1].lower() not in _VALUED:
             agent, item = match[1].lower(), match[2]
-        directive = (match[1] if match and match[1].lower() in _VALUED else item).strip().strip("\"'").lower()
+        directive = (match[1] if match else item).strip().strip("\"'").lower()
         if directive:
             found.append((agent, directive))
     return found
