@@ -17,7 +17,7 @@ from florence_jax.train.checkpoint import Checkpoints
 
 beam = pytest.importorskip("apache_beam")
 
-from apache_beam.testing.test_pipeline import TestPipeline  # noqa: E402
+from apache_beam.testing import test_pipeline  # noqa: E402
 from apache_beam.testing.util import assert_that, equal_to  # noqa: E402
 
 from florence_jax.curation import relevance  # noqa: E402
@@ -89,7 +89,7 @@ def test_a_score_that_is_not_finite_is_a_failure():
 
 def test_every_uid_is_scored_or_a_dead_letter_once():
     pairs = [(f"u{i}", {"image": bytes(i), "caption": "a" * (i % 5)}) for i in range(23)]
-    with TestPipeline() as pipeline:
+    with test_pipeline.TestPipeline() as pipeline:
         out = pipeline | beam.Create(pairs) | ScorePairs(JaxModelHandler(load_sizes, 4))
         expected = [(f"u{i}", {"relevance": 2.0 * i + i % 5}) for i in range(23) if i % 5]
         assert_that(out["scores"], equal_to(expected), "scores")
@@ -105,7 +105,7 @@ def length_ratio(images, captions):
 def test_any_callable_scores_and_the_bad_pair_alone_fails():
     pairs = [("a", {"image": b"12", "caption": "x"}), ("b", {"image": b"12", "caption": "bad"})]
     pairs.append(("c", {"image": b"1234", "caption": "x"}))
-    with TestPipeline() as pipeline:
+    with test_pipeline.TestPipeline() as pipeline:
         out = pipeline | beam.Create(pairs) | ScorePairs(CallableModelHandler(length_ratio, 8))
         assert_that(out["scores"], equal_to([("a", {"relevance": 0.5}), ("c", {"relevance": 0.25})]), "scores")
         assert_that(out["failures"], equal_to([("b", "RuntimeError: out of cheese")]), "failures")
@@ -173,7 +173,7 @@ def test_checkpoint_scores_are_the_cosine_of_the_towers(run):
     # The same numbers to the last bit, in another order and another batch, and through Beam.
     again = handler.run_inference([pairs[2][1], pairs[0][1]], model)
     assert [r["relevance"] for r in again] == [results["u2"]["relevance"], results["u0"]["relevance"]]
-    with TestPipeline() as pipeline:
+    with test_pipeline.TestPipeline() as pipeline:
         out = pipeline | beam.Create(pairs) | ScorePairs(handler)
         values = out["scores"] | beam.MapTuple(lambda uid, scores: (uid, scores["relevance"]))
         assert_that(values, equal_to([(f"u{i}", results[f"u{i}"]["relevance"]) for i in range(3)]), "scores")
@@ -225,10 +225,11 @@ def test_the_threshold_is_an_exact_order_statistic(keep):
 def test_the_beam_threshold_is_the_same_for_any_division_into_blocks():
     scores = np.random.default_rng(2).normal(0, 0.3, 1000).astype(np.float32)
     rules = RelevanceRules(keep=0.3)
-    for parts in (1, 7):
-        with TestPipeline() as pipeline:
-            threshold = pipeline | beam.Create(np.array_split(scores, parts)) | RelevanceThreshold(rules)
-            assert_that(threshold, equal_to([exact(scores, 0.3)]))
+    with test_pipeline.TestPipeline() as pipeline:
+        for parts in (1, 7):
+            blocks = pipeline | f"Blocks{parts}" >> beam.Create(np.array_split(scores, parts))
+            threshold = blocks | f"Threshold{parts}" >> RelevanceThreshold(rules)
+            assert_that(threshold, equal_to([exact(scores, 0.3)]), f"Check{parts}")
 
 
 def test_absolute_threshold_and_edges():

@@ -58,7 +58,7 @@ _URL = re.compile(
 _MARKUP = re.compile(
     r"<\s*/?\s*[a-z][^<>]{0,200}>|\[/?(?:caption|img|url|gallery)\b[^\]]{0,200}\]|\{\{|%[0-9a-f]{2}%[0-9a-f]{2}"
 )
-_RUN = re.compile(r"(\S)\1*")
+_RUN = re.compile(r"(\S)\1+")
 # UTF-8 read as Latin-1 or Windows-1252, control characters, the replacement character, private use and surrogates.
 _GARBLED = re.compile("[ÃÂÐÑ][\x80-\xbf]|â[\x80-\x9f€]|[\x00-\x08\x0e-\x1f\x7f-\x9f\ufffd\ue000-\uf8ff\ud800-\udfff]")
 _WHOLE_CAPTIONS = frozenset(
@@ -180,7 +180,7 @@ def text_scores(caption: str) -> dict[str, Any]:
         "language": language,
         "language_probability": probability,
         "repetition": _repetition(words),
-        "run": max((len(match[0]) for match in _RUN.finditer(text)), default=0),
+        "run": max((len(match[0]) for match in _RUN.finditer(text)), default=min(len(text), 1)),
         "url_share": sum(len(match) for match in _URL.findall(text)) / max(len(text), 1),
         "letter_share": _letter_share(text),
         "garbled": len(_GARBLED.findall(head.translate(_WHITE_SPACE))),

@@ -79,6 +79,9 @@ class Compiled:
 class JaxModelHandler(ModelHandler[Any, "Scores | Failure", Compiled]):
     """Beam model handler for JAX: every batch is padded to one size, so that XLA compiles once.
 
+    On one kind of device a score does not depend on the batch that Beam puts an example in. Another batch size is
+    another compiled function, and may differ in the last bits: keep it with the thresholds in the configuration.
+
     Args:
       load: makes the model; called once a process, and pickled, so give a module-level function or a dataclass.
       batch_size: of the compiled function.
