@@ -168,6 +168,15 @@ def test_tdmrep_first_location_decides():
             SiteRules({}, {"c.com": bad})
 
 
+def test_site_rules_from_a_folder(tmp_path):
+    (tmp_path / "B.com").mkdir()
+    with pytest.raises(UserError, match="HOST/robots.txt"):
+        SiteRules.from_folder(str(tmp_path))
+    (tmp_path / "B.com" / "tdmrep.json").write_text('[{"location": "/art", "tdm-reservation": 1}]')
+    sites = SiteRules.from_folder(str(tmp_path))
+    assert sites.decide("https://b.com/art/1.png", OptOutRules())[0] == "tdmrep"
+
+
 def test_protego_is_named_when_missing(monkeypatch):
     monkeypatch.setattr(opt_out, "Protego", None)
     with pytest.raises(UserError, match="protego"):
