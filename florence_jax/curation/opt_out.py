@@ -9,6 +9,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,8 +23,7 @@ except ImportError:  # optional: only robots.txt needs it
 
 # Directives of X-Robots-Tag that have a value after a colon; any other name before a colon is a crawler's.
 _VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
-_AGENT = re.compile(r"\s*([\w.*/+-]+)\s*:(.*)", re.S)
-_TOKEN = re.compile(r"[a-z*][a-z0-9_.*-]*", re.I)
+_AGENT = re.compile(r"\s*([a-z*][\w.*/+-]*)\s*:(.*)", re.S | re.I)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +60,9 @@ def parse_x_robots(value: str) -> list[tuple[str, str]]:
     """
     agent, found = "*", []
     for item in value.split(","):
-        while (match := _AGENT.fullmatch(item)) and match[1].lower() not in _VALUED and _TOKEN.fullmatch(match[1]):
+        while (match := _AGENT.fullmatch(item)) and match[1].lower() not in _VALUED:
             agent, item = match[1].lower(), match[2]
-        directive = (match[1] if match and match[1].lower() in _VALUED else item).strip().strip("\"'").lower()
+        directive = (match[1] if match else item).strip().strip("\"'").lower()
         if directive:
             found.append((agent, directive))
     return found
@@ -124,6 +124,21 @@ class SiteRules:
         self._robots = dict(robots)
         self._tdmrep = {host: _tdm_rules(host, text) for host, text in tdmrep.items()}
         self._parsed: dict[str, Any] = {}
+
+    @classmethod
+    def from_folder(cls, folder: str) -> "SiteRules":
+        """Reads HOST/robots.txt and HOST/tdmrep.json for each sub-folder HOST.
+
+        Raises:
+          UserError: if there is no such folder, or none of the files in it, and as the constructor does.
+        """
+        found: dict[str, dict[str, str]] = {"robots.txt": {}, "tdmrep.json": {}}
+        for name, texts in found.items():
+            for file in sorted(Path(folder).glob(f"*/{name}")):
+                texts[file.parent.name.lower()] = file.read_text("utf-8", "replace")
+        if not any(found.values()):
+            raise UserError(f"site rules {folder}: no HOST/robots.txt or HOST/tdmrep.json in it")
+        return cls(found["robots.txt"], found["tdmrep.json"])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_parsed": {}}

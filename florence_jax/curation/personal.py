@@ -85,7 +85,7 @@ def blur_boxes(image: np.ndarray, boxes: np.ndarray, margin: float = 0.1) -> np.
         right, bottom = (int(np.clip(np.ceil(v + margin * side), 0, n)) for v, n in ((x1, width), (y1, height)))
         if left < right and top < bottom:
             region = Image.fromarray(blurred[top:bottom, left:right])  # from the region alone: no colour leaks in
-            radius = max(side / 10, 2.0)
+            radius = max(float(side) / 10, 2.0)
             blurred[top:bottom, left:right] = np.asarray(region.filter(ImageFilter.GaussianBlur(radius)))
     return blurred
 

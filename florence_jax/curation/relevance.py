@@ -44,7 +44,13 @@ class Failure:
 
 
 class JaxModel(Protocol):
-    """What `JaxModelHandler` runs."""
+    """What `JaxModelHandler` runs.
+
+    Attributes:
+      params: tree of arrays; an argument of the compiled function, since constants would be compiled into it.
+    """
+
+    params: Any
 
     def prepare(self, example: Any) -> dict[str, np.ndarray]:
         """One example as arrays whose shapes and dtypes are always the same, on the host.
@@ -53,12 +59,28 @@ class JaxModel(Protocol):
           UserError (or BadRecord): for an example that cannot be used; it becomes a `Failure`.
         """
 
-    def apply(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def apply(self, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Pure function of stacked examples, (B, ...) to (B, ...); a row must not depend on the other rows."""
 
 
-class JaxModelHandler(ModelHandler[Any, "Scores | Failure", tuple[JaxModel, Callable]]):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Compiled:
+    """A model with its compiled function, as Beam keeps it in a process.
+
+    Attributes:
+      model: gives `prepare` and `params`.
+      apply: `model.apply`, compiled.
+    """
+
+    model: JaxModel
+    apply: Callable[[Any, dict[str, np.ndarray]], dict[str, jax.Array]]
+
+
+class JaxModelHandler(ModelHandler[Any, "Scores | Failure", Compiled]):
     """Beam model handler for JAX: every batch is padded to one size, so that XLA compiles once.
+
+    On one kind of device a score does not depend on the batch that Beam puts an example in. Another batch size is
+    another compiled function, and may differ in the last bits: keep it with the thresholds in the configuration.
 
     Args:
       load: makes the model; called once a process, and pickled, so give a module-level function or a dataclass.
@@ -74,23 +96,22 @@ class JaxModelHandler(ModelHandler[Any, "Scores | Failure", tuple[JaxModel, Call
         super().__init__(min_batch_size=batch_size, max_batch_size=batch_size)
         self._load, self._batch_size = load, batch_size
 
-    def load_model(self) -> tuple[JaxModel, Callable]:
+    def load_model(self) -> Compiled:
         """The model and its compiled function."""
         model = self._load()
-        return model, jax.jit(model.apply)
+        return Compiled(model, jax.jit(model.apply))
 
     def run_inference(
-        self, batch: Sequence[Any], model: tuple[JaxModel, Callable], inference_args: dict[str, Any] | None = None
+        self, batch: Sequence[Any], model: Compiled, inference_args: dict[str, Any] | None = None
     ) -> list[Scores | Failure]:
         """One result for each example, in order: a dict with a row of each output, or a `Failure`."""
-        jax_model, apply = model
-        results: list[Any] = [_prepared(jax_model, example) for example in batch]
+        results: list[Any] = [_prepared(model.model, example) for example in batch]
         good = [i for i, result in enumerate(results) if not isinstance(result, Failure)]
         for start in range(0, len(good), self._batch_size):
             places = good[start : start + self._batch_size]
             padded = places + places[-1:] * (self._batch_size - len(places))
             stacked = {name: np.stack([results[i][name] for i in padded]) for name in results[places[0]]}
-            outputs = {name: np.asarray(value) for name, value in apply(stacked).items()}
+            outputs = {name: np.asarray(value) for name, value in model.apply(model.model.params, stacked).items()}
             for row, place in enumerate(places):
                 results[place] = _finite({name: value[row] for name, value in outputs.items()})
         return results
@@ -132,8 +153,8 @@ class CallableModelHandler(ModelHandler[Pair, "Scores | Failure", Callable]):
         self._function = function
 
     def load_model(self) -> Callable:
-        """The function."""
-        return self._function
+        """The function, in an object that Beam can hold a weak reference to, as it cannot to a built-in one."""
+        return functools.partial(self._function)
 
     def run_inference(
         self, batch: Sequence[Pair], model: Callable, inference_args: dict[str, Any] | None = None
@@ -167,10 +188,10 @@ class ScorePairs(beam.PTransform):
         super().__init__()
         self._handler = handler
 
-    def expand(self, pairs: beam.PCollection) -> dict[str, beam.PCollection]:
+    def expand(self, pairs: beam.PCollection) -> Any:
         """Applies the model and sorts the results."""
         results = pairs | "Infer" >> RunInference(KeyedModelHandler(self._handler))
-        is_failure = results | "Sort" >> beam.Partition(lambda result, _: isinstance(result[1], Failure), 2)
+        is_failure = results | "Sort" >> beam.Partition(lambda result, _: int(isinstance(result[1], Failure)), 2)
         failures = is_failure[1] | "Reasons" >> beam.MapTuple(lambda uid, failure: (uid, failure.reason))
         return {"scores": is_failure[0], "failures": failures}
 
@@ -188,7 +209,7 @@ class PairModel:
     """
 
     def __init__(self, task: Pretrain, params: Any, embeddings: bool = False):
-        self._task, self._params, self._embeddings = task, params, embeddings
+        self.params, self._task, self._embeddings = params, task, embeddings
         self._ops = parse_ops(task.config.data.eval_image_ops, {})
 
     def prepare(self, example: Pair) -> dict[str, np.ndarray]:
@@ -198,10 +219,10 @@ class PairModel:
             decoded = image_op(decoded, np.random.default_rng(0))  # evaluation ops draw nothing
         return {"image": decoded["image"], "text": self._task.tokenizer(example["caption"])}
 
-    def apply(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def apply(self, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """{"relevance": float32 (B,)} and, if asked for, "embedding": float32 (B, D)."""
-        image = self._task.predict["image"](self._params, batch)
-        text = self._task.predict["text"](self._params, batch)
+        image = self._task.predict["image"](params, batch)
+        text = self._task.predict["text"](params, batch)
         return {"relevance": jnp.sum(image * text, axis=-1)} | ({"embedding": image} if self._embeddings else {})
 
 

@@ -113,8 +113,8 @@ _CC_NAME = re.compile(
 _CC_WORDS = (("attribution", "by"), ("non-?commercial", "nc"), ("no-?deriv(?:ative)?s", "nd"), ("share-?alike", "sa"))
 _LICENCE_NAMES = {
     "cc zero": "cc0-1.0", "cc0": "cc0-1.0", "cc0 1.0": "cc0-1.0", "pd": "public-domain",
-    "publicdomain": "public-domain", "apache 2.0": "apache-2.0", "apache license 2.0": "apache-2.0", "apache-2": "apache-2.0",
-    "mit license": "mit", "the mit license": "mit",
+    "publicdomain": "public-domain", "apache 2.0": "apache-2.0", "apache license 2.0": "apache-2.0",
+    "apache-2": "apache-2.0", "mit license": "mit", "the mit license": "mit",
 }  # fmt: skip
 
 
