@@ -1,11 +1,11 @@
 """Data curation: from raw image-text pairs to a training set.
 
-    python -m florence_jax.curation.main --config=configs/curate.py                      # the project's own raw sample
+    python -m florence_jax.curation.main --config=configs/curate.py                # the project's own raw sample
     python -m florence_jax.curation.main --config=configs/curate.py:preset=florence --workdir=gs://bucket/fld \
         --input='web=gs://bucket/crawl/*.tar' --runner=FlinkRunner --beam='--flink_master=host:8081'
     python -m florence_jax.main --config=configs/pretrain.py --config.data.train=runs/curate/output
 
-Arguments: preset = sample | florence | coyo | datacomp_basic. The first command takes about 20 seconds on two CPU cores.
+Arguments: preset = sample | florence | coyo | datacomp_basic. The first command takes under a minute on two CPU cores.
 The presets state published rules; only `sample` has been run by this project, at the size of its sample.
 """
 
@@ -77,7 +77,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "tdmrep": "",  # JSON file: host to tdmrep.json
                 "opt_out": {"agents": ()},
             },
-            "decontamination": {"benchmarks": ConfigDict()},  # name to folder of pictures
+            "decontamination": {"benchmarks": ConfigDict(), "min_detail": 0.0},  # name to folder of pictures
             "output": {
                 "formats": ("array_record",),  # also 'parquet', 'webdataset'
                 "shards": 0,  # 0: a power of two, for records_per_shard
@@ -130,7 +130,7 @@ def _coyo(config: ConfigDict) -> None:
 
 
 def _datacomp_basic(config: ConfigDict) -> None:
-    """DataComp's basic filter (Gadre et al. 2023): English, more than 2 words and 5 characters, 200 pixels, aspect 3."""
+    """DataComp's basic filter (Gadre et al. 2023): English, over 2 words and 5 characters, 200 pixels, aspect 3."""
     config.text.preset = "datacomp_basic"
     config.text.languages = ("en",)
     config.size.min_bytes = 0

@@ -17,7 +17,8 @@ from florence_jax.curation.report import write_html
 from florence_jax.curation.safety import QUARANTINE_REASONS
 from florence_jax.curation.table import read_table, with_column, write_bytes, write_json
 
-STAGES = ("validity", "size", "near_duplicates", "text", "relevance", "selection", "post_filter", "decontamination")
+STAGES = ("quarantine", "validity", "size", "near_duplicates", "text", "relevance", "selection", "post_filter")
+STAGES += ("decontamination",)
 SIDES = (32, 64, 128, 200, 256, 512, 1024)  # pixels, for drop rates by size
 TOP = 20  # values of a slice that are listed
 COLUMNS = ("uid", "source", "url", "host", "licence_id", "language", "status", "width", "height", "bytes", "caption")

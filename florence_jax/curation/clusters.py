@@ -31,7 +31,7 @@ from florence_jax.errors import UserError
 
 Run = Callable[[Callable[[beam.Pipeline], None]], None]
 COLUMNS = ("uid", "source", "status", "width", "height", "bytes", "format", "mode", "has_alpha", "orientation")
-COLUMNS += ("image_id", "h64", "h256", "detail", "aspect", "probes")
+COLUMNS += ("listed", "listed_limit", "image_id", "h64", "h256", "detail", "aspect", "probes")
 
 
 class CandidateEdges(beam.PTransform):
@@ -50,7 +50,8 @@ class CandidateEdges(beam.PTransform):
         """Three shuffles: by bytes, by 256-bit hash, by the keys of the join."""
         rules, count = self._rules, self._count
         blocks = parts | "Spread" >> beam.Reshuffle() | beam.MapTuple(_numbered)
-        stages = (Stage("validity", decide.validity, rules), Stage("size", decide.size, rules))
+        first = (("quarantine", decide.quarantine), ("validity", decide.validity), ("size", decide.size))
+        stages = [Stage(name, function, rules) for name, function in first]
         blocks = chain(blocks, stages)["blocks"]
         copies = _Collapse(functools.partial(_by_bytes, count=count), _equal_bytes)
         bytes_once = blocks | "Copies" >> copies

@@ -66,7 +66,13 @@ def split_decided(block: pa.Table, stage: str, decisions: Decisions, config: str
     return block.filter(pa.array(keep)), decision_rows(dropped, stage, [d for d in decisions if d], config)
 
 
-# -- validity and size ------------------------------------------------------------------------------------------------
+# -- quarantine, validity and size ------------------------------------------------------------------------------------------------
+
+
+def quarantine(block: pa.Table, rules: Rules) -> tuple[pa.Table, Decisions]:
+    """Pictures on the list of known hashes, before anything else sees them."""
+    rows = rows_of(block, ("listed", "listed_limit"))
+    return block, [None if r["listed"] is None else ("hash_list", r["listed"], r["listed_limit"]) for r in rows]
 
 
 def validity(block: pa.Table, rules: Rules) -> tuple[pa.Table, Decisions]:
@@ -102,16 +108,16 @@ def caption_choice(block: pa.Table, rules: Rules) -> pa.Table:
     """Adds what the stages after this one need of every member of a cluster.
 
     "text_decision" (JSON of the decision on its own caption, or ''), "clean" (no personal data in the caption),
-    "flag" ('hash_list', 'takedown' or ''): why the whole cluster must go.
+    "flag" ('takedown' or ''): why the whole cluster must go.
     """
     decisions, clean, flags = [], [], []
-    names = ("uid", "url", "image_id", "listed", "mails", "phones", "cards", *TEXT_SCORES)
+    names = ("uid", "url", "image_id", "mails", "phones", "cards", *TEXT_SCORES)
     for row in rows_of(block, names):
         decision = decide_text(row, rules.text)
         decisions.append(json.dumps(decision) if decision else "")
         clean.append(not any(row[f"{kind}s"] for kind in rules.safety.personal))
         taken = rules.takedown and rules.takedown.decide(row["uid"], row["url"], row["image_id"])
-        flags.append("hash_list" if row["listed"] is not None else "takedown" if taken else "")
+        flags.append("takedown" if taken else "")
     block = with_column(block, "text_decision", decisions, pa.string())
     return with_column(with_column(block, "clean", clean, pa.bool_()), "flag", flags, pa.string())
 
@@ -148,7 +154,7 @@ def clusters(block: pa.Table, places: np.ndarray, reasons: Decisions) -> tuple[p
 
 
 def _captions(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Distinct usable captions of a cluster, those without personal data if there are any; the first row's comes first."""
+    """Distinct usable captions of a cluster, if possible without personal data; the first row's comes first."""
     usable = [row for row in rows if not row["text_decision"]]
     usable = [row for row in usable if row["clean"]] or usable[:1]
     return list({row["text"]: row["caption"] for row in reversed(usable)}.values())[::-1]
@@ -249,14 +255,12 @@ def selection(block: pa.Table, rules: Rules, words: dict[str, int], pairs: int) 
 
 
 def post_filter(block: pa.Table, rules: Rules) -> tuple[pa.Table, Decisions]:
-    """Hash list and takedowns (of any member of the cluster), licences, domains, unsafe pictures, data, opt-outs."""
-    names = ["flag", "listed", "listed_limit", "licence_id", "host", "mails", "phones", "cards", "headers", "url"]
+    """Takedowns (of any member of the cluster), licences, domains, unsafe pictures, personal data, opt-outs."""
+    names = ["flag", "licence_id", "host", "mails", "phones", "cards", "headers", "url"]
     names += ["nsfw"] if rules.safety.max_nsfw is not None else []
     decisions: Decisions = []
     for row in rows_of(block, names):
-        if row["listed"] is not None:
-            decisions.append(("hash_list", row["listed"], row["listed_limit"]))
-        elif row["flag"]:
+        if row["flag"]:
             decisions.append((row["flag"], "cluster", ""))
         else:
             scores = row | {"licence": row["licence_id"]}

@@ -19,7 +19,10 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 from absl import logging
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.portability.api import beam_provision_api_pb2
+from apache_beam.runners.portability.fn_api_runner import fn_runner
+from apache_beam.runners.portability.portable_runner import JobServiceHandle
 
 from florence_jax.curation import decide
 from florence_jax.curation.audit import write_audit
@@ -79,7 +82,8 @@ class Run:
     def beam(self, build: Callable[[beam.Pipeline], Any]) -> None:
         """Runs the pipeline that `build` adds to; a UserError in a worker is raised here as one."""
         try:
-            with beam.Pipeline(options=PipelineOptions(self._beam_args)) as pipeline:
+            options = PipelineOptions(self._beam_args)
+            with beam.Pipeline(runner=_runner(options), options=options) as pipeline:
                 build(pipeline)
         except UserError:
             raise
@@ -104,6 +108,15 @@ class Run:
         manifest = {"digest": digest, **build(folder)}
         write_json(f"{folder}/manifest.json", manifest)
         return manifest
+
+
+def _runner(options: PipelineOptions) -> Any:
+    """Beam's Python runner, told to pass the options on to its worker processes; any other is chosen by Beam."""
+    if options.view_as(StandardOptions).runner != "FnApiRunner":
+        return None
+    encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options())
+    provision = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)
+    return fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(provision))
 
 
 def _remove(folder: str) -> None:
@@ -269,7 +282,7 @@ def build_benchmarks(run: Run) -> str:
     path = f"{run.workdir}/benchmarks-{run.rules.digest[:8]}.npz"
     if not filesystem(path)[0].exists(filesystem(path)[1]):
         pictures = {name: _pictures(folder, run.rules) for name, folder in run.rules.benchmarks.items()}
-        index = BenchmarkIndex.build(pictures, run.rules.join, run.rules.min_detail)
+        index = BenchmarkIndex.build(pictures, run.rules.join, run.rules.benchmark_detail)
         write_file(path, index.save)
     return path
 
@@ -306,7 +319,7 @@ def _decide(root: beam.Pipeline, run: Run, count: int, shards: int, folder: str,
     """The pipeline of all stages."""
     rules, workdir = run.rules, run.workdir
     parts = root | beam.Create([part for part in part_paths(f"{workdir}/table", count)])
-    first = parts | Alive(rules, count, 4, f"{workdir}/clusters", scores)
+    first = parts | Alive(rules, count, f"{workdir}/clusters", scores)
     stages = [Relevance(rules), Selection(rules, count), Stage("post_filter", decide.post_filter, rules)]
     if benchmarks:
         stages.append(Stage("decontamination", functools.partial(decontaminate, index=benchmarks), rules))

@@ -74,7 +74,7 @@ def with_sample(config: dict[str, Any], workdir: str) -> dict[str, Any]:
     return config | {
         "inputs": "|".join(f"{name}={folder}/{name}" for name in SOURCES),
         "post_filter": post,
-        "decontamination": {"benchmarks": {"sample": f"{folder}/benchmark"}},
+        "decontamination": config["decontamination"] | {"benchmarks": {"sample": f"{folder}/benchmark"}},
     }
 
 

@@ -308,7 +308,7 @@ def _add_ranks(number: int, both: dict[str, Any]) -> pa.Table:
 def decontaminate(block: pa.Table, rules: Rules, index: str) -> tuple[pa.Table, decide.Decisions]:
     """Copies of benchmark pictures, exact and resized; the value is the benchmark's name."""
     names = {"exact": "benchmark_exact", "near": "benchmark_near"}
-    found = benchmark_index(index).query(measured_rows(block), rules.min_detail)
+    found = benchmark_index(index).query(measured_rows(block), rules.benchmark_detail)
     return block, [match and (names[match["kind"]], match["benchmark"], match["d256"]) for match in found]
 
 
@@ -337,13 +337,12 @@ def load_block(number_and_path: tuple[int, str], rules: Rules, clusters: str, sc
     Args:
       number_and_path: of the part.
       rules: of the run.
-      clusters: folder of the cluster numbers; '' leaves them out.
+      clusters: folder of the cluster numbers.
       scores: folder of the scores made from pictures; '' where there are none.
     """
     number, path = number_and_path
     block = with_fields(read_table(path), rules)
-    if clusters:
-        block = with_column(block, "cluster", read_table(f"{clusters}/part-{number:05d}.parquet")["cluster"])
+    block = with_column(block, "cluster", read_table(f"{clusters}/part-{number:05d}.parquet")["cluster"])
     if scores:
         made = read_table(f"{scores}/part-{number:05d}.parquet")
         places = pc.index_in(block["uid"], value_set=made["uid"].combine_chunks())
@@ -355,13 +354,13 @@ def load_block(number_and_path: tuple[int, str], rules: Rules, clusters: str, sc
 
 
 class Alive(beam.PTransform):
-    """(number, path) of parts -> {"blocks": what is alive after the first `stages` of validity, size, near-duplicates
-    and text, "dropped": log rows of the others}.
+    """(number, path) of parts -> {"blocks": what is alive after quarantine, validity, size, near-duplicates and text,
+    "dropped": log rows of the others}.
     """
 
-    def __init__(self, rules: Rules, count: int, stages: int, clusters: str = "", scores: str = ""):
+    def __init__(self, rules: Rules, count: int, clusters: str, scores: str = ""):
         super().__init__()
-        self._rules, self._count, self._stages = rules, count, stages
+        self._rules, self._count = rules, count
         self._clusters, self._scores = clusters, scores
 
     def expand(self, parts: beam.PCollection[tuple[int, str]]) -> dict[str, beam.PCollection]:
@@ -369,12 +368,13 @@ class Alive(beam.PTransform):
         rules = self._rules
         blocks = parts | "Spread" >> beam.Reshuffle() | beam.Map(load_block, rules, self._clusters, self._scores)
         stages = (
+            Stage("quarantine", decide.quarantine, rules),
             Stage("validity", decide.validity, rules),
             Stage("size", decide.size, rules),
             NearDuplicates(rules, self._count),
             Text(rules, self._count),
         )
-        return chain(blocks, stages[: self._stages])
+        return chain(blocks, stages)
 
 
 def chain(blocks: beam.PCollection[pa.Table], stages: Iterable[beam.PTransform]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageOps
 
 from florence_jax.curation.measure import image_bytes
+from florence_jax.curation.personal import redact
 from florence_jax.curation.table import write_bytes
 from florence_jax.errors import UserError
 
@@ -33,7 +34,7 @@ th { font-weight:600; color:var(--soft); font-size:13px } td.n,th.n { text-align
 .tiles { display:flex; flex-wrap:wrap; gap:10px }
 figure { margin:0; width:150px; background:var(--tile); border:1px solid var(--line); padding:8px; font-size:12px }
 figure .picture { height:96px; display:flex; gap:6px; align-items:center; justify-content:center }
-figure img { max-width:100%; max-height:96px; background:#fff } figure .none { color:var(--soft) }
+figure img { max-width:100%; max-height:96px; background:#fff } figure .pair img { max-width:62px } figure .none { color:var(--soft) }
 figcaption { margin-top:6px; overflow-wrap:anywhere } figcaption span { color:var(--soft); display:block }
 .slices { display:grid; grid-template-columns:repeat(auto-fit,minmax(300px,1fr)); gap:8px 32px }
 """
@@ -119,12 +120,13 @@ def _tiles(rows: Iterable[Mapping[str, Any]], workdir: str, partners: Mapping[st
         shown = "".join(
             f'<img alt="" src="{picture}">' if picture else "<span class=none>no picture</span>" for picture in pictures
         )
-        caption = row["caption"] if len(row["caption"]) <= CAPTION else row["caption"][:CAPTION] + "…"
+        caption = redact(row["caption"])
+        caption = caption if len(caption) <= CAPTION else caption[:CAPTION] + "…"
         limit = f" (limit {row['threshold']})" if row["threshold"] and row["value"] != "" else ""
         value = "copy of the picture at right" if len(pictures) > 1 else f"{row['value']}{limit}"
         value = "" if row["reason"] == "kept" else value
         figures.append(
-            f"<figure><div class=picture>{shown}</div>"
+            f'<figure><div class="picture{" pair" if len(pictures) > 1 else ""}">{shown}</div>'
             f"<figcaption>{_escape(caption)}<span>{_escape(value)}</span></figcaption></figure>"
         )
     return f"<div class=tiles>{''.join(figures)}</div>" if figures else "<p>No examples are shown.</p>"

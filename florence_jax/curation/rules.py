@@ -59,6 +59,8 @@ class Rules:
       sites: robots.txt and tdmrep.json, or None.
       takedown: requests, or None.
       benchmarks: name to folder of pictures that must not be trained on.
+      benchmark_detail: benchmark pictures with less detail are found as exact copies only; 0, since here a false match
+        costs a pair and a missed one an evaluation.
       digest: stands for everything that decisions depend on.
     """
 
@@ -81,6 +83,7 @@ class Rules:
     sites: SiteRules | None
     takedown: Takedown | None
     benchmarks: Mapping[str, str]
+    benchmark_detail: float
     digest: str
 
     @property
@@ -136,6 +139,7 @@ def make_all(config: Mapping[str, Any]) -> Rules:
         sites=SiteRules(_texts(robots), _texts(tdmrep)) if robots or tdmrep else None,
         takedown=Takedown.from_file(takedown) if takedown else None,
         benchmarks=dict(config["decontamination"]["benchmarks"]),
+        benchmark_detail=config["decontamination"]["min_detail"],
         digest=json_digest([{name: config[name] for name in DECIDING}, list(map(_content, files))]),
     )
 

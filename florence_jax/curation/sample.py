@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import tarfile
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ BENCHMARK = 24  # pictures of the benchmark
 FREQUENT_CAPTION = "an icon from our collection"
 LICENCE = "CC-BY-4.0"
 BLOCKED_DOMAIN = "blocked.example"
+PLACE = "in the window of our little shop by the river"
 OPT_OUTS = ("X-Robots-Tag: noai", "X-Robots-Tag: max-image-preview: large, noai")
 FOREIGN = (
     "ein kleines Haus am Rande des Waldes mit einem Garten",
@@ -69,6 +71,7 @@ def _bomb(_: Row) -> bytes:
     """A PNG whose header states 60,000 x 60,000 pixels."""
     data = bytearray(_encode(Image.new("L", (8, 8))))
     data[16:24] = (60_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     return bytes(data)
 
 
@@ -91,7 +94,7 @@ def _alpha(row: Row) -> bytes:
 
 # fault -> (how many, what becomes of the picture)
 IMAGE_FAULTS: dict[str, tuple[int, Callable[[Row], bytes]]] = {
-    "truncated": (20, lambda row: row["image"][: len(row["image"]) * 2 // 3]),
+    "truncated": (20, lambda row: _encode(_open(row), "JPEG")[:-600]),
     "corrupt": (10, lambda row: row["image"][:20] + bytes(200)),
     "unsupported": (10, lambda row: b"<!doctype html><title>404 not found</title>"),
     "missing": (6, lambda row: b""),
@@ -114,16 +117,22 @@ COPIES: dict[str, tuple[int, Callable[[Row], bytes]]] = {
 }
 CAPTION_FAULTS: dict[str, tuple[int, Callable[[Row, int], str]]] = {
     "empty": (8, lambda row, i: ("", " ", "&nbsp;")[i % 3]),
-    "short": (8, lambda row, i: "ab"),
+    "short": (8, lambda row, i: "a"),
     "long": (6, lambda row, i: " ".join(f"{row['caption']} number {n}" for n in range(300))),
     "file_name": (10, lambda row, i: f"IMG_{2000 + i}.jpg"),
     "url": (10, lambda row, i: f"https://shop.example/item/{i}"),
     "boilerplate": (10, lambda row, i: ("click to enlarge", "image not available", "add to cart")[i % 3]),
     "repetition": (10, lambda row, i: "sale " * (12 + i)),
     "language": (12, lambda row, i: FOREIGN[i % len(FOREIGN)]),
-    "mail": (6, lambda row, i: f"{row['caption']}, write to jane.doe{i}@mail.example"),
-    "phone": (6, lambda row, i: f"{row['caption']}, call +49 30 9018{20 + i} 110"),
-    "card": (4, lambda row, i: f"{row['caption']}, card 4111 1111 1111 1111"),
+    "mail": (6, lambda row, i: f"{row['caption']} {PLACE}, mail jane.doe{i}@mail.example"),
+    "phone": (
+        6,
+        lambda row, i: f"{row['caption']} {PLACE}, call +49 30 9018{20 + i} 110",
+    ),
+    "card": (
+        4,
+        lambda row, i: f"{row['caption']} {PLACE}, card 4111 1111 1111 1111",
+    ),
 }
 FIELD_FAULTS: dict[str, tuple[int, Callable[[int], Row]]] = {
     "licence": (12, lambda i: {"licence": "all rights reserved"}),

@@ -43,7 +43,7 @@ class ScoreAlive(beam.PTransform):
 
     def expand(self, parts: beam.PCollection[tuple[int, str]]) -> beam.PCollection[None]:
         """The first four stages, then each model in turn."""
-        alive = parts | Alive(self._rules, self._count, 4, self._clusters)
+        alive = parts | Alive(self._rules, self._count, self._clusters)
         numbers = functools.partial(by_identifier, column="uid", count=self._count)
         missing = (
             alive["blocks"]
