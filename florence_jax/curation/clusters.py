@@ -46,7 +46,7 @@ class CandidateEdges(beam.PTransform):
         super().__init__()
         self._rules, self._count = rules, count
 
-    def expand(self, parts: beam.PCollection[tuple[str, int]]) -> dict[str, beam.PCollection]:
+    def expand(self, parts: beam.PCollection[tuple[str, int]]) -> Any:
         """Three shuffles: by bytes, by 256-bit hash, by the keys of the join."""
         rules, count = self._rules, self._count
         blocks = parts | "Spread" >> beam.Reshuffle() | beam.MapTuple(_numbered)
@@ -81,7 +81,7 @@ class _Collapse(beam.PTransform):
         super().__init__()
         self._numbers, self._equal = numbers, equal
 
-    def expand(self, blocks: beam.PCollection[pa.Table]) -> dict[str, beam.PCollection]:
+    def expand(self, blocks: beam.PCollection[pa.Table]) -> Any:
         both = blocks | Repartition(self._numbers) | beam.MapTuple(functools.partial(_collapsed, equal=self._equal))
         edges = both | "Edges" >> beam.Map(lambda pair: pair[0])
         return {"edges": edges, "blocks": both | "Blocks" >> beam.Map(lambda pair: pair[1])}

@@ -85,7 +85,7 @@ class Stage(beam.PTransform):
         super().__init__(name)
         self._name, self._function, self._rules, self._sides = name, function, rules, sides
 
-    def expand(self, blocks: beam.PCollection[pa.Table]) -> dict[str, beam.PCollection]:
+    def expand(self, blocks: beam.PCollection[pa.Table]) -> Any:
         """{"kept": blocks, "dropped": log rows}."""
         outputs = blocks | "Decide" >> beam.ParDo(
             _Decide(self._name, self._function, self._rules), *self._sides
@@ -116,7 +116,7 @@ class NearDuplicates(beam.PTransform):
         super().__init__("near_duplicates")
         self._rules, self._count = rules, count
 
-    def expand(self, blocks: beam.PCollection[pa.Table]) -> dict[str, beam.PCollection]:
+    def expand(self, blocks: beam.PCollection[pa.Table]) -> Any:
         """{"kept": blocks, "dropped": log rows}."""
         chosen = blocks | "Captions" >> beam.Map(decide.caption_choice, self._rules)
         single = chosen | "Single" >> beam.Map(_single) | "SomeSingle" >> beam.Filter(len)
@@ -186,7 +186,7 @@ class Text(beam.PTransform):
         super().__init__("text")
         self._rules, self._count = rules, count
 
-    def expand(self, blocks: beam.PCollection[pa.Table]) -> dict[str, beam.PCollection]:
+    def expand(self, blocks: beam.PCollection[pa.Table]) -> Any:
         """{"kept": blocks, "dropped": log rows}."""
         usable = blocks | "Usable" >> Stage("text", decide.text, self._rules)
         if not self._rules.cap:
@@ -209,7 +209,7 @@ class Relevance(beam.PTransform):
         super().__init__("relevance")
         self._rules = rules
 
-    def expand(self, blocks: beam.PCollection[pa.Table]) -> dict[str, beam.PCollection]:
+    def expand(self, blocks: beam.PCollection[pa.Table]) -> Any:
         """{"kept": blocks, "dropped": log rows}."""
         if not self._rules.scores.get("relevance"):
             return {"kept": blocks, "dropped": blocks | "None" >> beam.FlatMap(lambda _: ())}
@@ -232,7 +232,7 @@ class Selection(beam.PTransform):
         super().__init__("selection")
         self._rules, self._count = rules, count
 
-    def expand(self, blocks: beam.PCollection[pa.Table]) -> dict[str, beam.PCollection]:
+    def expand(self, blocks: beam.PCollection[pa.Table]) -> Any:
         """{"kept": blocks, "dropped": log rows}."""
         select = self._rules.select
         if select.t:
@@ -363,7 +363,7 @@ class Alive(beam.PTransform):
         self._rules, self._count = rules, count
         self._clusters, self._scores = clusters, scores
 
-    def expand(self, parts: beam.PCollection[tuple[int, str]]) -> dict[str, beam.PCollection]:
+    def expand(self, parts: beam.PCollection[tuple[int, str]]) -> Any:
         """Chains the stages."""
         rules = self._rules
         blocks = parts | "Spread" >> beam.Reshuffle() | beam.Map(load_block, rules, self._clusters, self._scores)
