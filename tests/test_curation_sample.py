@@ -1,4 +1,4 @@
-"""The project's own raw sample through the whole command's work: every planted fault is found, and training runs on it."""
+"""The raw sample through all stages: every planted fault is found, and pretraining runs on the output."""
 
 import collections
 import json
