@@ -11,12 +11,16 @@ from configs.pretrain import get_config as pretrain_config
 from florence_jax.curation import sample
 from florence_jax.curation.audit import joined_parts
 from florence_jax.curation.driver import curate
+from florence_jax.curation.filters import text_id
 from florence_jax.curation.main import beam_options, with_sample
 from florence_jax.curation.rules import make_all
 from florence_jax.curation.table import uid_of
 from florence_jax.data.sources import open_source
 from florence_jax.errors import UserError
-from florence_jax.tasks.pretrain import Pretrain
+from florence_jax.tasks import create_task
+from florence_jax.train.loop import run as train
+
+TINY_MODEL = {"image_width": 8, "depths": (2,), "text_width": 16, "text_layers": 1, "text_heads": 2, "projection": 16}
 
 # What must become of each fault that is not a copy: (stage, reason).
 EXPECTED = {
@@ -72,19 +76,24 @@ def test_every_planted_fault_is_found(run):
     )
 
 
-def test_pretraining_runs_on_the_output(run):
+def test_pretraining_runs_on_the_output(run, tmp_path):
+    """configs/pretrain.py --config.data.train=OUTPUT, two steps of a tiny model through the real loop."""
     workdir, summary = run
     config = pretrain_config("runlocal")
-    config.data.train = str(workdir / "output")
+    config.model.overrides.update(TINY_MODEL)
+    config.total_steps, config.checkpoint.every, config.log.every, config.optim.warmup_steps = 2, 2, 1, 1
+    config.data.train = config.eval.source = str(workdir / "output")
+    assert train(config.lock(), create_task(config), tmp_path) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2]
     source = open_source(config.data.train)
-    assert len(source) == summary["records"]
-    task = Pretrain(config)
-    stream = task.train_stream(0)
-    batch = next(stream)
-    stream.close()
-    assert batch["image"].shape[0] == 16 and batch["corrupt"].sum() == 0
-    record = source[0]
-    assert 0 <= record["label"] < summary["labels"] and record["keywords"] if "keywords" in record else True
+    records = source.__getitems__(range(len(source)))
+    assert len(records) == summary["records"]
+    # The label is the identity of the normalised caption, and nothing else.
+    pairs = {(record["label"], record["text_id"]) for record in records}
+    assert len(pairs) == len({label for label, _ in pairs}) == len({text for _, text in pairs})
+    assert {record["text_id"] for record in records} == {text_id(record["caption"]) for record in records}
+    assert min(label for label, _ in pairs) >= 0 and max(label for label, _ in pairs) < summary["labels"]
 
 
 def test_the_sample_is_the_same_every_time(tmp_path):
