@@ -1,0 +1,136 @@
+"""Data curation: from raw image-text pairs to a training set.
+
+    python -m florence_jax.curation.main --config=configs/curate.py                # the project's own raw sample
+    python -m florence_jax.curation.main --config=configs/curate.py:preset=florence --workdir=gs://bucket/fld \
+        --input='web=gs://bucket/crawl/*.tar' --runner=FlinkRunner --beam='--flink_master=host:8081'
+    python -m florence_jax.main --config=configs/pretrain.py --config.data.train=runs/curate/output
+
+Arguments: preset = sample | florence | coyo | datacomp_basic. The first command takes under a minute on two CPU cores.
+The presets state published rules; only `sample` has been run by this project, at the size of its sample.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from configs.common import parse_arg
+from florence_jax.errors import UserError
+
+PRESETS = ("sample", "florence", "coyo", "datacomp_basic")
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The configuration for an argument string such as 'preset=coyo'."""
+    given = parse_arg(arg, preset="sample")
+    if given.preset not in PRESETS:
+        raise UserError(f"unknown preset {given.preset!r}; known: {', '.join(PRESETS)}")
+    config = ConfigDict(
+        {
+            "inputs": "",  # NAME=PATH, several joined by '|'; --input overrides it. '': the project's own raw sample
+            "workdir": "runs/curate",  # --workdir overrides it
+            "seed": 0,
+            "parts": 0,  # of the table of scores; 0: by the number of input splits
+            "max_edges_in_memory": 200_000_000,  # between near-duplicates; more are joined in rounds on the runner
+            "measure": {
+                "rows_per_split": 8192,
+                "max_pixels": 64_000_000,  # as the header states them; more is a decompression bomb
+                "max_bytes": 64_000_000,
+                "max_aspect": 100.0,
+                "animated": False,  # True: an animation is measured by its first frame
+                "extra_fields": (),  # further fields of the raw pairs to keep
+                "retry": (),  # statuses, such as ('missing', 'unreadable'), whose splits are measured again
+            },
+            "validity": {"drop": ()},  # of 'cmyk', 'alpha', 'orientation'
+            "size": {"min_side": 200, "max_aspect": 3.0, "min_bytes": 5120, "max_bytes": 0},
+            "near_duplicates": {
+                "k": 4,  # bits of 64: 2, 4 or 6
+                "max_d256": 40,  # bits of 256
+                "hot_bucket": 50_000,
+                "window": 256,
+                "min_detail": 0.5,  # grey levels; flatter pictures are compared as exact copies only
+                "star_above": 50,  # larger components are split around their representatives
+            },
+            "text": {"preset": "labels", "languages": (), "cap": 0},  # cap: pairs a caption, 0 for no cap
+            "scores": {  # field:NAME, module:function or checkpoint:WORKDIR
+                "relevance": "",
+                "nsfw": "",
+                "learner_loss": "",
+                "reference_loss": "",
+            },
+            "relevance": {"min_score": placeholder(float), "keep": 1.0},
+            "selection": {
+                "t": 0,  # pairs a metadata query, 0 for no balancing
+                "metadata": "",  # file with one query a line
+                "keep_unmatched": False,
+                "min_bits": 0.0,
+                "clusters": 0,  # of the image embeddings
+                "cluster_t": 0,
+                "min_gap": placeholder(float),
+            },
+            "post_filter": {
+                "licences": (),  # patterns such as 'cc-by-*'; () for all
+                "blocked_domains": (),
+                "max_nsfw": placeholder(float),
+                "personal": ("mail", "phone", "card"),
+                "hash_list": "",  # file of MD5, SHA-1, SHA-256 or PDQ hashes
+                "takedown": "",  # file of 'uid HEX', 'url URL' or 'hash HEX'
+                "robots": "",  # JSON file: host to robots.txt
+                "tdmrep": "",  # JSON file: host to tdmrep.json
+                "opt_out": {"agents": ()},
+            },
+            "decontamination": {"benchmarks": ConfigDict(), "min_detail": 0.0},  # name to folder of pictures
+            "output": {
+                "formats": ("array_record",),  # also 'parquet', 'webdataset'
+                "shards": 0,  # 0: a power of two, for records_per_shard
+                "records_per_shard": 4096,
+                "face_detector": "",  # module:function that gives boxes to blur
+                "name": "curated",
+                "description": "Image-text pairs curated with florence_jax.",
+                "licence": "",  # URL, for the metadata
+                "url": "",  # where the data set is described, for the metadata
+            },
+            "report": {"examples": 6},  # pictures a reason
+        }
+    )
+    {"sample": _sample, "florence": _florence, "coyo": _coyo, "datacomp_basic": _datacomp_basic}[given.preset](config)
+    return config
+
+
+def _sample(config: ConfigDict) -> None:
+    """The project's own sample: drawings of 64 pixels with one- to three-word captions."""
+    config.measure.rows_per_split = 128
+    config.measure.extra_fields = ("keywords", "group")
+    config.size.min_side = 32
+    config.size.min_bytes = 100
+    config.text.languages = ("en",)
+    config.text.cap = 20
+    config.post_filter.licences = ("cc-by-*", "cc0-*")
+    config.post_filter.blocked_domains = ("blocked.example",)
+    config.output.records_per_shard = 512
+    config.output.name = "florence_jax-sample"
+
+
+def _florence(config: ConfigDict) -> None:
+    """Yuan et al. 2021, section 2.1: hash near-duplicates, small images, image-text relevance, balanced sampling.
+
+    The paper gives no thresholds: those of ALIGN (Jia et al. 2021) stand in, as it says that it filters like ALIGN.
+    Set scores.relevance and selection.metadata.
+    """
+    config.text.preset = "align"
+    config.text.cap = 1000
+    config.relevance.keep = 0.3
+
+
+def _coyo(config: ConfigDict) -> None:
+    """COYO-700M (Byeon et al. 2022): 200 pixels, 5 KB, aspect 3, captions of 3 to 256 words seen at most 10 times.
+
+    COYO drops captions that occur more often; here the first ten stay, since shared captions are UniCL's labels.
+    """
+    config.text.preset = "coyo"
+    config.text.cap = 10
+
+
+def _datacomp_basic(config: ConfigDict) -> None:
+    """DataComp's basic filter (Gadre et al. 2023): English, over 2 words and 5 characters, 200 pixels, aspect 3."""
+    config.text.preset = "datacomp_basic"
+    config.text.languages = ("en",)
+    config.size.min_bytes = 0

@@ -1,0 +1,125 @@
+"""Entry point of data curation; see configs/curate.py for the command lines.
+
+Options: --config=configs/curate.py[:args], --input=NAME=PATH|..., --workdir=DIR, --runner=DirectRunner (default) or a
+Beam runner, --workers=N processes of DirectRunner, --beam='options of the runner', --config.x=y.
+"""
+
+import logging as python_logging
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from florence_jax.curation.driver import curate
+from florence_jax.curation.sample import SOURCES, build_sample
+from florence_jax.curation.table import read_json, write_json
+from florence_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives, a folder or URL; default: the config's workdir.")
+_INPUT = flags.DEFINE_string("input", None, "Raw pairs: NAME=PATH, several joined by '|'; default: config.inputs.")
+_RUNNER = flags.DEFINE_string("runner", "DirectRunner", "Beam runner.")
+_WORKERS = flags.DEFINE_integer("workers", 0, "Processes of DirectRunner; 0: one a core.", lower_bound=0)
+_BEAM = flags.DEFINE_string("beam", "", "Further options for the Beam runner, as on a command line.")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line; a bad flag or config is one message on stderr and exit code 2."""
+    try:
+        rest = flags.FLAGS(argv)
+        if _CONFIG.value is None:
+            raise UserError("--config is missing; for example --config=configs/curate.py")
+    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        fail(error)
+    return rest
+
+
+def fail(error: Exception) -> None:
+    """Prints `error` as the one message a user needs, and exits with code 2."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    print(f"error: {str(text).strip()}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def beam_options(runner: str, workers: int, more: str) -> list[str]:
+    """Options for Beam. DirectRunner is Beam's own Python one in processes: its default choice looks for a download.
+
+    Args:
+      runner: 'DirectRunner' or any that Beam knows.
+      workers: processes; 0 for one a core, 1 for none beside this one.
+      more: further options, as on a command line.
+    """
+    if runner != "DirectRunner":
+        return [f"--runner={runner}", *shlex.split(more)]
+    workers = workers or os.cpu_count() or 1
+    mode = "multi_processing" if workers > 1 else "in_memory"
+    direct = ["--runner=FnApiRunner", f"--direct_running_mode={mode}", f"--direct_num_workers={workers}"]
+    return [*direct, "--default_sdk_harness_log_level=ERROR", *shlex.split(more)]
+
+
+def with_sample(config: dict[str, Any], workdir: str) -> dict[str, Any]:
+    """Without inputs, the project's own raw sample, with its benchmark and hash list, in the workdir."""
+    if config["inputs"]:
+        return config
+    folder = os.path.abspath(f"{workdir}/sample") if "://" not in workdir else None
+    if folder is None:
+        raise UserError(f"--workdir={workdir}: give --input; the project's own sample needs a local workdir")
+    if not os.path.exists(f"{folder}/truth.json"):
+        build_sample(folder)
+    post = config["post_filter"] | {"hash_list": f"{folder}/blocked_hashes.txt"}
+    return config | {
+        "inputs": "|".join(f"{name}={folder}/{name}" for name in SOURCES),
+        "post_filter": post,
+        "decontamination": config["decontamination"] | {"benchmarks": {"sample": f"{folder}/benchmark"}},
+    }
+
+
+def quiet() -> None:
+    """Beam's workers report every connection; only what goes wrong is of interest here."""
+    for name in ("apache_beam", "root", "__main__"):
+        python_logging.getLogger(name).setLevel(python_logging.ERROR)
+
+
+def lines_of(summary: Mapping[str, Any]) -> list[str]:
+    """The summary for a terminal: pairs left after each stage, with the commonest reasons."""
+    lines = [f"{summary['rows']:>12,}  raw pairs"]
+    for stage in summary["stages"]:
+        reasons = sorted(stage["reasons"].items(), key=lambda item: (-item[1], item[0]))
+        shown = ", ".join(f"{reason} {count:,}" for reason, count in reasons[:4])
+        lines.append(f"{stage['kept']:>12,}  after {stage['stage']}" + (f"  ({shown})" if shown else ""))
+    return lines
+
+
+def main(argv: list[str]) -> None:
+    """Runs curation and prints the funnel."""
+    if len(argv) > 1:
+        fail(UserError(f"unexpected argument {argv[1]!r}; options are written --config.name=value"))
+    config = _CONFIG.value.to_dict()
+    workdir = _WORKDIR.value or config["workdir"]
+    workdir = workdir if "://" in workdir else os.path.abspath(workdir)
+    config |= {"inputs": _INPUT.value} if _INPUT.value else {}
+    quiet()
+    try:
+        config = with_sample(config, workdir)
+        if read_json(f"{workdir}/config.json") != config:
+            write_json(f"{workdir}/config.json", config)
+        summary = curate(config, workdir, beam_options(_RUNNER.value, _WORKERS.value, _BEAM.value))
+    except UserError as error:
+        fail(error)
+    except OSError as error:
+        fail(
+            UserError(
+                f"{error}; check the free space and the permissions of {workdir}, then run the same command again"
+            )
+        )
+    print("\n".join(lines_of(summary)))
+    print(f"output: {workdir}/output\nreport: {workdir}/report/funnel.html\nroot:   {summary['root']}")
+    logging.info("done")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

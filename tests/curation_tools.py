@@ -1,0 +1,56 @@
+"""Small raw pairs and configurations for the tests of curation."""
+
+import copy
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from configs.curate import get_config
+from florence_jax.curation.main import beam_options
+
+
+def picture(number, size=(96, 80), kind="PNG", **options):
+    """A picture that only another one of the same number resembles."""
+    rng = np.random.default_rng([7, number])
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 11, 3), np.uint8))
+    file = io.BytesIO()
+    coarse.resize(size, Image.Resampling.BICUBIC).save(file, kind, **options)
+    return file.getvalue()
+
+
+def pairs(count, first=0):
+    return [
+        {
+            "key": f"{i:04d}",
+            "image": picture(i),
+            "caption": f"thing number {i} on a table",
+            "url": f"https://a.example/{i}",
+        }
+        for i in range(first, first + count)
+    ]
+
+
+def write_parquet(path, rows, group=16):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = sorted({name for row in rows for name in row})
+    pq.write_table(pa.table({n: [row.get(n) for row in rows] for n in names}), str(path), row_group_size=group)
+    return str(path)
+
+
+def small_config(inputs, **changes):
+    """The sample's configuration as a dict; changes as section={name: value} or name=value."""
+    config = copy.deepcopy(get_config().to_dict())
+    config |= {"inputs": str(inputs), "parts": 3}
+    config["post_filter"]["licences"] = ()
+    config["text"]["languages"] = ()
+    config["measure"]["rows_per_split"] = 16
+    config["output"]["shards"] = 2
+    for name, value in changes.items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    return config
+
+
+ONE_PROCESS = beam_options("DirectRunner", 1, "")

@@ -1,0 +1,172 @@
+"""Inputs of curation: every kind, the names people use, damage, mistakes."""
+
+import csv
+import io
+import json
+import tarfile
+
+import apache_beam as beam
+import fsspec
+import pyarrow as pa
+import pytest
+from apache_beam.testing.util import assert_that, equal_to
+from curation_tools import pairs, picture, write_parquet
+
+from florence_jax.curation.inputs import DamagedInput, ReadPairs, list_splits, read_split
+from florence_jax.curation.table import read_bytes
+from florence_jax.data.sources import write_array_record
+from florence_jax.errors import UserError
+
+
+def read(spec, rows=5, max_bytes=1 << 20):
+    return [pair for split in list_splits(str(spec), rows) for pair in read_split(split, max_bytes)]
+
+
+def write_tar(path, samples, mode="w"):
+    with tarfile.open(path, mode) as tar:
+        for name, data in samples:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def test_parquet_bytes_paths_and_struct(tmp_path):
+    rows = pairs(12)
+    write_parquet(tmp_path / "bytes" / "0.parquet", rows, group=4)
+    found = read(tmp_path / "bytes", rows=4)
+    assert [p["key"] for p in found] == [row["key"] for row in rows]
+    assert all(
+        p["image"] == row["image"] and p["caption"] == row["caption"] for p, row in zip(found, rows, strict=True)
+    )
+    assert {p["source"] for p in found} == {"bytes"} and found[0]["locator"] is None and found[3]["url"]
+    assert len(list_splits(str(tmp_path / "bytes"), 4)) == 3 and len(list_splits(str(tmp_path / "bytes"), 5)) == 2
+
+    (tmp_path / "paths").mkdir()
+    (tmp_path / "paths" / "x.png").write_bytes(picture(1))
+    named = [{"image_path": "x.png", "TEXT": "red"}, {"image_path": "gone.png", "TEXT": None}]
+    write_parquet(tmp_path / "paths" / "p.parquet", named)
+    good, gone = read(f"n={tmp_path / 'paths'}")
+    assert (good["key"], good["caption"], good["image"], good["source"]) == ("x.png", "red", picture(1), "n")
+    assert (gone["problem"], gone["caption"], gone["image"]) == ("missing", "", b"")
+    assert read_bytes(*good["locator"]) == picture(1)
+
+    struct = [{"image": {"bytes": picture(2), "path": "a.png"}, "text": "blue", "similarity": 0.25, "tags": ["t"]}]
+    write_parquet(tmp_path / "struct.parquet", struct)
+    (pair,) = read(tmp_path / "struct.parquet")
+    assert (pair["image"], pair["key"]) == (picture(2), "a.png")
+    assert pair["extra"] == {"similarity": 0.25, "tags": ["t"]}
+
+
+def test_img2dataset_tar_with_its_parquet_beside_it(tmp_path):
+    meta = json.dumps({"key": "other", "url": "https://b.example/1", "license": "MIT", "caption": "from json"}).encode()
+    samples = [("000000001.jpg", picture(1)), ("000000001.txt", b"a cup"), ("000000001.json", meta)]
+    samples += [("000000002.json", meta), ("d/3.PNG", picture(3)), ("d/3.txt", "caf\xe9".encode("latin1"))]
+    write_tar(tmp_path / "00000.tar", samples)
+    write_parquet(tmp_path / "00000.parquet", [{"key": "000000001", "caption": "a cup", "status": "success"}])
+    first, second, third = read(f"web={tmp_path}")
+    assert (first["key"], first["caption"], first["licence"]) == ("00000/000000001", "a cup", "MIT")
+    assert first["url"] == "https://b.example/1" and read_bytes(*first["locator"]) == picture(1)
+    assert (second["caption"], second["problem"]) == ("from json", "missing")
+    assert (third["key"], third["image"], third["caption"]) == ("00000/d/3", picture(3), "caf\ufffd")
+    write_tar(tmp_path / "z.tar.gz", samples[:2], "w:gz")
+    (packed,) = read(tmp_path / "z.tar.gz")
+    assert packed["image"] == picture(1) and packed["locator"] is None
+
+
+def test_folders_with_tables_sidecars_and_subfolders(tmp_path):
+    table = tmp_path / "table"
+    table.mkdir()
+    (table / "a.png").write_bytes(picture(1))
+    with open(table / "captions.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["File", "caption", "headers"], ["a.png", "one, two", '["X-Robots-Tag: noai"]']])
+    (pair,) = read(table)
+    assert (pair["caption"], pair["headers"], pair["image"]) == ("one, two", ["X-Robots-Tag: noai"], picture(1))
+    (table / "captions.csv").unlink()
+    (table / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "x"}\n\n{"file_name": "b.png", "text": "y"}\n'
+    )
+    assert [(p["key"], p["problem"]) for p in read(table, rows=1)] == [("a.png", ""), ("b.png", "missing")]
+    (table / "metadata.jsonl").write_text("[1]\n")
+    with pytest.raises(UserError, match=r"metadata.jsonl: a line is not a JSON object"):
+        read(table)
+
+    files = tmp_path / "files" / "00000"
+    files.mkdir(parents=True)
+    (files / "1.jpg").write_bytes(picture(2, kind="JPEG"))
+    (files / "1.txt").write_text("side")
+    (files / "1.json").write_text('{"url": "https://c.example", "x_robots_tag": "noindex"}')
+    (pair,) = read(tmp_path / "files")
+    assert (pair["key"], pair["caption"], pair["headers"]) == ("00000/1.jpg", "side", ["X-Robots-Tag: noindex"])
+
+
+def test_array_record_and_fsspec(tmp_path):
+    rows = pairs(7)
+    write_array_record(str(tmp_path / "p.array_record"), rows)
+    found = read(tmp_path / "p.array_record", rows=3)
+    assert [(p["key"], p["image"]) for p in found] == [(row["key"], row["image"]) for row in rows]
+    local = write_parquet(tmp_path / "q.parquet", rows)
+    with fsspec.open("memory://box/q.parquet", "wb") as file, open(local, "rb") as source:
+        file.write(source.read())
+    assert [p["caption"] for p in read("m=memory://box/*.parquet")] == [row["caption"] for row in rows]
+
+
+def test_large_images_are_not_read(tmp_path):
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "a.png").write_bytes(picture(1))
+    (tmp_path / "f" / "captions.csv").write_text("file,caption\na.png,x\n")
+    write_tar(tmp_path / "t.tar", [("1.png", picture(1)), ("1.txt", b"x")])
+    write_parquet(tmp_path / "p.parquet", pairs(1))
+    for spec in ("f", "t.tar", "p.parquet"):
+        (pair,) = read(tmp_path / spec, max_bytes=100)
+        assert (pair["problem"], pair["image"]) == ("too_many_bytes", b"")
+
+
+def test_damage_comes_after_the_good_pairs(tmp_path):
+    write_tar(tmp_path / "t.tar", [(f"{i}.png", picture(i)) for i in range(4)])
+    data = (tmp_path / "t.tar").read_bytes()
+    (tmp_path / "t.tar").write_bytes(data[: len(data) // 2])
+    found = []
+    with pytest.raises(DamagedInput, match=r"t\.tar"):
+        for pair in read_split(list_splits(str(tmp_path / "t.tar"), 9)[0], 1 << 20):
+            found.append(pair["key"])
+    assert found and found == [f"t/{i}" for i in range(len(found))]
+
+
+def test_mistakes(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for spec, message in (
+        (f"x={tmp_path}/none", "does not exist"),
+        (str(tmp_path / "empty"), "nothing to read"),
+        ("", "no input"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list_splits(spec, 9)
+    path = write_parquet(tmp_path / "p.parquet", pairs(1))
+    with pytest.raises(UserError, match="two sources named 'a'"):
+        list_splits(f"a={path}|a={path}", 9)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(UserError, match=r"cannot read .*bad\.parquet"):
+        list_splits(str(tmp_path / "bad.parquet"), 9)
+
+
+def test_stamps_follow_the_content_and_splits_cover_every_row_once(tmp_path):
+    path = write_parquet(tmp_path / "p.parquet", pairs(40), group=7)
+    before = list_splits(path, 10)
+    assert [p["key"] for s in before for p in read_split(s, 1 << 20)] == [row["key"] for row in pairs(40)]
+    assert list_splits(path, 10) == before and len({s.identity() for s in before}) == len(before) > 1
+    write_parquet(tmp_path / "p.parquet", pairs(41), group=7)
+    assert not {s.identity() for s in list_splits(path, 10)} & {s.identity() for s in before}
+
+
+def test_beam_transform(tmp_path):
+    path = write_parquet(tmp_path / "p.parquet", pairs(5))
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        found = pipeline | beam.Create(list_splits(path, 2)) | ReadPairs() | beam.Map(lambda pair: pair["key"])
+        assert_that(found, equal_to([row["key"] for row in pairs(5)]))
+
+
+def test_binary_column_under_another_name(tmp_path):
+    table = pa.table({"jpg": [picture(1)], "alt": ["x"], "sample_id": [12]})
+    pa.parquet.write_table(table, tmp_path / "p.parquet")
+    (pair,) = read(tmp_path / "p.parquet")
+    assert (pair["key"], pair["caption"], pair["image"]) == ("12", "x", picture(1))

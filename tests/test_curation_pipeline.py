@@ -1,0 +1,276 @@
+"""The pipeline: the same output whatever the workers and the order, decisions without images, restarts, every stage."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from curation_tools import ONE_PROCESS, pairs, picture, small_config, write_parquet
+
+from florence_jax.curation import measure as measure_module
+from florence_jax.curation.driver import curate, merkle_root
+from florence_jax.curation.main import beam_options, lines_of, with_sample
+from florence_jax.curation.rules import make_all
+from florence_jax.curation.table import uid_of
+from florence_jax.data.sources import open_source
+from florence_jax.errors import UserError
+
+
+def brightness(images, captions):
+    """A relevance function: higher numbers in captions score higher; one pair makes it fail."""
+    if any("number 3 " in caption for caption in captions):
+        raise ValueError("no score for number 3")
+    return [float(caption.split()[2]) for caption in captions]
+
+
+def log(workdir, source="p"):
+    """{key: (stage, reason, value)} of a run."""
+    rows = [row for path in sorted(Path(workdir, "decisions").glob("log-*.parquet")) for row in pq.read_table(path).to_pylist()]
+    by_uid = {row["uid"]: (row["stage"], row["reason"], row["value"]) for row in rows}
+    assert len(by_uid) == len(rows)
+    return {f"{i:04d}": by_uid[uid] for i in range(2000) if (uid := uid_of(source, f"{i:04d}")) in by_uid}
+
+
+def stamps(folder, pattern):
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in Path(folder).glob(pattern)}
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """60 pairs with copies, a bad caption and a broken file; as one parquet file."""
+    rows = pairs(60)
+    rows[10] |= {"image": rows[0]["image"], "caption": "the first thing again"}
+    rows[11] |= {"image": picture(1, (144, 120), "JPEG", quality=85)}
+    rows[12] |= {"caption": "IMG_1234.jpg"}
+    rows[13] |= {"image": rows[13]["image"][:300]}
+    rows[14] |= {"url": "https://x.blocked.example/14", "image": picture(2)}
+    write_parquet(tmp_path / "raw" / "0.parquet", rows)
+    return rows, tmp_path
+
+
+def test_every_stage_and_its_reason(raw):
+    rows, tmp = raw
+    summary = curate(small_config(f"p={tmp}/raw"), str(tmp / "w"), ONE_PROCESS)
+    found = log(tmp / "w")
+    assert len(found) == 60 == summary["rows"]
+    first, tenth = found["0000"], found["0010"]
+    assert {first[:2], tenth[:2]} == {("output", "kept"), ("near_duplicates", "exact_copy")}
+    assert found["0001"] == ("near_duplicates", "near_duplicate", uid_of("p", "0011")) and found["0011"][1] == "kept"
+    assert found["0012"][:2] == ("text", "file_name") and found["0013"][:2] == ("validity", "truncated")
+    # Of two copies the one from the blocked domain is not the representative, though the pictures are equal.
+    assert found["0014"] == ("near_duplicates", "exact_copy", uid_of("p", "0002"))
+    records = {r["key"]: r for r in map(open_source(str(tmp / "w" / "output")).__getitem__, range(summary["records"]))}
+    assert len(records) == summary["records"] == 55
+    both = records.get(uid_of("p", "0000")) or records[uid_of("p", "0010")]
+    assert sorted(both["captions"]) == ["the first thing again", "thing number 0 on a table"] and both["members"] == 2
+    assert both["caption"] == both["captions"][0] and both["image"] == rows[0]["image"]
+    labels = {record["label"] for record in records.values()}
+    assert len(labels) == 55 and labels <= set(range(summary["labels"]))
+    assert sum(stage["came"] - stage["kept"] for stage in summary["stages"]) == 5
+    assert any("after text  (file_name 1)" in line for line in lines_of(summary))
+
+
+def test_order_splits_parts_and_workers_do_not_matter(raw):
+    rows, tmp = raw
+    config = small_config(f"p={tmp}/raw")
+    root = curate(config, str(tmp / "a"), ONE_PROCESS)["root"]
+    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(60)]
+    write_parquet(tmp / "other" / "x.parquet", shuffled[:25], group=5)
+    write_parquet(tmp / "other" / "y.parquet", shuffled[25:], group=35)
+    changed = config | {"inputs": f"p={tmp}/other", "parts": 5, "max_edges_in_memory": 0}
+    changed["measure"] = config["measure"] | {"rows_per_split": 7}
+    # Two processes; and components in rounds on the runner instead of in memory.
+    assert curate(changed, str(tmp / "b"), beam_options("DirectRunner", 2, ""))["root"] == root
+    assert list((tmp / "b" / "clusters" / "edges").glob("round-*/changed.json"))
+    for name in ("log-00000.parquet",):
+        assert (tmp / "a" / "decisions" / name).exists()
+    assert log(tmp / "a") == log(tmp / "b")
+    other_seed = curate(config | {"seed": 1}, str(tmp / "a"), ONE_PROCESS)["root"]
+    assert other_seed != root
+
+
+def test_a_new_threshold_opens_no_image(raw, monkeypatch):
+    _, tmp = raw
+    config = small_config(f"p={tmp}/raw", text={"cap": 0})
+    first = curate(config, str(tmp / "w"), ONE_PROCESS)
+    before = stamps(tmp / "w", "measured/*") | stamps(tmp / "w", "table/*")
+    shards = stamps(tmp / "w", "output/*.array_record")
+    assert curate(config, str(tmp / "w"), ONE_PROCESS)["root"] == first["root"]
+    assert stamps(tmp / "w", "output/*.array_record") == shards
+
+    def refuse(*args):
+        raise AssertionError("an image was decoded")
+
+    monkeypatch.setattr(measure_module, "measure", refuse)
+    second = curate(config | {"size": config["size"] | {"max_aspect": 1.1}}, str(tmp / "w"), ONE_PROCESS)
+    assert second["records"] == 0 and not stamps(tmp / "w", "output/*.array_record")
+    assert stamps(tmp / "w", "measured/*") | stamps(tmp / "w", "table/*") == before
+    monkeypatch.undo()
+    assert curate(config, str(tmp / "w"), ONE_PROCESS)["root"] == first["root"]
+
+
+def test_takedown_removes_the_cluster_and_rewrites_only_its_shard(raw):
+    _, tmp = raw
+    config = small_config(f"p={tmp}/raw", output={"shards": 8})
+    curate(config, str(tmp / "w"), ONE_PROCESS)
+    before = stamps(tmp / "w", "output/*.array_record")
+    shard = int(log(tmp / "w")["0011"][2])
+    # 0001 is not in the output, its near-duplicate 0011 is.
+    (tmp / "gone.txt").write_text(f"uid {uid_of('p', '0001')}\n")
+    taken = config | {"post_filter": config["post_filter"] | {"takedown": str(tmp / "gone.txt")}}
+    curate(taken, str(tmp / "w"), ONE_PROCESS)
+    assert log(tmp / "w")["0011"][:2] == ("post_filter", "takedown")
+    after = stamps(tmp / "w", "output/*.array_record")
+    assert {name for name in before if after.get(name) != before[name]} == {f"pairs-{shard:05d}-of-00008.array_record"}
+
+
+def test_scores_selection_quarantine_and_decontamination(raw):
+    rows, tmp = raw
+    (tmp / "bench").mkdir()
+    (tmp / "bench" / "b.jpg").write_bytes(picture(20, (200, 170), "JPEG"))
+    import hashlib
+
+    (tmp / "list.txt").write_text(hashlib.sha256(rows[30]["image"]).hexdigest() + "\n")
+    (tmp / "queries.txt").write_text("table\n")
+    config = small_config(
+        f"p={tmp}/raw",
+        scores={"relevance": "test_curation_pipeline:brightness"},
+        relevance={"min_score": 6.0},
+        selection={"t": 30, "metadata": str(tmp / "queries.txt")},
+        post_filter={"hash_list": str(tmp / "list.txt"), "blocked_domains": ()},
+        decontamination={"benchmarks": {"set": str(tmp / "bench")}},
+    )
+    curate(config, str(tmp / "w"), ONE_PROCESS)
+    found = log(tmp / "w")
+    assert found["0030"][:2] == ("quarantine", "hash_list") and found["0003"][:2] == ("relevance", "unscored")
+    assert found["0005"] == ("relevance", "relevance", "5")
+    stages = [stage for stage, _, _ in found.values()]
+    balanced = sum(stage == "selection" for stage in stages)
+    assert (
+        60
+        - sum(stage in ("quarantine", "validity", "near_duplicates", "text", "relevance") for stage in stages)
+        - balanced
+        == 30
+    )
+    assert found["0020"][:2] in (("decontamination", "benchmark_near"), ("selection", "balance"))
+    quarantined = uid_of("p", "0030")
+    (row,) = [
+        row
+        for path in (tmp / "w" / "table").glob("*.parquet")
+        for row in pq.read_table(path).to_pylist()
+        if row["uid"] == quarantined
+    ]
+    assert (row["caption"], row["url"], row["key"], row["path"]) == ("", "", "", "")
+    copies = b"".join(p.read_bytes() for p in (tmp / "w" / "measured").glob("*.images"))
+    assert rows[30]["image"] not in copies and rows[31]["image"] in copies
+    # A lower threshold scores only what was not scored, and lets more live; balance is nested.
+    scores = stamps(tmp / "w", "scores/*/*.parquet")
+    kept = {key for key, value in found.items() if value[1] == "kept"}
+    more = config | {"relevance": {"min_score": 4.0, "keep": 1.0}, "selection": config["selection"] | {"t": 40}}
+    curate(more, str(tmp / "w"), ONE_PROCESS)
+    assert kept <= {key for key, value in log(tmp / "w").items() if value[1] == "kept"}
+    assert stamps(tmp / "w", "scores/*/*.parquet") == scores
+
+
+def test_mistakes_are_one_message(tmp_path):
+    good = small_config("x")
+    for section, change, message in (
+        ("near_duplicates", {"k": 3}, "near_duplicates.k=3"),
+        ("validity", {"drop": ("gif",)}, "known: cmyk"),
+        ("text", {"preset": "none"}, "text.preset='none'"),
+        ("size", {"min_sid": 3}, "min_sid"),
+        ("scores", {"relevance": "model"}, "write field:NAME"),
+        ("selection", {"t": 3}, "selection.metadata"),
+        ("post_filter", {"max_nsfw": 0.5}, "scores.nsfw"),
+        ("post_filter", {"takedown": "/none"}, "/none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_all(good | {section: good[section] | change})
+    with pytest.raises(UserError, match="does not exist"):
+        curate(small_config(f"x={tmp_path}/none"), str(tmp_path / "w"), ONE_PROCESS)
+    write_parquet(tmp_path / "one" / "p.parquet", pairs(1))
+    config = small_config(f"p={tmp_path}/one", output={"face_detector": "no_such_module:f"})
+    with pytest.raises(UserError, match="no_such_module"):
+        curate(config, str(tmp_path / "w"), ONE_PROCESS)
+    with pytest.raises(UserError, match="give --input"):
+        with_sample(good | {"inputs": ""}, "memory://w")
+
+
+def test_changed_input_is_noticed(raw):
+    rows, tmp = raw
+    folder = tmp / "files"
+    folder.mkdir()
+    for row in rows[:3]:
+        (folder / f"{row['key']}.png").write_bytes(row["image"])
+    (folder / "captions.csv").write_text(
+        "file,caption\n" + "".join(f"{r['key']}.png,a cup {r['key']}\n" for r in rows[:3])
+    )
+    config = small_config(f"p={folder}")
+    curate(config, str(tmp / "w"), ONE_PROCESS)
+    (folder / "0001.png").write_bytes(rows[5]["image"])
+    for path in (tmp / "w" / "output").glob("*.array_record"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"0001\.png has changed since it was measured"):
+        curate(config, str(tmp / "w"), ONE_PROCESS)
+
+
+def test_merkle_root():
+    one, two, three = (f"{i:064x}" for i in range(3))
+    assert merkle_root([one]) == one and len({merkle_root(x) for x in ([one, two], [two, one], [one, two, three])}) == 3
+
+
+# -- the whole command, killed ----------------------------------------------------------------------------------------
+
+
+def command(workdir, *more):
+    return [
+        sys.executable,
+        "-m",
+        "florence_jax.curation.main",
+        "--config=configs/curate.py",
+        f"--workdir={workdir}",
+        *more,
+    ]
+
+
+def run_to_end(workdir, *more):
+    result = subprocess.run(command(workdir, *more), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.split("root:")[1].strip()
+
+
+@pytest.mark.slow
+def test_kill_and_worker_matrix(tmp_path):
+    """kill -9 of the whole process group at random moments; the end is that of an undisturbed run, and no finished
+    part or shard is made again. 1, 2 and 4 workers give the same root."""
+    start = time.monotonic()
+    root = run_to_end(tmp_path / "plain", "--workers=2")
+    seconds = time.monotonic() - start
+    for workers in (1, 4):
+        assert run_to_end(tmp_path / f"w{workers}", f"--workers={workers}") == root
+    moments = np.random.default_rng(5).uniform(0.1, 1.0, 8) * seconds
+    finished: dict = {}
+    for moment in moments.tolist():
+        process = subprocess.Popen(
+            command(tmp_path / "killed", "--workers=2"),
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        made = stamps(tmp_path / "killed", "measured/*.parquet") | stamps(tmp_path / "killed", "output/*.array_record")
+        assert {name: made.get(name) for name in finished} == finished
+        finished = made
+    assert finished
+    assert run_to_end(tmp_path / "killed", "--workers=2") == root
+    made = stamps(tmp_path / "killed", "measured/*.parquet") | stamps(tmp_path / "killed", "output/*.array_record")
+    assert {name: made.get(name) for name in finished} == finished

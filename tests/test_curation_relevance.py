@@ -1,0 +1,254 @@
+"""Relevance: the JAX model handler in a real Beam pipeline, a checkpoint, any callable, and exact thresholds."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.pretrain import get_config
+from florence_jax.errors import UserError
+from florence_jax.tasks.pretrain import Pretrain
+from florence_jax.train.checkpoint import Checkpoints
+
+beam = pytest.importorskip("apache_beam")
+
+from apache_beam.testing import test_pipeline  # noqa: E402
+from apache_beam.testing.util import assert_that, equal_to  # noqa: E402
+
+from florence_jax.curation import relevance  # noqa: E402
+from florence_jax.curation.relevance import (  # noqa: E402
+    CallableModelHandler,
+    CheckpointLoader,
+    Failure,
+    JaxModelHandler,
+    PairModel,
+    RelevanceRules,
+    RelevanceThreshold,
+    ScorePairs,
+    decide_relevance,
+    kept_count,
+    relevance_threshold,
+)
+
+
+def png(seed, size=(40, 36)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+# -- the handler on a model without a network -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Sizes:
+    """Scores are known in closed form: bytes of the image times the parameter, plus characters of the caption."""
+
+    params: dict
+    traces: list
+
+    def prepare(self, example):
+        if not example["caption"]:
+            raise UserError("empty caption")
+        return {"x": np.float32([len(example["image"]), len(example["caption"])])}
+
+    def apply(self, params, batch):
+        self.traces.append(batch["x"].shape)
+        return {"relevance": batch["x"][:, 0] * params["w"] + batch["x"][:, 1]}
+
+
+def load_sizes():
+    return Sizes({"w": jnp.float32(2)}, [])
+
+
+def test_batches_are_padded_to_one_shape_and_order_is_kept():
+    handler = JaxModelHandler(load_sizes, batch_size=4)
+    model = handler.load_model()
+    for count in (1, 4, 3, 9):
+        examples = [{"image": bytes(i), "caption": "a" * (i % 3)} for i in range(count)]
+        results = handler.run_inference(examples, model)
+        for i, result in enumerate(results):
+            expected = Failure("empty caption") if i % 3 == 0 else {"relevance": 2.0 * i + i % 3}
+            assert result == expected
+    assert model.model.traces == [(4, 2)]  # traced, and so compiled, once
+
+
+def test_a_score_that_is_not_finite_is_a_failure():
+    handler = JaxModelHandler(lambda: Sizes({"w": jnp.float32(np.inf)}, []), 2)
+    results = handler.run_inference(
+        [{"image": b"", "caption": "a"}, {"image": b"a", "caption": "a"}], handler.load_model()
+    )
+    assert results == [Failure("relevance is not finite")] * 2
+
+
+def test_every_uid_is_scored_or_a_dead_letter_once():
+    pairs = [(f"u{i}", {"image": bytes(i), "caption": "a" * (i % 5)}) for i in range(23)]
+    with test_pipeline.TestPipeline() as pipeline:
+        out = pipeline | beam.Create(pairs) | ScorePairs(JaxModelHandler(load_sizes, 4))
+        expected = [(f"u{i}", {"relevance": 2.0 * i + i % 5}) for i in range(23) if i % 5]
+        assert_that(out["scores"], equal_to(expected), "scores")
+        assert_that(out["failures"], equal_to([(f"u{i}", "empty caption") for i in range(0, 23, 5)]), "failures")
+
+
+def length_ratio(images, captions):
+    if "bad" in captions:
+        raise RuntimeError("out of cheese")
+    return [len(c) / len(i) for i, c in zip(images, captions, strict=True)]
+
+
+def test_any_callable_scores_and_the_bad_pair_alone_fails():
+    pairs = [("a", {"image": b"12", "caption": "x"}), ("b", {"image": b"12", "caption": "bad"})]
+    pairs.append(("c", {"image": b"1234", "caption": "x"}))
+    with test_pipeline.TestPipeline() as pipeline:
+        out = pipeline | beam.Create(pairs) | ScorePairs(CallableModelHandler(length_ratio, 8))
+        assert_that(out["scores"], equal_to([("a", {"relevance": 0.5}), ("c", {"relevance": 0.25})]), "scores")
+        assert_that(out["failures"], equal_to([("b", "RuntimeError: out of cheese")]), "failures")
+
+
+def test_a_callable_with_the_wrong_number_of_scores_is_an_error():
+    handler = CallableModelHandler(lambda images, captions: [1.0])
+    with pytest.raises(UserError, match="one score a pair"):
+        handler.run_inference([{"image": b"", "caption": ""}] * 2, handler.load_model())
+
+
+def test_batch_size_is_checked():
+    with pytest.raises(UserError, match="batch_size=0"):
+        JaxModelHandler(load_sizes, 0)
+
+
+# -- the project's model ----------------------------------------------------------------------------------------------
+
+
+def tiny_config():
+    config = get_config("runlocal,res=16")
+    with config.unlocked():
+        config.model.overrides = {
+            "res": 16, "image_width": 8, "depths": (2,), "heads": (1,), "out_stages": (0,), "text_width": 8,
+            "text_layers": 1, "text_heads": 1, "text_length": 8, "projection": 4,
+        }  # fmt: skip
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Work directory of a fresh tiny run, its task and its parameters."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = tiny_config()
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    task = Pretrain(config)
+    rng = np.random.default_rng(3)
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape), x.dtype), shapes)
+    checkpoints = Checkpoints(str(workdir / "checkpoints"))
+    checkpoints.save(7, {"step": jnp.int32(7), "params": params})
+    checkpoints.close()
+    return workdir, task, params
+
+
+def test_checkpoint_scores_are_the_cosine_of_the_towers(run):
+    workdir, task, params = run
+    images, captions = [png(i) for i in range(3)], ["a red car", "two dogs", "the sea"]
+    pairs = [(f"u{i}", {"image": images[i], "caption": captions[i]}) for i in range(3)]
+    pairs += [("corrupt", {"image": images[0][:60], "caption": "a"}), ("empty", {"image": images[0], "caption": " "})]
+    handler = JaxModelHandler(CheckpointLoader(str(workdir), embeddings=True), batch_size=4)
+
+    model = handler.load_model()
+    results = dict(
+        zip([uid for uid, _ in pairs], handler.run_inference([pair for _, pair in pairs], model), strict=True)
+    )
+    prepared = [model.model.prepare(pair) for _, pair in pairs[:3]]
+    batch = {name: jnp.stack([p[name] for p in prepared]) for name in ("image", "text")}
+    image, text = jax.jit(lambda p, b: [task.predict[tower](p, b) for tower in ("image", "text")])(params, batch)
+    for i in range(3):
+        assert results[f"u{i}"]["relevance"] == pytest.approx(float(image[i] @ text[i]), abs=1e-5)
+        np.testing.assert_allclose(results[f"u{i}"]["embedding"], image[i], atol=1e-5)
+    assert "corrupt image" in results["corrupt"].reason and "no tokens" in results["empty"].reason
+
+    # The same numbers to the last bit, in another order and another batch, and through Beam.
+    again = handler.run_inference([pairs[2][1], pairs[0][1]], model)
+    assert [r["relevance"] for r in again] == [results["u2"]["relevance"], results["u0"]["relevance"]]
+    with test_pipeline.TestPipeline() as pipeline:
+        out = pipeline | beam.Create(pairs) | ScorePairs(handler)
+        values = out["scores"] | beam.MapTuple(lambda uid, scores: (uid, scores["relevance"]))
+        assert_that(values, equal_to([(f"u{i}", results[f"u{i}"]["relevance"]) for i in range(3)]), "scores")
+        assert_that(out["failures"] | beam.Keys(), equal_to(["corrupt", "empty"]), "failures")
+
+
+def test_a_run_that_is_not_there_or_of_another_task(tmp_path):
+    with pytest.raises(UserError, match="no run in"):
+        CheckpointLoader(str(tmp_path))()
+    (tmp_path / "config.json").write_text('{"task": "detect"}')
+    with pytest.raises(UserError, match="task 'detect'"):
+        CheckpointLoader(str(tmp_path))()
+
+
+def test_a_moving_average_is_preferred(tmp_path, run):
+    _, task, params = run
+    config = tiny_config()
+    config.optim.ema_decay = 0.9
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    checkpoints = Checkpoints(str(tmp_path / "checkpoints"))
+    ema = jax.tree.map(lambda x: x + 1, params)
+    checkpoints.save(1, {"params": params, "ema": ema})
+    checkpoints.close()
+    loaded = CheckpointLoader(str(tmp_path))()
+    assert isinstance(loaded, PairModel)
+    np.testing.assert_array_equal(loaded.params["logit_scale"], ema["logit_scale"])
+
+
+# -- thresholds -------------------------------------------------------------------------------------------------------
+
+
+def exact(scores, keep):
+    finite = np.sort(scores[np.isfinite(scores)])[::-1]
+    return float(finite[kept_count(len(finite), keep) - 1])
+
+
+@pytest.mark.parametrize("keep", [0.001, 0.15, 0.3, 0.5, 1.0])
+def test_the_threshold_is_an_exact_order_statistic(keep):
+    scores = np.random.default_rng(1).normal(0, 0.3, 5001).astype(np.float32)
+    scores[:40] = scores[40]  # ties
+    scores[50:60] = (0.0, -0.0, np.nan, np.inf, -np.inf, 1e-40, -1e-40, 1, -1, 3e38)
+    threshold = relevance_threshold(scores, RelevanceRules(keep=keep))
+    assert threshold == exact(scores, keep)
+    finite = scores[np.isfinite(scores)]
+    kept = [decide_relevance(float(s), threshold) is None for s in finite]
+    assert sum(kept) >= kept_count(len(finite), keep) > sum(finite > np.float32(threshold))
+
+
+def test_the_beam_threshold_is_the_same_for_any_division_into_blocks():
+    scores = np.random.default_rng(2).normal(0, 0.3, 1000).astype(np.float32)
+    rules = RelevanceRules(keep=0.3)
+    with test_pipeline.TestPipeline() as pipeline:
+        for parts in (1, 7):
+            blocks = pipeline | f"Blocks{parts}" >> beam.Create(np.array_split(scores, parts))
+            threshold = blocks | f"Threshold{parts}" >> RelevanceThreshold(rules)
+            assert_that(threshold, equal_to([exact(scores, 0.3)]), f"Check{parts}")
+
+
+def test_absolute_threshold_and_edges():
+    scores = np.float32([0.1, 0.2, 0.3])
+    assert relevance_threshold(scores, RelevanceRules(min_score=0.25)) == 0.25
+    assert relevance_threshold(scores, RelevanceRules(min_score=0.15, keep=0.3)) == float(np.float32(0.3))
+    assert relevance_threshold(np.float32([np.nan]), RelevanceRules()) == -np.inf
+    assert decide_relevance(0.28, 0.28) is None
+    assert decide_relevance(0.2, 0.28) == ("relevance", 0.2, 0.28)
+    assert decide_relevance(float("nan"), -np.inf)[0] == "relevance"
+    assert kept_count(10, 0.3) == 3 and kept_count(1000, 0.1) == 100 and kept_count(3, 0.5) == 2
+    with pytest.raises(UserError, match="keep=0"):
+        RelevanceRules(keep=0)
+
+
+def test_histograms_of_parts_add_up():
+    scores = np.random.default_rng(3).normal(size=500).astype(np.float32)
+    whole = relevance.score_histogram(scores)
+    assert whole.sum() == 500
+    np.testing.assert_array_equal(
+        whole, relevance.score_histogram(scores[:123]) + relevance.score_histogram(scores[123:])
+    )
