@@ -1,0 +1,1 @@
+"""Curation: from raw data to training sets."""

@@ -2,7 +2,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -207,7 +208,8 @@ class Merged:
             mine = np.flatnonzero(rows.table == t)
             shown = picture[mine]
             status = np.where(shown >= 0, 0, 1).astype(np.int8)
-            local = ImageFacts([], status, *(f[shown] for f in (facts.digest, facts.raw, facts.size, facts.orientation)))
+            columns = (facts.digest, facts.raw, facts.size, facts.orientation)
+            local = ImageFacts([], status, *(column[shown] for column in columns))
             placed, how = boxes_in_picture(table, local)
             self._used[mine] &= ~how["size_mismatch"]
             used = self._used[mine]
@@ -298,9 +300,7 @@ class Merged:
         self.offsets = np.searchsorted(boxes.record, np.arange(len(self.pictures) + 1))
         rows = np.flatnonzero(self._row_record >= 0)
         self._members = rows[np.argsort(self._row_record[rows], kind="stable")]
-        self._member_offsets = np.searchsorted(
-            self._row_record[self._members], np.arange(len(self.pictures) + 1)
-        )
+        self._member_offsets = np.searchsorted(self._row_record[self._members], np.arange(len(self.pictures) + 1))
         self._label_offsets = {
             name: np.searchsorted(codes, np.arange(len(self.pictures) + 1) * len(self.space))
             for name, codes in self._labels.items()
@@ -359,8 +359,15 @@ class Merged:
         offsets = self._label_offsets[name]
         return (self._labels[name][offsets[record] : offsets[record + 1]] % len(self.space)).tolist()
 
-    def columns(self) -> Iterator[bytes]:
-        """All that the records are made of, for a fingerprint."""
-        yield "\n".join(self.space.texts).encode()
-        for record in range(len(self)):
-            yield repr(self.record(record)).encode()
+    def fingerprint(self) -> str:
+        """A digest of all that the records are made of."""
+        digest = hashlib.blake2b(digest_size=16)
+        for texts in (self.space.texts, self.rows.ids):
+            digest.update("\n".join(texts).encode("utf-8", "surrogatepass"))
+        for table in self.rows.tables:
+            digest.update(repr((table.spec.kind, table.spec.split, table.teacher, table.threshold)).encode())
+        columns = [getattr(self.boxes, field.name) for field in dataclasses.fields(Boxes)]
+        columns += [self.pictures, self._members, self._member_offsets, self.rows.facts.digest, self.rows.facts.size]
+        for column in [*columns, *self._labels.values()]:
+            digest.update(np.ascontiguousarray(column))
+        return digest.hexdigest()

@@ -188,8 +188,8 @@ class _Columns:
             if not url:  # LVIS 0.5 has names of the year 2014, 'COCO_val2014_000000391895.jpg', for files of 2017
                 name = name[-16:]
             row = len(self.files)
-            for pairs, field in ((self.negative, "neg_category_ids"), (self.not_exhaustive, "not_exhaustive_category_ids")):
-                for category in item[field]:
+            for pairs, field in ((self.negative, "neg"), (self.not_exhaustive, "not_exhaustive")):
+                for category in item[f"{field}_category_ids"]:
                     pairs.extend((row, category))
         self.image_ids.append(item["id"])
         self.sizes.extend((item["width"], item["height"]))

@@ -63,7 +63,7 @@ def file_paths(spec: SourceSpec, files: Sequence[str]) -> list[str]:
         parts = name.split("/")
         for skip in range(len(parts)):
             if epath.Path(os.path.join(spec.images, *parts[skip:])).exists():
-                # Count the folders that are there: names of one set differ in depth ('v1/patch8/a.jpg', 'patch9/b.jpg').
+                # Counted from the end: names of one set may differ in depth.
                 keep = len(parts) - skip if skip else most + 1
                 return [os.path.join(spec.images, *name.split("/")[-keep:]) for name in files]
     raise UserError(

@@ -1,8 +1,8 @@
 """One label space by text for detection sets that name their classes differently.
 
-As in UniCL, the label is the text: categories with the same normalised name are one class. A name may also be changed by
-a rule (`RULES`, or the user's table), and a category joins another set's class if that is named among its synonyms and
-the two classes have no set in common. What was merged, why, and what was kept apart is written as a table.
+As in UniCL, the label is the text: categories with the same normalised name are one class. A name may also be changed
+by a rule (`RULES`, or the user's table), and a category joins another set's class if that is named among its synonyms
+and the two classes have no set in common. What was merged, why, and what was kept apart is written as a table.
 """
 
 import collections
@@ -106,7 +106,7 @@ class LabelSpace:
                     self._named[kind, category] = (class_text(wanted[key]), "rule")
                     used.add(key)
             if not self._named[kind, category][0]:
-                raise UserError(f"category {category.id} of {kind} has the empty name {category.name!r}: give a rule for it")
+                raise UserError(f"category {category.id} of {kind} has an empty name: give a rule for it")
         kinds = {table.spec.kind for table in tables}
         self.unused_rules = [rule for rule in rules if rule[0] in kinds and rule[:2] not in used]
         self.kept_apart: list[tuple[str, str, str]] = []

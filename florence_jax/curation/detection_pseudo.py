@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from etils import epath
 
-from florence_jax.curation.detection_formats import PAGES, Annotations, Category, SourceSpec, read_coco_like
+from florence_jax.curation.detection_formats import Annotations, Category, SourceSpec, read_coco_like
+from florence_jax.curation.detection_images import file_paths
 from florence_jax.curation.json_stream import json_items
 from florence_jax.data.image_ops import Decode
 from florence_jax.data.sources import BadRecord
@@ -37,7 +38,7 @@ def read_synset_words(path: str) -> dict[str, tuple[str, ...]]:
     for number, line in enumerate(epath.Path(path).read_text().splitlines(), 1):
         synset, _, names = line.replace("\t", " ", 1).partition(" ")
         if not SYNSET.fullmatch(synset) or not names.strip():
-            raise UserError(f"{path} line {number}: must be a WordNet id and names, as in 'n01440764 tench, Tinca tinca'")
+            raise UserError(f"{path} line {number}: needs a WordNet id and names, as in 'n01440764 tench, Tinca tinca'")
         words[synset] = tuple(name.strip() for name in names.split(",") if name.strip())
     return words
 
@@ -147,16 +148,15 @@ def load_teacher(name: str) -> Teacher:
     return teacher
 
 
-def run_teacher(
-    spec: SourceSpec, teacher: Teacher, path: str, read: Callable[[str], bytes], batch: int = TEACHER_BATCH
-) -> int:
-    """Runs a teacher over the images of `spec` and writes its detections as COCO-results JSON; unreadable images have none.
+def run_teacher(spec: SourceSpec, teacher: Teacher, path: str, batch: int = TEACHER_BATCH) -> int:
+    """Runs a teacher over the images of `spec` and writes its detections as COCO-results JSON.
+
+    Images that cannot be read have none.
 
     Args:
       spec: of kind 'imagenet'.
       teacher: see `Teacher`; pads its own batches.
       path: the file to write, under its name only when complete.
-      read: the bytes of an image by its file name; raises OSError if it cannot be read.
       batch: images in one call.
 
     Returns:
@@ -166,12 +166,13 @@ def run_teacher(
       UserError: if the teacher returns something else than promised.
     """
     table = read_coco_like(spec)
+    paths = file_paths(spec, table.files)
     temporary = epath.Path(f"{path}.{uuid.uuid4().hex}.tmp")
     count = 0
     try:
         with temporary.open("w") as file:
-            for start in range(0, len(table.files), batch):
-                for item in _detect(table, range(start, min(start + batch, len(table.files))), teacher, read):
+            for start in range(0, len(paths), batch):
+                for item in _detect(table, range(start, min(start + batch, len(paths))), teacher, paths):
                     file.write(("[" if not count else ",") + "\n" + json.dumps(item))
                     count += 1
             file.write("\n]\n" if count else "[]\n")
@@ -181,15 +182,15 @@ def run_teacher(
     return count
 
 
-def _detect(table: Annotations, rows: range, teacher: Teacher, read: Callable[[str], bytes]) -> Iterator[dict]:
+def _detect(table: Annotations, rows: range, teacher: Teacher, paths: Sequence[str]) -> Iterator[dict]:
     decode, rng = Decode(), np.random.default_rng(0)  # decoding draws nothing
     images, kept = [], []
     for row in rows:
         try:
-            images.append(decode({"key": table.ids[row], "image": read(table.files[row])}, rng)["image"])
+            images.append(decode({"key": table.ids[row], "image": epath.Path(paths[row]).read_bytes()}, rng)["image"])
             kept.append(row)
         except (OSError, BadRecord):
-            table.skipped["unreadable_image"] += 1  # `read_imagenet` meets the file again and reports it
+            continue  # the build meets the file again and counts it
     results = list(teacher(images)) if images else []
     if len(results) != len(images):
         raise UserError(f"the teacher gave {len(results)} results for {len(images)} images")
@@ -212,6 +213,6 @@ def _detect(table: Annotations, rows: range, teacher: Teacher, read: Callable[[s
 def missing_predictions(spec: SourceSpec) -> UserError:
     """The error for ImageNet without a teacher."""
     return UserError(
-        f"--imagenet={spec.annotations} needs --teacher=RESULTS.json (COCO results) or --teacher=package.module:callable; "
-        f"images are from {PAGES['imagenet']}"
+        f"--imagenet={spec.annotations} needs --teacher=RESULTS.json (COCO results) or "
+        "--teacher=package.module:callable"
     )

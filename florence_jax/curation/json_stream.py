@@ -63,7 +63,9 @@ class _JsonText:
 
 
 def json_items(path: str) -> Iterator[tuple[str, Any]]:
-    """(section, item) for each item of each list of a JSON object; ('', item) for a JSON list. Other values are skipped.
+    """(section, item) for each item of each list of a JSON object; ('', item) for a JSON list.
+
+    Other values of the object are skipped.
 
     Raises:
       UserError: if the file is not such JSON.
