@@ -199,9 +199,6 @@ def _read_tables(args: argparse.Namespace) -> list[Annotations]:
     for value, name in ((args.shards or 1, "shards"), (args.workers, "workers")):
         if value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
-    for path in filter(None, (args.imagenet_words, args.label_rules)):
-        if not epath.Path(path).exists():
-            raise UserError(f"{path} does not exist")
     words = read_synset_words(args.imagenet_words) if args.imagenet_words else None
     tables = []
     for spec in specs:
@@ -233,6 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code (2 for a user's mistake)."""
     args = _parser().parse_args(argv)
     try:
+        for path in filter(None, (args.imagenet_words, args.label_rules)):
+            if not epath.Path(path).exists():
+                raise UserError(f"{path} does not exist")
         rules = (*RULES, *(read_rules(args.label_rules) if args.label_rules else ()))
         report = build(
             _read_tables(args),

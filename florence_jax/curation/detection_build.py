@@ -75,26 +75,26 @@ class Boxes:
         return Boxes(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
 
 
-def join_rows(tables: Sequence[Annotations], facts: Sequence[ImageFacts]) -> Rows:
-    """Finds the rows that show one picture: the same identity, or files with the same bytes."""
+def join_rows(tables: Sequence[Annotations], facts: ImageFacts) -> Rows:
+    """Finds the rows that show one picture: the same identity, or files with the same bytes.
+
+    Args:
+      tables: the sources.
+      facts: of their R image files, in order.
+    """
     sizes = [len(table.ids) for table in tables]
     table = np.repeat(np.arange(len(tables)), sizes)
-    joined = ImageFacts(
-        [path for fact in facts for path in fact.paths],
-        *(np.concatenate([getattr(fact, name) for fact in facts]) for name in ("status", "digest", "raw", "size")),
-        np.concatenate([fact.orientation for fact in facts]),
-    )
     ids = [image_id for t in tables for image_id in t.ids]
     id_code = dense_codes(ids)
-    digests = np.ascontiguousarray(joined.digest).view("V16")[:, 0]
-    hash_code = np.where(joined.status == 0, np.unique(digests, return_inverse=True)[1], -1)
+    digests = np.ascontiguousarray(facts.digest).view("V16")[:, 0]
+    hash_code = np.where(facts.status == 0, np.unique(digests, return_inverse=True)[1], -1)
     return Rows(
         tables=tables,
         table=table,
         local=np.concatenate([np.arange(size) for size in sizes]),
         ids=ids,
         id_code=id_code,
-        facts=joined,
+        facts=facts,
         group=group_rows(id_code, hash_code),
         validation=np.array([t.spec.split == "validation" for t in tables])[table],
     )

@@ -118,6 +118,9 @@ def double_boxes(
                 continue
             taken.add((a, sources[b]))
         repeats[b] = a
+    for b in np.flatnonzero(repeats >= 0).tolist():  # in order: what a box repeats is settled before it
+        if repeats[repeats[b]] >= 0:
+            repeats[b] = repeats[repeats[b]]
     return repeats
 
 
