@@ -770,7 +770,7 @@ def test_live_teacher(world, tmp_path):
     assert len(records) == 3
     for record in records.values():
         assert record["class_names"] == ["dog"] and record["scores"] == [0.75]
-        assert iou(record["boxes"][0], (10, 10, 41, 31)) > 0.8
+        assert iou(record["boxes"][0], (10, 10, 41, 31)) > 0.7
         assert record["teacher"] == f"{__name__}:live_teacher"
     results = json.loads((tmp_path / "teacher_image_info.json").read_text())
     assert sorted(row["image_id"] for row in results) == [900, 901, 902]

@@ -48,6 +48,8 @@ from florence_jax.curation.detection_sheet import write_sheet
 from florence_jax.curation.detection_write import prepare_folder, shards, write_records
 from florence_jax.errors import UserError
 
+MERGE_COLUMNS = ("class_id", "text", "source", "category_id", "category", "how", "boxes_of_class")
+
 
 def build(
     tables: Sequence[Annotations],
@@ -157,9 +159,9 @@ def _write_tables(merged: Merged, out: str, leaks: list[dict[str, Any]]) -> None
     apart = [{"text": a, "other": b, "why": why} for a, b, why in space.kept_apart]
     for name, text in {
         "classes.json": classes + "\n",
-        "label_merges.csv": csv_text(merges),
-        "kept_apart.csv": csv_text(apart),
-        "leaks.csv": csv_text([{k: v for k, v in leak.items() if k != "row"} for leak in leaks]),
+        "label_merges.csv": csv_text(MERGE_COLUMNS, merges),
+        "kept_apart.csv": csv_text(("text", "other", "why"), apart),
+        "leaks.csv": csv_text(("image", "source", "why", "other"), leaks),
     }.items():
         write_text(os.path.join(out, name), text)
 

@@ -217,7 +217,7 @@ class Merged:
             counts = {"images": len(mine), "leaked": int((~keep[mine]).sum())}
             counts |= {s: int((lost & (facts.status[mine] == STATUSES.index(s))).sum()) for s in STATUSES[1:]}
             counts |= {name: int((how[name] & keep[mine]).sum()) for name in how}
-            counts["file_of_another_set"] = int((used & (rows.table[np.maximum(shown, 0)] != t)).sum())
+            counts["joined_to_another_row"] = int((used & (shown != mine)).sum())
             counts["boxes"] = len(placed)
             live = used[table.box_image]
             counts["in_unused_images"] = int((~live).sum())

@@ -189,13 +189,12 @@ def _end(final: dict[str, str], text: str) -> str:
     return text
 
 
-def csv_text(rows: Sequence[dict]) -> str:
-    """Rows with the same keys as CSV with a header; '' for none."""
+def csv_text(columns: Sequence[str], rows: Iterable[dict]) -> str:
+    """CSV with a header; other keys of the rows are left out."""
     file = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return file.getvalue()
 
 

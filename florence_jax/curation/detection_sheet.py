@@ -31,6 +31,7 @@ STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 24px; color: #222; max-width: 1340px }
 h1 { font-size: 20px } h2 { font-size: 16px; margin-top: 28px }
 table { border-collapse: collapse } td, th { padding: 2px 10px; border-bottom: 1px solid #ddd; text-align: right }
+table.text td, table.text th { text-align: left }
 td:first-child, th:first-child { text-align: left }
 .grid { display: flex; flex-wrap: wrap; gap: 18px } figure { margin: 0; width: 420px }
 figcaption { font-size: 12px; overflow-wrap: anywhere } img { display: block; max-width: 100% }
@@ -119,8 +120,8 @@ def write_sheet(merged: Merged, report: dict[str, Any], path: str, count: int = 
         "<h2>Sources</h2>",
         _turned_table(source_head, source_rows),
         f"<h2>Double boxes left out</h2>{_table(['kept + left out', 'boxes'], list(report['double_boxes'].items()))}",
-        f"<h2>Merged classes ({len(joined)})</h2>{_table(['class', 'categories'], joined[:200])}",
-        f"<h2>Kept apart ({len(apart)})</h2>{_table(['class', 'other class', 'why'], apart[:200])}",
+        f"<h2>Merged classes ({len(joined)})</h2>{_table(['class', 'categories'], joined[:200], 'text')}",
+        f"<h2>Kept apart ({len(apart)})</h2>{_table(['class', 'other class', 'why'], apart[:200], 'text')}",
         "</html>\n",
     ]
     write_text(path, "\n".join(parts))
@@ -152,11 +153,15 @@ def _figure(merged: Merged, number: int) -> str:
     return f"<figure>{image}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], style: str = "numbers") -> str:
     def line(tag: str, cells: Sequence[Any]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
-    return f"<table>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>" if rows else "<p>none</p>"
+    return (
+        f"<table class={style}>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>"
+        if rows
+        else "<p>none</p>"
+    )
 
 
 def _turned_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
