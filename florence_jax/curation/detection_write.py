@@ -70,6 +70,8 @@ def prepare_folder(out: str, plan: dict[str, list], fingerprint: str) -> None:
     text = json.dumps({"fingerprint": fingerprint, "files": sorted(plan)}, indent=1) + "\n"
     path = epath.Path(out) / PLAN
     if path.exists() and path.read_text() == text:
+        for unfinished in epath.Path(out).glob("*/flod.array_record*.tmp"):
+            unfinished.unlink()
         return
     if epath.Path(out).exists() and any(epath.Path(out).glob("*/flod.array_record*")):
         raise UserError(f"--out={out} holds records of another build: remove it or choose another folder")
