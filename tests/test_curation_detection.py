@@ -17,6 +17,8 @@ from detection_files import (
     command,
     dump,
     fails,
+    lvis_image,
+    lvis_json,
     make_sets,
     objects365_json,
     picture,
@@ -29,7 +31,8 @@ from florence_jax.curation import detection
 from florence_jax.curation.detection_formats import SourceSpec
 from florence_jax.curation.detection_images import file_paths, turn_boxes
 from florence_jax.curation.detection_sheet import COLOURS, draw_boxes
-from florence_jax.curation.detection_write import detection_arrays
+from florence_jax.curation.detection_write import detection_arrays, shard_digest
+from florence_jax.data.sources import open_source
 from florence_jax.errors import UserError
 
 
@@ -216,6 +219,16 @@ def test_folder_of_another_build_is_refused(world, built, capsys):
     assert contents(built) == before
 
 
+def test_records_are_in_the_order_of_their_digests(built):
+    digests = []
+    for path in sorted((built / "train").iterdir()):
+        source = open_source(str(path))
+        shard = [shard_digest(source[i]["key"]) for i in range(len(source))]
+        assert shard == sorted(shard) and len({digest % 3 for digest in shard}) == 1
+        digests += shard
+    assert len(set(digests)) == 8
+
+
 # -- leaks ------------------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +335,31 @@ def test_names_with_folders_that_the_copy_lacks(tmp_path):
     assert file_paths(spec, names) == [f"{tmp_path}/{name}" for name in names]
     with pytest.raises(UserError, match=r"no image in .*give the folder of the images of https://www.objects365"):
         file_paths(spec, ["c.jpg"])
+
+
+def test_picture_that_only_one_set_has(tmp_path):
+    """COCO's copies of 1 and 2 are gone; LVIS brings 1. Pictures that cannot be read are not one picture."""
+    picture(tmp_path / "coco" / f"{3:012d}.jpg", 3)
+    picture(tmp_path / "lvis/train2017" / f"{1:012d}.jpg", 1)
+    boxes = [coco_box(i, i, 18, [10.0 * i, 8.0, 20.0, 4.0]) for i in (1, 2, 3)]
+    coco = dump(tmp_path / "c.json", coco_json([coco_image(i) for i in (1, 2, 3)], boxes))
+    lvis = dump(tmp_path / "l.json", lvis_json([lvis_image(1)], [coco_box(1, 1, 1, [50.0, 8.0, 20.0, 4.0])]))
+    run(f"--coco={coco}:{tmp_path}/coco", f"--lvis={lvis}:{tmp_path}/lvis", f"--out={tmp_path}/o")
+    records = read(tmp_path / "o")
+    assert {key: len(record["boxes"]) for key, record in records.items()} == {
+        "coco:000000000001": 2,
+        "coco:000000000003": 1,
+    }
+    first, _ = json.loads((tmp_path / "o/report.json").read_text())["sources"]
+    assert (first["missing"], first["images_used"], first["joined_to_another_row"]) == (1, 2, 1)
+
+
+def test_crowd_is_no_double_of_an_object(tmp_path):
+    picture(tmp_path / "i" / f"{1:012d}.jpg", 1)
+    boxes = [coco_box(i, 1, 18, [10.0, 8.0, 20.0, 4.0], iscrowd=i % 2) for i in range(4)]
+    path = dump(tmp_path / "c.json", coco_json([coco_image(1)], boxes))
+    run(f"--coco={path}:{tmp_path}/i", f"--out={tmp_path}/o")
+    assert read(tmp_path / "o")["coco:000000000001"]["iscrowd"] == [False, True]
 
 
 def test_changed_picture_stops_the_build(tmp_path, monkeypatch, capsys):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from detection_files import (
     BBOX_HEADER,
+    HEIGHT,
+    WIDTH,
     dump,
     fails,
     imagenet_info,
@@ -16,6 +18,7 @@ from detection_files import (
     lvis_json,
     make_sets,
     openimages_files,
+    picture,
     read,
     run,
 )
@@ -188,6 +191,18 @@ def test_live_teacher(world, tmp_path):
         assert record["teacher"] == f"{__name__}:live_teacher"
     results = json.loads((tmp_path / "teacher_image_info.json").read_text())
     assert sorted(row["image_id"] for row in results) == [900, 901, 902]
+
+
+def test_live_teacher_on_pictures_of_another_size(tmp_path):
+    """Results count the annotated pixels, records those of the picture."""
+    info = imagenet_info(tmp_path / "info.json", ["n01440764_1.JPEG"])
+    picture(tmp_path / "in/n01440764_1.JPEG", 1, (2 * WIDTH, 2 * HEIGHT))
+    run(f"--imagenet={info}:{tmp_path}/in", f"--teacher={__name__}:live_teacher", f"--out={tmp_path}/o")
+    (result,) = json.loads((tmp_path / "o/teacher_info.json").read_text())
+    (record,) = read(tmp_path / "o").values()
+    assert iou(record["boxes"][0], (10, 10, 41, 31)) > 0.7
+    x, y, width, height = result["bbox"]
+    np.testing.assert_allclose(record["boxes"][0], [2 * x, 2 * y, 2 * (x + width), 2 * (y + height)])
 
 
 def test_class_of_the_image_for_the_best_box(world):
