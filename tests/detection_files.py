@@ -282,6 +282,7 @@ def command(world, out, *extra, kinds=KINDS):
     args = [f"--{kind}={world[kind]}" for kind in kinds]
     if "imagenet" in kinds:
         args += [f"--teacher={world['teacher']}", f"--imagenet_words={world['words']}", "--teacher_name=dyhead-1"]
+        args += ["--teacher_classes=coco"]
     return [*args, f"--out={out}", *extra]
 
 

@@ -162,6 +162,14 @@ def test_rules(tmp_path):
             read_rules(str(path))
 
 
+def test_classes_of_a_teacher_follow_the_set_it_was_trained_on():
+    coco = table("coco", Category("74", "mouse"), Category("72", "tv"))
+    teacher = [Category("0", "mouse", named_by="coco"), Category("1", "tv", named_by="coco")]
+    space = LabelSpace([coco, table("imagenet", *teacher, Category("n02330245", "mouse"))])
+    assert space.texts == ["computer mouse", "mouse (animal)", "television"]
+    assert space.ids("imagenet", teacher).tolist() == [0, 2]
+
+
 def test_built_in_rules_are_canonical():
     assert all(text == class_text(text) for _, _, text in RULES)
     assert len({rule[:2] for rule in RULES}) == len(RULES)

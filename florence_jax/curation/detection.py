@@ -6,7 +6,7 @@
       --lvis=lvis_v1_train.json:train2017 \\
       --objects365=zhiyuan_objv2_train.json:objects365/train \\
       --openimages=oidv6-train-annotations-bbox.csv:openimages/train \\
-      --imagenet=image_info.json:imagenet22k --teacher=results.json --imagenet_words=words.txt
+      --imagenet=image_info.json:imagenet22k --teacher=results.json --teacher_classes=coco --imagenet_words=words.txt
 
 Each source is ANNOTATIONS:IMAGES or ANNOTATIONS:IMAGES:validation and may be given several times. A record has: key,
 image (the file's bytes), image_hash, image_ids, sources, width, height; for each box boxes (x1 y1 x2 y2, pixels of the
@@ -177,6 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--teacher", help="RESULTS.json of COCO results, or package.module:callable to run now")
     parser.add_argument("--teacher_name", help="for the records; default: the --teacher without folders")
+    parser.add_argument(
+        "--teacher_classes", choices=KINDS[:-1], default="", help="the set that its classes are named by"
+    )
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="least score of a pseudo box (%(default)s)")
     parser.add_argument("--imagenet_words", help="words.txt or LOC_synset_mapping.txt: names of the images' classes")
     parser.add_argument(
@@ -208,7 +211,8 @@ def _read_tables(args: argparse.Namespace) -> list[Annotations]:
         if spec.kind == "imagenet":
             name = args.teacher_name or os.path.basename(args.teacher or "")
             predictions = _predictions(args.teacher, spec, args.out)
-            tables.append(read_imagenet(spec, predictions, name, args.threshold, words, args.pseudo_labels))
+            how = (args.threshold, words, args.pseudo_labels, args.teacher_classes)
+            tables.append(read_imagenet(spec, predictions, name, *how))
         else:
             tables.append(read_annotations(spec))
     return tables

@@ -64,12 +64,14 @@ class Category:
       name: as the set writes it.
       synonyms: other names that the set gives.
       parents: names of broader classes.
+      named_by: the set whose names (and rules for them) a teacher's class follows; '' for the set itself.
     """
 
     id: str
     name: str
     synonyms: tuple[str, ...] = ()
     parents: tuple[str, ...] = ()
+    named_by: str = ""
 
 
 @dataclasses.dataclass

@@ -101,7 +101,10 @@ class LabelSpace:
         used = set()
         for kind, category in sorted({(t.spec.kind, c) for t in tables for c in t.categories}, key=_order):
             self._named[kind, category] = (class_text(category.name), "name")
-            for key in ((kind, category.name), (kind, category.id)):
+            keys = [(category.named_by or kind, category.name)]
+            if not category.named_by:  # a teacher may number another set's classes anew
+                keys.append((kind, category.id))
+            for key in keys:
                 if key in wanted:
                     self._named[kind, category] = (class_text(wanted[key]), "rule")
                     used.add(key)
@@ -178,9 +181,9 @@ class LabelSpace:
         ]
 
 
-def _order(member: Member) -> tuple[int, str, str]:
+def _order(member: Member) -> tuple[int, str, str, str]:
     kind, category = member
-    return KINDS.index(kind), category.name, category.id
+    return KINDS.index(kind), category.name, category.id, category.named_by
 
 
 def _end(final: dict[str, str], text: str) -> str:

@@ -4,6 +4,7 @@ Zoph et al. 2020, "Rethinking pre-training and self-training": boxes above a sco
 such box keeps the teacher's name, the score and the threshold.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -50,6 +51,7 @@ def read_imagenet(
     threshold: float = THRESHOLD,
     words: dict[str, tuple[str, ...]] | None = None,
     labels: str = "teacher",
+    named_by: str = "",
 ) -> Annotations:
     """Reads a teacher's detections in ImageNet images.
 
@@ -62,6 +64,7 @@ def read_imagenet(
       words: names by WordNet id; given, the class of an image becomes a positive label of it.
       labels: 'teacher': a box has the class that the teacher gave. 'image': the best box of an image has the image's
         own class and there is no other, for teachers that find the labelled object whatever it is.
+      named_by: the set whose names the teacher's classes follow ('coco'), so that its rules for names hold for them.
 
     Raises:
       UserError: for bad files, an image without a known WordNet id where one is needed, or an unknown `labels`.
@@ -74,6 +77,7 @@ def read_imagenet(
         raise UserError(f"the teacher's threshold must be from 0 to 1, not {threshold}")
     table = read_coco_like(spec)  # its images and categories; it has no boxes
     table.ids = [f"imagenet:{os.path.splitext(os.path.basename(name))[0]}" for name in table.files]
+    table.categories = [dataclasses.replace(c, named_by=named_by) for c in table.categories]
     table.exhaustive, table.teacher, table.threshold = False, teacher, threshold
     _take_predictions(table, predictions, threshold)
     if words:

@@ -138,7 +138,7 @@ def _figure(merged: Merged, number: int) -> str:
     data = base64.b64encode(file.getvalue()).decode()
     split = "validation" if merged.validation[number] else "train"
     lines = [f"<b>{html.escape(record['key'])}</b> {split}, {record['width']} x {record['height']}"]
-    lines[0] += f", {' + '.join(record['sources'])}, {len(record['boxes'])} boxes"
+    lines[0] += f", {' + '.join(record['sources'])}, boxes: {len(record['boxes'])}"
     if len(record["image_ids"]) > 1:
         lines.append("same picture: " + html.escape(", ".join(record["image_ids"])))
     for name in NAMED_LABELS:
