@@ -17,7 +17,7 @@ A class in none of these lists and without box is unknown, unless a source in "e
 
 DIR gets train/ and validation/ (ArrayRecord), classes.json, label_merges.csv, kept_apart.csv, leaks.csv, report.json
 and sheet.html. The same inputs give the same bytes. A run that was interrupted is finished by the same command.
-The paper (Florence, section 2.1) gives FLOD-9M as 8,967,286 images, 25,190 categories and 33,408,237 boxes; how it
+The Florence paper gives FLOD-9M as 8,967,286 images, 25,190 categories and 33,408,237 boxes; how it
 merged names and found pseudo boxes is not stated, so the rules here are this project's.
 """
 
