@@ -1,0 +1,99 @@
+"""JSON files of several GB, item by item."""
+
+import codecs
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from florence_jax.errors import UserError
+
+CHUNK = 1 << 20  # bytes read at a time
+
+
+class _JsonText:
+    """A JSON text read in chunks, with a position."""
+
+    def __init__(self, file: io.BufferedIOBase):
+        self._file, self._text, self._at, self._end = file, "", 0, False
+        self._bytes = codecs.getincrementaldecoder("utf-8-sig")()
+        self._decoder = json.JSONDecoder()
+
+    def _more(self) -> bool:
+        if self._end:
+            return False
+        # At least doubling: a long item is parsed again only a few times.
+        data = self._file.read(max(CHUNK, len(self._text) - self._at))
+        self._end = not data
+        self._text = self._text[self._at :] + self._bytes.decode(data, final=self._end)
+        self._at = 0
+        return not self._end
+
+    def peek(self) -> str:
+        """The next character that is not white space; '' at the end."""
+        while True:
+            while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
+                self._at += 1
+            if self._at < len(self._text) or not self._more():
+                return self._text[self._at : self._at + 1]
+
+    def take(self, expected: str) -> str:
+        """The next character, which must be one of `expected`."""
+        if (char := self.peek()) not in expected or not char:
+            raise ValueError(f"{char!r} where one of {expected!r} should be")
+        self._at += 1
+        return char
+
+    def value(self) -> Any:
+        """The next value, whole."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError:
+                if not self._more():
+                    raise
+                continue
+            if end == len(self._text) and not isinstance(value, (dict, list, str)) and self._more():
+                continue  # a number may go on in the next chunk
+            self._at = end
+            return value
+
+
+def json_items(path: str) -> Iterator[tuple[str, Any]]:
+    """(section, item) for each item of each list of a JSON object; ('', item) for a JSON list.
+
+    Other values of the object are skipped.
+
+    Raises:
+      UserError: if the file is not such JSON.
+    """
+    with epath.Path(path).open("rb") as file:
+        text = _JsonText(file)
+        try:
+            if text.peek() == "[":
+                yield from _list_items(text, "")
+                return
+            text.take("{")
+            while text.peek() != "}":
+                section = text.value()
+                text.take(":")
+                if text.peek() == "[":
+                    yield from _list_items(text, section)
+                else:
+                    text.value()
+                if text.peek() != "}":
+                    text.take(",")
+        except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
+            raise UserError(f"{path} is not complete JSON ({error}); fetch it again") from error
+
+
+def _list_items(text: _JsonText, section: str) -> Iterator[tuple[str, Any]]:
+    text.take("[")
+    while text.peek() != "]":
+        yield section, text.value()
+        if text.peek() != "]":
+            text.take(",")
+    text.take("]")
