@@ -363,7 +363,7 @@ class TfdsSource(_Base):
 
     def __init__(self, data: Sequence[Record], class_names: Sequence[str], name: str):
         self.name = name
-        self._data, self._class_names = data, tuple(class_names)
+        self._data, self.class_names = data, tuple(class_names)
         if not len(data):
             raise UserError(f"data source {name} has no records")
 
@@ -387,8 +387,8 @@ class TfdsSource(_Base):
         texts = [value for name in names if isinstance(value := record.get(name), (str, list)) and value]
         if texts:
             record["caption"] = texts[0]
-        elif "class_id" in record and self._class_names:
-            record["caption"] = self._class_names[record["class_id"]].replace("_", " ")
+        elif "class_id" in record and self.class_names:
+            record["caption"] = self.class_names[record["class_id"]].replace("_", " ")
         return record
 
 
