@@ -20,7 +20,7 @@ from florence_jax.data.templates import TEMPLATE_SETS, template_set
 from florence_jax.data.text import class_prompts
 from florence_jax.errors import UserError
 
-# What a data set is scored by where it is not the share of right answers (CLIP, Radford et al. 2021, table 9; ELEVATER).
+# What a data set is scored by, where that is not the share of right answers (CLIP, Radford et al. 2021, table 9).
 METRICS = {
     "caltech101": "mean_per_class",
     "fgvc_aircraft": "mean_per_class",
@@ -180,7 +180,7 @@ def open_classes(source: Source, spec: str = "", field: str = "") -> ClassIndex:
       UserError: for a source without labels, or names that do not fit them.
     """
     own = tuple(getattr(source, "class_names", ()))
-    if not spec and own and dataset_name(source.name) in shipped_class_names():
+    if not spec and dataset_name(source.name) in shipped_class_names():
         spec = dataset_name(source.name)
     given = load_class_names(spec) if spec else None
     first = next(iter(source.metadata()), {})

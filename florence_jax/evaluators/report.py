@@ -28,6 +28,10 @@ svg { background: #fafafa; margin: 0 1em 1em 0; } svg text { font: 11px system-u
   overflow-wrap: anywhere; display: flex; flex-direction: column; justify-content: center; align-items: center; }
 .cell img { max-width: 96px; max-height: 96px; } .cell.query { background: #f2f2f2; }
 .cell.right { border-color: #3a7d44; background: #eef7ef; } .cell.wrong { border-color: #d9b4ba; }
+.warning { background: #fdf1dc; border-left: 4px solid #c77d0a; padding: 6px 12px; }
+.confusion td { text-align: center; min-width: 26px; padding: 3px; border: 1px solid #e4e4e4; }
+.confusion th { padding: 2px 8px; border: 0; white-space: nowrap; }
+.turn { vertical-align: bottom; } .turn span { writing-mode: vertical-rl; transform: rotate(180deg); }
 .arrow { align-self: center; color: #888; }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px; }
 """
