@@ -7,7 +7,7 @@ where the data set's own label is fit for a prompt; lines that start with '#' ar
 
 import importlib.resources
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from etils import epath
 
 from florence_jax.data.captions import normalise_caption
 from florence_jax.data.registry import Example, Op, key_of, op
-from florence_jax.data.sources import BadRecord, Source
+from florence_jax.data.sources import BadRecord, Record, Source
 from florence_jax.data.templates import TEMPLATE_SETS, template_set
 from florence_jax.data.text import class_prompts
 from florence_jax.errors import UserError
@@ -33,6 +33,7 @@ METRICS = {
 # are neither right nor wrong for it.
 MULTI_FIELD, CERTAIN_FIELD = "labels", "labels_no_difficult"
 UNSURE = -1
+EMOJI_FIELD = "group"  # the classes of the embedded set: 8 groups of names
 
 
 class ClassNames(NamedTuple):
@@ -170,7 +171,7 @@ def open_classes(source: Source, spec: str = "", field: str = "") -> ClassIndex:
     Args:
       source: labelled by "class_id" (TFDS), "labels" (several an image) or "caption" (a sub-folder for each class).
       spec: class names: a shipped set, a file, or '' for the shipped names of a TFDS set, else the data's own labels.
-      field: take the label from this field of the records.
+      field: take the label from this field of the records; '' for the ones above ("group" of the embedded set).
 
     Names are joined to the data's labels by text (ignoring case, '_' and '-'); where no label is among the names and
     there are as many of either, in order: the first line names the first label of the sorted ones. Names without data
@@ -182,6 +183,8 @@ def open_classes(source: Source, spec: str = "", field: str = "") -> ClassIndex:
     own = tuple(getattr(source, "class_names", ()))
     if not spec and dataset_name(source.name) in shipped_class_names():
         spec = dataset_name(source.name)
+    if not field and source.name.startswith("emoji:"):
+        field = EMOJI_FIELD
     given = load_class_names(spec) if spec else None
     first = next(iter(source.metadata()), {})
     multi = not field and "class_id" not in first and first.get(MULTI_FIELD) is not None
@@ -288,3 +291,60 @@ class ClassPrompt(Op):
         template = self.templates[int(rng.integers(len(self.templates)))]
         (prompt,) = class_prompts(names[int(rng.integers(len(names)))], (template,))
         return example | {"caption": prompt}
+
+
+# -- parts of a source ------------------------------------------------------------------------------------------------
+
+
+class Subset:
+    """Some records of a source, in the given order; a `Source`.
+
+    Args:
+      source: random access. rows: of the source. name: for messages.
+    """
+
+    def __init__(self, source: Source, rows: np.ndarray, name: str):
+        self.name = name
+        self._source, self._rows = source, np.asarray(rows, np.int64)
+        self.class_names = tuple(getattr(source, "class_names", ()))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[int(self._rows[index])]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
+        return self._source.__getitems__([int(self._rows[i]) for i in indices])
+
+    def metadata(self) -> Iterator[Record]:
+        """Of the chosen records, in their order."""
+        rows = list(self._source.metadata())
+        return (rows[i] for i in self._rows)
+
+
+def hold_out(source: Source, classes: ClassIndex, share: float, seed: int) -> tuple[Subset, Subset]:
+    """Splits a labelled source by class: (the rest, a random `share` of each class, at least one image of two or more).
+
+    Raises:
+      UserError: for a share outside (0, 1), records that cannot be read, or too few images to hold any out.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"config.holdout={share} must be above 0 and below 1, or give a test set with --config.test")
+    records = list(source.metadata())
+    if len(records) != len(source):
+        raise UserError(
+            f"{source.name}: {len(source) - len(records)} records cannot be read: repair them, or give a test set with "
+            "--config.test"
+        )
+    targets = np.stack([classes.target(record) for record in records])
+    strata = targets.argmax(1) if classes.multi else targets
+    rng, held = np.random.default_rng(seed), []
+    for k in np.unique(strata):
+        rows = rng.permutation(np.flatnonzero(strata == k))
+        held.append(rows[: max(round(share * len(rows)), 1) if len(rows) > 1 else 0])
+    chosen = np.sort(np.concatenate(held))
+    if not len(chosen):
+        raise UserError(f"{source.name}: no class has two images, so none can be held out; give --config.test=DATA")
+    rest = np.setdiff1d(np.arange(len(source)), chosen)
+    return Subset(source, rest, f"{source.name} (train)"), Subset(source, chosen, f"{source.name} (held out)")

@@ -1,4 +1,4 @@
-"""Scoring of classifiers: top-1, top-5, mean per class, VOC's 11-point mAP, ROC AUC, the confusion matrix, the report."""
+"""Scoring of classifiers: top-1, top-5, mean per class, VOC's 11-point mAP, ROC AUC, confusion matrix, report."""
 
 import html
 import io
@@ -178,6 +178,8 @@ class Classification:
         """See the class."""
         images = self._embedder.images(params, self._source, self._ops, {"classes": self._classes}, self._on_corrupt)
         labels, count = images["label"], len(images["label"])
+        if bad := int((~np.isfinite(images["embedding"])).any(1).sum()):
+            raise UserError(f"{self.name}: {bad} of {count} images have features that are not finite: broken weights")
         score = self._scorer(params, images["embedding"])
         chunks = (score(i, min(i + SCORE_ROWS, count)) for i in range(0, count, SCORE_ROWS))
         results: dict[str, float] = {}
@@ -200,7 +202,7 @@ class Classification:
         return results | {"images": float(count)}
 
     def report(self) -> list[str]:
-        """The warning if the number is near chance, confusion matrix, accuracy of each class, right and wrong images."""
+        """The warning if the number is near chance, confusion matrix, accuracy by class, right and wrong images."""
         return self._report
 
     def _single(self, given: Answers, confusion: np.ndarray) -> dict[str, Score]:

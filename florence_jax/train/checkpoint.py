@@ -107,6 +107,18 @@ class Checkpoints:
         paths = (_name(path).split("/") for path, _ in _leaves(self._manager.item_metadata(step)))
         return tuple(dict.fromkeys(path[1] for path in paths if path[0] == root and len(path) > 1))
 
+    def shapes(self, root: str) -> dict[str, tuple[int, ...]]:
+        """Shape of every leaf under `root` in the newest checkpoint, by path, such as 'image/norm/scale'.
+
+        Raises:
+          UserError: if there is no checkpoint.
+        """
+        if (step := self.latest_step()) is None:
+            raise UserError(f"no complete checkpoint in {self.directory}: train first, or point at a finished run")
+        found = {_name(path): tuple(leaf.shape) for path, leaf in _leaves(self._manager.item_metadata(step))}
+        prefix = f"{root}/"
+        return {name.removeprefix(prefix): shape for name, shape in found.items() if name.startswith(prefix)}
+
     def _check_match(self, target: Any, step: int) -> None:
         """Compares names and shapes of the parameters before anything is read."""
         saved = {_name(p): tuple(m.shape) for p, m in _leaves(self._manager.item_metadata(step))}
