@@ -21,7 +21,7 @@ METRIC_NAMES = ("top1", "mean_per_class", "voc_map", "roc_auc")
 TOP = 5
 SCORE_ROWS = 4096
 # Below this many standard errors above chance, a number is called near chance.
-NEAR_CHANCE = 3.0
+NEAR_CHANCE = 2.0
 TABLE_CLASSES = 20  # a confusion matrix of more classes is drawn as a picture
 EXAMPLE_ROWS = 6
 
@@ -173,6 +173,7 @@ class Classification:
         self._ops, self._on_corrupt = f"{ops}|class_label|keep(image, label)", on_corrupt
         self.chance: dict[str, float] = {}
         self._report: list[str] = []
+        self._warned = False
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
@@ -250,7 +251,9 @@ class Classification:
             "class names belong to the labels, the weights and the tokenizer to each other, and that --config.init is "
             "of a trained model"
         )
-        logging.warning("%s", text)
+        if not self._warned:
+            logging.warning("%s", text)
+        self._warned = True  # not again in every epoch; the report always has it
         self._report.insert(0, f'<p class="warning">{html.escape(text)}</p>')
 
     def _pictures(self, given: Answers, confusion: np.ndarray, index: np.ndarray) -> list[str]:

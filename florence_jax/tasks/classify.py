@@ -20,14 +20,13 @@ from florence_jax.evaluators.classification import Classification, Forgetting, I
 from florence_jax.evaluators.zero_shot import ZeroShot, class_embeddings
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import florence
-from florence_jax.tasks.encoder import Encoder
+from florence_jax.tasks.encoder import Encoder, record_model, set_epochs
 from florence_jax.tasks.pretrain import LOGIT_SCALE_RANGE
 from florence_jax.train.layer_decay import layer_decay_rules
 
 TRAINED = ("finetune_unicl", "finetune_linear")
 PROTOCOLS = ("zeroshot", *TRAINED)
 HEAD_INITS = ("zeros", "text")
-WARMUP_SHARE = 0.1
 
 
 class Classify:
@@ -44,7 +43,7 @@ class Classify:
         self.trains = config.protocol in TRAINED
         self.linear = config.protocol == "finetune_linear"
         self.encoder = Encoder(config.init, config.model.overrides, config.text.tokenizer, config.precision)
-        self._record_model()
+        record_model(config, self.encoder)
         self._open_sources()
         self._check()
         self.predict = dict(self.encoder.predict)
@@ -54,15 +53,6 @@ class Classify:
             self._set_schedule()
         else:
             config.batch_size = jax.device_count()  # nothing is trained: any size that fits the mesh
-
-    def _record_model(self) -> None:
-        """Writes what the folder says into the configuration, so that this run's config.json describes its model."""
-        config, encoder = self.config, self.encoder
-        config.model.variant = encoder.description.variant
-        for name, value in encoder.overrides.items():
-            if name in config.model.overrides:
-                config.model.overrides[name] = tuple(value) if isinstance(value, (list, tuple)) else value
-        config.text.tokenizer = encoder.tokenizer_spec
 
     def _open_sources(self) -> None:
         config = self.config
@@ -107,16 +97,8 @@ class Classify:
 
     def _set_schedule(self) -> None:
         """Turns epochs into steps, and layer decay into rules by path."""
-        config, devices = self.config, jax.device_count()
-        count = len(self.train_source)
-        if config.batch_size > count:
-            config.batch_size = max(count // devices, 1) * devices
-        epoch = max(count // config.batch_size, 1)
-        config.total_steps = config.total_steps or config.epochs * epoch
-        if config.eval.every < 0:
-            config.eval.every = epoch
-        if config.optim.warmup_steps >= config.total_steps * WARMUP_SHARE:
-            config.optim.warmup_steps = int(config.total_steps * WARMUP_SHARE)
+        config = self.config
+        set_epochs(config, len(self.train_source))
         if not config.optim.lr_rules:
             shapes = jax.eval_shape(self.init, jax.random.key(0))
             frozen = self._frozen(shapes)

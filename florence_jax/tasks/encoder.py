@@ -16,6 +16,8 @@ from florence_jax.tasks.pretrain import build_model, normalise
 from florence_jax.train.pretrained import describe, load_parameters
 from florence_jax.train.sharding import param_shardings
 
+WARMUP_SHARE = 0.1
+
 
 class Encoder:
     """Image tower, and text tower where there is one, of a checkpoint folder.
@@ -112,3 +114,29 @@ class Encoder:
 
     def _text(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         return self.model.apply(params, {"text": batch["text"]})["text/embedding"]
+
+
+def record_model(config: ConfigDict, encoder: Encoder) -> None:
+    """Writes what the folder says into a configuration, so that the new run's config.json describes its model."""
+    config.model.variant = encoder.description.variant
+    for name, value in encoder.overrides.items():
+        if name in config.model.overrides:
+            config.model.overrides[name] = tuple(value) if isinstance(value, (list, tuple)) else value
+    config.text.tokenizer = encoder.tokenizer_spec
+
+
+def set_epochs(config: ConfigDict, count: int) -> None:
+    """Turns `config.epochs` over `count` examples into steps.
+
+    A batch is made no larger than the data (in whole multiples of the devices), `total_steps` is filled in where it is
+    0, `eval.every` where it is -1 (each epoch); the warm-up and the interval of the log are cut to a tenth of the steps.
+    """
+    devices = jax.device_count()
+    if config.batch_size > count:
+        config.batch_size = max(count // devices, 1) * devices
+    epoch = max(count // config.batch_size, 1)
+    config.total_steps = config.total_steps or config.epochs * epoch
+    if config.eval.every < 0:
+        config.eval.every = epoch
+    config.log.every = max(min(config.log.every, config.total_steps // 10), 1)
+    config.optim.warmup_steps = min(config.optim.warmup_steps, int(config.total_steps * WARMUP_SHARE))

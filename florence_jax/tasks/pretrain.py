@@ -19,7 +19,7 @@ from florence_jax.data.transforms import caption_strings, parse_fields, parse_op
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Embedder, Evaluator
 from florence_jax.evaluators.emoji import EmojiSplit
-from florence_jax.evaluators.retrieval import Retrieval
+from florence_jax.evaluators.retrieval import open_retrieval
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import florence
 from florence_jax.train.pretrained import load_parameters
@@ -162,5 +162,5 @@ class Pretrain:
         if any(source.name.startswith("emoji:") for source in self._mixture[0]):
             found += [EmojiSplit(split, ops, embedder) for split in ("new_style", "new_names")]
         if config.eval.source:
-            found.append(Retrieval("held_out", open_source(config.eval.source), ops, embedder))
+            found.append(open_retrieval("held_out", open_source(config.eval.source), ops, embedder))
         return found

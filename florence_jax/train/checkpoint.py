@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
 from florence_jax.errors import UserError
@@ -34,9 +35,13 @@ class Checkpoints:
             max_to_keep=None if read_only else keep,
             create=not read_only,
             read_only=read_only,
+            save_interval_steps=0 if read_only else 1,  # other values get a warning in read-only mode
             cleanup_tmp_directories=not read_only,
         )
+        verbosity = logging.get_verbosity()
         try:
+            if read_only:
+                logging.set_verbosity(logging.ERROR)  # Orbax warns that what is read only is read only
             self._manager = ocp.CheckpointManager(
                 self.directory.absolute() if "://" not in directory else self.directory,
                 options=options,
@@ -44,6 +49,8 @@ class Checkpoints:
             )
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {directory}: {error}; choose another --workdir") from error
+        finally:
+            logging.set_verbosity(verbosity)
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, None if there is none."""
