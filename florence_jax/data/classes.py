@@ -191,7 +191,7 @@ def open_classes(source: Source, spec: str = "", field: str = "") -> ClassIndex:
     if not field and "class_id" in first:
         return _by_number(source, given, own)
     if multi:
-        labels = _distinct(label for row in source.metadata() for label in row.get(MULTI_FIELD) or ())
+        labels = _distinct(label for row in source.metadata() for label in row.get(MULTI_FIELD, ()))
         if labels and all(isinstance(label, (int, np.integer)) for label in labels):
             return ClassIndex(_by_number(source, given, own, labels).names, {}, multi=True)
     else:

@@ -129,7 +129,7 @@ def set_epochs(config: ConfigDict, count: int) -> None:
     """Turns `config.epochs` over `count` examples into steps.
 
     A batch is made no larger than the data (in whole multiples of the devices), `total_steps` is filled in where it is
-    0, `eval.every` where it is -1 (each epoch); the warm-up and the interval of the log are cut to a tenth of the steps.
+    0, `eval.every` where it is -1 (each epoch); warm-up and log interval are cut to a tenth of the steps.
     """
     devices = jax.device_count()
     if config.batch_size > count:

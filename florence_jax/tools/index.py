@@ -4,9 +4,9 @@
     python -m florence_jax.tools.index query --index=my_index --text="a red car" --text="two dogs" --html=found.html
     python -m florence_jax.tools.index query --index=my_index --image=like_this.jpg --k=20
 
---images is a folder, whose image files are taken at any depth, or a data source of the project (emoji:train, ArrayRecord
-files, tfds:NAME:SPLIT). The index is a folder: index.json (which weights, which images), embeddings.npy (N, D) of unit
-vectors, keys.json (N names). The images stay where they are; the page of results holds small copies.
+--images is a folder, whose image files are taken at any depth, or a data source of the project (emoji:train,
+ArrayRecord files, tfds:NAME:SPLIT). The index is a folder: index.json (which weights, which images), embeddings.npy
+(N, D) of unit vectors, keys.json (N names). The images stay where they are; the page of results holds small copies.
 """
 
 import argparse
