@@ -1,4 +1,4 @@
-"""Classification: metrics against their definitions, layer decay, starting weights, and each protocol by one command."""
+"""Classification: metrics against their definitions, layer decay, starting weights, each protocol by one command."""
 
 import itertools
 import json
@@ -132,8 +132,8 @@ def test_numbers_do_not_depend_on_batch_size_or_devices(pictures, names_file):
     assert set(results[0]) == {"top1", "mean_per_class", "images"}  # five classes: everything is among the first five
 
 
-def colours(metric, multi=False, right=True):
-    """A scorer that knows the colours (in the order of the sorted labels: blue, green, grey, red), or answers at random."""
+def colours(right=True):
+    """A scorer that knows the colours (by sorted label: blue, green, grey, red), or scores all alike."""
     anchors = np.array([[-1, -1, 2], [-1, 2, -1], [1, 1, 1], [2, -1, -1]], np.float32)
     anchors /= np.linalg.norm(anchors, axis=1, keepdims=True)
 
@@ -148,14 +148,14 @@ def colours(metric, multi=False, right=True):
 def test_a_classifier_that_knows_is_right_and_one_that_does_not_is_near_chance(pictures, caplog):
     source = open_source(pictures)
     classes = open_classes(source)
-    knows = Classification("knows", source, classes, OPS, embedder(24), colours("top1"))
+    knows = Classification("knows", source, classes, OPS, embedder(24), colours())
     assert knows.run(PARAMS) == {"top1": 1.0, "mean_per_class": 1.0, "images": 20.0}
     assert knows.chance["top1"] == 0.25 and "near chance" not in "".join(knows.report())
     assert "knows: confusion" in "".join(knows.report()) and "data:image" in knows.report()[-1]
-    blind = Classification("blind", source, classes, OPS, embedder(24), colours("top1", right=False))
+    blind = Classification("blind", source, classes, OPS, embedder(24), colours(right=False))
     assert blind.run(PARAMS)["top1"] == 0.0
     assert "blind: top1 0.000 is near chance (0.250)" in caplog.text and "near chance" in blind.report()[0]
-    ranked = Classification("map", source, classes, OPS, embedder(24), colours("voc_map"), "voc_map").run(PARAMS)
+    ranked = Classification("map", source, classes, OPS, embedder(24), colours(), "voc_map").run(PARAMS)
     assert ranked["voc_map"] == 1.0 and list(ranked)[0] == "voc_map"
 
 
@@ -184,14 +184,14 @@ def test_several_classes_an_image_are_scored_by_the_ranking(tmp_path):
 def test_metric_must_fit(pictures):
     source, classes = open_source(pictures), ClassIndex([("a",), ("b",), ("c",)], {})
     with pytest.raises(UserError, match="roc_auc is for two classes"):
-        Classification("x", source, classes, OPS, embedder(8), colours("roc_auc"), "roc_auc")
+        Classification("x", source, classes, OPS, embedder(8), colours(), "roc_auc")
     with pytest.raises(UserError, match="metric 'f1' is unknown"):
-        Classification("x", source, classes, OPS, embedder(8), colours("f1"), "f1")
+        Classification("x", source, classes, OPS, embedder(8), colours(), "f1")
 
 
 def test_broken_weights_are_named(pictures):
     source = open_source(pictures)
-    broken = Classification("b", source, open_classes(source), OPS, embedder(24), colours("top1"))
+    broken = Classification("b", source, open_classes(source), OPS, embedder(24), colours())
     with pytest.raises(UserError, match="20 of 20 images have features that are not finite"):
         broken.run(PARAMS | {"scale": jnp.asarray(jnp.nan)})
 
@@ -279,21 +279,27 @@ def result(workdir):
     return json.loads((workdir / "result.json").read_text())
 
 
-def test_zero_shot_on_twenty_images(weights, pictures, names_file, tmp_path, capsys):
-    assert classify("zeroshot", tmp_path / "run", weights, pictures, f"--config.classes={names_file}") == 0
-    found = result(tmp_path / "run")
+@pytest.fixture(scope="module")
+def zero_shot(weights, pictures, names_file, tmp_path_factory):
+    """The workdir of a zero-shot evaluation of all twenty images."""
+    workdir = tmp_path_factory.mktemp("zero_shot") / "run"
+    assert classify("zeroshot", workdir, weights, pictures, f"--config.classes={names_file}") == 0
+    return workdir
+
+
+def test_zero_shot_on_twenty_images(zero_shot):
+    found = result(zero_shot)
     assert found["eval/zero_shot/images"] == 20 and 0 <= found["eval/zero_shot/top1"] <= 1
-    assert "eval/zero_shot/top1" in capsys.readouterr().out
-    page = (tmp_path / "run" / "report.html").read_text()
+    page = (zero_shot / "report.html").read_text()
     assert "zero_shot: confusion" in page and "lime" not in page and page.count("data:image") > 3
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config = json.loads((zero_shot / "config.json").read_text())
     assert config["model"]["variant"] == "ti" and config["model"]["overrides"]["image_width"] == 8
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (zero_shot / "checkpoints").exists()
 
 
 def test_fine_tuning_with_the_unicl_loss(weights, pictures, tmp_path, capsys):
     options = ["--config.epochs=3", "--config.optim.learning_rate=0.01", "--config.image.workers=0"]
-    options += ["--config.optim.layer_decay=0.8", "--config.optim.ema_decay=0.5", "--config.wise_ft=(0.0, 0.5)"]
+    options += ["--config.optim.layer_decay=0.8", "--config.optim.ema_decay=0.5", "--config.wise_ft=(0.5,)"]
     assert classify("finetune_unicl", tmp_path / "run", weights, pictures, *options) == 0
     found = result(tmp_path / "run")
     # A fifth of each class is held out; a batch is no larger than the rest, sixteen images: one step an epoch.
@@ -304,11 +310,7 @@ def test_fine_tuning_with_the_unicl_loss(weights, pictures, tmp_path, capsys):
     assert found["eval/forgetting/drop"] == pytest.approx(
         found["eval/forgetting/before"] - found["eval/forgetting/now"]
     )
-    assert classify("zeroshot", tmp_path / "zs", weights, pictures, "--config.seed=0") == 0
-    # The run is a checkpoint folder like any other, with the moving average.
-    assert classify("zeroshot", tmp_path / "again", tmp_path / "run" / "checkpoints", pictures) == 0
-    # Interpolating all the way back gives the start: zero-shot on the held-out images.
-    assert found["eval/test_wise0/top1"] in [0, 0.25, 0.5, 0.75, 1]
+    assert "eval/test_wise0.5/top1" in found
     assert classify("finetune_unicl", tmp_path / "run", weights, pictures, *options) == 0
     assert "is finished: step 3 of 3" in capsys.readouterr().out
 
@@ -327,19 +329,20 @@ def test_linear_head_learns_the_colours_and_spares_the_text_tower(weights, pictu
     assert not np.array_equal(old["image"]["norm"]["scale"], new["image"]["norm"]["scale"])
 
 
-def test_a_head_of_class_embeddings_answers_like_zero_shot(weights, pictures, names_file, tmp_path):
+def test_a_head_of_class_embeddings_answers_like_zero_shot(zero_shot, weights, pictures, names_file, tmp_path):
     test = [f"--config.classes={names_file}", f"--config.test={pictures}"]
     options = ["--config.head_init=text", "--config.optim.learning_rate=0.0", "--config.epochs=1"]
     options += ["--config.image.workers=0", "--config.forgetting.source="]
-    assert classify("zeroshot", tmp_path / "zs", weights, pictures, *test) == 0
     assert classify("finetune_linear", tmp_path / "run", weights, pictures, *test, *options) == 0
-    assert result(tmp_path / "run")["eval/test/top1"] == result(tmp_path / "zs")["eval/zero_shot/top1"]
+    assert result(tmp_path / "run")["eval/test/top1"] == result(zero_shot)["eval/zero_shot/top1"]
 
 
 def test_weights_of_an_import_and_another_resolution(weights, tmp_path):
     encoder = Encoder(weights)
     mesh = make_mesh(-1, 1)
     params = encoder.load_on(mesh)
+    # The moving average is taken, which the fixture made half as large again.
+    np.testing.assert_array_equal(params["image"]["norm"]["scale"], 1.5)
     folder = str(tmp_path / "imported")
     save_pretrained(folder, params, "ti", encoder.overrides, {"from": "a test"})
     assert load_pretrained(folder)[0].config.image_width == 8

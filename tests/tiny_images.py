@@ -1,15 +1,19 @@
-"""Twenty coloured pictures in sub-folders, and a tiny checkpoint, each by one command: a user's first hour."""
+"""Twenty coloured pictures in sub-folders, a tiny checkpoint as a run leaves it, and the command in this process."""
 
 import sys
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
-from tiny_run import TINY_FLAGS, tiny_pairs
+from tiny_run import tiny_config, tiny_pairs
 
 from florence_jax import main as entry
+from florence_jax.main import prepare_workdir
+from florence_jax.tasks import create_task
+from florence_jax.train.checkpoint import Checkpoints
 
 COLOURS = {"red_things": (220, 40, 30), "green_things": (40, 190, 60), "blue_things": (30, 60, 220), "grey": (128,) * 3}
 NAMES = "grey\nred_things = red\ngreen_things = green | lime\nblue_things = blue\nyellow\n"
@@ -38,8 +42,11 @@ def run_main(*arguments):
 
 
 def tiny_checkpoint(folder):
-    """A pretraining run of two steps; returns its checkpoints/ folder."""
-    pairs = tiny_pairs(folder / "pairs")
-    options = ["--config.total_steps=2", "--config.optim.warmup_steps=1", "--config.optim.ema_decay=0.5"]
-    assert run_main(*TINY_FLAGS, *options, f"--config.data.train={pairs}", f"--workdir={folder}/run") == 0
+    """What a pretraining run leaves: checkpoints/ with parameters and their average (half as much again), and config.json."""
+    config = tiny_config(tiny_pairs(folder / "pairs"))
+    params = jax.jit(create_task(config).init)(jax.random.key(0))
+    prepare_workdir(folder / "run", config)
+    checkpoints = Checkpoints(str(folder / "run" / "checkpoints"))
+    checkpoints.save(2, {"params": params, "ema": jax.tree.map(lambda x: 1.5 * x, params)})
+    checkpoints.close()
     return str(folder / "run" / "checkpoints")

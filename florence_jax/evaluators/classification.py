@@ -126,6 +126,16 @@ class Score(NamedTuple):
         return not self.value > self.chance + NEAR_CHANCE * self.error
 
 
+def check_metric(metric: str, classes: ClassIndex, source: str) -> None:
+    """Raises `UserError` for an unknown metric, or one that does not fit the classes of the named source."""
+    if metric not in METRIC_NAMES:
+        raise UserError(f"metric {metric!r} is unknown; choose one of {', '.join(METRIC_NAMES)}")
+    if classes.multi and metric != "voc_map":
+        raise UserError(f"{source} has several classes an image: its metric is voc_map, not {metric}")
+    if metric == "roc_auc" and len(classes) != 2:
+        raise UserError(f"metric roc_auc is for two classes; {source} has {len(classes)}")
+
+
 class Scorer(Protocol):
     """Turns parameters into scores of classes."""
 
@@ -162,12 +172,7 @@ class Classification:
         metric: str = "top1",
         on_corrupt: str = "error",
     ):
-        if metric not in METRIC_NAMES:
-            raise UserError(f"metric {metric!r} is unknown; choose one of {', '.join(METRIC_NAMES)}")
-        if classes.multi and metric != "voc_map":
-            raise UserError(f"{source.name} has several classes an image: its metric is voc_map, not {metric}")
-        if metric == "roc_auc" and len(classes) != 2:
-            raise UserError(f"metric roc_auc is for two classes; {source.name} has {len(classes)}")
+        check_metric(metric, classes, source.name)
         self.name, self.metric = name, metric
         self._source, self._classes, self._embedder, self._scorer = source, classes, embedder, scorer
         self._ops, self._on_corrupt = f"{ops}|class_label|keep(image, label)", on_corrupt

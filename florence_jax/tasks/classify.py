@@ -16,7 +16,7 @@ from florence_jax.data.sources import Source, open_source
 from florence_jax.data.transforms import parse_ops
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Embedder, Evaluator
-from florence_jax.evaluators.classification import Classification, Forgetting, Interpolated
+from florence_jax.evaluators.classification import Classification, Forgetting, Interpolated, check_metric
 from florence_jax.evaluators.zero_shot import ZeroShot, class_embeddings
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import florence
@@ -46,7 +46,8 @@ class Classify:
         record_model(config, self.encoder)
         self._open_sources()
         self._check()
-        self.predict = dict(self.encoder.predict)
+        self.predict = self.encoder.predict | ({"logits": self._logits} if self.linear else {})
+        self._embedders: dict[str, Embedder] = {}
         flops = florence.forward_flops(self.encoder.model.config)
         self.flops_per_example = 3.0 * (flops["image"] + (0 if self.linear else flops["text"]))
         if self.trains:
@@ -75,6 +76,7 @@ class Classify:
 
     def _check(self) -> None:
         config = self.config
+        check_metric(self.metric, self.classes, config.data)
         if config.protocol in ("zeroshot", "finetune_unicl") or self._text_head:
             if not self.encoder.has_text:
                 raise UserError(
@@ -208,8 +210,13 @@ class Classify:
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
-    def _embedder(self, mesh: Mesh) -> Embedder:
-        return Embedder(self.predict, self.encoder.tokenizer, mesh, self.config.eval.batch_size)
+    def _embedder(self, mesh: Mesh, image: str = "image") -> Embedder:
+        """One for each kind of image prediction, so that all evaluators share what is compiled."""
+        if image not in self._embedders:
+            predict = {"image": self.predict[image], "text": self.predict["text"]}
+            made = Embedder(predict, self.encoder.tokenizer, mesh, self.config.eval.batch_size)
+            self._embedders[image] = made
+        return self._embedders[image]
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
         """Classification of the test set; with fine-tuning also of interpolated weights, and the zero-shot watch."""
@@ -236,14 +243,12 @@ class Classify:
     def _test_evaluator(self, mesh: Mesh) -> Classification:
         if not self.linear:
             return self._zero_shot("test", self.test_source, self.classes, self._embedder(mesh))
-        predict = {"image": self._logits, "text": self.encoder.predict["text"]}
-        logits = Embedder(predict, self.encoder.tokenizer, mesh, self.config.eval.batch_size)
         return Classification(
             "test",
             self.test_source,
             self.classes,
             self.eval_ops,
-            logits,
+            self._embedder(mesh, "logits"),
             lambda params, scores: lambda start, stop: scores[start:stop],
             self.metric,
             self.config.image.on_corrupt,
