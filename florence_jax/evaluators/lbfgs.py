@@ -131,16 +131,21 @@ def _times(scale: jax.Array, point: jax.Array) -> jax.Array:
 
 def _aim(state: _State, reference: jax.Array, tolerance: float) -> _State:
     """The next direction of each lane, and whether the lane is done."""
-    q, factors = state.gradient, []
-    for back in range(1, HISTORY + 1):
-        i = (state.count - back) % HISTORY
+    factors = jnp.zeros_like(state.inverse_products)
+
+    def newest_first(back: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        q, factors = carry
+        i = (state.count - 1 - back) % HISTORY
         factor = state.inverse_products[i] * _dot(state.steps[i], q)
-        q = q - _times(factor, state.changes[i])
-        factors.append((i, factor))
-    q = q * state.inverse
-    for i, factor in reversed(factors):
-        correction = factor - state.inverse_products[i] * _dot(state.changes[i], q)
-        q = q + _times(correction, state.steps[i])
+        return q - _times(factor, state.changes[i]), factors.at[i].set(factor)
+
+    def oldest_first(ahead: jax.Array, q: jax.Array) -> jax.Array:
+        i = (state.count + ahead) % HISTORY
+        correction = factors[i] - state.inverse_products[i] * _dot(state.changes[i], q)
+        return q + _times(correction, state.steps[i])
+
+    q, factors = jax.lax.fori_loop(0, HISTORY, newest_first, (state.gradient, factors))
+    q = jax.lax.fori_loop(0, HISTORY, oldest_first, q * state.inverse)
     # Rounding can turn a direction uphill: then the plain preconditioned gradient is taken.
     length = jnp.sqrt(_dot(q, q) * _dot(state.gradient, state.gradient))
     downhill = _dot(q, state.gradient) > DIRECTION_SHARE * length
