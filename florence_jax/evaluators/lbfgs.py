@@ -179,9 +179,7 @@ def _advance(problem: Problem, state: _State) -> _State:
         inverse=jnp.broadcast_to(inverse, x.shape),
         steps=state.steps.at[i].set(step),
         changes=state.changes.at[i].set(change),
-        inverse_products=state.inverse_products.at[i].set(
-            jnp.where(usable, 1 / jnp.where(usable, product, 1.0), 0.0)
-        ),
+        inverse_products=state.inverse_products.at[i].set(jnp.where(usable, 1 / jnp.where(usable, product, 1.0), 0.0)),
         stalled=jnp.where(active, jnp.where(flat, state.stalled + 1, 0), state.stalled),
         iterations=state.iterations + active,
         count=state.count + 1,
