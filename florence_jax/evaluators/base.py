@@ -51,16 +51,16 @@ class Embedder:
     """Embeds sources of images and lists of texts with a task's prediction functions, over all devices and hosts.
 
     Args:
-      predict: 'image' and 'text', pure functions (params, batch) -> (B, D), see `tasks.base.Task`.
-      tokenizer: of the text tower.
+      predict: 'image' and, for texts, 'text': pure functions (params, batch) -> (B, D), see `tasks.base.Task`.
+      tokenizer: of the text tower; None if only images are embedded.
       mesh: device mesh.
       batch_size: global images, or texts, a call; a multiple of the number of devices. One shape, one compilation.
     """
 
-    def __init__(self, predict: dict[str, Predict], tokenizer: Tokenizer, mesh: Mesh, batch_size: int):
+    def __init__(self, predict: dict[str, Predict], tokenizer: Tokenizer | None, mesh: Mesh, batch_size: int):
         self.mesh, self.batch_size = mesh, -(-batch_size // mesh.size) * mesh.size
         self._tokenizer = tokenizer
-        self._run = {name: self._compiled(predict[name]) for name in ("image", "text")}
+        self._run = {name: self._compiled(predict[name]) for name in ("image", "text") if name in predict}
 
     def _compiled(self, function: Predict) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:
         # The results go to every host: only numbers that all hosts have can be aggregated alike on all of them.

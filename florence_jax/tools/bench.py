@@ -2,6 +2,7 @@
 
     python -m florence_jax.tools.bench step              # seconds of a training step; beside eager PyTorch if installed
     python -m florence_jax.tools.bench data              # images a second of the input pipeline; beside bare decoding
+    python -m florence_jax.tools.bench probe             # a sweep of linear probes, beside scikit-learn
     python -m florence_jax.tools.bench step --help
 
 A benchmark is a module of this folder with `add_arguments(parser)` and `run(args) -> dict`, named in `BENCHMARKS`. Only
@@ -20,6 +21,7 @@ from florence_jax.errors import UserError
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "step": ("florence_jax.tools.bench_step", "seconds of a training step, compared with eager PyTorch if installed"),
     "data": ("florence_jax.tools.bench_data", "images a second of the input pipeline, compared with bare decoding"),
+    "probe": ("florence_jax.tools.bench_probe", "a sweep of linear probes over C, compared with scikit-learn"),
 }
 
 
