@@ -2,6 +2,8 @@
 
     python -m florence_jax.main --config=configs/classify.py:mode=zeroshot --config.init=DIR \
         --config.data=DIR_OR_TFDS [--config.classes=names.txt]                       # zero-shot, prompt ensembles
+    python -m florence_jax.main --config=configs/classify.py:mode=probe --config.init=DIR --config.data=DIR
+    python -m florence_jax.main --config=configs/classify.py:mode=fewshot --config.init=DIR --config.data=eurosat:DIR
     python -m florence_jax.main --config=configs/classify.py:mode=finetune_unicl,res=512 --config.init=DIR \
         --config.data=tfds:imagenet2012:train --config.test=tfds:imagenet2012:validation
     python -m florence_jax.main --config=configs/classify.py:mode=finetune_linear --config.init=DIR --config.data=DIR
@@ -10,7 +12,11 @@
 florence_jax.tools.import_torch. Data: a folder with one sub-folder of images for each class, ArrayRecord files, or
 tfds:NAME:SPLIT. Results are in WORKDIR/result.json and report.html.
 
-Arguments: mode = zeroshot | finetune_unicl | finetune_linear; res = image size (0: the weights' own); runlocal.
+Further names of data: isic:DIR, eurosat:DIR, cropdisease:DIR, chestx:DIR (as their publishers pack them), digits:train.
+
+Arguments: mode = zeroshot | probe | fewshot | finetune_unicl | finetune_linear; res = image size (0: the weights' own);
+runlocal. probe: logistic regression on frozen features, CLIP's protocol. fewshot: 600 episodes of CD-FSL on the head;
+--config.fewshot.train=backbone trains the image tower too, as in the paper.
 Fine-tuning has the paper's ImageNet recipe (UniCL loss on class prompts, no new head, batch 8,192, 10 epochs, cosine,
 500 warm-up steps, peak 2e-5); smaller data get a batch of at most their own size. It was run at size ti only.
 """
@@ -35,9 +41,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model = {"variant": "", "overrides": model_overrides()}  # as config.init says
     if given.res:
         config.model.overrides.res = given.res
-    config.data = "emoji:train" if trains else "emoji:new_style"  # images with their classes
+    config.data = "emoji:train" if trains or given.mode == "probe" else "emoji:new_style"  # images with their classes
     config.test = ""  # held-out images; '': `holdout` of each class of `data`
     config.holdout = 0.2
+    config.validation = ""  # probe: images to choose C on; '': `holdout` of each class of `data`
     config.classes = ""  # a file of class names, or a shipped set such as food101; '': the data's own labels
     config.label_field = ""  # record field with the class; '': class_id, labels or caption
     config.templates = ""  # a set's name or a file; '': the data set's own, else CLIP's 80 and the bare name
@@ -59,6 +66,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.label_smoothing = 0.0  # finetune_linear
     config.wise_ft = ()  # also evaluate (1 - a) initial + a fine-tuned weights for each a, e.g. (0.5,)
     config.forgetting = {"source": "emoji:new_names", "classes": "", "threshold": 0.05}  # source '': not watched
+    config.fewshot = {"train": "head", "ways": 5, "shots": (5, 20, 50), "queries": 15, "episodes": 600}
     config.optim.learning_rate = 2e-5
     config.optim.warmup_steps = 500  # at most a tenth of the steps
     config.optim.layer_decay = 1.0  # learning rate of each layer over that of the one above it
@@ -68,5 +76,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if given.runlocal:
         config.batch_size, config.image.workers, config.eval.batch_size = 16, 0, 32
         config.epochs, config.log.every = 1, 1
+        config.fewshot.shots, config.fewshot.episodes = (5,), 8
         config.total_steps = 2 if trains else 1
     return config

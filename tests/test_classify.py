@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny_images import NAMES, run_main, tiny_checkpoint, twenty_images
 
+from configs.classify import get_config
 from florence_jax.data.classes import ClassIndex, open_classes
 from florence_jax.data.sources import open_source
 from florence_jax.data.text import load_tokenizer
@@ -29,6 +30,7 @@ from florence_jax.evaluators.classification import (
 )
 from florence_jax.evaluators.zero_shot import ZeroShot
 from florence_jax.models import florence
+from florence_jax.tasks.classify import PROTOCOLS, TRAINED
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.train.layer_decay import layer_decay_rules
 from florence_jax.train.optim import scale_by_tree
@@ -335,6 +337,27 @@ def test_a_head_of_class_embeddings_answers_like_zero_shot(zero_shot, weights, p
     options += ["--config.image.workers=0", "--config.forgetting.source="]
     assert classify("finetune_linear", tmp_path / "run", weights, pictures, *test, *options) == 0
     assert result(tmp_path / "run")["eval/test/top1"] == result(zero_shot)["eval/zero_shot/top1"]
+
+
+def test_linear_probe_on_twenty_images(weights, pictures, tmp_path):
+    assert classify("probe", tmp_path / "run", weights, pictures) == 0
+    found = result(tmp_path / "run")
+    assert found["eval/probe/images"] == 4 and found["eval/probe/top1"] >= 0.75
+    assert "linear probe" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_few_shot_episodes_on_twenty_images(weights, pictures, tmp_path):
+    options = ["ways=3", "shots=(2,)", "queries=2", "episodes=8"]
+    assert classify("fewshot", tmp_path / "run", weights, pictures, *(f"--config.fewshot.{o}" for o in options)) == 0
+    found = result(tmp_path / "run")
+    assert found["eval/fewshot/2shot_accuracy"] > 1 / 3 and found["eval/fewshot/2shot_ci95"] >= 0
+
+
+@pytest.mark.parametrize("mode", PROTOCOLS)
+def test_every_protocol_has_a_smoke_test_configuration(mode):
+    config = get_config(f"mode={mode},runlocal,res=64")
+    assert config.protocol == mode and config.total_steps <= 2 and config.model.overrides.res == 64
+    assert config.mode == ("train" if mode in TRAINED else "eval")
 
 
 def test_weights_of_an_import_and_another_resolution(weights, tmp_path):

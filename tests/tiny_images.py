@@ -42,7 +42,7 @@ def run_main(*arguments):
 
 
 def tiny_checkpoint(folder):
-    """What a pretraining run leaves: checkpoints/ with parameters and their average (half as much again), and config.json."""
+    """What a run leaves: config.json, and checkpoints/ with parameters and their average (half as large again)."""
     config = tiny_config(tiny_pairs(folder / "pairs"))
     params = jax.jit(create_task(config).init)(jax.random.key(0))
     prepare_workdir(folder / "run", config)

@@ -14,8 +14,9 @@ import numpy as np
 from etils import epath
 
 from florence_jax.data.captions import normalise_caption
+from florence_jax.data.labelled import READERS, Labelled, open_labelled
 from florence_jax.data.registry import Example, Op, key_of, op
-from florence_jax.data.sources import BadRecord, Record, Source
+from florence_jax.data.sources import BadRecord, Record, Source, open_source
 from florence_jax.data.templates import TEMPLATE_SETS, template_set
 from florence_jax.data.text import class_prompts
 from florence_jax.errors import UserError
@@ -95,9 +96,13 @@ def _parse(text: str, where: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...
 
 
 def dataset_name(spec: str) -> str:
-    """The shipped name of a source: 'tfds:voc/2007:test' -> 'voc2007', 'tfds:mnist:3.0.1:test' -> 'mnist'; else ''."""
-    match = re.fullmatch(r"tfds:([^:]+):.+", spec)
-    return match[1].replace("/", "") if match else ""
+    """The name in the tables of a source: 'tfds:voc/2007:test' -> 'voc2007', 'eurosat:DIR' -> 'eurosat'; else ''."""
+    if match := re.fullmatch(r"tfds:([^:]+):.+", spec):
+        return match[1].replace("/", "")
+    kind, colon, _ = spec.partition(":")
+    if kind == "digits":
+        return "mnist"
+    return kind if colon and kind in shipped_class_names() else ""
 
 
 def _plain(label: str) -> str:
@@ -323,6 +328,35 @@ class Subset:
         return (rows[i] for i in self._rows)
 
 
+def all_targets(source: Source, classes: ClassIndex) -> np.ndarray:
+    """`classes.target` of every record, in order: int32 (N,), or int8 (N, K) for several classes an image.
+
+    Raises:
+      UserError: if a record cannot be read, or is of no known class.
+    """
+    records = list(source.metadata())
+    if len(records) != len(source):
+        raise UserError(f"{source.name}: {len(source) - len(records)} of {len(source)} records cannot be read")
+    return np.stack([classes.target(record) for record in records])
+
+
+def open_images(spec: str) -> Source:
+    """Opens a labelled source: as `sources.open_source`, or one of `labelled.open_labelled`, such as 'eurosat:DIR'."""
+    known = spec.partition(":")[0] in (*READERS, "digits")
+    return open_labelled(spec).source if known else open_source(spec)
+
+
+def as_labelled(source: Source, classes: ClassIndex) -> Labelled:
+    """A source with its class numbers side by side.
+
+    Raises:
+      UserError: for several classes an image, and as `all_targets`.
+    """
+    if classes.multi:
+        raise UserError(f"{source.name} has several classes an image, which this protocol does not take")
+    return Labelled(source, all_targets(source, classes), tuple(classes.first_names))
+
+
 def hold_out(source: Source, classes: ClassIndex, share: float, seed: int) -> tuple[Subset, Subset]:
     """Splits a labelled source by class: (the rest, a random `share` of each class, at least one image of two or more).
 
@@ -331,13 +365,7 @@ def hold_out(source: Source, classes: ClassIndex, share: float, seed: int) -> tu
     """
     if not 0 < share < 1:
         raise UserError(f"config.holdout={share} must be above 0 and below 1, or give a test set with --config.test")
-    records = list(source.metadata())
-    if len(records) != len(source):
-        raise UserError(
-            f"{source.name}: {len(source) - len(records)} records cannot be read: repair them, or give a test set with "
-            "--config.test"
-        )
-    targets = np.stack([classes.target(record) for record in records])
+    targets = all_targets(source, classes)
     strata = targets.argmax(1) if classes.multi else targets
     rng, held = np.random.default_rng(seed), []
     for k in np.unique(strata):

@@ -10,13 +10,25 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from florence_jax.data.classes import METRICS, ClassIndex, choose_templates, dataset_name, hold_out, open_classes
+from florence_jax.data.classes import (
+    METRICS,
+    ClassIndex,
+    as_labelled,
+    choose_templates,
+    dataset_name,
+    hold_out,
+    open_classes,
+    open_images,
+    shipped_class_names,
+)
 from florence_jax.data.pipeline import train_stream
-from florence_jax.data.sources import Source, open_source
+from florence_jax.data.sources import Source
 from florence_jax.data.transforms import parse_ops
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Embedder, Evaluator
 from florence_jax.evaluators.classification import Classification, Forgetting, Interpolated, check_metric
+from florence_jax.evaluators.fewshot import FewShot, flip_pair
+from florence_jax.evaluators.probe import LinearProbe
 from florence_jax.evaluators.zero_shot import ZeroShot, class_embeddings
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import florence
@@ -25,7 +37,7 @@ from florence_jax.tasks.pretrain import LOGIT_SCALE_RANGE
 from florence_jax.train.layer_decay import layer_decay_rules
 
 TRAINED = ("finetune_unicl", "finetune_linear")
-PROTOCOLS = ("zeroshot", *TRAINED)
+PROTOCOLS = ("zeroshot", "probe", "fewshot", *TRAINED)
 HEAD_INITS = ("zeros", "text")
 
 
@@ -46,7 +58,9 @@ class Classify:
         record_model(config, self.encoder)
         self._open_sources()
         self._check()
-        self.predict = self.encoder.predict | ({"logits": self._logits} if self.linear else {})
+        self.predict = self.encoder.predict | {"flip_pair": flip_pair(self.encoder.predict["features"])}
+        if self.linear:
+            self.predict["logits"] = self._logits
         self._embedders: dict[str, Embedder] = {}
         flops = florence.forward_flops(self.encoder.model.config)
         self.flops_per_example = 3.0 * (flops["image"] + (0 if self.linear else flops["text"]))
@@ -57,17 +71,18 @@ class Classify:
 
     def _open_sources(self) -> None:
         config = self.config
-        source = open_source(config.data)
-        self.classes = open_classes(source, config.classes, config.label_field)
+        source = open_images(config.data)
+        dataset = dataset_name(config.data) or config.classes.replace("/", "")
+        spec = config.classes or (dataset if dataset in shipped_class_names() else "")
+        self.classes = open_classes(source, spec, config.label_field)
         test = config.test or {"emoji:train": "emoji:new_style"}.get(config.data, "")
         self.train_source: Source = source
-        if not self.trains:
-            self.test_source = open_source(test) if config.test else source
+        if not self.trains and config.protocol != "probe":
+            self.test_source = open_images(test) if config.test else source
         elif test:
-            self.test_source = open_source(test)
+            self.test_source = open_images(test)
         else:
             self.train_source, self.test_source = hold_out(source, self.classes, config.holdout, config.seed)
-        dataset = dataset_name(config.data) or config.classes.replace("/", "")
         self.templates = choose_templates(config.templates, dataset)
         self.metric = config.metric or ("voc_map" if self.classes.multi else METRICS.get(dataset, "top1"))
         res = self.encoder.model.config.res
@@ -214,19 +229,24 @@ class Classify:
         """One for each kind of image prediction, so that all evaluators share what is compiled."""
         if image not in self._embedders:
             predict = {"image": self.predict[image], "text": self.predict["text"]}
-            made = Embedder(predict, self.encoder.tokenizer, mesh, self.config.eval.batch_size)
+            tokenizer = self.encoder.tokenizer if self.encoder.speaks else None
+            made = Embedder(predict, tokenizer, mesh, self.config.eval.batch_size)
             self._embedders[image] = made
         return self._embedders[image]
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
         """Classification of the test set; with fine-tuning also of interpolated weights, and the zero-shot watch."""
-        if not self.trains:
+        if self.config.protocol == "zeroshot":
             return [self._zero_shot("zero_shot", self.test_source, self.classes, self._embedder(mesh))]
+        if self.config.protocol == "probe":
+            return [self._probe(mesh)]
+        if self.config.protocol == "fewshot":
+            return [self._few_shot(mesh)]
         found: list[Evaluator] = [self._test_evaluator(mesh)]
         found += [Interpolated(self._test_evaluator(mesh), self.start, alpha) for alpha in self.config.wise_ft]
         watch = self.config.forgetting
-        if watch.source and self.encoder.has_text:
-            source = open_source(watch.source)
+        if watch.source and self.encoder.speaks:
+            source = open_images(watch.source)
             classes: ClassIndex = open_classes(source, watch.classes)
             inner = ZeroShot(
                 "forgetting",
@@ -239,6 +259,38 @@ class Classify:
             )
             found.append(Forgetting(inner, self.start, watch.threshold))
         return found
+
+    def _probe(self, mesh: Mesh) -> LinearProbe:
+        config = self.config
+        validation: Any = config.holdout
+        if config.validation:
+            validation = as_labelled(open_images(config.validation), self.classes)
+        return LinearProbe(
+            "probe",
+            as_labelled(self.train_source, self.classes),
+            as_labelled(self.test_source, self.classes),
+            self.eval_ops,
+            self._embedder(mesh, "features"),
+            validation=validation,
+            seed=config.seed,
+            on_corrupt=config.image.on_corrupt,
+        )
+
+    def _few_shot(self, mesh: Mesh) -> FewShot:
+        options = self.config.fewshot
+        return FewShot(
+            "fewshot",
+            as_labelled(self.test_source, self.classes),
+            self.eval_ops,
+            self._embedder(mesh, "flip_pair"),
+            self.encoder.predict["features"],
+            mode=options.train,
+            ways=options.ways,
+            shots=options.shots,
+            queries=options.queries,
+            episodes=options.episodes,
+            seed=self.config.seed,
+        )
 
     def _test_evaluator(self, mesh: Mesh) -> Classification:
         if not self.linear:

@@ -64,6 +64,11 @@ class Encoder:
         return {"text", "text_projection", "image_projection"} <= set(self.description.towers)
 
     @property
+    def speaks(self) -> bool:
+        """Whether texts can be embedded: there is a text tower, and its tokenizer is known."""
+        return self._tokenizer is not None
+
+    @property
     def tokenizer(self) -> Tokenizer | None:
         """Of the text tower; None for a folder that holds only an image tower.
 

@@ -65,7 +65,7 @@ class Searcher:
     def __init__(self, init: str, tokenizer: str = "", batch_size: int = 256):
         self.encoder = Encoder(init, tokenizer=tokenizer)
         mesh = make_mesh(-1, 1)
-        spoken = self.encoder.tokenizer if self.encoder.has_text else None
+        spoken = self.encoder.tokenizer if self.encoder.speaks else None
         self._embedder = Embedder(self.encoder.predict, spoken, mesh, batch_size)
         self._params = self.encoder.load_on(mesh)
 
@@ -78,6 +78,7 @@ class Searcher:
         """float32 (n, D) of unit vectors; raises `UserError` for weights without a text tower."""
         if not self.encoder.has_text:
             raise UserError(f"{self.encoder.description.folder} holds no text tower: query with --image")
+        _ = self.encoder.tokenizer  # raises where nobody named it
         return self._embedder.texts(self._params, texts)
 
 
@@ -99,7 +100,7 @@ def write_index(out: str, searcher: Searcher, images: str, dtype: str = "float32
         "tokenizer": searcher.encoder.tokenizer_spec,
         "images": str(Path(images).absolute()) if Path(images).exists() else images,
         "rows": found["index"].tolist(),
-        "mark": searcher.texts([MARK])[0].tolist() if searcher.encoder.has_text else None,
+        "mark": searcher.texts([MARK])[0].tolist() if searcher.encoder.speaks else None,
     }
     partial = Path(f"{out}.{uuid.uuid4().hex}.partial")
     try:
@@ -134,7 +135,7 @@ def check_weights(index: Index, searcher: Searcher) -> None:
     if searcher.encoder.has_text and index.embeddings.shape[1] != width:
         raise UserError(f"the index has vectors of {index.embeddings.shape[1]} numbers, the weights give {width}")
     mark = index.info.get("mark")
-    if mark and searcher.encoder.has_text:
+    if mark and searcher.encoder.speaks:
         off = np.abs(searcher.texts([MARK])[0] - np.asarray(mark)).max()
         if off > MARK_TOLERANCE:
             raise UserError(
