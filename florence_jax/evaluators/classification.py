@@ -305,7 +305,7 @@ def confusion_html(title: str, confusion: np.ndarray, names: Sequence[str]) -> s
         Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST).save(file, "PNG", optimize=True)
         body = (
             f'<img src="{data_uri(file.getvalue(), "image/png")}" alt="confusion matrix" style="border:1px solid #ccc">'
-            f"<p>{len(names)} classes in the order of the table below; darker: a larger share of the row.</p>"
+            f"<p>{len(names)} classes in the order of their numbers; darker: a larger share of the row.</p>"
         )
     wrong = confusion * (1 - np.eye(len(names), dtype=confusion.dtype))
     pairs = [np.unravel_index(i, wrong.shape) for i in np.argsort(-wrong, axis=None, kind="stable")[:10]]
