@@ -30,13 +30,13 @@ from florence_jax.evaluators.classification import (
 )
 from florence_jax.evaluators.zero_shot import ZeroShot
 from florence_jax.models import florence
-from florence_jax.tasks.classify import PROTOCOLS, TRAINED
+from florence_jax.tasks.classify import PROTOCOLS, TRAINED, Classify
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.train.layer_decay import layer_decay_rules
 from florence_jax.train.optim import scale_by_tree
 from florence_jax.train.pretrained import describe, load_pretrained, save_pretrained
 from florence_jax.train.rules import match_rules
-from florence_jax.train.sharding import make_mesh
+from florence_jax.train.sharding import make_mesh, replicated
 
 OPS = "decode|resize(8)|center_crop(8)"
 
@@ -331,12 +331,14 @@ def test_linear_head_learns_the_colours_and_spares_the_text_tower(weights, pictu
     assert not np.array_equal(old["image"]["norm"]["scale"], new["image"]["norm"]["scale"])
 
 
-def test_a_head_of_class_embeddings_answers_like_zero_shot(zero_shot, weights, pictures, names_file, tmp_path):
-    test = [f"--config.classes={names_file}", f"--config.test={pictures}"]
-    options = ["--config.head_init=text", "--config.optim.learning_rate=0.0", "--config.epochs=1"]
-    options += ["--config.image.workers=0", "--config.forgetting.source="]
-    assert classify("finetune_linear", tmp_path / "run", weights, pictures, *test, *options) == 0
-    assert result(tmp_path / "run")["eval/test/top1"] == result(zero_shot)["eval/zero_shot/top1"]
+def test_a_head_of_class_embeddings_answers_like_zero_shot(zero_shot, weights, pictures, names_file):
+    config = get_config("mode=finetune_linear")
+    config.init, config.data, config.test, config.classes = weights, pictures, pictures, names_file
+    config.head_init, config.eval.batch_size, config.forgetting.source = "text", 24, ""
+    task, mesh = Classify(config), make_mesh(-1, 1)
+    fresh = jax.device_put(task.init(jax.random.key(0)), replicated(mesh))
+    (test,) = task.evaluators(mesh)
+    assert test.run(task.start(fresh))["top1"] == result(zero_shot)["eval/zero_shot/top1"]
 
 
 def test_linear_probe_on_twenty_images(weights, pictures, tmp_path):
