@@ -63,9 +63,10 @@ def main(argv: list[str]) -> None:
         if config.distributed:
             jax.distributed.initialize()
         task = create_task(config)
-        if config.mode != "eval":
+        if config.mode != "eval" or config.init:
             task.open_data()
-        if config.mode != "eval" and jax.process_index() == 0:
+        fresh = config.mode != "eval" or (config.init and not (workdir / "checkpoints").exists())
+        if fresh and jax.process_index() == 0:
             prepare_workdir(workdir, config)
         code = run(config, task, workdir)
     except UserError as error:

@@ -95,8 +95,9 @@ def open_source(spec: str) -> Source:
 
     Args:
       spec: 'emoji:train' | 'emoji:new_style' | 'emoji:new_names'; a file, glob pattern or folder of `*.array_record`
-        (also `*.array_record-00000-of-00010`); 'tfds:NAME:SPLIT'; or a folder of images with captions.csv (columns
-        file and caption), metadata.csv or metadata.jsonl (fields file_name and text), or with one sub-folder a class.
+        (also `*.array_record-00000-of-00010`); 'tfds:NAME:SPLIT'; 'karpathy:FILE.json:SPLIT@IMAGES'; or a folder of
+        images with captions.csv (columns file and caption), metadata.csv or metadata.jsonl (fields file_name and
+        text), or with one sub-folder a class.
 
     Raises:
       UserError: if it does not exist, is empty, lacks a column, or is of an unknown kind.
@@ -105,6 +106,10 @@ def open_source(spec: str) -> Source:
         return _open_emoji(spec)
     if spec.startswith("tfds:"):
         return _open_tfds(spec)
+    if spec.startswith("karpathy:"):
+        from florence_jax.data.karpathy import open_karpathy  # it makes a source of this module
+
+        return open_karpathy(spec)
     paths = _array_record_paths(spec)
     if paths:
         return ArrayRecordSource(paths, spec)
@@ -363,7 +368,7 @@ class TfdsSource(_Base):
 
     def __init__(self, data: Sequence[Record], class_names: Sequence[str], name: str):
         self.name = name
-        self._data, self._class_names = data, tuple(class_names)
+        self._data, self.class_names = data, tuple(class_names)
         if not len(data):
             raise UserError(f"data source {name} has no records")
 
@@ -387,8 +392,8 @@ class TfdsSource(_Base):
         texts = [value for name in names if isinstance(value := record.get(name), (str, list)) and value]
         if texts:
             record["caption"] = texts[0]
-        elif "class_id" in record and self._class_names:
-            record["caption"] = self._class_names[record["class_id"]].replace("_", " ")
+        elif "class_id" in record and self.class_names:
+            record["caption"] = self.class_names[record["class_id"]].replace("_", " ")
         return record
 
 

@@ -98,12 +98,51 @@ _CIFAR = tuple(
     for kind in ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
 ) + tuple(f"a photo of {article} {size} {{}}." for article in ("a", "the") for size in ("small", "big"))
 
+# Things drawn, made or photographed, each with "a" and with "the": CLIP's for Caltech-101.
+_DEPICTED = tuple(
+    template.format(article)
+    for article in ("a", "the")
+    for template in (
+        "a photo of {} {{}}.",
+        "a painting of {} {{}}.",
+        "{} plastic {{}}.",
+        "a sculpture of {} {{}}.",
+        "a sketch of {} {{}}.",
+        "a tattoo of {} {{}}.",
+        "{} toy {{}}.",
+        "a rendition of {} {{}}.",
+        "{} embroidered {{}}.",
+        "{} cartoon {{}}.",
+        "{} {{}} in a video game.",
+        "{} plushie {{}}.",
+        "{} origami {{}}.",
+        "art of {} {{}}.",
+        "graffiti of {} {{}}.",
+        "a drawing of {} {{}}.",
+        "a doodle of {} {{}}.",
+    )
+)
+
+_OVERHEAD = tuple(
+    f"{kind} of {article}{{}}."
+    for article in ("", "a ", "the ")
+    for kind in (f"{source} {what}" for what in ("imagery", "photo", "view") for source in ("satellite", "aerial"))
+)
+
+_ACTIONS = tuple(
+    f"a {kind} of {article} person {verb}{{}}."
+    for verb in ("", "using ", "doing ", "during ", "performing ", "practicing ")
+    for article in ("a", "the")
+    for kind in ("photo", "video", "example", "demonstration")
+)
+
 # Data set name (TFDS's where it has one) -> CLIP's templates for zero-shot classification on it.
 TEMPLATE_SETS = {
     "default": TEMPLATES,
     "imagenet2012": TEMPLATES[:80],
     "name": ("{}",),
     "birdsnap": ("a photo of a {}, a type of bird.",),
+    "caltech101": _DEPICTED,
     "cars196": (
         *_ARTICLES,
         "a photo of my {}.",
@@ -128,13 +167,27 @@ TEMPLATE_SETS = {
         for noun in ("texture", "pattern", "thing", "object")
     ),
     "eurosat": tuple(f"a centered satellite photo of {article}{{}}." for article in ("", "a ", "the ")),
+    "fer2013": (
+        "a photo of a {} looking face.",
+        "a photo of a face showing the emotion: {}.",
+        "a photo of a face looking {}.",
+        "a face that looks {}.",
+        "they look {}.",
+        "look at how {} they are.",
+    ),
     "fgvc_aircraft": ("a photo of a {}, a type of aircraft.", "a photo of the {}, a type of aircraft."),
     "food101": ("a photo of {}, a type of food.",),
+    "gtsrb": tuple(f'a {kind} photo of a "{{}}" traffic sign.' for kind in ("zoomed in", "centered", "close up")),
+    "hateful_memes": ("a {}.",),
     "mnist": ('a photo of the number: "{}".',),
     "oxford_flowers102": ("a photo of a {}, a type of flower.",),
     "oxford_iiit_pet": ("a photo of a {}, a type of pet.",),
+    "patch_camelyon": ("this is a photo of {}",),
+    "rendered_sst2": ("a {} review of a movie.",),
+    "resisc45": _OVERHEAD,
     "stl10": _ARTICLES,
     "sun397": _ARTICLES,
+    "ucf101": _ACTIONS,
     "voc/2007": ("a photo of a {}.",),
 }
 

@@ -1,6 +1,7 @@
 """What an evaluator is, and the embedding of images and texts that most of them need."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -50,16 +51,16 @@ class Embedder:
     """Embeds sources of images and lists of texts with a task's prediction functions, over all devices and hosts.
 
     Args:
-      predict: 'image' and 'text', pure functions (params, batch) -> (B, D), see `tasks.base.Task`.
-      tokenizer: of the text tower.
+      predict: 'image' and, for texts, 'text': pure functions (params, batch) -> (B, D), see `tasks.base.Task`.
+      tokenizer: of the text tower; None if only images are embedded.
       mesh: device mesh.
       batch_size: global images, or texts, a call; a multiple of the number of devices. One shape, one compilation.
     """
 
-    def __init__(self, predict: dict[str, Predict], tokenizer: Tokenizer, mesh: Mesh, batch_size: int):
+    def __init__(self, predict: dict[str, Predict], tokenizer: Tokenizer | None, mesh: Mesh, batch_size: int):
         self.mesh, self.batch_size = mesh, -(-batch_size // mesh.size) * mesh.size
         self._tokenizer = tokenizer
-        self._run = {name: self._compiled(predict[name]) for name in ("image", "text")}
+        self._run = {name: self._compiled(predict[name]) for name in ("image", "text") if name in predict}
 
     def _compiled(self, function: Predict) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:
         # The results go to every host: only numbers that all hosts have can be aggregated alike on all of them.
@@ -92,7 +93,7 @@ class Embedder:
             on_corrupt=on_corrupt,
         )
         with stream:
-            return self._gather("image", params, stream, source.name, -(-len(source) // self.batch_size))
+            return self._gather("image", params, stream, source.name, len(source))
 
     def texts(self, params: Any, texts: Sequence[str], what: str = "texts") -> np.ndarray:
         """Embeds texts: float32 (len(texts), D). `what` names them on the progress bar.
@@ -100,8 +101,8 @@ class Embedder:
         Raises:
           UserError: for a text without tokens.
         """
-        steps = -(-len(texts) // self.batch_size)
-        return self._gather("text", params, self._text_batches(texts, steps), what, steps)["embedding"]
+        batches = self._text_batches(texts, -(-len(texts) // self.batch_size))
+        return self._gather("text", params, batches, what, len(texts))["embedding"]
 
     def _text_batches(self, texts: Sequence[str], steps: int) -> Iterator[dict[str, np.ndarray]]:
         local = self.batch_size // jax.process_count()
@@ -115,12 +116,20 @@ class Embedder:
             }
 
     def _gather(
-        self, tower: str, params: Any, batches: Iterator[dict[str, np.ndarray]], what: str, steps: int
+        self, tower: str, params: Any, batches: Iterator[dict[str, np.ndarray]], what: str, total: int
     ) -> dict[str, np.ndarray]:
         sharding, outputs = batch_sharding(self.mesh), []
         hidden = not sys.stderr.isatty() or jax.process_index() > 0
-        for batch in tqdm(batches, desc=what, total=steps, unit="batch", leave=False, disable=hidden):
-            out = jax.device_get(self._run[tower](params, to_global(batch, sharding)))
-            mask = out.pop("mask")
-            outputs.append({name: value[mask] for name, value in out.items()})
+        began, counted = time.perf_counter(), 0
+        with tqdm(desc=what, total=total, unit=tower, leave=False, disable=hidden) as bar:
+            for batch in batches:
+                out = jax.device_get(self._run[tower](params, to_global(batch, sharding)))
+                mask = out.pop("mask")
+                outputs.append({name: value[mask] for name, value in out.items()})
+                bar.update(int(mask.sum()))
+                if len(outputs) == 1:  # compiles, where the shape is new
+                    began, counted = time.perf_counter(), int(mask.sum())
+        rest = total - counted
+        if tower == "image" and rest > 0 and jax.process_index() == 0:
+            print(f"{what}: {total} images, {rest / (time.perf_counter() - began):.0f} img/s", flush=True)
         return {name: np.concatenate([out[name] for out in outputs]) for name in outputs[0]}

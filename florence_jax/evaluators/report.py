@@ -23,11 +23,15 @@ table { border-collapse: collapse; } th { text-align: left; font-weight: 600; }
 td, th { padding: 3px 14px 3px 0; border-bottom: 1px solid #e4e4e4; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
 svg { background: #fafafa; margin: 0 1em 1em 0; } svg text { font: 11px system-ui, sans-serif; fill: #444; }
-.row { display: flex; gap: 8px; margin-bottom: 8px; align-items: stretch; }
+.row { display: flex; flex-wrap: wrap; gap: 8px; margin-bottom: 8px; align-items: stretch; }
 .cell { width: 128px; text-align: center; font-size: 12px; padding: 5px; border: 2px solid #ddd; border-radius: 5px;
   overflow-wrap: anywhere; display: flex; flex-direction: column; justify-content: center; align-items: center; }
 .cell img { max-width: 96px; max-height: 96px; } .cell.query { background: #f2f2f2; }
 .cell.right { border-color: #3a7d44; background: #eef7ef; } .cell.wrong { border-color: #d9b4ba; }
+.warning { background: #fdf1dc; border-left: 4px solid #c77d0a; padding: 6px 12px; }
+.confusion td { text-align: center; min-width: 26px; padding: 3px; border: 1px solid #e4e4e4; }
+.confusion th { padding: 2px 8px; border: 0; white-space: nowrap; }
+.turn { vertical-align: bottom; } .turn span { writing-mode: vertical-rl; transform: rotate(180deg); }
 .arrow { align-self: center; color: #888; }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px; }
 """
@@ -62,12 +66,12 @@ def data_uri(data: bytes, mime: str) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
-def matches_html(title: str, rows: Sequence[tuple[Example, Sequence[Example]]]) -> str:
-    """A grid: each query with its answers, best first; right answers have a green frame."""
+def matches_html(title: str, rows: Sequence[tuple[Example, Sequence[Example]]], judged: bool = True) -> str:
+    """A grid: each query with its answers, best first; right answers have a green frame (where they are `judged`)."""
     lines = [f"<h2>{html.escape(title)}</h2>"]
     for query, answers in rows:
         cells = [_cell(query, "query"), '<div class="arrow">&rarr;</div>']
-        cells += [_cell(answer, "right" if answer.right else "wrong") for answer in answers]
+        cells += [_cell(answer, ("right" if answer.right else "wrong") if judged else "") for answer in answers]
         lines.append(f'<div class="row">{"".join(cells)}</div>')
     return "\n".join(lines)
 
@@ -133,6 +137,9 @@ def history_curves(history: Sequence[Mapping[str, Any]]) -> str:
     charts = (
         ("training loss", {"loss": "train/loss", "lowest possible": "train/floor"}),
         ("accuracy within the batch", {"image to text": "train/i2t_accuracy", "text to image": "train/t2i_accuracy"}),
+        ("accuracy of the head on the batch", {"": "train/accuracy"}),
+        ("held-out top-1", {"": "eval/test/top1"}),
+        ("zero-shot accuracy on the watched set", {"before": "eval/forgetting/before", "now": "eval/forgetting/now"}),
         ("logit scale", {"": "train/logit_scale"}),
         ("learning rate", {"": "train/learning_rate"}),
         ("images per second", {"": "perf/images_per_second"}),

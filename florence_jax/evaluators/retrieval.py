@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from florence_jax.data.captions import CaptionIndex, normalise_caption
 from florence_jax.data.sources import Source
@@ -17,6 +18,7 @@ from florence_jax.evaluators.report import Example, matches_html, thumbnail
 KS = (1, 5, 10)
 QUERY_CHUNK = 1024
 TARGET_TILE = 16384
+CAPTIONS_PER_IMAGE = 5
 
 
 def positive_ranks_reference(
@@ -57,7 +59,8 @@ def positive_ranks(
     """How many wrong targets are at least as similar to each query as its best right one (0 = found first).
 
     Ties count against the query, so that a model that maps everything to one point scores at the bottom, not at the
-    top. Memory: one (1024, 16384) tile of similarities, whatever the sizes.
+    top. The queries are split over this process's devices; memory on each: the targets and one (1024, 16384) tile of
+    similarities, so that 100,000 x 500,000 fits.
 
     Args:
       queries: float32 (Q, D) unit vectors. targets: float32 (T, D) unit vectors.
@@ -73,14 +76,18 @@ def positive_ranks(
         raise UserError(f"retrieval of {len(queries)} queries among {len(targets)} targets: both must be there")
     tile = min(TARGET_TILE, len(targets))
     extra = -len(targets) % tile
-    padded = jnp.asarray(np.pad(targets, ((0, extra), (0, 0))))
-    ids = jnp.asarray(np.pad(target_ids.astype(np.int32), (0, extra), constant_values=-1))
-    chunk, ranks = min(QUERY_CHUNK, len(queries)), []
+    devices = jax.local_devices()  # every process ranks all queries, on its own devices
+    mesh = jax.make_mesh((len(devices),), ("queries",), axis_types=(AxisType.Auto,), devices=devices)
+    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("queries"))
+    padded = jax.device_put(np.pad(targets, ((0, extra), (0, 0))), whole)
+    ids = jax.device_put(np.pad(target_ids.astype(np.int32), (0, extra), constant_values=-1), whole)
+    chunk, ranks = min(QUERY_CHUNK, -(-len(queries) // len(devices))) * len(devices), []
     for start in range(0, len(queries), chunk):
         rows = queries[start : start + chunk]
         missing = chunk - len(rows)
         wanted = np.pad(query_ids[start : start + chunk].astype(np.int32), (0, missing))
-        found = _rank_chunk(np.pad(rows, ((0, missing), (0, 0))), wanted, padded, ids, len(padded) // tile)
+        block = jax.device_put((np.pad(rows, ((0, missing), (0, 0))), wanted), split)
+        found = _rank_chunk(*block, padded, ids, len(padded) // tile)
         ranks.append(np.asarray(found)[: len(rows)])
     return np.concatenate(ranks)
 
@@ -166,6 +173,68 @@ class Retrieval:
     def report(self) -> list[str]:
         """Grids image -> texts and text -> images."""
         return self._report
+
+
+class CaptionRetrieval:
+    """Retrieval where each image has several captions of its own: the protocols of Flickr30k 1K and COCO 5K.
+
+    Every image against every caption; an image is found by any of its captions, and captions of other images are wrong
+    even if they read the same. Results: 'i2t_r@k', 't2i_r@k', 'images', 'captions'.
+
+    Args:
+      name: prefix of the results.
+      source: records with the list field "captions", see `data.karpathy`.
+      ops, embedder, on_corrupt: as for `Retrieval`.
+      per_image: captions used of each image, the first ones; five in both protocols (some COCO images have more).
+
+    Raises:
+      UserError: if a record has no captions.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        ops: str,
+        embedder: Embedder,
+        on_corrupt: str = "error",
+        per_image: int = CAPTIONS_PER_IMAGE,
+    ):
+        self.name = name
+        self._source, self._embedder, self._on_corrupt = source, embedder, on_corrupt
+        lists = [list(row.get("captions") or ())[:per_image] for row in source.metadata()]
+        if len(lists) != len(source) or not all(lists):
+            raise UserError(f"{source.name}: every record needs readable captions in the list field 'captions'")
+        self._captions = [caption for captions in lists for caption in captions]
+        self._owners = np.repeat(np.arange(len(lists)), [len(captions) for captions in lists])
+        self._ops = f"{ops}|keep(image)"
+        self.chance: dict[str, float] = {}
+        self._report: list[str] = []
+
+    def run(self, params: Any) -> dict[str, float]:
+        """See the class."""
+        images = self._embedder.images(params, self._source, self._ops, {}, self._on_corrupt)
+        texts = self._embedder.texts(params, self._captions, f"{self.name} captions")
+        used = np.isin(self._owners, images["index"])
+        results = two_way_recalls(images["embedding"], texts[used], images["index"], self._owners[used])
+        self.chance = retrieval_chance(images["index"], self._owners[used])
+        pictures = [thumbnail(self._source, int(i)) for i in images["index"][:MAX_PICTURES]]
+        # In the grids each image stands for its first caption.
+        first = np.searchsorted(self._owners, images["index"][: len(pictures)])
+        names, ids = [self._captions[i] for i in first], np.arange(len(first))
+        shown = images["embedding"][: len(pictures)]
+        self._report = [matches_report(self.name, shown, pictures, ids, texts[first], names)]
+        return results | {"images": float(len(images["index"])), "captions": float(used.sum())}
+
+    def report(self) -> list[str]:
+        """Grids image -> captions and caption -> images."""
+        return self._report
+
+
+def open_retrieval(name: str, source: Source, ops: str, embedder: Embedder, on_corrupt: str = "skip") -> Any:
+    """`CaptionRetrieval` for a source whose records have the list field "captions", else `Retrieval`."""
+    several = isinstance(next(iter(source.metadata()), {}).get("captions"), list)
+    return (CaptionRetrieval if several else Retrieval)(name, source, ops, embedder, on_corrupt)
 
 
 MAX_PICTURES = 2000  # in the grids of a report: thumbnails are kept in memory

@@ -1,12 +1,18 @@
 """Zero-shot classification: an image takes the class whose prompts are nearest (CLIP; Florence section 3.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from florence_jax.data.classes import ClassIndex
+from florence_jax.data.sources import Source
 from florence_jax.data.text import class_prompts
 from florence_jax.evaluators.base import Embedder
+from florence_jax.evaluators.classification import Classification
+
+# Of the softmax behind VOC's ranking of images by class (CLIP's learned maximum); no other metric depends on it.
+LOGIT_SCALE = 100.0
 
 
 def class_embeddings(embedder: Embedder, params: Any, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
@@ -27,3 +33,32 @@ def class_embeddings(embedder: Embedder, params: Any, names: Sequence[str], temp
     embedded = embedder.texts(params, prompts, f"{len(names)} classes").reshape(len(names), len(templates), -1)
     mean = embedded.mean(1)
     return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
+
+
+class ZeroShot(Classification):
+    """Zero-shot classification on a labelled source; results as `Classification`.
+
+    Scores are `LOGIT_SCALE` times the cosine between the image and the class embeddings.
+
+    Args:
+      name, source, classes, ops, embedder, metric, on_corrupt: see `Classification`.
+      templates: prompts with one '{}' each; the first name of each class goes into them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        classes: ClassIndex,
+        ops: str,
+        embedder: Embedder,
+        templates: Sequence[str],
+        metric: str = "top1",
+        on_corrupt: str = "error",
+    ):
+        super().__init__(name, source, classes, ops, embedder, self._scores, metric, on_corrupt)
+        self._templates = tuple(templates)
+
+    def _scores(self, params: Any, features: np.ndarray) -> Callable[[int, int], np.ndarray]:
+        weights = class_embeddings(self._embedder, params, self._classes.first_names, self._templates)
+        return lambda start, stop: LOGIT_SCALE * (features[start:stop] @ weights.T)

@@ -4,9 +4,11 @@ from ml_collections import ConfigDict
 
 from florence_jax.errors import UserError
 from florence_jax.tasks.base import Task
+from florence_jax.tasks.classify import Classify
 from florence_jax.tasks.pretrain import Pretrain
+from florence_jax.tasks.retrieve import Retrieve
 
-TASKS = {"pretrain": Pretrain}
+TASKS = {"classify": Classify, "pretrain": Pretrain, "retrieve": Retrieve}
 
 
 def create_task(config: ConfigDict) -> Task:

@@ -22,6 +22,9 @@ class Task(Protocol):
     def init(self, key: jax.Array) -> Any:
         """Fresh parameters, a plain nested dict of float32 arrays."""
 
+    def start(self, params: Any) -> Any:
+        """The parameters to start from when `config.init` is given, placed as the fresh ones, `params`, are."""
+
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Scalar float32 loss of a global batch, and float32 scalar metrics."""
 

@@ -19,9 +19,10 @@ from florence_jax.data.transforms import caption_strings, parse_fields, parse_op
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Embedder, Evaluator
 from florence_jax.evaluators.emoji import EmojiSplit
-from florence_jax.evaluators.retrieval import Retrieval
+from florence_jax.evaluators.retrieval import open_retrieval
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import florence
+from florence_jax.train.pretrained import load_parameters
 
 # Channel statistics of ImageNet, in units of a full-scale pixel.
 MEAN = (0.485, 0.456, 0.406)
@@ -81,6 +82,10 @@ class Pretrain:
             "text": jnp.zeros((1, sizes.text_length), jnp.int32),
         }
         return self.model.init(key, batch)
+
+    def start(self, params: Any) -> Any:
+        """The parameters of the checkpoint folder `config.init`."""
+        return load_parameters(self.config.init, params, average=False)
 
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """UniCL over the global batch; with `config.loss='clip'` every pair is its own class."""
@@ -157,5 +162,5 @@ class Pretrain:
         if any(source.name.startswith("emoji:") for source in self._mixture[0]):
             found += [EmojiSplit(split, ops, embedder) for split in ("new_style", "new_names")]
         if config.eval.source:
-            found.append(Retrieval("held_out", open_source(config.eval.source), ops, embedder))
+            found.append(open_retrieval("held_out", open_source(config.eval.source), ops, embedder))
         return found

@@ -3,6 +3,7 @@
     python -m florence_jax.tools.bench step              # seconds of a training step; beside eager PyTorch if installed
     python -m florence_jax.tools.bench data              # images a second of the input pipeline; beside bare decoding
     python -m florence_jax.tools.bench curate            # images a second of curation's hash stage, and its join
+    python -m florence_jax.tools.bench probe             # a sweep of linear probes, beside scikit-learn
     python -m florence_jax.tools.bench step --help
 
 A benchmark is a module of this folder with `add_arguments(parser)` and `run(args) -> dict`, named in `BENCHMARKS`. Only
@@ -22,6 +23,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "step": ("florence_jax.tools.bench_step", "seconds of a training step, compared with eager PyTorch if installed"),
     "data": ("florence_jax.tools.bench_data", "images a second of the input pipeline, compared with bare decoding"),
     "curate": ("florence_jax.tools.bench_curate", "images a second of curation's hash stage, cost of its join"),
+    "probe": ("florence_jax.tools.bench_probe", "a sweep of linear probes over C, compared with scikit-learn"),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
 from florence_jax.errors import UserError
@@ -34,9 +35,13 @@ class Checkpoints:
             max_to_keep=None if read_only else keep,
             create=not read_only,
             read_only=read_only,
+            save_interval_steps=0 if read_only else 1,  # other values get a warning in read-only mode
             cleanup_tmp_directories=not read_only,
         )
+        verbosity = logging.get_verbosity()
         try:
+            if read_only:
+                logging.set_verbosity(logging.ERROR)  # Orbax warns that what is read only is read only
             self._manager = ocp.CheckpointManager(
                 self.directory.absolute() if "://" not in directory else self.directory,
                 options=options,
@@ -44,6 +49,8 @@ class Checkpoints:
             )
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {directory}: {error}; choose another --workdir") from error
+        finally:
+            logging.set_verbosity(verbosity)
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, None if there is none."""
@@ -106,6 +113,18 @@ class Checkpoints:
             raise UserError(f"no complete checkpoint in {self.directory}: train first, or point at a finished run")
         paths = (_name(path).split("/") for path, _ in _leaves(self._manager.item_metadata(step)))
         return tuple(dict.fromkeys(path[1] for path in paths if path[0] == root and len(path) > 1))
+
+    def shapes(self, root: str) -> dict[str, tuple[int, ...]]:
+        """Shape of every leaf under `root` in the newest checkpoint, by path, such as 'image/norm/scale'.
+
+        Raises:
+          UserError: if there is no checkpoint.
+        """
+        if (step := self.latest_step()) is None:
+            raise UserError(f"no complete checkpoint in {self.directory}: train first, or point at a finished run")
+        found = {_name(path): tuple(leaf.shape) for path, leaf in _leaves(self._manager.item_metadata(step))}
+        prefix = f"{root}/"
+        return {name.removeprefix(prefix): shape for name, shape in found.items() if name.startswith(prefix)}
 
     def _check_match(self, target: Any, step: int) -> None:
         """Compares names and shapes of the parameters before anything is read."""

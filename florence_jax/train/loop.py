@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from florence_jax.data.pipeline import to_global
@@ -79,8 +80,12 @@ class Trainer:
     # -- starting ---------------------------------------------------------------------------------------------------
 
     def restore_for_evaluation(self) -> None:
-        """Loads only the parameters to evaluate from the newest checkpoint."""
+        """Loads only the parameters to evaluate: of the newest checkpoint, or of `config.init` where there is none."""
         part = "ema" if self.config.optim.ema_decay > 0 else "params"
+        if self.config.init and not (self.workdir / "checkpoints").exists():
+            fresh = jax.jit(self.task.init, out_shardings=self._params_sharding)(jax.random.key(self.config.seed))
+            self.state = {"step": jnp.zeros((), jnp.int32), "params": self.task.start(fresh)}
+            return
         checkpoints = Checkpoints(str(self.workdir / "checkpoints"), read_only=True)
         self.state = checkpoints.restore({"step": self._target["step"], part: self._target[part]})
         checkpoints.close()
@@ -92,13 +97,18 @@ class Trainer:
             self.state = checkpoints.restore(self._target, step)
             self._say(f"resuming {self.workdir} at step {step} of {config.total_steps}")
             return step
-        make = jax.jit(self._fresh_state, out_shardings=self.shardings)
-        self.state = make(jax.random.key(config.seed))
-        if config.init:
-            source = Checkpoints(config.init, read_only=True)
-            self.state["params"] = source.restore({"params": self._target["params"]})["params"]
-            source.close()
+        self.state = self._initial_state()
         return 0
+
+    def _initial_state(self) -> dict[str, Any]:
+        """The state of step 0, with the parameters of `config.init` where that is given."""
+        make = jax.jit(self._fresh_state, out_shardings=self.shardings)
+        state = make(jax.random.key(self.config.seed))
+        if self.config.init:
+            state["params"] = self.task.start(state["params"])
+            if "ema" in state:
+                state["ema"] = jax.tree.map(jnp.copy, state["params"])
+        return state
 
     # -- training ---------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -44,7 +45,8 @@ def make_optimizer(
 
     Args:
       optim: `learning_rate`, `warmup_steps`, `final_fraction`, `b1`, `b2`, `eps`, `weight_decay`, `clip_norm` (0 =
-        off), `lr_rules` ((pattern, multiplier) pairs; a multiplier of 0 freezes), `decay_rules` likewise with booleans.
+        off), `lr_rules` ((pattern, multiplier) pairs; a multiplier of 0 freezes; a tuple has one for each of the
+        blocks stacked along axis 0), `decay_rules` likewise with booleans.
       total_steps: length of the cosine.
       params: the parameters, or their shapes.
 
@@ -65,11 +67,18 @@ def make_optimizer(
 
 
 def scale_by_tree(multiplier: Any) -> optax.GradientTransformation:
-    """Multiplies each update by the Python float at its place in `multiplier` (1.0 is a no-op, 0.0 freezes)."""
+    """Multiplies each update by what stands at its place in `multiplier`.
+
+    A Python float (1.0 is a no-op, 0.0 freezes), or a tuple of them, one for each entry along the update's axis 0.
+    """
+
+    def scale(u: jax.Array, m: float | tuple[float, ...]) -> jax.Array:
+        if isinstance(m, tuple):
+            return u * np.asarray(m, u.dtype).reshape(-1, *[1] * (u.ndim - 1))
+        return u if m == 1.0 else u * m
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         del params
-        scaled = jax.tree.map(lambda u, m: u if m == 1.0 else u * m, updates, multiplier)
-        return scaled, state
+        return jax.tree.map(scale, updates, multiplier), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

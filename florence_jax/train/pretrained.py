@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 
 from florence_jax.errors import UserError
+from florence_jax.models.coswin import resize_bias_tables
 from florence_jax.models.florence import Model, ModelConfig, resolve_config
+from florence_jax.models.vit import resize_position_embedding
 from florence_jax.train.checkpoint import Checkpoints
+from florence_jax.train.rules import path_string
 
 MODEL_FILE = "model.json"
 
@@ -86,3 +90,127 @@ def load_pretrained(directory: str, **overrides: Any) -> tuple[Model, dict[str, 
         return model, checkpoints.restore({"params": target})["params"]
     finally:
         checkpoints.close()
+
+
+class Description(NamedTuple):
+    """Which model a checkpoint folder is for.
+
+    Attributes:
+      folder: that holds the checkpoints.
+      variant, overrides: as for `florence.build`.
+      tokenizer: as for `data.text.load_tokenizer`; '' where the folder does not say.
+      towers: names of the parameters' top-level entries: 'image', 'text', 'head', ...
+    """
+
+    folder: str
+    variant: str
+    overrides: dict[str, Any]
+    tokenizer: str
+    towers: tuple[str, ...]
+
+
+def describe(init: str) -> Description:
+    """Reads what a checkpoint folder is for.
+
+    Args:
+      init: a folder written by `save_pretrained`; or `checkpoints/` of a run, whose `config.json` lies beside it; or
+        the workdir of a run.
+
+    Raises:
+      UserError: for anything else, naming both kinds.
+    """
+    folder = epath.Path(init)
+    if (folder / "checkpoints").is_dir():
+        folder = folder / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(
+            f"no weights at {init}: give --config.init=DIR, the checkpoints/ folder of a run (train one with "
+            "python -m florence_jax.main --config=configs/pretrain.py) or one written by "
+            "python -m florence_jax.tools.import_torch"
+        )
+    model_file, run_file = folder / MODEL_FILE, folder.parent / "config.json"
+    try:
+        if model_file.exists():
+            content = json.loads(model_file.read_text())
+            variant, overrides, tokenizer = content["variant"], content["overrides"], ""
+        else:
+            content = json.loads(run_file.read_text())
+            variant, overrides = content["model"]["variant"], content["model"]["overrides"]
+            tokenizer = content["text"]["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"cannot tell which model {init} is for: neither {model_file} nor {run_file} describes one ({error!r})"
+        ) from error
+    checkpoints = Checkpoints(str(folder), read_only=True)
+    try:
+        towers = checkpoints.entries("params")
+    finally:
+        checkpoints.close()
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return Description(str(folder), variant, given, tokenizer, towers)
+
+
+def load_parameters(
+    folder: str, like: Mapping[str, Any], new: tuple[str, ...] = (), average: bool = True
+) -> dict[str, Any]:
+    """Parameters of the newest checkpoint, on the devices of `like`.
+
+    Bias tables and position embeddings of another window or image size are resized (bicubic); everything else must
+    have its shape.
+
+    Args:
+      folder: that holds the checkpoints.
+      like: arrays, or `jax.ShapeDtypeStruct` with shardings.
+      new: top-level entries that are not read, but taken from `like`; and, where the checkpoint has them, left there.
+      average: take the moving average where the run kept one.
+
+    Raises:
+      UserError: for missing, unknown and mis-shaped parameters, all in one message.
+    """
+    checkpoints = Checkpoints(folder, read_only=True)
+    try:
+        part = "ema" if average and checkpoints.entries("ema") else "params"
+        saved = checkpoints.shapes(part)
+        wanted = {name: tree for name, tree in like.items() if name not in new}
+
+        def target(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+            name = path_string(path)
+            shape = saved.get(name, leaf.shape) if _resizable(name) else leaf.shape
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+        tree = jax.tree_util.tree_map_with_path(target, wanted)
+        ignored = {name: shape for name, shape in saved.items() if name.split("/")[0] in new}
+        for name, shape in ignored.items():
+            _insert(tree, name, jax.ShapeDtypeStruct(shape, np.float32, sharding=jax.tree.leaves(like)[0].sharding))
+        read = checkpoints.restore({part: tree})[part]
+    finally:
+        checkpoints.close()
+    read = {name: read[name] for name in wanted}
+    fitted = jax.tree_util.tree_map_with_path(_fitted, read, wanted)
+    return fitted | {name: like[name] for name in new if name in like}
+
+
+def _insert(tree: dict[str, Any], path: str, leaf: Any) -> None:
+    *parents, last = path.split("/")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[last] = leaf
+
+
+def _resizable(name: str) -> bool:
+    return name.endswith("relative_position_bias_table") or name == "image/position_embedding"
+
+
+def _fitted(path: Any, leaf: jax.Array, like: Any) -> jax.Array:
+    """A leaf of the checkpoint in the shape of `like`."""
+    if leaf.shape == like.shape:
+        return leaf
+    name = path_string(path)
+    if name == "image/position_embedding":
+        table = resize_position_embedding(np.asarray(leaf), round((like.shape[0] - 1) ** 0.5))
+    else:
+        last = "relative_position_bias_table"
+        table = resize_bias_tables({last: np.asarray(leaf)}, (round(like.shape[-2] ** 0.5) + 1) // 2)[last]
+    if table.shape != like.shape:
+        raise UserError(f"{name}: {leaf.shape} in the checkpoint cannot be resized to {like.shape} of the model")
+    return jax.device_put(table, like.sharding)

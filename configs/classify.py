@@ -1,0 +1,81 @@
+"""Classification with trained weights: the paper's protocols, or the same on your own folder of images.
+
+    python -m florence_jax.main --config=configs/classify.py:mode=zeroshot --config.init=DIR \
+        --config.data=DIR_OR_TFDS [--config.classes=names.txt]                       # zero-shot, prompt ensembles
+    python -m florence_jax.main --config=configs/classify.py:mode=probe --config.init=DIR --config.data=DIR
+    python -m florence_jax.main --config=configs/classify.py:mode=fewshot --config.init=DIR --config.data=eurosat:DIR
+    python -m florence_jax.main --config=configs/classify.py:mode=finetune_unicl,res=512 --config.init=DIR \
+        --config.data=tfds:imagenet2012:train --config.test=tfds:imagenet2012:validation
+    python -m florence_jax.main --config=configs/classify.py:mode=finetune_linear --config.init=DIR --config.data=DIR
+
+`--config.init` is `checkpoints/` of a run (the default is that of configs/pretrain.py) or a folder written by
+florence_jax.tools.import_torch. Data: a folder with one sub-folder of images for each class, ArrayRecord files, or
+tfds:NAME:SPLIT. Results are in WORKDIR/result.json and report.html.
+
+Further names of data: isic:DIR, eurosat:DIR, cropdisease:DIR, chestx:DIR (as their publishers pack them), digits:train.
+
+Arguments: mode = zeroshot | probe | fewshot | finetune_unicl | finetune_linear; res = image size (0: the weights' own);
+runlocal. probe: logistic regression on frozen features, CLIP's protocol. fewshot: 600 episodes of CD-FSL on the head;
+--config.fewshot.train=backbone trains the image tower too, as in the paper.
+Fine-tuning has the paper's ImageNet recipe (UniCL loss on class prompts, no new head, batch 8,192, 10 epochs, cosine,
+500 warm-up steps, peak 2e-5); smaller data get a batch of at most their own size. It was run at size ti only.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import common, model_overrides, parse_arg
+from florence_jax.errors import UserError
+from florence_jax.tasks.classify import PROTOCOLS, TRAINED
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The configuration for an argument string such as 'mode=finetune_unicl,res=512'."""
+    given = parse_arg(arg, mode="zeroshot", res=0, runlocal=False)
+    if given.mode not in PROTOCOLS:
+        raise UserError(f"unknown mode {given.mode!r}; known: {', '.join(PROTOCOLS)}")
+    trains = given.mode in TRAINED
+    config = common(f"runs/classify_{given.mode}")
+    config.task, config.protocol = "classify", given.mode
+    config.mode = "train" if trains else "eval"
+    config.init = "runs/pretrain/checkpoints"
+    config.model = {"variant": "", "overrides": model_overrides()}  # as config.init says
+    if given.res:
+        config.model.overrides.res = given.res
+    config.data = "emoji:train" if trains or given.mode == "probe" else "emoji:new_style"  # images with their classes
+    config.test = ""  # held-out images; '': `holdout` of each class of `data`
+    config.holdout = 0.2
+    config.validation = ""  # probe: images to choose C on; '': `holdout` of each class of `data`
+    config.classes = ""  # a file of class names, or a shipped set such as food101; '': the data's own labels
+    config.label_field = ""  # record field with the class; '': class_id, labels or caption
+    config.templates = ""  # a set's name or a file; '': the data set's own, else CLIP's 80 and the bare name
+    config.metric = ""  # top1 | mean_per_class | voc_map | roc_auc; '': the data set's own
+    config.image = {
+        "train_ops": "decode|rrc({res}, scale=(0.5, 1.0))|flip(0.5)",  # no mixup, no colour changes
+        "eval_ops": "decode|resize({res})|center_crop({res})",
+        "workers": 8 if trains else 0,
+        "cache": False,
+        "on_corrupt": "skip",
+    }
+    config.text = {"tokenizer": ""}  # '': the one that the weights were trained with
+    config.eval = {"every": -1, "batch_size": 256}  # every: steps; -1: each epoch; 0: only at the end
+    config.batch_size = 8192
+    config.epochs, config.total_steps = 10, 0  # total_steps > 0 overrides epochs
+    config.head_init = (
+        "zeros"  # finetune_linear: 'zeros', on the features; 'text': class embeddings, after the projection
+    )
+    config.label_smoothing = 0.0  # finetune_linear
+    config.wise_ft = ()  # also evaluate (1 - a) initial + a fine-tuned weights for each a, e.g. (0.5,)
+    config.forgetting = {"source": "emoji:new_names", "classes": "", "threshold": 0.05}  # source '': not watched
+    config.fewshot = {"train": "head", "ways": 5, "shots": (5, 20, 50), "queries": 15, "episodes": 600}
+    config.optim.learning_rate = 2e-5
+    config.optim.warmup_steps = 500  # at most a tenth of the steps
+    config.optim.layer_decay = 1.0  # learning rate of each layer over that of the one above it
+    if not trains:
+        config.total_steps = 1
+        config.optim.warmup_steps = 0
+    if given.runlocal:
+        config.batch_size, config.image.workers, config.eval.batch_size = 16, 0, 32
+        config.epochs, config.log.every = 1, 1
+        config.fewshot.shots, config.fewshot.episodes = (5,), 8
+        config.total_steps = 2 if trains else 1
+    return config

@@ -1,0 +1,435 @@
+"""Scoring of classifiers: top-1, top-5, mean per class, VOC's 11-point mAP, ROC AUC, confusion matrix, report."""
+
+import html
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from florence_jax.data.classes import ClassIndex
+from florence_jax.data.sources import Source
+from florence_jax.errors import UserError
+from florence_jax.evaluators.base import Embedder
+from florence_jax.evaluators.report import Example, data_uri, matches_html, thumbnail
+
+METRIC_NAMES = ("top1", "mean_per_class", "voc_map", "roc_auc")
+TOP = 5
+SCORE_ROWS = 4096
+# Below this many standard errors above chance, a number is called near chance.
+NEAR_CHANCE = 2.0
+TABLE_CLASSES = 20  # a confusion matrix of more classes is drawn as a picture
+EXAMPLE_ROWS = 6
+
+
+class Answers(NamedTuple):
+    """What a classifier answered; N images, K classes.
+
+    Attributes:
+      labels: int (N,), the right classes.
+      ranks: int (N,), wrong classes scored at least as high as the right one.
+      top: int (N, min(5, K)), classes by score, best first; the right one stands at its rank.
+    """
+
+    labels: np.ndarray
+    ranks: np.ndarray
+    top: np.ndarray
+
+
+def answers(score_chunks: Iterable[np.ndarray], labels: np.ndarray) -> Answers:
+    """Ranks the classes of each image.
+
+    Ties count against the classifier, as in `retrieval.positive_ranks`: one that scores all classes alike is never
+    right.
+
+    Args:
+      score_chunks: float (n, K) arrays, N rows together.
+      labels: int (N,).
+    """
+    ranks, tops, start = [], [], 0
+    for scores in score_chunks:
+        rows = np.arange(len(scores))
+        right = labels[start : start + len(scores)]
+        own = scores[rows, right]
+        rank = (scores >= own[:, None]).sum(1) - 1
+        # The right class goes behind all that tie with it.
+        order = np.argsort(
+            -np.where(np.arange(scores.shape[1])[None] == right[:, None], -np.inf, scores), kind="stable"
+        )
+        place = np.arange(min(TOP, scores.shape[1]))[None]
+        behind = np.take_along_axis(order, np.maximum(place - (place > rank[:, None]), 0), axis=1)
+        tops.append(np.where(place == rank[:, None], right[:, None], behind))
+        ranks.append(rank)
+        start += len(scores)
+    return Answers(labels, np.concatenate(ranks), np.concatenate(tops))
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
+    """int (K, K): how many images of class (row) were called class (column)."""
+    flat = np.bincount(labels.astype(np.int64) * classes + predictions, minlength=classes * classes)
+    return flat.reshape(classes, classes)
+
+
+def mean_per_class(confusion: np.ndarray) -> float:
+    """Mean over the classes that have images of the share of them that was recognised."""
+    counts = confusion.sum(1)
+    return float((np.diag(confusion)[counts > 0] / counts[counts > 0]).mean())
+
+
+def voc_average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
+    """11-point interpolated average precision of one class (VOC 2007; Everingham et al. 2010, section 4.2).
+
+    Equal scores are one step of the curve, so that the order of the images does not matter.
+
+    Args:
+      scores: float (N,).
+      targets: int (N,), 1, 0, or negative for images that are not judged.
+
+    Returns:
+      The mean over recall 0, 0.1, ... 1 of the highest precision at that recall or more; nan without a positive.
+    """
+    judged = targets >= 0
+    scores, targets = scores[judged], targets[judged] > 0
+    if not targets.any():
+        return math.nan
+    order = np.argsort(-scores, kind="stable")
+    found = np.cumsum(targets[order])
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # the end of each group of equal scores
+    recall, precision = found[last] / found[-1], found[last] / (last + 1)
+    points = np.arange(11)[:, None] / 10
+    return float(np.where(recall[None] >= points - 1e-12, precision[None], 0).max(1).mean())
+
+
+def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Chance that a positive scores above a negative, ties counting half; nan if either is missing."""
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    if not positives or not negatives:
+        return math.nan
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    middle = np.cumsum(counts) - (counts - 1) / 2  # mean rank, from 1, of each distinct score
+    return float((middle[place][positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+class Score(NamedTuple):
+    """The headline number with what guessing scores, and the standard error of guessing."""
+
+    value: float
+    chance: float
+    error: float
+
+    def near_chance(self) -> bool:
+        """Whether guessing would score this well now and then."""
+        return not self.value > self.chance + NEAR_CHANCE * self.error
+
+
+def check_metric(metric: str, classes: ClassIndex, source: str) -> None:
+    """Raises `UserError` for an unknown metric, or one that does not fit the classes of the named source."""
+    if metric not in METRIC_NAMES:
+        raise UserError(f"metric {metric!r} is unknown; choose one of {', '.join(METRIC_NAMES)}")
+    if classes.multi and metric != "voc_map":
+        raise UserError(f"{source} has several classes an image: its metric is voc_map, not {metric}")
+    if metric == "roc_auc" and len(classes) != 2:
+        raise UserError(f"metric roc_auc is for two classes; {source} has {len(classes)}")
+
+
+class Scorer(Protocol):
+    """Turns parameters into scores of classes."""
+
+    def __call__(self, params: Any, features: np.ndarray) -> Callable[[int, int], np.ndarray]:
+        """Returns a function (start, stop) -> float32 (stop - start, K), the scores of those rows of the features."""
+
+
+class Classification:
+    """A classifier on a labelled source.
+
+    Results: the metric, 'top1', 'top5', 'mean_per_class' (for one class an image), 'images'.
+
+    Args:
+      name: prefix of the results.
+      source: the images. classes: their classes, see `data.classes.open_classes`.
+      ops: image ops, such as 'decode|resize(224)|center_crop(224)'.
+      embedder: gives the features of the images.
+      scorer: turns them into class scores.
+      metric: one of METRIC_NAMES; 'voc_map' is the one for several classes an image, 'roc_auc' for two classes.
+      on_corrupt: 'skip' leaves unreadable images out, 'error' ends the evaluation.
+
+    Raises:
+      UserError: for an unknown metric, or one that does not fit the classes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        classes: ClassIndex,
+        ops: str,
+        embedder: Embedder,
+        scorer: Scorer,
+        metric: str = "top1",
+        on_corrupt: str = "error",
+    ):
+        check_metric(metric, classes, source.name)
+        self.name, self.metric = name, metric
+        self._source, self._classes, self._embedder, self._scorer = source, classes, embedder, scorer
+        self._ops, self._on_corrupt = f"{ops}|class_label|keep(image, label)", on_corrupt
+        self.chance: dict[str, float] = {}
+        self._report: list[str] = []
+        self._warned = False
+
+    def run(self, params: Any) -> dict[str, float]:
+        """See the class."""
+        images = self._embedder.images(params, self._source, self._ops, {"classes": self._classes}, self._on_corrupt)
+        labels, count = images["label"], len(images["label"])
+        if bad := int((~np.isfinite(images["embedding"])).any(1).sum()):
+            raise UserError(f"{self.name}: {bad} of {count} images have features that are not finite: broken weights")
+        score = self._scorer(params, images["embedding"])
+        chunks = (score(i, min(i + SCORE_ROWS, count)) for i in range(0, count, SCORE_ROWS))
+        results: dict[str, float] = {}
+        self._report = []
+        if self.metric in ("voc_map", "roc_auc"):
+            scores = np.concatenate(list(chunks))
+            headline = self._whole(scores, labels)
+            results[self.metric] = headline.value
+            chunks = iter([scores])
+        if not self._classes.multi:
+            given = answers(chunks, labels)
+            confusion = confusion_matrix(labels, given.top[:, 0], len(self._classes))
+            every = self._single(given, confusion)
+            headline = headline if results else every[self.metric]
+            self._report += self._pictures(given, confusion, images["index"])
+            results |= {name: every[name].value for name in sorted(every, key=lambda name: name != self.metric)}
+            self.chance = {name: score.chance for name, score in every.items()}
+        self.chance[self.metric] = headline.chance
+        self._warn(headline)
+        return results | {"images": float(count)}
+
+    def report(self) -> list[str]:
+        """The warning if the number is near chance, confusion matrix, accuracy by class, right and wrong images."""
+        return self._report
+
+    def _single(self, given: Answers, confusion: np.ndarray) -> dict[str, Score]:
+        classes, count = len(self._classes), len(given.labels)
+        per_class = confusion.sum(1)
+        present = per_class[per_class > 0]
+        values = {"top1": (given.ranks == 0).mean(), "mean_per_class": mean_per_class(confusion)}
+        chances = {"top1": 1 / classes, "mean_per_class": 1 / classes}
+        if classes > TOP:
+            values["top5"], chances["top5"] = (given.ranks < TOP).mean(), TOP / classes
+        # The variance of a mean of class means is that of its classes' means over their squared number.
+        spread = {name: 1 / count for name in values} | {"mean_per_class": (1 / present).sum() / len(present) ** 2}
+        return {
+            name: Score(float(value), chances[name], math.sqrt(chances[name] * (1 - chances[name]) * spread[name]))
+            for name, value in values.items()
+        }
+
+    def _whole(self, scores: np.ndarray, labels: np.ndarray) -> Score:
+        """Metrics of the whole ranking of the images."""
+        if self.metric == "roc_auc":
+            positive = labels == 1
+            sizes = int(positive.sum()), int((~positive).sum())
+            error = math.sqrt((sum(sizes) + 1) / (12 * max(sizes[0] * sizes[1], 1)))
+            return Score(roc_auc(scores[:, 1] - scores[:, 0], positive), 0.5, error)
+        targets = labels
+        if not self._classes.multi:
+            targets = (labels[:, None] == np.arange(len(self._classes))[None]).astype(np.int8)
+        shares = softmax(scores)
+        precisions = np.array([voc_average_precision(shares[:, k], targets[:, k]) for k in range(targets.shape[1])])
+        positives, judged = (targets > 0).sum(0), (targets >= 0).sum(0)
+        there = positives > 0
+        if not there.any():
+            raise UserError(f"{self._source.name}: no image has one of the {len(self._classes)} classes")
+        base = positives[there] / judged[there]
+        # A random order has about the precision of the class's share; the spread is that of the positives' places.
+        error = math.sqrt((base * (1 - base) / positives[there]).sum()) / there.sum()
+        self._report.append(_classes_table(self.name, self._classes.first_names, precisions, positives, "AP"))
+        return Score(float(np.nanmean(precisions)), float(base.mean()), float(error))
+
+    def _warn(self, headline: Score) -> None:
+        if not headline.near_chance():
+            return
+        text = (
+            f"{self.name}: {self.metric} {headline.value:.3f} is near chance ({headline.chance:.3f}): check that the "
+            "class names belong to the labels, the weights and the tokenizer to each other, and that --config.init is "
+            "of a trained model"
+        )
+        if not self._warned:
+            logging.warning("%s", text)
+        self._warned = True  # not again in every epoch; the report always has it
+        self._report.insert(0, f'<p class="warning">{html.escape(text)}</p>')
+
+    def _pictures(self, given: Answers, confusion: np.ndarray, index: np.ndarray) -> list[str]:
+        names = self._classes.first_names
+        counts = confusion.sum(1)
+        share = np.where(counts > 0, np.diag(confusion) / np.maximum(counts, 1), np.nan)
+        return [
+            f"<p>{html.escape(self._classes.note)}</p>" if self._classes.note else "",
+            confusion_html(self.name, confusion, names),
+            _classes_table(self.name, names, share, counts, "accuracy"),
+            examples_html(self.name, self._source, given, index, names),
+        ]
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    powers = np.exp(scores - scores.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+def confusion_html(title: str, confusion: np.ndarray, names: Sequence[str]) -> str:
+    """A table for up to 20 classes, else a picture; and the commonest mistakes."""
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    head = f"<h2>{html.escape(title)}: confusion</h2><p>Rows: the right class; columns: what it was called.</p>"
+    if len(names) <= TABLE_CLASSES:
+        columns = "".join(f'<th class="turn"><span>{html.escape(name)}</span></th>' for name in names)
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th>"
+            + "".join(
+                f'<td style="background:{_shade(share, i == j)}">{count or ""}</td>'
+                for j, (count, share) in enumerate(zip(confusion[i], shares[i], strict=True))
+            )
+            + "</tr>"
+            for i, name in enumerate(names)
+        )
+        body = f'<table class="confusion"><tr><th></th>{columns}</tr>{rows}</table>'
+    else:
+        pixels = (255 - 255 * np.sqrt(shares)).astype(np.uint8)
+        size = len(names) * max(1, 600 // len(names))
+        file = io.BytesIO()
+        Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST).save(file, "PNG", optimize=True)
+        body = (
+            f'<img src="{data_uri(file.getvalue(), "image/png")}" alt="confusion matrix" style="border:1px solid #ccc">'
+            f"<p>{len(names)} classes in the order of their numbers; darker: a larger share of the row.</p>"
+        )
+    wrong = confusion * (1 - np.eye(len(names), dtype=confusion.dtype))
+    pairs = [np.unravel_index(i, wrong.shape) for i in np.argsort(-wrong, axis=None, kind="stable")[:10]]
+    mistakes = "".join(
+        f"<li>{html.escape(names[i])} called {html.escape(names[j])}: {wrong[i, j]} of {confusion[i].sum()}</li>"
+        for i, j in pairs
+        if wrong[i, j]
+    )
+    return head + body + (f"<p>Commonest mistakes:</p><ol>{mistakes}</ol>" if mistakes else "")
+
+
+def _shade(share: float, right: bool) -> str:
+    strength = 0.85 * float(share)
+    return f"rgba({'58,125,68' if right else '209,73,91'},{strength:.2f})"
+
+
+def _classes_table(title: str, names: Sequence[str], values: np.ndarray, counts: np.ndarray, what: str) -> str:
+    """Numbers of each class that has images, worst first."""
+    order = [k for k in np.argsort(values, kind="stable") if counts[k]]
+    rows = "".join(
+        f'<tr><td>{html.escape(names[k])}</td><td class="n">{values[k]:.3f}</td><td class="n">{counts[k]}</td></tr>'
+        for k in order
+    )
+    return (
+        f"<h2>{html.escape(title)}: classes</h2><details{' open' if len(order) <= TABLE_CLASSES else ''}><summary>"
+        f"{len(order)} classes, worst first</summary><table><tr><th>class</th><th>{what}</th><th>images</th></tr>{rows}"
+        "</table></details>"
+    )
+
+
+def examples_html(
+    title: str, source: Source, given: Answers, index: np.ndarray, names: Sequence[str], rows: int = EXAMPLE_ROWS
+) -> str:
+    """Images with the classes they were given, best first: `rows` that are right, as many that are wrong."""
+    body = ""
+    for what, chosen in (
+        ("right", np.flatnonzero(given.ranks == 0)),
+        ("wrong", np.flatnonzero(given.ranks > 0)),
+    ):
+        if not len(chosen):
+            continue
+        chosen = chosen[np.linspace(0, len(chosen) - 1, min(rows, len(chosen))).astype(int)]
+        lines = []
+        for i in chosen:
+            right = int(given.labels[i])
+            query = Example(names[right], thumbnail(source, int(index[i])) or None, True)
+            lines.append((query, [Example(names[k], None, bool(k == right)) for k in given.top[i]]))
+        body += matches_html(f"{title}: {what} answers", lines)
+    return body
+
+
+class Interpolated:
+    """Weight-space ensembling (WiSE-FT, Wortsman et al. 2022): evaluates (1 - alpha) initial + alpha fine-tuned.
+
+    Args:
+      evaluator: what to run on the interpolated parameters; its results get this evaluator's name.
+      initial: called with the fine-tuned parameters, gives the initial ones on the same devices.
+      alpha: share of the fine-tuned parameters.
+    """
+
+    def __init__(self, evaluator: Any, initial: Callable[[Any], Any], alpha: float):
+        self.name = f"{evaluator.name}_wise{alpha:g}"
+        self._evaluator, self._initial, self._alpha = evaluator, initial, alpha
+        self._evaluator.name = self.name
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """Of the evaluator."""
+        return self._evaluator.chance
+
+    def run(self, params: Any) -> dict[str, float]:
+        """The evaluator's results on the interpolated parameters."""
+        return self._evaluator.run(interpolate(self._initial(params), params, self._alpha))
+
+    def report(self) -> list[str]:
+        """The evaluator's."""
+        return self._evaluator.report()
+
+
+def interpolate(start: Any, end: Any, alpha: float) -> Any:
+    """(1 - alpha) start + alpha end, leaf by leaf."""
+    return jax.tree.map(lambda a, b: (1 - alpha) * a + alpha * b, start, end)
+
+
+class Forgetting:
+    """Zero-shot accuracy on another set before and after fine-tuning: warns where it dropped.
+
+    Results: 'before', 'now' and 'drop' of the inner evaluator's metric.
+
+    Args:
+      evaluator: zero-shot classification on a set that is not fine-tuned on.
+      initial: as for `Interpolated`; evaluated once.
+      threshold: drop above which it warns.
+    """
+
+    def __init__(self, evaluator: Classification, initial: Callable[[Any], Any], threshold: float):
+        self.name = evaluator.name
+        self._evaluator, self._initial, self._threshold = evaluator, initial, threshold
+        self._before: float | None = None
+        self._warning = ""
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """Of the numbers before and now."""
+        level = self._evaluator.chance.get(self._evaluator.metric)
+        return {} if level is None else {"before": level, "now": level}
+
+    def run(self, params: Any) -> dict[str, float]:
+        """See the class."""
+        metric = self._evaluator.metric
+        if self._before is None:
+            self._before = self._evaluator.run(self._initial(params))[metric]
+        now = self._evaluator.run(params)[metric]
+        drop = self._before - now
+        self._warning = ""
+        if drop > self._threshold:
+            self._warning = (
+                f"{self.name}: zero-shot {metric} fell from {self._before:.3f} to {now:.3f}, more than "
+                f"{self._threshold:g}: fine-tuning forgets. Lower the learning rate or the number of epochs, lower "
+                "config.optim.layer_decay, or interpolate with the initial weights (config.wise_ft)"
+            )
+            logging.warning("%s", self._warning)
+        return {"before": self._before, "now": now, "drop": drop}
+
+    def report(self) -> list[str]:
+        """The warning, if there is one."""
+        return [f'<p class="warning">{html.escape(self._warning)}</p>'] if self._warning else []

@@ -1,0 +1,147 @@
+"""The towers of a checkpoint folder, for tasks and tools that start from trained weights."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from florence_jax.data.text import Tokenizer
+from florence_jax.errors import UserError
+from florence_jax.models import florence
+from florence_jax.models.layers import unit_norm
+from florence_jax.tasks.pretrain import build_model, normalise
+from florence_jax.train.pretrained import describe, load_parameters
+from florence_jax.train.sharding import param_shardings
+
+WARMUP_SHARE = 0.1
+
+
+class Encoder:
+    """Image tower, and text tower where there is one, of a checkpoint folder.
+
+    Args:
+      init: the folder, see `train.pretrained.describe`.
+      overrides: fields of the model on top of the folder's, such as `res`; None leaves a field alone. Another `res`
+        brings the variant's window for it.
+      tokenizer: see `data.text.load_tokenizer`; '' takes the one that the folder was trained with.
+      precision: compute dtype.
+
+    Attributes:
+      description: of the folder. model: `florence.Model`.
+      predict: pure functions (params, batch) -> float32 (B, D): 'image' and 'text', unit vectors of the joint space
+        ('image' of a folder without projection: the features, made unit), 'features', what the image tower gives
+        before the projection.
+
+    Raises:
+      UserError: for a folder without a model, unknown options, an unreadable tokenizer.
+    """
+
+    def __init__(
+        self, init: str, overrides: Mapping[str, Any] | None = None, tokenizer: str = "", precision: str = "float32"
+    ):
+        self.description = describe(init)
+        given = {name: value for name, value in (overrides or {}).items() if value is not None}
+        base = dict(self.description.overrides)
+        if "res" in given and given["res"] != base.get("res"):
+            base.pop("window", None)
+        self.overrides = base | given
+        self.tokenizer_spec = tokenizer or self.description.tokenizer
+        self._tokenizer: Tokenizer | None = None
+        if self.tokenizer_spec and self.has_text:
+            options = {"model": {"variant": self.description.variant, "overrides": self.overrides}}
+            options |= {"text": {"tokenizer": self.tokenizer_spec}, "precision": precision}
+            self._tokenizer, self.model = build_model(ConfigDict(options))
+        else:
+            self.model = florence.build(self.description.variant, **{**self.overrides, "dtype": precision})
+        self.predict = {"image": self._image, "text": self._text, "features": self._features}
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the folder holds a text tower."""
+        return {"text", "text_projection", "image_projection"} <= set(self.description.towers)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether texts can be embedded: there is a text tower, and its tokenizer is known."""
+        return self._tokenizer is not None
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of the text tower; None for a folder that holds only an image tower.
+
+        Raises:
+          UserError: if there is a text tower and nobody said which tokenizer it was trained with.
+        """
+        if self.has_text and self._tokenizer is None:
+            raise UserError(
+                f"{self.description.folder} does not say which tokenizer it was trained with: give it with "
+                "--config.text.tokenizer=FILE (CLIP, OpenCLIP and UniCL: bpe_simple_vocab_16e6.txt.gz of the "
+                "open-clip-torch package)"
+            )
+        return self._tokenizer
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh parameters, of the towers that the folder holds."""
+        params = self.model.init(key)
+        return {name: params[name] for name in self.description.towers if name in params}
+
+    def load(self, like: Mapping[str, Any], new: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The folder's parameters on the devices of `like`, see `train.pretrained.load_parameters`."""
+        return load_parameters(self.description.folder, like, (*new, *(() if "head" in like else ("head",))))
+
+    def load_on(self, mesh: Mesh) -> dict[str, Any]:
+        """The folder's parameters, sharded over a mesh."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(shapes, mesh)
+        )
+        return self.load(like)
+
+    @functools.cached_property
+    def eval_ops(self) -> str:
+        """Image ops of evaluation: resized by the shorter side, cropped in the middle (CLIP)."""
+        return f"decode|resize({self.model.config.res})|center_crop({self.model.config.res})"
+
+    def normalise(self, image: jax.Array) -> jax.Array:
+        """uint8 (B, H, W, 3) as the model was trained with."""
+        return normalise(image, self.model.config.image_mean, self.model.config.image_std)
+
+    def _features(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        return self.model.apply(params, {"image": self.normalise(batch["image"])})["image/pooled"]
+
+    def _image(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        if "image_projection" not in self.description.towers:
+            return unit_norm(self._features(params, batch))
+        return self.model.apply(params, {"image": self.normalise(batch["image"])})["image/embedding"]
+
+    def _text(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        return self.model.apply(params, {"text": batch["text"]})["text/embedding"]
+
+
+def record_model(config: ConfigDict, encoder: Encoder) -> None:
+    """Writes what the folder says into a configuration, so that the new run's config.json describes its model."""
+    config.model.variant = encoder.description.variant
+    for name, value in encoder.overrides.items():
+        if name in config.model.overrides:
+            config.model.overrides[name] = tuple(value) if isinstance(value, (list, tuple)) else value
+    config.text.tokenizer = encoder.tokenizer_spec
+
+
+def set_epochs(config: ConfigDict, count: int) -> None:
+    """Turns `config.epochs` over `count` examples into steps.
+
+    A batch is made no larger than the data (in whole multiples of the devices), `total_steps` is filled in where it is
+    0, `eval.every` where it is -1 (each epoch); warm-up and log interval are cut to a tenth of the steps.
+    """
+    devices = jax.device_count()
+    if config.batch_size > count:
+        config.batch_size = max(count // devices, 1) * devices
+    epoch = max(count // config.batch_size, 1)
+    config.total_steps = config.total_steps or config.epochs * epoch
+    if config.eval.every < 0:
+        config.eval.every = epoch
+    config.log.every = max(min(config.log.every, config.total_steps // 10), 1)
+    config.optim.warmup_steps = min(config.optim.warmup_steps, int(config.total_steps * WARMUP_SHARE))

@@ -1,0 +1,42 @@
+"""Image-text retrieval with trained weights: the pretraining task, started from a checkpoint folder."""
+
+from ml_collections import ConfigDict
+
+from florence_jax.data.sources import Source, open_mixture, open_source
+from florence_jax.errors import UserError
+from florence_jax.tasks.encoder import Encoder, record_model, set_epochs
+from florence_jax.tasks.pretrain import Pretrain
+
+
+class Retrieve(Pretrain):
+    """The `Task` of configs/retrieve.py.
+
+    Raises:
+      UserError: as `Pretrain`, and for missing weights or ones without a text tower.
+    """
+
+    def __init__(self, config: ConfigDict):
+        encoder = Encoder(config.init, config.model.overrides, config.text.tokenizer, config.precision)
+        if not encoder.has_text:
+            raise UserError(f"{config.init} holds no text tower: retrieval needs weights of both towers")
+        _ = encoder.tokenizer  # raises where nobody named it
+        if not config.eval.source:
+            raise UserError("retrieval needs pairs to search: give them with --config.eval.source=DATA")
+        record_model(config, encoder)
+        res = encoder.model.config.res
+        for name in ("train_image_ops", "eval_image_ops"):
+            config.data[name] = config.data[name].format(res=res)
+        if config.mode == "train":
+            sources, _ = open_mixture(config.data.train)
+            config.data.captions = config.data.captions or _caption_field(sources[0])
+            set_epochs(config, sum(len(source) for source in sources))
+        else:
+            config.data.train = config.eval.source  # nothing is trained
+            config.data.captions = config.data.captions or _caption_field(open_source(config.eval.source))
+        super().__init__(config)
+
+
+def _caption_field(source: Source) -> str:
+    """'captions=1' where the records have that list, else 'caption=1'."""
+    first = next(iter(source.metadata()), {})
+    return "captions=1" if isinstance(first.get("captions"), list) else "caption=1"

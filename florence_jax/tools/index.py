@@ -1,0 +1,250 @@
+"""A searchable index of images: embed a folder once, then look for pictures by text or by picture.
+
+    python -m florence_jax.tools.index embed --init=runs/pretrain/checkpoints --images=my_pictures --out=my_index
+    python -m florence_jax.tools.index query --index=my_index --text="a red car" --text="two dogs" --html=found.html
+    python -m florence_jax.tools.index query --index=my_index --image=like_this.jpg --k=20
+
+--images is a folder, whose image files are taken at any depth, or a data source of the project (emoji:train,
+ArrayRecord files, tfds:NAME:SPLIT). The index is a folder: index.json (which weights, which images), embeddings.npy
+(N, D) of unit vectors, keys.json (N names). The images stay where they are; the page of results holds small copies.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+
+from florence_jax.data.sources import IMAGE_SUFFIXES, FolderSource, Source, open_source
+from florence_jax.errors import UserError
+from florence_jax.evaluators.base import Embedder
+from florence_jax.evaluators.report import Example, matches_html, thumbnail, write_page
+from florence_jax.tasks.encoder import Encoder
+from florence_jax.train.sharding import make_mesh
+
+INDEX_FILE, EMBEDDINGS_FILE, KEYS_FILE = "index.json", "embeddings.npy", "keys.json"
+ROWS = 65536  # searched at once
+DTYPES = ("float32", "float16")
+# Its embedding is kept, to notice an index that is searched with other weights than it was made with.
+MARK = "a photo"
+MARK_TOLERANCE = 1e-2
+
+
+class Index(NamedTuple):
+    """An index on disk. `embeddings` is memory-mapped, (N, D); `keys` are N names; `info` is index.json."""
+
+    embeddings: np.ndarray
+    keys: list[str]
+    info: dict[str, Any]
+
+
+def open_images(spec: str) -> Source:
+    """All image files of a folder, at any depth, sorted; or a source by its name.
+
+    Raises:
+      UserError: for a folder without images, or as `open_source`.
+    """
+    folder = Path(spec)
+    if not folder.is_dir() or list(folder.glob("*.array_record*")):
+        return open_source(spec)
+    files = sorted(f for f in folder.rglob("*") if f.name.lower().endswith(IMAGE_SUFFIXES) and f.is_file())
+    if not files:
+        raise UserError(f"--images={spec}: no image files there ({', '.join(IMAGE_SUFFIXES)})")
+    return FolderSource(str(folder), [{"key": str(f.relative_to(folder)), "caption": ""} for f in files])
+
+
+class Searcher:
+    """Weights on all devices, ready to embed. Arguments as for `Encoder`; `batch_size` images or texts a call."""
+
+    def __init__(self, init: str, tokenizer: str = "", batch_size: int = 256):
+        self.encoder = Encoder(init, tokenizer=tokenizer)
+        mesh = make_mesh(-1, 1)
+        spoken = self.encoder.tokenizer if self.encoder.speaks else None
+        self._embedder = Embedder(self.encoder.predict, spoken, mesh, batch_size)
+        self._params = self.encoder.load_on(mesh)
+
+    def images(self, source: Source, on_corrupt: str = "skip") -> dict[str, np.ndarray]:
+        """Gives "embedding", float32 (n, D) unit vectors, and "index" (n,), rows of the n readable images."""
+        ops = f"{self.encoder.eval_ops}|keep(image)"
+        return self._embedder.images(self._params, source, ops, on_corrupt=on_corrupt)
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 (n, D) of unit vectors; raises `UserError` for weights without a text tower."""
+        if not self.encoder.has_text:
+            raise UserError(f"{self.encoder.description.folder} holds no text tower: query with --image")
+        _ = self.encoder.tokenizer  # raises where nobody named it
+        return self._embedder.texts(self._params, texts)
+
+
+def write_index(out: str, searcher: Searcher, images: str, dtype: str = "float32") -> Index:
+    """Embeds all readable images and writes the folder `out`, which appears only when it is complete.
+
+    Raises:
+      UserError: if `out` exists or cannot be written, or for what reading the images raises.
+    """
+    if Path(out).exists():
+        raise UserError(f"--out={out} exists already: choose another folder, or remove it")
+    source = open_images(images)
+    found = searcher.images(source)
+    keys = [row["key"] for row in source.metadata()]
+    if len(keys) != len(source):  # unreadable records have no key
+        keys = [str(i) for i in range(len(source))]
+    info = {
+        "init": str(Path(searcher.encoder.description.folder).absolute()),
+        "tokenizer": searcher.encoder.tokenizer_spec,
+        "images": str(Path(images).absolute()) if Path(images).exists() else images,
+        "rows": found["index"].tolist(),
+        "mark": searcher.texts([MARK])[0].tolist() if searcher.encoder.speaks else None,
+    }
+    partial = Path(f"{out}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.mkdir(parents=True)
+        np.save(partial / EMBEDDINGS_FILE, found["embedding"].astype(dtype))
+        (partial / KEYS_FILE).write_text(json.dumps([keys[i] for i in found["index"]]) + "\n")
+        (partial / INDEX_FILE).write_text(json.dumps(info) + "\n")
+        partial.rename(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot write --out={out}: {error}; choose a writable folder with space") from error
+    return open_index(out)
+
+
+def open_index(folder: str) -> Index:
+    """Opens an index; raises `UserError` for a folder that is not one."""
+    path = Path(folder)
+    try:
+        info = json.loads((path / INDEX_FILE).read_text())
+        keys = json.loads((path / KEYS_FILE).read_text())
+        embeddings = np.load(path / EMBEDDINGS_FILE, mmap_mode="r")
+        if len(keys) != len(embeddings) or len(keys) != len(info["rows"]):
+            raise ValueError(f"{len(keys)} keys, {len(embeddings)} embeddings")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--index={folder} is not an index ({error}): make one with index embed") from error
+    return Index(embeddings, keys, info)
+
+
+def check_weights(index: Index, searcher: Searcher) -> None:
+    """Raises `UserError` if the weights are not those that the index was made with, as far as it can tell."""
+    width = searcher.encoder.model.config.projection
+    if searcher.encoder.has_text and index.embeddings.shape[1] != width:
+        raise UserError(f"the index has vectors of {index.embeddings.shape[1]} numbers, the weights give {width}")
+    mark = index.info.get("mark")
+    if mark and searcher.encoder.speaks:
+        off = np.abs(searcher.texts([MARK])[0] - np.asarray(mark)).max()
+        if off > MARK_TOLERANCE:
+            raise UserError(
+                f"the weights at {searcher.encoder.description.folder} are not those the index was made with: make the "
+                "index again, or give the right ones with --init"
+            )
+
+
+def search(embeddings: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` nearest rows of each query by cosine, best first; ties in the order of the index.
+
+    Args:
+      embeddings: (N, D) unit vectors, may be memory-mapped: 65,536 rows are read at a time.
+      queries: float32 (Q, D) unit vectors.
+      k: at least 1; cut to N.
+
+    Returns:
+      int (Q, k) rows and float32 (Q, k) cosines.
+    """
+    k = min(k, len(embeddings))
+    rows = np.empty((len(queries), 0), np.int64)
+    cosines = np.empty((len(queries), 0), np.float32)
+    for start in range(0, len(embeddings), ROWS):
+        block = np.asarray(embeddings[start : start + ROWS], np.float32)
+        cosines = np.concatenate([cosines, queries @ block.T], axis=1)
+        new = np.broadcast_to(np.arange(start, start + len(block)), (len(queries), len(block)))
+        rows = np.concatenate([rows, new], axis=1)
+        best = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+        rows, cosines = np.take_along_axis(rows, best, 1), np.take_along_axis(cosines, best, 1)
+    return rows, cosines
+
+
+def results_html(index: Index, queries: Sequence[Example], rows: np.ndarray, cosines: np.ndarray) -> str:
+    """A line of pictures for each query, with names and cosines."""
+    source = open_images(index.info["images"])
+    lines = []
+    for query, found, values in zip(queries, rows, cosines, strict=True):
+        cells = [
+            Example(f"{index.keys[i]} ({value:.3f})", thumbnail(source, index.info["rows"][i]) or None, right=False)
+            for i, value in zip(found, values, strict=True)
+        ]
+        lines.append((query, cells))
+    return matches_html(f"nearest of {len(index.keys)} images", lines, judged=False)
+
+
+def _embed(args: argparse.Namespace) -> None:
+    searcher = Searcher(args.init, args.tokenizer, args.batch_size)
+    index = write_index(args.out, searcher, args.images, args.dtype)
+    print(f"{len(index.keys)} images in {args.out}, {index.embeddings.nbytes / 1e6:.1f} MB of vectors")
+
+
+def _query(args: argparse.Namespace) -> None:
+    if not args.text and not args.image:
+        raise UserError("give what to look for with --text or --image")
+    if args.k < 1:
+        raise UserError(f"--k={args.k} must be at least 1")
+    index = open_index(args.index)
+    searcher = Searcher(args.init or index.info["init"], args.tokenizer or index.info["tokenizer"], 1)
+    check_weights(index, searcher)
+    queries, vectors = [], []
+    if args.text:
+        queries += [Example(text, None, True) for text in args.text]
+        vectors.append(searcher.texts(args.text))
+    if args.image:
+        source = FolderSource("", [{"key": str(Path(file).absolute()), "caption": ""} for file in args.image])
+        queries += [Example(Path(f).name, thumbnail(source, i) or None, True) for i, f in enumerate(args.image)]
+        vectors.append(searcher.images(source, on_corrupt="error")["embedding"])
+    rows, cosines = search(index.embeddings, np.concatenate(vectors), args.k)
+    for query, found, values in zip(queries, rows, cosines, strict=True):
+        print(query.text)
+        for i, value in zip(found, values, strict=True):
+            print(f"  {value:.3f}  {index.keys[i]}")
+    if args.html:
+        title = f"florence_jax index: {args.index}"
+        try:
+            write_page(Path(args.html), title, results_html(index, queries, rows, cosines))
+        except OSError as error:
+            raise UserError(f"cannot write --html={args.html}: {error}") from error
+        print(f"pictures in {args.html}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    embed = commands.add_parser("embed", help="make an index of images")
+    embed.add_argument("--init", default="runs/pretrain/checkpoints", help="weights: a run's or an imported folder")
+    embed.add_argument("--images", required=True, help="folder or data source")
+    embed.add_argument("--out", required=True, help="new folder")
+    embed.add_argument("--dtype", choices=DTYPES, default="float32", help="of the vectors on disk")
+    embed.add_argument("--batch-size", type=int, default=256)
+    query = commands.add_parser("query", help="look for images")
+    query.add_argument("--index", required=True)
+    query.add_argument("--init", default="", help="weights; default: where they were when the index was made")
+    query.add_argument("--text", action="append", help="what to look for; may be repeated")
+    query.add_argument("--image", action="append", help="picture to look for the like of; may be repeated")
+    query.add_argument("--k", type=int, default=10, help="answers to each query")
+    query.add_argument("--html", default="", help="also write a page with the pictures")
+    for command in (embed, query):
+        command.add_argument("--tokenizer", default="", help="default: the one that the weights were trained with")
+    args = parser.parse_args(argv)
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every phase of a restore
+    try:
+        _embed(args) if args.command == "embed" else _query(args)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Retrieval on one's own images: Karpathy's split files, zero-shot and fine-tuned by one command, the index on disk."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_images import run_main, tiny_checkpoint, twenty_images
+
+from florence_jax.data.karpathy import open_karpathy
+from florence_jax.data.sources import open_source
+from florence_jax.errors import UserError
+from florence_jax.evaluators.retrieval import CaptionRetrieval, open_retrieval
+from florence_jax.tools import index as tool
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return twenty_images(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("weights"))
+
+
+def split_file(path, sentences=6):
+    """A file like dataset_coco.json: ten training and ten test images, some of the latter with six sentences."""
+    colours = ("red_things", "green_things", "blue_things", "grey")
+    images = [
+        {
+            "filename": f"{i}.png",
+            "filepath": name,
+            "split": ("train", "restval")[i % 2] if name in colours[:2] else "test",
+            "sentences": [{"raw": f"{name} number {i} said {n} times. "} for n in range(sentences - i % 2)],
+        }
+        for name in colours
+        for i in range(5)
+    ]
+    path.write_text(json.dumps({"dataset": "coco", "images": images}))
+    return str(path)
+
+
+# -- Karpathy's splits ------------------------------------------------------------------------------------------------
+
+
+def test_split_files(pictures, tmp_path):
+    file = split_file(tmp_path / "dataset_coco.json")
+    source = open_source(f"karpathy:{file}:test@{pictures}")
+    assert len(source) == 10 and source[0]["key"] == "blue_things/0.png" and len(source[0]["captions"]) == 6
+    assert source[0]["caption"] == "blue_things number 0 said 0 times." and source[0]["image"][:4] == b"\x89PNG"
+    assert len(open_karpathy(f"karpathy:{file}:train+restval@{pictures}")) == 10
+
+
+@pytest.mark.parametrize(
+    "spec,message",
+    [
+        ("karpathy:{}", "write karpathy:FILE.json:SPLIT@IMAGES"),
+        ("karpathy:{}:validation", "no split 'validation'; the file has restval, test, train"),
+        ("karpathy:gone.json:test", "not a readable Karpathy split file"),
+    ],
+)
+def test_malformed_names(tmp_path, spec, message):
+    with pytest.raises(UserError, match=message):
+        open_source(spec.format(split_file(tmp_path / "dataset_coco.json")))
+
+
+class Known:
+    """An embedder with given embeddings, that counts the texts it is asked for."""
+
+    def __init__(self, images, texts):
+        self._images, self._texts, self.asked = images, texts, []
+
+    def images(self, params, source, ops, context, on_corrupt):
+        return {"embedding": self._images, "index": np.arange(len(self._images))}
+
+    def texts(self, params, texts, what):
+        self.asked += texts
+        return self._texts[: len(texts)]
+
+
+def test_five_captions_an_image_and_equal_captions_of_others_are_wrong(pictures, tmp_path):
+    file = split_file(tmp_path / "d.json")
+    source = open_source(f"karpathy:{file}:test@{pictures}")
+    eye = np.eye(10, dtype=np.float32)
+    known = Known(eye, np.repeat(eye, 5, axis=0))
+    evaluator = open_retrieval("coco", source, "decode", known)
+    assert isinstance(evaluator, CaptionRetrieval)
+    results = evaluator.run(None)
+    assert len(known.asked) == 50 and results["captions"] == 50 and results["images"] == 10
+    assert results["i2t_r@1"] == results["t2i_r@1"] == 1.0
+    assert evaluator.chance["t2i_r@1"] == pytest.approx(0.1) and evaluator.chance["i2t_r@1"] == pytest.approx(0.1)
+    assert "coco: image to text" in evaluator.report()[0]
+    # One caption in five is right, the rest are the next image's: any of the five is enough.
+    shifted = np.where(
+        np.arange(50)[:, None] % 5 == 0, np.repeat(eye, 5, axis=0), np.roll(np.repeat(eye, 5, axis=0), 5, 0)
+    )
+    partly = CaptionRetrieval("coco", source, "decode", Known(eye, shifted)).run(None)
+    assert partly["t2i_r@1"] == pytest.approx(0.2) and partly["i2t_r@1"] == 0.0 and partly["i2t_r@5"] == 1.0
+
+
+# -- by one command ---------------------------------------------------------------------------------------------------
+
+
+def retrieve(mode, workdir, weights, *options):
+    fixed = [f"--config.init={weights}", "--config.eval.batch_size=24", "--config.data.workers=0"]
+    return run_main(f"--config=configs/retrieve.py:mode={mode}", *fixed, f"--workdir={workdir}", *options)
+
+
+def test_zero_shot_retrieval_on_twenty_images(weights, pictures, tmp_path):
+    assert retrieve("zeroshot", tmp_path / "run", weights, f"--config.eval.source={pictures}") == 0
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert found["eval/held_out/images"] == 20 and found["eval/held_out/i2t_r@10"] == 1.0
+    assert "text to image" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_fine_tuned_retrieval_on_a_split_file(weights, pictures, tmp_path):
+    file = split_file(tmp_path / "d.json")
+    options = [f"--config.data.train=karpathy:{file}:train+restval@{pictures}", "--config.epochs=2"]
+    options += [f"--config.eval.source=karpathy:{file}:test@{pictures}"]
+    assert retrieve("finetune", tmp_path / "run", weights, *options) == 0
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert found["step"] == 2 and found["eval/held_out/captions"] == 50  # ten images: a batch of eight, one an epoch
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["captions"] == "captions=1"
+
+
+@pytest.mark.parametrize(
+    "options,message", [(["--config.eval.source="], "needs pairs to search"), (["--config.init=x"], "no weights at x")]
+)
+def test_mistakes_of_retrieval(weights, tmp_path, capsys, options, message):
+    assert retrieve("zeroshot", tmp_path / "run", weights, *options) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+# -- index ------------------------------------------------------------------------------------------------------------
+
+
+def test_search_equals_sorting_whatever_the_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    rows, queries = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(3, 6)).astype(np.float32)
+    rows[20] = rows[3]  # a tie: the earlier row is first
+    expected = np.argsort(-(queries @ rows.T), axis=1, kind="stable")[:, :7]
+    for block in (7, 64):
+        monkeypatch.setattr(tool, "ROWS", block)
+        found, cosines = tool.search(rows, queries, 7)
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_allclose(cosines, np.take_along_axis(queries @ rows.T, expected, 1), rtol=1e-6)
+    assert tool.search(rows[:2], queries, 7)[0].shape == (3, 2)
+
+
+@pytest.fixture(scope="module")
+def made(weights, pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("index") / "made"
+    assert tool.main(["embed", f"--init={weights}", f"--images={pictures}", f"--out={folder}", "--batch-size=24"]) == 0
+    return folder
+
+
+def test_a_picture_finds_itself_and_a_page_shows_it(made, pictures, tmp_path, capsys):
+    page = tmp_path / "found.html"
+    picture = f"{pictures}/grey/3.png"
+    arguments = ["query", f"--index={made}", f"--image={picture}", "--text=<red> things", "--k=4", f"--html={page}"]
+    assert tool.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "<red> things" and lines[5] == "3.png" and lines[6].split() == ["1.000", "grey/3.png"]
+    text = page.read_text()
+    assert "&lt;red&gt; things" in text and text.count("<img") == 9 and "grey/3.png (1.000)" in text
+
+
+def test_an_index_is_whole_or_not_there(made, weights, pictures, tmp_path, capsys):
+    assert sorted(path.name for path in made.iterdir()) == ["embeddings.npy", "index.json", "keys.json"]
+    index = tool.open_index(str(made))
+    assert index.embeddings.shape == (20, 16) and index.keys[0] == "blue_things/0.png"
+    np.testing.assert_allclose(np.linalg.norm(index.embeddings, axis=1), 1, atol=1e-5)
+    assert not list(made.parent.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["embed", "--images={pictures}", "--out={made}"], "exists already"),
+        (["embed", "--images={empty}", "--out={empty}/new"], "no image files there"),
+        (["query", "--index={made}"], "--text or --image"),
+        (["query", "--index={made}", "--text=x", "--k=0"], "--k=0 must be at least 1"),
+        (["query", "--index={empty}", "--text=x"], "is not an index"),
+        (["query", "--index={made}", "--image=gone.png"], "gone.png"),
+    ],
+)
+def test_mistakes_of_the_index(made, weights, pictures, tmp_path, capsys, arguments, message):
+    given = [a.format(made=made, pictures=pictures, empty=tmp_path) for a in arguments]
+    given += [f"--init={weights}"] if given[0] == "embed" else []
+    assert tool.main(given) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_other_weights_are_noticed(made, tmp_path, capsys):
+    info = json.loads((made / "index.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("embeddings.npy", "keys.json"):
+        (other / name).write_bytes((made / name).read_bytes())
+    info["mark"] = [-x for x in info["mark"]]
+    (other / "index.json").write_text(json.dumps(info))
+    assert tool.main(["query", f"--index={other}", "--text=x"]) == 2
+    assert "are not those the index was made with" in capsys.readouterr().err

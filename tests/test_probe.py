@@ -1,0 +1,197 @@
+"""Logistic regression against scikit-learn's, CLIP's search, the probe of a data set, and its benchmark."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression as Theirs
+
+from florence_jax.data.labelled import open_labelled
+from florence_jax.errors import UserError
+from florence_jax.evaluators.base import Embedder
+from florence_jax.evaluators.logistic import Fits, LogisticRegression
+from florence_jax.evaluators.probe import LinearProbe, accuracies, grid_c, hold_out, search_c
+from florence_jax.tools import bench
+from florence_jax.tools.bench_probe import objective
+from florence_jax.train.sharding import make_mesh
+
+CS = [1e2, 1e-6, 1e-2, 1.0]
+MESH = make_mesh(-1, 1)
+
+
+def clusters(classes, count=403, size=12, spread=1.0):
+    """Overlapping clusters with unequal scales and a common offset, as features have."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, classes, count)
+    scale = 3.0 / np.arange(1, size + 1)
+    features = (rng.normal(size=(classes, size))[labels] + spread * rng.normal(size=(count, size))) * scale + 5
+    return features.astype(np.float32), labels.astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return clusters(5)
+
+
+@pytest.fixture(scope="module")
+def fits(data):
+    return LogisticRegression(*data, 5, MESH).fit(CS)
+
+
+def check_against_sklearn(fits, features, labels):
+    for row, c in enumerate(fits.cs):
+        theirs = Theirs(C=c, tol=1e-9, max_iter=10_000).fit(features.astype(np.float64), labels)
+        wanted = objective(features, labels, *weights_of(theirs), c)
+        ours = objective(features, labels, fits.weights[row], fits.bias[row], c)
+        assert ours == pytest.approx(wanted, rel=1e-5)
+        assert fits.objective[row] == pytest.approx(wanted, rel=1e-5)
+        assert abs((fits.scores(row, features).argmax(1) == labels).mean() - theirs.score(features, labels)) < 0.003
+
+
+def weights_of(theirs):
+    if len(theirs.coef_) == 1:
+        return np.concatenate([-theirs.coef_, theirs.coef_]).T / 2, np.concatenate(
+            [-theirs.intercept_, theirs.intercept_]
+        ) / 2
+    return theirs.coef_.T, theirs.intercept_
+
+
+def test_matches_sklearn(data, fits):
+    assert fits.converged.all() and list(fits.cs) == CS and fits.iterations.max() < 100
+    check_against_sklearn(fits, *data)
+
+
+def test_matches_sklearn_on_two_classes():
+    features, labels = clusters(2)
+    check_against_sklearn(LogisticRegression(features, labels, 2, MESH).fit([1e-3, 1.0]), features, labels)
+
+
+def test_lanes_and_devices_do_not_change_the_minimum(data, fits):
+    alone = make_mesh(1, 1, jax.devices()[:1])
+    for mesh, lanes in ((alone, 1), (MESH, 3)):
+        other = LogisticRegression(*data, 5, mesh, lanes=lanes).fit(CS)
+        np.testing.assert_allclose(other.objective, fits.objective, rtol=1e-5)
+        np.testing.assert_allclose(other.scores(2, data[0]), fits.scores(2, data[0]), atol=0.02)
+
+
+def test_bfloat16_features_keep_float32_weights(data, fits):
+    rounded = LogisticRegression(*data, 5, MESH, dtype="bfloat16").fit([1.0, 1e-2])
+    assert rounded.converged.all()
+    np.testing.assert_allclose(rounded.objective, fits.objective[[3, 2]], rtol=2e-3)
+
+
+def test_warm_start_saves_iterations_and_hardly_matters(data, fits):
+    regression = LogisticRegression(*data, 5, MESH)
+    cold, warm = regression.fit([1.0]), regression.fit([1.0], start=fits)
+    assert warm.iterations[0] <= 2 < cold.iterations[0]
+    far = fits._replace(weights=fits.weights * 0 + 40, bias=fits.bias * 100)
+    far.weights[:, 0] = -50
+    recovered = regression.fit([1.0], start=far)
+    for found in (cold, warm, recovered):
+        assert found.objective[0] == pytest.approx(fits.objective[3], rel=1e-5)
+
+
+def test_separable_and_degenerate_features():
+    rng = np.random.default_rng(1)
+    labels = np.repeat(np.arange(3), 4).astype(np.int32)
+    features = np.eye(3, 40, dtype=np.float32)[labels] * 1e3  # 37 constant columns, more columns than rows
+    features[:, 3] = rng.normal(size=12) * 1e-4
+    found = LogisticRegression(features, labels, 3, MESH).fit([1e-3, 1e4])
+    for row in (0, 1):
+        assert np.isfinite(found.weights).all() and (found.scores(row, features).argmax(1) == labels).all()
+    # A class that never occurs must not stop the others.
+    absent = LogisticRegression(features, labels, 4, MESH).fit([1.0])
+    assert np.isfinite(absent.objective).all() and (absent.scores(0, features).argmax(1) == labels).all()
+
+
+def test_iteration_limit_is_reported(data):
+    found = LogisticRegression(*data, 5, MESH).fit([1e2], max_iterations=2)
+    assert found.iterations[0] == 2 and not found.converged[0]
+
+
+def test_mistakes_of_the_regression(data):
+    features, labels = data
+    for arguments, message in (
+        ((features, labels, 4), "labels from 0 to 3"),
+        ((features[:5], labels, 5), "N labels"),
+        ((features * np.inf, labels, 5), "not finite"),
+        ((features, labels, 5, "int8"), "dtype"),
+    ):
+        with pytest.raises(UserError, match=message):
+            LogisticRegression(*arguments[:3], MESH, *arguments[3:])
+    with pytest.raises(UserError, match="positive"):
+        LogisticRegression(features, labels, 5, MESH).fit([0.0])
+
+
+def test_search_halves_the_distance_to_the_peak():
+    asked = []
+
+    def score(cs):
+        asked.append([round(8 * (np.log10(c) + 6)) for c in cs])
+        return [-abs(i - 43) for i in asked[-1]]
+
+    c, tried = search_c(score)
+    assert asked[0] == [0, 16, 32, 48, 64, 80, 96] and asked[1] == [40, 56] and len(asked) == 5
+    assert c == grid_c(43) and len(tried) == 15 and list(tried) == sorted(tried)
+
+
+def test_search_prefers_stronger_penalties_and_stays_on_the_grid():
+    c, tried = search_c(lambda cs: [0.5] * len(cs))
+    assert c == pytest.approx(1e-6) and min(tried) == c
+    c, tried = search_c(lambda cs: [np.log(value) for value in cs])
+    assert c == pytest.approx(1e6) and max(tried) == c
+
+
+def test_hold_out_is_stratified_and_repeatable():
+    labels = np.array([0] * 10 + [1] * 5 + [2])
+    rest, held = hold_out(labels, 0.2, 3)
+    assert np.bincount(labels[held], minlength=3).tolist() == [2, 1, 0]
+    assert sorted([*rest, *held]) == list(range(16))
+    assert np.array_equal(hold_out(labels, 0.2, 3)[1], held) and not np.array_equal(hold_out(labels, 0.2, 4)[1], held)
+    for share, message in ((0.0, "between"), (0.01, "holds none out")):
+        with pytest.raises(UserError, match=message):
+            hold_out(labels, share, 0)
+
+
+def test_mean_per_class_weighs_classes_alike():
+    scores = np.eye(3)[[0, 0, 0, 0, 2]]
+    assert accuracies(scores, np.array([0, 0, 0, 2, 2])) == {"top1": 0.8, "mean_per_class": 0.75}
+
+
+def pixels(params, batch):
+    return batch["image"].astype(jnp.float32).mean(-1).reshape(len(batch["image"]), -1) / params
+
+
+def test_probe_of_the_digits():
+    train, test = open_labelled("digits:train"), open_labelled("digits:test")
+    probe = LinearProbe("digits", train, test, "decode", Embedder({"image": pixels}, None, MESH, 400))
+    results = probe.run(16.0)
+    assert results["images"] == 797 and probe.chance["top1"] == 0.1
+    features = [np.stack([s.source[i]["image"].ravel() / 16 for i in range(len(s.labels))]) for s in (train, test)]
+    theirs = Theirs(C=10 ** results["log10_c"], tol=1e-8, max_iter=10_000).fit(features[0], train.labels)
+    assert results["top1"] == pytest.approx(theirs.score(features[1], test.labels), abs=0.0026)
+    assert results["top1"] > 0.85 and results["validation_top1"] > 0.9
+    assert "polyline" in probe.report()[0]
+    given = LinearProbe("digits", train, test, "decode", Embedder({"image": pixels}, None, MESH, 400), validation=test)
+    assert given.run(16.0)["validation_top1"] >= results["top1"]
+    with pytest.raises(UserError, match="different classes"):
+        LinearProbe("digits", train, open_labelled("emoji:new_names"), "decode", probe._embedder)
+
+
+def test_join_and_take(fits):
+    again = Fits.join([fits.take(np.array([1])), fits.take(np.array([0, 2]))])
+    assert again.cs.tolist() == [CS[1], CS[0], CS[2]] and again.weights.shape == (3, 12, 5)
+
+
+def test_bench_prints_one_line(capsys):
+    arguments = "probe --examples 400 --test 200 --dimensions 16 --classes 4 --cs 1e-2,1 --separation 0.5"
+    assert bench.main(arguments.split()) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    result = json.loads(out)
+    assert result["objective_diff"] < 1e-4 and result["accuracy_diff"] <= 1.0
+    assert result["speedup"] == pytest.approx(result["sklearn_seconds"] / result["seconds"], rel=0.01)
+    assert len(result["objective_diff_default"]) == 2 and result["seconds_again"] > 0
+    assert bench.main(["probe", "--cs", "1,-2"]) == 2
