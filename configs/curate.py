@@ -5,7 +5,7 @@
         --input='web=gs://bucket/crawl/*.tar' --runner=FlinkRunner --beam='--flink_master=host:8081'
     python -m florence_jax.main --config=configs/pretrain.py --config.data.train=runs/curate/output
 
-Arguments: preset = sample | florence | coyo | datacomp_basic. The first command takes under a minute on two CPU cores.
+Arguments: preset = sample | florence | coyo | datacomp_basic; runlocal = the sample. The first command takes under a minute on two CPU cores.
 The presets state published rules; only `sample` has been run by this project, at the size of its sample.
 """
 
@@ -20,7 +20,9 @@ PRESETS = ("sample", "florence", "coyo", "datacomp_basic")
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration for an argument string such as 'preset=coyo'."""
-    given = parse_arg(arg, preset="sample")
+    given = parse_arg(arg, preset="sample", runlocal=False)
+    if given.runlocal:
+        given.preset = "sample"
     if given.preset not in PRESETS:
         raise UserError(f"unknown preset {given.preset!r}; known: {', '.join(PRESETS)}")
     config = ConfigDict(

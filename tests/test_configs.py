@@ -16,11 +16,18 @@ from florence_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 TRAINING = ("pretrain",)
+# These start from other runs or from raw data: test_classify.py, test_index.py and test_curation_sample.py run them.
+ELSEWHERE = ("classify", "retrieve", "curate")
 
 
 def test_every_config_file_is_known_here():
     files = {path.stem for path in (ROOT / "configs").glob("*.py")}
-    assert files - {"common", "__init__"} == set(TRAINING)
+    assert files - {"common", "__init__"} == {*TRAINING, *ELSEWHERE}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_smoke_test_size_builds(name):
+    assert importlib.import_module(f"configs.{name}").get_config("runlocal").lock().is_locked
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -30,7 +30,11 @@ def brightness(images, captions):
 
 def log(workdir, source="p"):
     """{key: (stage, reason, value)} of a run."""
-    rows = [row for path in sorted(Path(workdir, "decisions").glob("log-*.parquet")) for row in pq.read_table(path).to_pylist()]
+    rows = [
+        row
+        for path in sorted(Path(workdir, "decisions").glob("log-*.parquet"))
+        for row in pq.read_table(path).to_pylist()
+    ]
     by_uid = {row["uid"]: (row["stage"], row["reason"], row["value"]) for row in rows}
     assert len(by_uid) == len(rows)
     return {f"{i:04d}": by_uid[uid] for i in range(2000) if (uid := uid_of(source, f"{i:04d}")) in by_uid}
