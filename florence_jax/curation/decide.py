@@ -66,7 +66,7 @@ def split_decided(block: pa.Table, stage: str, decisions: Decisions, config: str
     return block.filter(pa.array(keep)), decision_rows(dropped, stage, [d for d in decisions if d], config)
 
 
-# -- quarantine, validity and size ------------------------------------------------------------------------------------------------
+# -- quarantine, validity and size ------------------------------------------------------------------------------------
 
 
 def quarantine(block: pa.Table, rules: Rules) -> tuple[pa.Table, Decisions]:

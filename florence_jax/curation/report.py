@@ -34,7 +34,8 @@ th { font-weight:600; color:var(--soft); font-size:13px } td.n,th.n { text-align
 .tiles { display:flex; flex-wrap:wrap; gap:10px }
 figure { margin:0; width:150px; background:var(--tile); border:1px solid var(--line); padding:8px; font-size:12px }
 figure .picture { height:96px; display:flex; gap:6px; align-items:center; justify-content:center }
-figure img { max-width:100%; max-height:96px; background:#fff } figure .pair img { max-width:62px } figure .none { color:var(--soft) }
+figure img { max-width:100%; max-height:96px; background:#fff }
+figure .pair img { max-width:62px } figure .none { color:var(--soft) }
 figcaption { margin-top:6px; overflow-wrap:anywhere } figcaption span { color:var(--soft); display:block }
 .slices { display:grid; grid-template-columns:repeat(auto-fit,minmax(300px,1fr)); gap:8px 32px }
 """
