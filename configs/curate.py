@@ -5,8 +5,9 @@
         --input='web=gs://bucket/crawl/*.tar' --runner=FlinkRunner --beam='--flink_master=host:8081'
     python -m florence_jax.main --config=configs/pretrain.py --config.data.train=runs/curate/output
 
-Arguments: preset = sample | florence | coyo | datacomp_basic; runlocal = the sample. The first
-command takes under a minute on two CPU cores. The presets state published rules; only `sample` has been run by this project, at the size of its sample.
+Arguments: preset = sample | florence | coyo | datacomp_basic; runlocal = the sample. The first command takes under a
+minute on two CPU cores. The presets state published rules; only `sample` has been run by this project, at the size of
+its sample.
 """
 
 from ml_collections import ConfigDict
