@@ -18,6 +18,16 @@ from florence_jax.errors import UserError
 from florence_jax.models.florence import VARIANTS
 
 TRAIN_IMAGE_OPS = "decode|rrc({res}, scale=(0.5, 1.0))|flip(0.5)|jitter(0.4, 0.4, 0.4)"
+# Of every variant under 'runlocal': minutes on a laptop, with the variant's own tokens, pooling and masks.
+RUNLOCAL_SIZES = {
+    "res": 32,
+    "window": 4,
+    "image_width": 32,
+    "depths": (2, 2, 2, 2),
+    "text_width": 128,
+    "text_heads": 4,
+    "text_layers": 2,
+}
 EVAL_IMAGE_OPS = "decode|resize({res})|center_crop({res})"
 
 
@@ -31,9 +41,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = common("runs/pretrain")
     config.task = "pretrain"
     config.model = {"variant": given.variant, "overrides": model_overrides()}
+    if given.runlocal:
+        config.model.overrides.update(RUNLOCAL_SIZES)
     if given.res:
         config.model.overrides.res = given.res
-    res = given.res or VARIANTS[given.variant]["res"]
+    res = config.model.overrides.res or VARIANTS[given.variant]["res"]
     config.data = {
         "train": "emoji:train",  # sources joined by '|', each with an optional '*weight'
         "train_image_ops": TRAIN_IMAGE_OPS.format(res=res),
@@ -77,7 +89,7 @@ def _laptop(config: ConfigDict) -> None:
 
 
 def _runlocal(config: ConfigDict) -> None:
-    """A smoke test of any variant: tiny depth, few steps, everything else as in the real run."""
+    """A smoke test of any variant: few steps at `RUNLOCAL_SIZES`, everything else as in the real run."""
     config.batch_size = 16
     config.total_steps = 20
     config.optim.warmup_steps = 5

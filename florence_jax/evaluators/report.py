@@ -101,7 +101,7 @@ def curve(title: str, steps: Sequence[float], series: Mapping[str, Sequence[floa
     ys = [y for line in points.values() for _, y in line]
     if not ys or len(steps) < 2:
         return ""
-    left, right, top, bottom, width, height = 52, 12, 28, 30, 480, 260
+    left, right, top, bottom, width, height = 64, 22, 28, 30, 480, 260
     x0, x1, y0, y1 = min(steps), max(steps), min(ys), max(ys)
     y1 = y1 if y1 > y0 else y0 + 1.0
 

@@ -1,0 +1,57 @@
+"""Every configuration file builds; every one runs two steps at its smoke-test size."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+from tiny_run import tiny_pairs
+
+from configs.common import parse_arg
+from configs.pretrain import get_config
+from florence_jax.errors import UserError
+from florence_jax.models.florence import VARIANTS
+from florence_jax.tasks import create_task
+from florence_jax.train.loop import run
+from florence_jax.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+TRAINING = ("pretrain",)
+
+
+def test_every_config_file_is_known_here():
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")}
+    assert files - {"common", "__init__"} == set(TRAINING)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_runlocal_runs(name, tmp_path):
+    config = importlib.import_module(f"configs.{name}").get_config("runlocal")
+    config.total_steps, config.optim.warmup_steps, config.log.every = 2, 0, 1
+    config.data.train = tiny_pairs(tmp_path / "pairs")  # no evaluation: it has tests of its own
+    config.lock()
+    assert run(config, create_task(config), tmp_path) == 0
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "-" not in name])
+def test_variants_build(variant):
+    task = create_task(get_config(f"variant={variant}").lock())
+    assert task.model.config.res == VARIANTS[variant]["res"]
+    small = create_task(get_config(f"variant={variant},runlocal").lock())
+    assert small.model.config.depths == (2, 2, 2, 2) and small.model.config.res == 32
+
+
+def test_stages():
+    steps = {stage: get_config(f"variant=H,stage={stage}").total_steps for stage in (1, 2, 3)}
+    assert steps == {1: 1_000_000, 2: 180_000, 3: 80_000}
+    assert [get_config(f"stage={stage}").text.templates for stage in (1, 2, 3)] == [True, False, False]
+    config = get_config("variant=H,stage=3,res=384")
+    assert create_task(config.lock()).model.config.window == 12 and "rrc(384," in config.data.train_image_ops
+
+
+def test_argument_strings():
+    assert parse_arg("a=3,c", a=1, b="x", c=False).to_dict() == {"a": 3, "b": "x", "c": True}
+    assert parse_arg(None, a=1).a == 1
+    for wrong, message in (("d=1", "unknown config argument 'd'"), ("a=x", "takes int"), ("c=maybe", "write c")):
+        with pytest.raises(UserError, match=message):
+            parse_arg(wrong, a=1, c=False)
