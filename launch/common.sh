@@ -51,13 +51,16 @@ in_background() {
   children+=("$!")
 }
 
-# wait_fully PID: its exit code, also where signals arrive meanwhile.
+# wait_fully PID: its exit code, also where signals interrupt the waiting, which `wait` shows as a code above 128.
 wait_fully() {
-  local code=0
+  local code=0 again
   wait "$1" || code=$?
-  while kill -0 "$1" 2>/dev/null; do
-    code=0
-    wait "$1" || code=$?
+  while ((code > 128)); do
+    again=0
+    wait "$1" 2>/dev/null || again=$?
+    # 127: nothing is left to wait for; the process itself was ended by a signal.
+    if ((again == 127)) || { ((again == code)) && ! kill -0 "$1" 2>/dev/null; }; then break; fi
+    code=$again
   done
   return "$code"
 }

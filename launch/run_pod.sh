@@ -53,9 +53,9 @@ ensure_slice() {
   read -ra options <<<"$recreate"
   if [[ " $recreate " == *" --queued "* ]]; then queued=(--queued); fi
   slice delete "${queued[@]}" || say "nothing to delete"
-  slice create "${options[@]}" || return
-  if ((${#queued[@]})); then slice wait || return; fi
-  slice install
+  slice create "${options[@]}" || return 1 # whatever went wrong may go right the next time
+  if ((${#queued[@]})); then slice wait || return 1; fi
+  slice install || return 1
 }
 
 attempt() {

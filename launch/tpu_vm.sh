@@ -97,7 +97,7 @@ install() {
   command+=" ~/.local/bin/uv pip install -q --python .venv/bin/python -e '.[tpu]';"
   command+=" .venv/bin/python -c 'import jax, florence_jax; print(\"florence_jax\", florence_jax.__version__, \"jax\", jax.__version__)'"
   tpu tpu-vm ssh --worker=all --command="$command"
-  run rm "$archive"
+  run rm -f "$archive"
 }
 
 # tpu_scp FILE: copies it to the home folder of every machine.

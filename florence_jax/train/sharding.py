@@ -24,14 +24,12 @@ SHARDING_RULES = (
 )
 
 
-def make_mesh(data: int, fsdp: int, devices: list[Any] | None = None) -> Mesh:
-    """A (`data`, `fsdp`) mesh over `devices` (default: all). One of the two may be -1: what is left.
+def mesh_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
+    """The sizes (data, fsdp) of a mesh over `count` devices. One of the two given may be -1: what is left.
 
     Raises:
       UserError: if the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
-    count = len(devices)
     sizes = [data, fsdp]
     if sizes.count(-1) == 1:
         known = max(1, -int(np.prod(sizes)))
@@ -40,7 +38,14 @@ def make_mesh(data: int, fsdp: int, devices: list[Any] | None = None) -> Mesh:
         raise UserError(
             f"mesh data={data}, fsdp={fsdp} does not use the {count} devices; choose sizes with that product"
         )
-    return jax.make_mesh(tuple(sizes), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+    return sizes[0], sizes[1]
+
+
+def make_mesh(data: int, fsdp: int, devices: list[Any] | None = None) -> Mesh:
+    """A (`data`, `fsdp`) mesh over `devices` (default: all); sizes and errors as in `mesh_sizes`."""
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(data, fsdp, len(devices))
+    return jax.make_mesh(sizes, BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
