@@ -16,10 +16,12 @@ import numpy as np
 from florence_jax.errors import UserError
 from florence_jax.models.layers import (
     NORMAL,
+    Dense,
     Dtype,
     LayerNorm,
     Mlp,
     attention,
+    constrain,
     drop_path,
     remat_module,
     split_heads,
@@ -117,7 +119,7 @@ class ConvEmbed(nn.Module):
 
         kernel = self.param("kernel", uniform, shape).astype(self.dtype)
         bias = self.param("bias", uniform, (self.features,)).astype(self.dtype)
-        x = convolve(x, kernel, self.stride, self.padding) + bias.reshape(1, 1, 1, -1)
+        x = constrain(convolve(x, kernel, self.stride, self.padding)) + bias.reshape(1, 1, 1, -1)
         return LayerNorm(dtype=self.dtype, name="norm")(x)
 
 
@@ -142,7 +144,7 @@ class PatchMerging(nn.Module):
         x = pad_to_multiple(x, 2)
         x = jnp.concatenate([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], axis=-1)
         x = LayerNorm(dtype=self.dtype, name="norm")(x)
-        return nn.Dense(self.features, use_bias=False, dtype=self.dtype, kernel_init=NORMAL, name="reduction")(x)
+        return Dense(self.features, use_bias=False, dtype=self.dtype, name="reduction")(x)
 
 
 class WindowAttention(nn.Module):
@@ -159,7 +161,7 @@ class WindowAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """(B, windows, tokens, C) -> the same shape."""
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=NORMAL)
+        dense = functools.partial(Dense, dtype=self.dtype)
         q, k, v = split_heads(dense(3 * x.shape[-1], name="qkv")(x), self.heads)
         entries = (2 * self.window[0] - 1) * (2 * self.window[1] - 1)
         table = self.param("relative_position_bias_table", NORMAL, (entries, self.heads))

@@ -24,7 +24,7 @@ from florence_jax.models.coswin import (
     embedded_size,
     stage_window,
 )
-from florence_jax.models.layers import ACTIVATIONS, NORMAL, unit_norm
+from florence_jax.models.layers import ACTIVATIONS, NORMAL, constrain, unit_norm
 from florence_jax.models.text import POOLINGS, TextTransformer
 from florence_jax.models.vit import ViT, check_patches
 
@@ -215,7 +215,7 @@ class _Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", NORMAL, (x.shape[-1], self.features))
         product = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
-        return unit_norm(product)
+        return constrain(unit_norm(product))
 
 
 class _Florence(nn.Module):

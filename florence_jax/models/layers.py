@@ -5,11 +5,13 @@ statistics and softmax run in float32 whatever the compute dtype.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 from florence_jax.errors import UserError
 
@@ -44,6 +46,22 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
     return x * scale.reshape(*ones, -1) + bias.reshape(*ones, -1)
 
 
+def constrain(x: jax.Array) -> jax.Array:
+    """Keeps the batch, the first axis of `x`, split over all devices of the mesh in context and the other axes whole.
+
+    Said after every product with a parameter that is split over the devices: left to itself, the partitioner splits the
+    channels of the activations as the parameter's are, so that every device holds more of the batch and the devices
+    exchange activations in every layer (tensor parallelism) instead of parameters. Without a mesh, or for a batch that
+    the devices do not divide (the single example of `init`), no change.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    # Inside a shard_map its own axes are already split.
+    axes = tuple(axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
+    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
 class LayerNorm(nn.Module):
     """`layer_norm` with learned scale and bias; the result has `dtype`. Swin's eps is 1e-5 (Flax's default 1e-6)."""
 
@@ -55,7 +73,17 @@ class LayerNorm(nn.Module):
         """(..., C) -> the same shape in `dtype`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return layer_norm(x, scale, bias, self.eps).astype(self.dtype)
+        return constrain(layer_norm(x, scale, bias, self.eps).astype(self.dtype))
+
+
+class Dense(nn.Dense):
+    """Linear layer (..., C) -> (..., features), computed in `dtype`, whose output is split by batch (`constrain`)."""
+
+    kernel_init: Callable[..., jax.Array] = NORMAL
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., C) -> (..., features)."""
+        return constrain(super().__call__(x))
 
 
 class Mlp(nn.Module):
@@ -68,7 +96,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., C) -> the same shape."""
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=NORMAL)
+        dense = functools.partial(Dense, dtype=self.dtype)
         hidden = ACTIVATIONS[self.activation](dense(self.hidden, name="fc1")(x))
         return dense(x.shape[-1], name="fc2")(hidden)
 

@@ -11,10 +11,12 @@ from florence_jax.errors import UserError
 from florence_jax.models.layers import (
     ACTIVATIONS,
     NORMAL,
+    Dense,
     Dtype,
     LayerNorm,
     Mlp,
     attention,
+    constrain,
     remat_module,
     split_heads,
 )
@@ -40,8 +42,8 @@ class TextBlock(nn.Module):
         """(B, L, W) -> the same shape, None."""
         norm = functools.partial(LayerNorm, eps=self.eps, dtype=self.dtype)
         # UniCL leaves the fused qkv at PyTorch's Xavier-uniform; everything else is normal(.02).
-        qkv = nn.Dense(3 * x.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="qkv")
-        proj = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=NORMAL, name="proj")
+        qkv = Dense(3 * x.shape[-1], kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name="qkv")
+        proj = Dense(x.shape[-1], dtype=self.dtype, name="proj")
         q, k, v = split_heads(qkv(norm(name="norm1")(x)), self.heads)
         x = x + proj(attention(q, k, v, bias))
         mlp = Mlp(round(self.mlp_ratio * x.shape[-1]), self.activation, self.dtype, name="mlp")
@@ -101,7 +103,7 @@ class TextTransformer(nn.Module):
         self._check(ids.shape[1])
         embedding = self.param("token_embedding", NORMAL, (self.vocab_size, self.width))
         positions = self.param("position_embedding", NORMAL, (self.length, self.width))
-        x = jnp.take(embedding, ids, axis=0) + positions[None, : ids.shape[1]]
+        x = constrain(jnp.take(embedding, ids, axis=0)) + positions[None, : ids.shape[1]]
         x = self._blocks(x.astype(self.dtype), self._bias(ids))
         x = LayerNorm(eps=self.eps, name="norm")(x)
         return {"tokens": x.astype(self.dtype), "pooled": self._pool(x, ids)}

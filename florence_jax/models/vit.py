@@ -11,7 +11,7 @@ import numpy as np
 
 from florence_jax.errors import UserError
 from florence_jax.models.coswin import bicubic_matrix, convolve
-from florence_jax.models.layers import Dtype, LayerNorm, remat_module
+from florence_jax.models.layers import Dtype, LayerNorm, constrain, remat_module
 from florence_jax.models.text import TextBlock
 
 
@@ -31,7 +31,7 @@ class PatchConv(nn.Module):
             return jax.random.uniform(key, shape, jnp.float32, -1, 1) * (self.side**2 * x.shape[-1]) ** -0.5
 
         kernel = self.param("kernel", uniform, shape).astype(self.dtype)
-        return convolve(x, kernel, self.side, 0)
+        return constrain(convolve(x, kernel, self.side, 0))
 
 
 class ViT(nn.Module):

@@ -1,7 +1,7 @@
 """Compiles the real training step for a TPU slice, without a TPU, and says what it needs.
 
     python -m florence_jax.tools.aot_compile --config=configs/pretrain.py:variant=H --topology=v5p:4x8x8 \
-        --config.batch_size=24576 --config.precision=bfloat16 --config.mesh.fsdp=128
+        --config.batch_size=24576 --config.precision=bfloat16 --config.mesh.fsdp=64
     python -m florence_jax.tools.aot_compile --config=... --topology=v5e:16x16 --search
     python -m florence_jax.tools.aot_compile --config=... --topology=v5p:4x8x8 --shardings=FILE
 

@@ -42,10 +42,21 @@ def mesh_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
 
 
 def make_mesh(data: int, fsdp: int, devices: list[Any] | None = None) -> Mesh:
-    """A (`data`, `fsdp`) mesh over `devices` (default: all); sizes and errors as in `mesh_sizes`."""
+    """A (`data`, `fsdp`) mesh over `devices` (default: all); sizes as in `mesh_sizes`.
+
+    Raises:
+      UserError: as there, or if the sizes are not products of sides of the TPU slice.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(data, fsdp, len(devices))
-    return jax.make_mesh(sizes, BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+    try:
+        return jax.make_mesh(sizes, BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+    except NotImplementedError as error:
+        sides = "x".join(str(1 + max(device.coords[i] for device in devices)) for i in range(3))
+        raise UserError(
+            f"mesh data={sizes[0]}, fsdp={sizes[1]} does not lie along the sides of the {sides} slice: each size must "
+            "be a product of some of the sides"
+        ) from error
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
