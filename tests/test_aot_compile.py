@@ -54,8 +54,8 @@ def run(*arguments):
 
 # -- reading what the compiler wrote ----------------------------------------------------------------------------------
 
-# Shortened from a v5e program: a scan of 3 iterations over an asynchronous gather and a fused reduce-scatter, and in
-# the entry a synchronous all-reduce and a permutation.
+# Shortened from programs for v5e: a scan of 3 iterations over a gather spread over two fusions and a fused
+# reduce-scatter, a loop whose trips the compiler noted, and in the entry an all-reduce and a permutation.
 HLO = """HloModule jit_step, is_scheduled=true, num_partitions=4
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -70,21 +70,37 @@ HLO = """HloModule jit_step, is_scheduled=true, num_partitions=4
   ROOT %slice = f32[2,128]{1,0:T(2,128)} dynamic-slice(%all-reduce.9, %i, %z), dynamic_slice_sizes={2,128}
 }
 
+%async_collective_fusion.1 (p: bf16[2,128], h: f32[8,128]) -> bf16[8,128] {
+  %all-gather.1 = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=1,'axis_1'=4] {'axis_1'}, dimensions={0}
+}
+
+%async_collective_fusion.2 (p: bf16[2,128], h: f32[8,128]) -> bf16[8,128] {
+  %all-gather.2 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=1,'axis_1'=4] {'axis_1'}, dimensions={0}
+}
+
 %body (state: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
   %state = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
-  %all-gather-start.1 = (bf16[2,128]{1,0}, bf16[8,128]{1,0}) all-gather-start(%w), replica_groups=[1,4]<=[4], dimensions={0}
-  %all-gather-done.1 = bf16[8,128]{1,0} all-gather-done(%all-gather-start.1)
+  %fusion.5 = bf16[8,128]{1,0} fusion(%w, %h), kind=kOutput, calls=%async_collective_fusion.1
+  %fusion.6 = bf16[8,128]{1,0} fusion(%w, %h), kind=kOutput, calls=%async_collective_fusion.2
   %fusion.7 = f32[2,128]{1,0:T(2,128)} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %out = (s32[], f32[8,128]) tuple(%n, %h)
 }
 
 %condition (state: (s32[], f32[8,128])) -> pred[] {
-  ROOT %less = pred[] compare(%i, %three), direction=LT
+  %constant.3 = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[] compare(%i, %constant.3), direction=LT
+}
+
+%other_body (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %all-gather-start.1 = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%w), channel_id=8, replica_groups=[1,4]<=[4], dimensions={0}
+  %all-gather-done.1 = bf16[8,8]{1,0} all-gather-done(%all-gather-start.1)
+  ROOT %out = (s32[], f32[8]) tuple(%n, %h)
 }
 
 ENTRY %main (a: f32[8,128]) -> f32[] {
-  %while.1 = (s32[], f32[8,128]) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"},"x":{}}
-  %rs = f32[2,128]{1,0} reduce-scatter(%h), channel_id=6, replica_groups=[1,4]<=[4], dimensions={0}, to_apply=%add
+  %while.1 = (s32[], f32[8,128]) while(%init), condition=%condition, body=%body, metadata={op_name="jit(step)/while"}
+  %while.2 = (s32[], f32[8]) while(%i), condition=%c, body=%other_body, backend_config={"known_trip_count":{"n":"5"},"x":{}}
+  %rs = f32[2,128]{1,0} reduce-scatter(%h), channel_id=6, replica_groups=mesh['axis_0'=1,'axis_1'=4] {'axis_1'}, dimensions={0}, to_apply=%add
   %collective-permute-start.1 = (f32[16]{0}, f32[16]{0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1}}
   ROOT %all-reduce.2 = (f32[], bf16[10]{0}) all-reduce(%b, %c), replica_groups={{0,1,2,3}}, to_apply=%add
 }
@@ -93,7 +109,7 @@ ENTRY %main (a: f32[8,128]) -> f32[] {
 
 def test_collectives_of_a_program_with_a_scan():
     assert aot_report.collectives(HLO) == {
-        "all-gather": {"count": 3, "bytes": 3 * 8 * 128 * 2},
+        "all-gather": {"count": 3 + 5, "bytes": 3 * 8 * 128 * 2 + 5 * 8 * 8 * 2},
         "all-reduce": {"count": 1, "bytes": 4 + 20},
         "reduce-scatter": {"count": 4, "bytes": 4 * 8 * 128 * 4},
         "collective-permute": {"count": 1, "bytes": 64},

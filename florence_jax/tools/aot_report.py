@@ -13,7 +13,10 @@ _TENSOR = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(condition|body|calls|to_apply|\w+_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_CONSTANT = re.compile(r"= s(?:32|64)\[\]\S* constant\((\d+)\)")
+# {{0,1},{2,3}}, or [groups,size]<=[devices], or mesh['a'=2,'b'=4] {'b'}
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[(.*?)\] \{(.*?)\})")
 _SIZE = r"([\d.]+)([KMGT]?)"
 _NEEDED = (
     re.compile(rf"Used {_SIZE} of {_SIZE} hbm", re.IGNORECASE),
@@ -24,9 +27,10 @@ _NEEDED = (
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
     """Communication of one execution of a compiled program, by kind.
 
-    A collective inside a loop counts once per iteration where the compiler knows how many there are (the trip count of
-    a scan; else once). The TPU compiler writes most reduce-scatters as a fusion called all-reduce-scatter around an
-    all-reduce: those count as reduce-scatter.
+    A collective inside a loop counts once per iteration, as many as the compiler noted or as the loop's condition
+    compares with (a scan counts up from 0). The TPU compiler spreads one asynchronous collective over several fusions
+    with the same channel: those count as one. It writes a reduce-scatter as a fusion called all-reduce-scatter around
+    an all-reduce: that counts as reduce-scatter.
 
     Args:
       hlo: text of the optimised module (`compiled.as_text()`).
@@ -35,40 +39,60 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
       kind -> {"count": executions, "bytes": of the whole tensors, on one device: gathered, to be reduced, or
       exchanged}. A ring sends about that much per device (twice that for an all-reduce). Only kinds that occur.
     """
-    bodies, entry = _computations(hlo)
-    totals: dict[str, dict[str, int]] = {}
+    program = _Program(hlo)
+    found: dict[tuple[str, str], tuple[int, int]] = {}  # (kind, channel) -> (executions, bytes)
 
     def visit(name: str, times: int) -> None:
-        for line in bodies.get(name, ()):
+        for line in program.lines.get(name, ()):
             if match := _COLLECTIVE.search(line):
                 kind, size = _collective(match, line, name)
-                total = totals.setdefault(kind, {"count": 0, "bytes": 0})
-                total["count"] += times
-                total["bytes"] += times * size
-            trips = int(_TRIPS.search(line)[1]) if _TRIPS.search(line) else 1
-            called = [match[2] for match in _CALLED.finditer(line)]
-            for match in _BRANCHES.finditer(line):
-                called += re.findall(r"[\w.\-]+", match[1])
-            for other in called:
+                channel = _CHANNEL.search(line)
+                key = (kind, channel[1] if channel else line)
+                found[key] = max(found.get(key, (0, 0)), (times, size))
+            for other, trips in program.called(line):
                 visit(other, times * trips)
 
-    visit(entry, 1)
-    return {kind: totals[kind] for kind in COLLECTIVES if kind in totals}
+    visit(program.entry, 1)
+    return {
+        kind: {
+            "count": sum(times for (other, _), (times, _) in found.items() if other == kind),
+            "bytes": sum(times * size for (other, _), (times, size) in found.items() if other == kind),
+        }
+        for kind in COLLECTIVES
+        if any(kind == other for other, _ in found)
+    }
 
 
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """Computation name -> those of its lines that communicate or call others; and the entry's name."""
-    bodies: dict[str, list[str]] = {}
-    current, entry = "", ""
-    for line in hlo.splitlines():
-        if line and not line[0].isspace():
-            if match := _COMPUTATION.match(line):
-                current = match[1]
-                bodies[current] = []
-                entry = current if line.startswith("ENTRY") else entry
-        elif current and ("=%" in line or "computation" in line or _COLLECTIVE.search(line)):
-            bodies[current].append(line)
-    return bodies, entry
+class _Program:
+    """The computations of a module: `lines` of each that communicate or call others, and the `entry`'s name."""
+
+    def __init__(self, hlo: str):
+        self.lines: dict[str, list[str]] = {}
+        self.entry = ""
+        self._limits: dict[str, int] = {}  # the largest integer constant of a computation
+        current = ""
+        for line in hlo.splitlines():
+            if line and not line[0].isspace():
+                if match := _COMPUTATION.match(line):
+                    current = match[1]
+                    self.lines[current] = []
+                    self.entry = current if line.startswith("ENTRY") else self.entry
+            elif match := _CONSTANT.search(line):
+                self._limits[current] = max(int(match[1]), self._limits.get(current, 0))
+            elif "=%" in line or "computation" in line or _COLLECTIVE.search(line):
+                self.lines[current].append(line)
+
+    def called(self, line: str) -> list[tuple[str, int]]:
+        """(computation, executions) of those that an instruction calls."""
+        roles = [(match[1], match[2]) for match in _CALLED.finditer(line)]
+        for match in _BRANCHES.finditer(line):
+            roles += [("branch", name) for name in re.findall(r"[\w.\-]+", match[1])]
+        names = dict(roles)
+        trips = 1
+        if "condition" in names:
+            noted = _TRIPS.search(line)
+            trips = int(noted[1]) if noted else self._limits.get(names["condition"], 1)
+        return [(name, trips) for _, name in roles]
 
 
 def _collective(match: re.Match, line: str, computation: str) -> tuple[str, int]:
@@ -98,7 +122,11 @@ def _group_size(line: str) -> int:
     match = _GROUPS.search(line)
     if match is None:
         return 1
-    return int(match[3]) if match[3] else len(match[1].split(","))
+    devices, size, mesh, axes = match.groups()
+    if mesh:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+        return math.prod(sizes[axis] for axis in re.findall(r"'(\w+)'", axes))
+    return int(size) if size else len(devices.split(","))
 
 
 def hbm_of_compiled(stats: Any) -> dict[str, int]:
