@@ -81,7 +81,8 @@ def _laptop(config: ConfigDict) -> None:
     config.total_steps = 1500
     config.optim.learning_rate = 8e-4
     config.optim.warmup_steps = 100
-    config.data.captions = "caption=3,keywords=1,group=2"
+    config.data.captions = "caption=3,keywords_joined=1,keywords=1,group=0.5"
+    config.model.overrides.text_length = 16  # names and keywords are short; longer captions of your own need more
     config.data.workers = 0  # two cores: decoding in the trainer's own threads is faster than worker processes
     config.data.cache = True
     config.checkpoint.every = 500

@@ -78,6 +78,7 @@ def test_indivisible_tensors_are_all_named():
     params = {
         "a": {"kernel": jnp.ones((4, 6))},
         "b": {"kernel": jnp.ones((4, 10)), "token_embedding": jnp.ones((8, 3))},
+        "logit_scale": jnp.ones(()),
     }
     with pytest.raises(UserError) as error:
         param_shardings(params, make_mesh(2, 4))

@@ -51,7 +51,7 @@ def make_train_step(
             new["ema"] = optax.incremental_update(params, state["ema"], 1.0 - ema_decay)
         metrics = metrics | {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "skipped_records": skipped.astype(jnp.float32),
             "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
         }
