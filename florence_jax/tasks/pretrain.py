@@ -17,8 +17,9 @@ from florence_jax.data.templates import TEMPLATES
 from florence_jax.data.text import load_tokenizer
 from florence_jax.data.transforms import caption_strings
 from florence_jax.errors import UserError
-from florence_jax.losses.unicl import unicl
+from florence_jax.losses.unicl import unicl, unicl_sharded
 from florence_jax.models import florence
+from florence_jax.train.sharding import ambient_batch_axes
 
 # Channel statistics of ImageNet, in units of a full-scale pixel.
 MEAN = (0.485, 0.456, 0.406)
@@ -46,11 +47,11 @@ class Pretrain:
             raise UserError(f"config.loss={config.loss!r} is unknown; choose 'unicl' or 'clip'")
         self.config = config
         sizes = dict(config.model.overrides)
-        length = sizes.get("text_length", florence.resolve(config.model.variant, **sizes).text_length)
+        length = sizes.get("text_length", florence.resolve_config(config.model.variant, **sizes).text_length)
         self.tokenizer = load_tokenizer(config.text.tokenizer, length)
         sizes.setdefault("vocab_size", self.tokenizer.vocab_size)
         self.model = florence.build(config.model.variant, dtype=config.precision, **sizes)
-        self.flops_per_example = 3.0 * florence.forward_flops(self.model.config)
+        self.flops_per_example = 3.0 * sum(florence.forward_flops(self.model.config).values())
         self.predict = {"image": self._embed_image, "text": self._embed_text}
 
     # -- model ------------------------------------------------------------------------------------------------------
@@ -71,7 +72,9 @@ class Pretrain:
         inputs = {"image": normalise(batch["image"]), "text": batch["text"]}
         out = self.model.apply(params, inputs, train=True, rngs={"drop_path": key})
         labels = jnp.arange(batch["label"].shape[0]) if self.config.loss == "clip" else batch["label"]
-        loss, metrics = unicl(out["image/embedding"], out["text/embedding"], labels, out["logit_scale"])
+        axes = ambient_batch_axes()
+        contrast = functools.partial(unicl_sharded, axes=axes) if axes else unicl
+        loss, metrics = contrast(out["image/embedding"], out["text/embedding"], labels, out["logit_scale"])
         return loss, metrics | {"logit_scale": out["logit_scale"]}
 
     def project(self, params: Any) -> Any:
