@@ -19,9 +19,10 @@ from florence_jax.models.layers import (
     LayerNorm,
     Mlp,
     attention,
-    drop_path,
     remat_module,
+    scale_branch,
     split_heads,
+    survival,
 )
 
 SIZE_MODES = ("classification", "detection")
@@ -148,7 +149,6 @@ class SwinBlock(nn.Module):
       shift: rows and columns the map is rolled by before partitioning; 0 = plain windows.
       mlp_ratio: hidden width of the MLP over C.
       mask_padding: keep padded positions out of the softmax.
-      stochastic: apply stochastic depth with the `rate` given to the call (rng 'drop_path').
     """
 
     heads: int
@@ -156,20 +156,19 @@ class SwinBlock(nn.Module):
     shift: int = 0
     mlp_ratio: int = 4
     mask_padding: bool = False
-    stochastic: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, rate: jax.Array | float = 0.0) -> jax.Array:
-        """(B, H, W, C) -> the same shape; `rate` is the block's stochastic depth rate, a scalar in [0, 1)."""
+    def __call__(self, x: jax.Array, factors: jax.Array | None = None) -> jax.Array:
+        """(B, H, W, C) -> the same shape; `factors` (2, B) are stochastic depth's, of the two branches, or None."""
 
-        def branch(y: jax.Array) -> jax.Array:
-            return drop_path(y, rate, self.make_rng("drop_path")) if self.stochastic else y
+        def branch(y: jax.Array, i: int) -> jax.Array:
+            return y if factors is None else scale_branch(y, factors[i])
 
         norm = functools.partial(LayerNorm, dtype=self.dtype)
-        x = x + branch(self._attend(norm(name="norm1")(x)))
+        x = x + branch(self._attend(norm(name="norm1")(x)), 0)
         mlp = Mlp(self.mlp_ratio * x.shape[-1], "gelu", self.dtype, name="mlp")
-        return x + branch(mlp(norm(name="norm2")(x)))
+        return x + branch(mlp(norm(name="norm2")(x)), 1)
 
     def _attend(self, x: jax.Array) -> jax.Array:
         height, width = x.shape[1:3]
@@ -202,7 +201,7 @@ class SwinBlock(nn.Module):
 class SwinPair(nn.Module):
     """A plain block followed by a shifted one: the unit of Swin's depth, and of the scan over depth.
 
-    `rates` (2,) holds the two blocks' stochastic depth rates. Returns (map, None), the form `nn.scan` wants.
+    Returns (map, None), the form `nn.scan` wants.
     """
 
     heads: int
@@ -210,23 +209,22 @@ class SwinPair(nn.Module):
     shift: int
     mlp_ratio: int = 4
     mask_padding: bool = False
-    stochastic: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, rates: jax.Array) -> tuple[jax.Array, None]:
-        """(B, H, W, C) -> the same shape, None; `rates` float32 (2,)."""
+    def __call__(self, x: jax.Array, factors: jax.Array | None) -> tuple[jax.Array, None]:
+        """(B, H, W, C) -> the same shape, None; `factors` (2, 2, B), stochastic depth's by block and branch, or None."""
         block = functools.partial(
             SwinBlock,
             heads=self.heads,
             window=self.window,
             mlp_ratio=self.mlp_ratio,
             mask_padding=self.mask_padding,
-            stochastic=self.stochastic,
             dtype=self.dtype,
         )
-        x = block(shift=0, name="plain")(x, rates[0])
-        return block(shift=self.shift, name="shifted")(x, rates[1]), None
+        first, second = (None, None) if factors is None else factors
+        x = block(shift=0, name="plain")(x, first)
+        return block(shift=self.shift, name="shifted")(x, second), None
 
 
 def stage_window(height: int, width: int, window: int, size_mode: str) -> tuple[int, int]:
@@ -302,12 +300,15 @@ class CoSwin(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+    def __call__(
+        self, image: jax.Array, train: bool = False, examples: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
         """Encodes images.
 
         Args:
           image: float (B, H, W, 3), normalised.
           train: apply stochastic depth; needs rng 'drop_path' if `drop_path` > 0.
+          examples: int32 (B,), ids by which images draw their stochastic depth; default: positions in the batch.
 
         Returns:
           'stage{i}': (B, h, w, C_i), each stage's map before any output norm; in classification mode 'pooled'
@@ -319,12 +320,16 @@ class CoSwin(nn.Module):
         check_stages(self.width, self.depths, self.heads)
         if self.size_mode not in SIZE_MODES:
             raise UserError(f"size_mode={self.size_mode!r}: choose one of {', '.join(SIZE_MODES)}")
-        rates = np.linspace(0, self.drop_path, sum(self.depths), dtype=np.float32)
+        factors = None
+        if train and self.drop_path > 0:
+            rates = np.linspace(0, self.drop_path, sum(self.depths), dtype=np.float32)
+            examples = jnp.arange(len(image)) if examples is None else examples
+            factors = survival(self.make_rng("drop_path"), rates, examples).reshape(-1, 2, 2, len(image))
         outputs, x = {}, image.astype(self.dtype)
         for i, depth in enumerate(self.depths):
-            start = sum(self.depths[:i])
+            start = sum(self.depths[:i]) // 2
             x = self._embed(i, x)
-            x = self._stage(i, x, rates[start : start + depth].reshape(-1, 2), train)
+            x = self._stage(i, x, None if factors is None else factors[start : start + depth // 2])
             outputs[f"stage{i}"] = x
         if self.size_mode == "detection":
             for i in self.out_stages:
@@ -337,9 +342,10 @@ class CoSwin(nn.Module):
         embed = ConvEmbed(self.width * 2**stage, *STAGE_CONV[min(stage, 1)], self.dtype, name=f"stage{stage}_embed")
         return embed(x)
 
-    def _stage(self, stage: int, x: jax.Array, rates: np.ndarray, train: bool) -> jax.Array:
+    def _stage(self, stage: int, x: jax.Array, factors: jax.Array | None) -> jax.Array:
+        pairs = self.depths[stage] // 2
         window, shift = stage_window(x.shape[1], x.shape[2], self.window, self.size_mode)
-        scanned = self.scan and len(rates) > 1
+        scanned = self.scan and pairs > 1
         pair = remat_module(SwinPair, self.remat, scanned=scanned)
         arguments = dict(
             heads=self.heads[stage],
@@ -347,14 +353,13 @@ class CoSwin(nn.Module):
             shift=shift,
             mlp_ratio=self.mlp_ratio,
             mask_padding=self.mask_padding,
-            stochastic=train and self.drop_path > 0,
             dtype=self.dtype,
         )
         if scanned:
-            pair = nn.scan(pair, variable_axes={"params": 0}, split_rngs={"params": True, "drop_path": True})
-            return pair(**arguments, name=f"stage{stage}_pairs")(x, jnp.asarray(rates))[0]
-        for j, rate in enumerate(rates):
-            x = pair(**arguments, name=f"stage{stage}_pair{j}")(x, jnp.asarray(rate))[0]
+            pair = nn.scan(pair, variable_axes={"params": 0}, split_rngs={"params": True}, length=pairs)
+            return pair(**arguments, name=f"stage{stage}_pairs")(x, factors)[0]
+        for j in range(pairs):
+            x = pair(**arguments, name=f"stage{stage}_pair{j}")(x, None if factors is None else factors[j])[0]
         return x
 
 

@@ -186,7 +186,7 @@ class _Florence(nn.Module):
     def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> dict[str, jax.Array]:
         outputs = {"logit_scale": jnp.exp(self.logit_scale.astype(jnp.float32))}
         if "image" in batch:
-            image = self.image(batch["image"], train)
+            image = self.image(batch["image"], train, batch.get("example"))
             outputs |= {f"image/{name}": value for name, value in image.items()}
             if "pooled" in image:
                 outputs["image/embedding"] = self.image_projection(image["pooled"])
@@ -233,7 +233,8 @@ class Model:
 
         Args:
           params: as returned by `init`.
-          batch: "image" float (B, H, W, 3), already normalised, and/or "text" int32 (B, L); other keys are ignored.
+          batch: "image" float (B, H, W, 3), already normalised, and/or "text" int32 (B, L); "example" int32 (B,), ids
+            by which images draw their stochastic depth, default: positions in the batch. Other keys are ignored.
           train: apply stochastic depth.
           rngs: {'drop_path': key}, needed when `train` and the configured drop_path > 0.
 
@@ -247,7 +248,7 @@ class Model:
         """
         if train and self.config.drop_path > 0 and "image" in batch and "drop_path" not in (rngs or {}):
             raise UserError("training with drop_path > 0 needs rngs={'drop_path': key}")
-        inputs = {name: batch[name] for name in ("image", "text") if name in batch}
+        inputs = {name: batch[name] for name in ("image", "text", "example") if name in batch}
         return self._module.apply({"params": params}, inputs, train, rngs=dict(rngs or {}))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from florence_jax.errors import UserError
 
@@ -102,17 +103,29 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None =
     return out.reshape(*out.shape[:-2], -1)
 
 
-def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array) -> jax.Array:
-    """Stochastic depth (Huang et al. 2016): zeroes whole examples of a branch, survivors divided by 1 - rate.
+def survival(key: jax.Array, rates: np.ndarray, examples: jax.Array) -> jax.Array:
+    """Draws stochastic depth (Huang et al. 2016) for the two residual branches of every block.
+
+    Each example draws from `fold_in(key, its id)`, so that a batch gives the same network to the same example whole,
+    in micro-batches, or spread over devices.
 
     Args:
-      x: (B, ...) a residual branch.
-      rate: probability of dropping, a scalar in [0, 1); may be traced.
-      key: PRNG key; one Bernoulli draw per example.
+      key: PRNG key of the step.
+      rates: float32 (blocks,), the probability of dropping a branch, in [0, 1).
+      examples: int32 (B,), distinct ids, such as positions in the global batch.
+
+    Returns:
+      float32 (blocks, 2, B), factors for `scale_branch`: 0 for a dropped branch, 1 / (1 - rate) for a kept one.
     """
-    keep = jnp.float32(1) - rate
-    mask = jax.random.bernoulli(key, keep, (x.shape[0],)).astype(jnp.float32) / keep
-    return x * mask.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, examples)
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (len(rates), 2)), out_axes=-1)(keys)
+    keep = 1 - rates[:, None, None]
+    return jnp.where(draws < keep, 1 / keep, 0)
+
+
+def scale_branch(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """Multiplies each example of a residual branch (B, ...) by its float32 factor (B,), in the dtype of the branch."""
+    return x * factor.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def unit_norm(x: jax.Array) -> jax.Array:
