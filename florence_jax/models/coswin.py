@@ -5,7 +5,7 @@ Blocks follow Liu et al., "Swin Transformer" (arXiv 2103.14030); embeddings foll
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -15,10 +15,13 @@ import numpy as np
 from florence_jax.errors import UserError
 from florence_jax.models.layers import (
     NORMAL,
+    Dense,
     Dtype,
     LayerNorm,
     Mlp,
+    add_bias,
     attention,
+    attention_core,
     remat_module,
     scale_branch,
     split_heads,
@@ -108,8 +111,8 @@ class ConvEmbed(nn.Module):
             return jax.random.uniform(key, shape, jnp.float32, -1, 1) * (self.kernel**2 * x.shape[-1]) ** -0.5
 
         kernel = self.param("kernel", uniform, shape).astype(self.dtype)
-        bias = self.param("bias", uniform, (self.features,)).astype(self.dtype)
-        x = convolve(x, kernel, self.stride, self.padding) + bias.reshape(1, 1, 1, -1)
+        bias = self.param("bias", uniform, (self.features,))
+        x = add_bias(convolve(x, kernel, self.stride, self.padding), bias)
         return LayerNorm(dtype=self.dtype, name="norm")(x)
 
 
@@ -117,24 +120,25 @@ class WindowAttention(nn.Module):
     """Multi-head attention inside windows with a learned relative position bias (Swin, equation 4).
 
     `x` is (B, windows, tokens, C) with tokens = height * width of `window`; `mask` is None or an additive float32
-    array (windows, tokens, tokens). Returns (B, windows, tokens, C).
+    array (windows, tokens, tokens). Returns (B, windows, tokens, C). `core` is `attention` or a form of it.
     """
 
     heads: int
     window: tuple[int, int]
+    core: Callable[..., jax.Array] = attention
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """(B, windows, tokens, C) -> the same shape."""
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=NORMAL)
+        dense = functools.partial(Dense, dtype=self.dtype)
         q, k, v = split_heads(dense(3 * x.shape[-1], name="qkv")(x), self.heads)
         entries = (2 * self.window[0] - 1) * (2 * self.window[1] - 1)
         table = self.param("relative_position_bias_table", NORMAL, (entries, self.heads))
         bias = table.T[:, relative_position_index(*self.window)][None, None]  # (1, 1, heads, tokens, tokens)
         if mask is not None:
             bias = bias + mask[None, :, None]
-        return dense(x.shape[-1], name="proj")(attention(q, k, v, bias))
+        return dense(x.shape[-1], name="proj")(self.core(q, k, v, bias))
 
 
 class SwinBlock(nn.Module):
@@ -149,6 +153,7 @@ class SwinBlock(nn.Module):
       shift: rows and columns the map is rolled by before partitioning; 0 = plain windows.
       mlp_ratio: hidden width of the MLP over C.
       mask_padding: keep padded positions out of the softmax.
+      core: `attention` or a form of it.
     """
 
     heads: int
@@ -156,6 +161,7 @@ class SwinBlock(nn.Module):
     shift: int = 0
     mlp_ratio: int = 4
     mask_padding: bool = False
+    core: Callable[..., jax.Array] = attention
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -176,7 +182,7 @@ class SwinBlock(nn.Module):
         x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0))) if bottom or right else x
         x = jnp.roll(x, (-self.shift, -self.shift), (1, 2)) if self.shift else x
         windows = _partition(x, self.window)
-        attend = WindowAttention(self.heads, (self.window, self.window), self.dtype, name="attention")
+        attend = WindowAttention(self.heads, (self.window,) * 2, self.core, self.dtype, name="attention")
         windows = attend(windows, self._mask(height, width, bottom, right))
         x = _unpartition(windows, height + bottom, width + right, self.window)
         x = jnp.roll(x, (self.shift, self.shift), (1, 2)) if self.shift else x
@@ -209,17 +215,19 @@ class SwinPair(nn.Module):
     shift: int
     mlp_ratio: int = 4
     mask_padding: bool = False
+    core: Callable[..., jax.Array] = attention
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, factors: jax.Array | None) -> tuple[jax.Array, None]:
-        """(B, H, W, C) -> the same shape, None; `factors` (2, 2, B), stochastic depth's by block and branch, or None."""
+        """(B, H, W, C) -> the same shape, None; `factors` (2, 2, B): stochastic depth's by block, branch."""
         block = functools.partial(
             SwinBlock,
             heads=self.heads,
             window=self.window,
             mlp_ratio=self.mlp_ratio,
             mask_padding=self.mask_padding,
+            core=self.core,
             dtype=self.dtype,
         )
         first, second = (None, None) if factors is None else factors
@@ -280,7 +288,7 @@ class CoSwin(nn.Module):
       mask_padding: detection mode only; keep padded positions out of attention (default: they take part, as in the
         published detectors).
       out_stages: detection mode only; the stages that get a `norm{i}`.
-      remat: 'none' or 'block' (recompute each pair of blocks in the backward pass).
+      remat: one of `layers.REMATS`; the unit is a pair of blocks.
       scan: scan over the pairs of a stage that has several (parameters stacked on axis 0 under `pairs`); otherwise,
         and for a single pair, plain modules `pair0`, `pair1`, ...
       dtype: compute dtype; parameters are float32.
@@ -353,6 +361,7 @@ class CoSwin(nn.Module):
             shift=shift,
             mlp_ratio=self.mlp_ratio,
             mask_padding=self.mask_padding,
+            core=attention_core(self.remat),
             dtype=self.dtype,
         )
         if scanned:

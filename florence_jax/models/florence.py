@@ -1,6 +1,6 @@
 """Florence's two towers, their projections and the temperature, behind a functional seam.
 
-The only names the rest of the project needs are `build`, `Model`, `VARIANTS`, `parameter_count` and
+The only names the rest of the project needs are `build`, `Model`, `VARIANTS`, `REMATS`, `parameter_count` and
 `forward_flops`; no Flax type leaves this folder.
 """
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from florence_jax.errors import UserError
 from florence_jax.models.coswin import SIZE_MODES, STAGE_CONV, CoSwin, check_stages, conv_size, stage_window
-from florence_jax.models.layers import ACTIVATIONS, NORMAL, unit_norm
+from florence_jax.models.layers import ACTIVATIONS, NORMAL, REMATS, unit_norm
 from florence_jax.models.text import POOLINGS, TextTransformer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -35,7 +35,7 @@ class ModelConfig(Mapping):
       text_activation, text_pad_id, text_eot_id: text tower.
       logit_scale_init: initial exp(parameter); 1/0.07 as in CLIP.
       dtype: compute dtype; parameters are float32.
-      remat: 'none' or 'block'. scan: scan over depth instead of unrolling.
+      remat: one of `REMATS`, what the backward pass recomputes. scan: scan over depth instead of unrolling.
     """
 
     variant: str
@@ -129,9 +129,7 @@ def resolve_config(variant: str, **overrides: Any) -> ModelConfig:
 
 
 def _check(config: ModelConfig) -> None:
-    choices = dict(
-        size_mode=SIZE_MODES, text_pooling=POOLINGS, text_activation=ACTIVATIONS, remat=("none", "block"), dtype=DTYPES
-    )
+    choices = dict(size_mode=SIZE_MODES, text_pooling=POOLINGS, text_activation=ACTIVATIONS, remat=REMATS, dtype=DTYPES)
     for name, known in choices.items():
         if config[name] not in known:
             raise UserError(f"{name}={config[name]!r}: choose one of {', '.join(known)}")

@@ -11,10 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from florence_jax.errors import UserError
 
 Dtype = jnp.dtype | str
+
+# What the backward pass recomputes; see `remat_module` and `attention_core`.
+REMATS = ("none", "attention", "block", "dots")
 
 # A plain normal: `jax.nn.initializers.truncated_normal(.02)` cuts at two sigma and has standard deviation .0176.
 NORMAL = nn.initializers.normal(0.02)
@@ -59,6 +63,32 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale, bias, self.eps).astype(self.dtype)
 
 
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """(..., C) plus a float32 (C,), in the dtype of `x`."""
+    # Broadcast first and cast then: the transpose, the sum that is the bias' gradient, so runs in float32. In bfloat16
+    # a sum stands still once it is 256 times its terms.
+    bias = jnp.broadcast_to(bias.reshape(*(1,) * (x.ndim - 1), -1), x.shape)
+    return x + bias.astype(x.dtype)
+
+
+class Dense(nn.Module):
+    """Linear layer with bias, (..., C) -> (..., features), computed in `dtype`; saved by remat='dots'."""
+
+    features: int
+    kernel_init: Callable[..., jax.Array] = NORMAL
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., C) -> (..., features)."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        product = jax.lax.dot_general(
+            x.astype(self.dtype), kernel.astype(self.dtype), (((x.ndim - 1,), (0,)), ((), ()))
+        )
+        return checkpoint_name(add_bias(product, bias), "dense")
+
+
 class Mlp(nn.Module):
     """Two-layer perceptron C -> hidden -> C with biases; x is (..., C)."""
 
@@ -69,7 +99,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., C) -> the same shape."""
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=NORMAL)
+        dense = functools.partial(Dense, dtype=self.dtype)
         hidden = ACTIVATIONS[self.activation](dense(self.hidden, name="fc1")(x))
         return dense(x.shape[-1], name="fc2")(hidden)
 
@@ -100,7 +130,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None =
         logits = logits + bias
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     out = jnp.einsum("...hqk,...khd->...qhd", weights, v)
-    return out.reshape(*out.shape[:-2], -1)
+    return checkpoint_name(out.reshape(*out.shape[:-2], -1), "attention")
 
 
 def survival(key: jax.Array, rates: np.ndarray, examples: jax.Array) -> jax.Array:
@@ -135,12 +165,29 @@ def unit_norm(x: jax.Array) -> jax.Array:
 
 
 def remat_module(module: type[nn.Module], remat: str, *, scanned: bool) -> type[nn.Module]:
-    """The module class, rematerialised in the backward pass if `remat` is 'block'.
+    """The class of a block (or pair of blocks), rematerialised in the backward pass as `remat` says.
+
+    'block' keeps the block's input only. 'dots' keeps the outputs of its linear layers and of attention and recomputes
+    what is cheap: LayerNorm, GELU, the softmax. 'none' and 'attention' leave the block alone (see `attention_core`).
 
     Raises:
-      UserError: `remat` is neither 'none' nor 'block'.
+      UserError: `remat` is not in `REMATS`.
     """
-    if remat not in ("none", "block"):
-        raise UserError(f"remat={remat!r}: choose 'none' or 'block'")
+    if remat not in REMATS:
+        raise UserError(f"remat={remat!r}: choose one of {', '.join(REMATS)}")
+    policies = {
+        "block": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.save_only_these_names("dense", "attention"),
+    }
+    if remat not in policies:
+        return module
     # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-    return nn.remat(module, prevent_cse=not scanned) if remat == "block" else module
+    return nn.remat(module, policy=policies[remat], prevent_cse=not scanned)
+
+
+_recomputed_attention = jax.checkpoint(attention, policy=jax.checkpoint_policies.nothing_saveable)
+
+
+def attention_core(remat: str) -> Callable[..., jax.Array]:
+    """`attention`; for remat='attention' the form that keeps q, k and v and recomputes the logits and the softmax."""
+    return _recomputed_attention if remat == "attention" else attention
