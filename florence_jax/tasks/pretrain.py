@@ -20,8 +20,10 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Embedder, Evaluator
 from florence_jax.evaluators.emoji import EmojiSplit
 from florence_jax.evaluators.retrieval import Retrieval
-from florence_jax.losses.unicl import unicl
+from florence_jax.losses.grad_cache import encode_pairs
+from florence_jax.losses.unicl import unicl, unicl_sharded
 from florence_jax.models import florence
+from florence_jax.train.sharding import ambient_batch_axes
 
 # Channel statistics of ImageNet, in units of a full-scale pixel.
 MEAN = (0.485, 0.456, 0.406)
@@ -83,12 +85,33 @@ class Pretrain:
         return self.model.init(key, batch)
 
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """UniCL over the global batch; with `config.loss='clip'` every pair is its own class."""
-        inputs = {"image": self._normalise(batch["image"]), "text": batch["text"]}
-        out = self.model.apply(params, inputs, train=True, rngs={"drop_path": key})
-        labels = jnp.arange(batch["label"].shape[0]) if self.config.loss == "clip" else batch["label"]
-        loss, metrics = unicl(out["image/embedding"], out["text/embedding"], labels, out["logit_scale"])
-        return loss, metrics | {"logit_scale": out["logit_scale"]}
+        """UniCL over the global batch; with `config.loss='clip'` every pair is its own class.
+
+        With `config.grad_cache.micro_batch` the towers run a micro-batch at a time: same value, same gradients.
+        """
+        axes, cache = ambient_batch_axes(), self.config.grad_cache
+
+        def encode(params: Any, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            inputs = {name: self._normalise(x) if name == "image" else x for name, x in inputs.items()}
+            out = self.model.apply(params, inputs, train=True, rngs={"drop_path": key})
+            return {name: value for name, value in out.items() if name.endswith("/embedding")}
+
+        positions = jnp.arange(batch["label"].shape[0])
+        out = encode_pairs(
+            encode,
+            params,
+            {"image": batch["image"], "example": positions},
+            {"text": batch["text"]},
+            micro_batch=cache.micro_batch,
+            towers=cache.towers,
+            axes=axes,
+            replicated=[axis for axis in axes if axis != "fsdp"],
+        )
+        scale = self.model.apply(params, {})["logit_scale"]
+        labels = positions if self.config.loss == "clip" else batch["label"]
+        contrast = functools.partial(unicl_sharded, axes=axes) if axes else unicl
+        loss, metrics = contrast(out["image/embedding"], out["text/embedding"], labels, scale)
+        return loss, metrics | {"logit_scale": scale}
 
     def project(self, params: Any) -> Any:
         """Clamps the logit scale to CLIP's range."""

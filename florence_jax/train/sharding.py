@@ -64,6 +64,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def ambient_batch_axes() -> tuple[str, ...]:
+    """Batch axes of the mesh in context that have several devices; () without a mesh, or on one device.
+
+    `train.step` sets the mesh while it traces the loss, so that a loss needs no mesh among its arguments.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in BATCH_AXES if shape.get(axis, 1) > 1)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
