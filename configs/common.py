@@ -69,6 +69,7 @@ def common(workdir: str) -> ConfigDict:
                 "b1": 0.9,
                 "b2": 0.98,
                 "eps": 1e-8,
+                "mu_dtype": "float32",  # or 'bfloat16': the first moment in half the memory
                 "weight_decay": 0.1,
                 "clip_norm": 1.0,  # 0: no clipping
                 "ema_decay": 0.0,  # 0: no moving average

@@ -60,6 +60,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "templates": given.stage == 1,  # prompts around one- and two-word captions
     }
     config.loss = "unicl"  # or 'clip': every pair its own class
+    config.grad_cache = {
+        "micro_batch": 0,  # pairs per device encoded together; must divide batch_size / devices. 0: no gradient cache
+        "towers": "both",  # or 'image': the texts are encoded at once
+    }
     config.eval = {
         "every": 5000,  # 0: only at the end
         "batch_size": 256,

@@ -9,7 +9,7 @@ from golden import block_shapes, convert, coswin_params, cosx, embed_shapes, fil
 
 from florence_jax.errors import UserError
 from florence_jax.models import coswin
-from florence_jax.models.layers import drop_path, gelu
+from florence_jax.models.layers import gelu, scale_branch, survival
 
 TINY = dict(width=8, depths=(2, 2), heads=(2, 4), window=4)
 
@@ -161,7 +161,7 @@ def test_mask_of_shifted_padded_map():
 
 def test_stochastic_depth():
     x = jnp.ones((4096, 3))
-    y = drop_path(x, 0.25, jax.random.key(0))
+    y = scale_branch(x, survival(jax.random.key(0), np.float32([0, 0.25]), jnp.arange(4096))[1, 0])
     np.testing.assert_allclose(jnp.unique(y), [0, 4 / 3], rtol=1e-6)
     np.testing.assert_array_equal(y, jnp.broadcast_to(y[:, :1], y.shape))  # whole examples
     np.testing.assert_allclose(y.mean(), 1, atol=0.03)  # 3.3 standard errors

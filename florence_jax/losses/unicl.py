@@ -13,8 +13,12 @@ With all labels distinct this is CLIP's loss; with constant logits it is ln B wh
 mean_i ln|P_i|, reported as `floor`.
 """
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 
 def unicl_reference(
@@ -76,3 +80,63 @@ def unicl(
         "t2i_accuracy": (labels[logits.argmax(axis=0)] == labels).astype(jnp.float32).mean(),
     }
     return loss, metrics
+
+
+def unicl_sharded(
+    image: jax.Array, text: jax.Array, labels: jax.Array, scale: jax.Array | float, axes: Sequence[str]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`unicl` of a batch split over devices: same values, metrics and gradients, B^2 / devices of memory on each.
+
+    Each device gathers the texts and labels and computes the logits of its own images once, for both directions: the
+    log-sum-exp of a row is local, that of a column a reduction of two numbers per column over the devices. Gradients
+    flow through the gather (its transpose is a reduce-scatter), so that they equal those of the global loss on every
+    device. Works on the mesh in context (`jax.set_mesh` or `jax.sharding.use_abstract_mesh`).
+
+    Args:
+      image, text, labels, scale: global arrays, as in `unicl`; B must divide by the number of devices.
+      axes: mesh axes that the batch is split over.
+
+    Returns:
+      (loss, metrics) as `unicl`.
+    """
+    axes, batch = tuple(axes), PartitionSpec(tuple(axes))
+    local = jax.shard_map(
+        functools.partial(_local_rows, axes=axes, size=image.shape[0]),
+        in_specs=(batch, batch, batch, PartitionSpec()),
+        out_specs=PartitionSpec(),
+        axis_names=set(axes),
+    )
+    return local(image, text, labels, jnp.asarray(scale, jnp.float32))
+
+
+def _local_rows(
+    image: jax.Array, text: jax.Array, labels: jax.Array, scale: jax.Array, *, axes: tuple[str, ...], size: int
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One device's part of `unicl_sharded`: image, text (b, D) and labels (b,) are its own of `size` examples."""
+
+    def mean(rows: jax.Array) -> jax.Array:
+        return jax.lax.psum(rows.astype(jnp.float32).sum(), axes) / size
+
+    text = jax.lax.all_gather(text.astype(jnp.float32), axes, tiled=True)
+    all_labels = jax.lax.all_gather(labels, axes, tiled=True)
+    logits = scale * jnp.matmul(image.astype(jnp.float32), text.T, precision="highest")
+    positives = labels[:, None] == all_labels[None, :]
+    count = positives.sum(axis=1).astype(jnp.float32)
+    aligned = mean(jnp.where(positives, logits, 0.0).sum(axis=1) / count)
+    i2t = mean(jax.nn.logsumexp(logits, axis=1)) - aligned
+    # The maximum only keeps exp() in range and cancels in the value: no gradient belongs to it.
+    highest = jax.lax.stop_gradient(logits.max(axis=0))
+    top = jax.lax.pmax(highest, axes)
+    total = jax.lax.psum_scatter(jnp.exp(logits - top[None]).sum(axis=0), axes, tiled=True)
+    t2i = mean(jnp.log(total)) + top.mean() - aligned
+    # Ties go to the lowest row of the whole batch, as in argmax.
+    row = jax.lax.axis_index(axes) * len(labels) + logits.argmax(axis=0)
+    best = jax.lax.pmin(jnp.where(highest == top, row, size), axes)
+    metrics = {
+        "i2t": i2t,
+        "t2i": t2i,
+        "floor": mean(jnp.log(count)),
+        "i2t_accuracy": mean(all_labels[logits.argmax(axis=1)] == labels),
+        "t2i_accuracy": jax.lax.pmean((all_labels[best] == all_labels).astype(jnp.float32).mean(), axes),
+    }
+    return (i2t + t2i) / 2, metrics

@@ -6,7 +6,7 @@ own patch embedding and patch merging, is the option `embedding='patch'`. Maps a
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -16,13 +16,18 @@ import numpy as np
 from florence_jax.errors import UserError
 from florence_jax.models.layers import (
     NORMAL,
+    Dense,
     Dtype,
     LayerNorm,
     Mlp,
+    add_bias,
     attention,
-    drop_path,
+    attention_core,
+    constrain,
     remat_module,
+    scale_branch,
     split_heads,
+    survival,
 )
 
 SIZE_MODES = ("classification", "detection")
@@ -116,8 +121,8 @@ class ConvEmbed(nn.Module):
             return jax.random.uniform(key, shape, jnp.float32, -1, 1) * (self.kernel**2 * x.shape[-1]) ** -0.5
 
         kernel = self.param("kernel", uniform, shape).astype(self.dtype)
-        bias = self.param("bias", uniform, (self.features,)).astype(self.dtype)
-        x = convolve(x, kernel, self.stride, self.padding) + bias.reshape(1, 1, 1, -1)
+        bias = self.param("bias", uniform, (self.features,))
+        x = constrain(add_bias(convolve(x, kernel, self.stride, self.padding), bias))
         return LayerNorm(dtype=self.dtype, name="norm")(x)
 
 
@@ -142,31 +147,33 @@ class PatchMerging(nn.Module):
         x = pad_to_multiple(x, 2)
         x = jnp.concatenate([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], axis=-1)
         x = LayerNorm(dtype=self.dtype, name="norm")(x)
-        return nn.Dense(self.features, use_bias=False, dtype=self.dtype, kernel_init=NORMAL, name="reduction")(x)
+        reduction = nn.Dense(self.features, use_bias=False, dtype=self.dtype, kernel_init=NORMAL, name="reduction")
+        return constrain(reduction(x))
 
 
 class WindowAttention(nn.Module):
     """Multi-head attention inside windows with a learned relative position bias (Swin, equation 4).
 
     `x` is (B, windows, tokens, C) with tokens = height * width of `window`; `mask` is None or an additive float32
-    array (windows, tokens, tokens). Returns (B, windows, tokens, C).
+    array (windows, tokens, tokens). Returns (B, windows, tokens, C). `core` is `attention` or a form of it.
     """
 
     heads: int
     window: tuple[int, int]
+    core: Callable[..., jax.Array] = attention
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """(B, windows, tokens, C) -> the same shape."""
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=NORMAL)
+        dense = functools.partial(Dense, dtype=self.dtype)
         q, k, v = split_heads(dense(3 * x.shape[-1], name="qkv")(x), self.heads)
         entries = (2 * self.window[0] - 1) * (2 * self.window[1] - 1)
         table = self.param("relative_position_bias_table", NORMAL, (entries, self.heads))
         bias = table.T[:, relative_position_index(*self.window)][None, None]  # (1, 1, heads, tokens, tokens)
         if mask is not None:
             bias = bias + mask[None, :, None]
-        return dense(x.shape[-1], name="proj")(attention(q, k, v, bias))
+        return dense(x.shape[-1], name="proj")(self.core(q, k, v, bias))
 
 
 class SwinBlock(nn.Module):
@@ -181,7 +188,7 @@ class SwinBlock(nn.Module):
       shift: rows and columns the map is rolled by before partitioning; 0 = plain windows.
       mlp_ratio: hidden width of the MLP over C.
       mask_padding: keep padded positions out of the softmax.
-      stochastic: apply stochastic depth with the `rate` given to the call (rng 'drop_path').
+      core: `attention` or a form of it.
     """
 
     heads: int
@@ -189,20 +196,20 @@ class SwinBlock(nn.Module):
     shift: int = 0
     mlp_ratio: float = 4
     mask_padding: bool = False
-    stochastic: bool = False
+    core: Callable[..., jax.Array] = attention
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, rate: jax.Array | float = 0.0) -> jax.Array:
-        """(B, H, W, C) -> the same shape; `rate` is the block's stochastic depth rate, a scalar in [0, 1)."""
+    def __call__(self, x: jax.Array, factors: jax.Array | None = None) -> jax.Array:
+        """(B, H, W, C) -> the same shape; `factors` (2, B) are stochastic depth's, of the two branches, or None."""
 
-        def branch(y: jax.Array) -> jax.Array:
-            return drop_path(y, rate, self.make_rng("drop_path")) if self.stochastic else y
+        def branch(y: jax.Array, i: int) -> jax.Array:
+            return y if factors is None else scale_branch(y, factors[i])
 
         norm = functools.partial(LayerNorm, dtype=self.dtype)
-        x = x + branch(self._attend(norm(name="norm1")(x)))
+        x = x + branch(self._attend(norm(name="norm1")(x)), 0)
         mlp = Mlp(round(self.mlp_ratio * x.shape[-1]), "gelu", self.dtype, name="mlp")
-        return x + branch(mlp(norm(name="norm2")(x)))
+        return x + branch(mlp(norm(name="norm2")(x)), 1)
 
     def _attend(self, x: jax.Array) -> jax.Array:
         height, width = x.shape[1:3]
@@ -210,7 +217,7 @@ class SwinBlock(nn.Module):
         x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0))) if bottom or right else x
         x = jnp.roll(x, (-self.shift, -self.shift), (1, 2)) if self.shift else x
         windows = _partition(x, self.window)
-        attend = WindowAttention(self.heads, (self.window, self.window), self.dtype, name="attention")
+        attend = WindowAttention(self.heads, (self.window,) * 2, self.core, self.dtype, name="attention")
         windows = attend(windows, self._mask(height, width, bottom, right))
         x = _unpartition(windows, height + bottom, width + right, self.window)
         x = jnp.roll(x, (self.shift, self.shift), (1, 2)) if self.shift else x
@@ -235,7 +242,7 @@ class SwinBlock(nn.Module):
 class SwinPair(nn.Module):
     """A plain block followed by a shifted one: the unit of Swin's depth, and of the scan over depth.
 
-    `rates` (2,) holds the two blocks' stochastic depth rates. Returns (map, None), the form `nn.scan` wants.
+    Returns (map, None), the form `nn.scan` wants.
     """
 
     heads: int
@@ -243,23 +250,24 @@ class SwinPair(nn.Module):
     shift: int
     mlp_ratio: float = 4
     mask_padding: bool = False
-    stochastic: bool = False
+    core: Callable[..., jax.Array] = attention
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, rates: jax.Array) -> tuple[jax.Array, None]:
-        """(B, H, W, C) -> the same shape, None; `rates` float32 (2,)."""
+    def __call__(self, x: jax.Array, factors: jax.Array | None) -> tuple[jax.Array, None]:
+        """(B, H, W, C) -> the same shape, None; `factors` (2, 2, B): stochastic depth's by block, branch."""
         block = functools.partial(
             SwinBlock,
             heads=self.heads,
             window=self.window,
             mlp_ratio=self.mlp_ratio,
             mask_padding=self.mask_padding,
-            stochastic=self.stochastic,
+            core=self.core,
             dtype=self.dtype,
         )
-        x = block(shift=0, name="plain")(x, rates[0])
-        return block(shift=self.shift, name="shifted")(x, rates[1]), None
+        first, second = (None, None) if factors is None else factors
+        x = block(shift=0, name="plain")(x, first)
+        return block(shift=self.shift, name="shifted")(x, second), None
 
 
 def stage_window(height: int, width: int, window: int, size_mode: str) -> tuple[int, int]:
@@ -317,7 +325,7 @@ class CoSwin(nn.Module):
       mask_padding: detection mode only; keep padded positions out of attention (default: they take part, as in the
         published detectors).
       out_stages: detection mode only; the stages that get a `norm{i}`.
-      remat: 'none' or 'block' (recompute each pair of blocks in the backward pass).
+      remat: one of `layers.REMATS`; the unit is a pair of blocks.
       scan: scan over the pairs of a stage that has several (parameters stacked on axis 0 under `pairs`); otherwise,
         and for a single pair, plain modules `pair0`, `pair1`, ...
       dtype: compute dtype; parameters are float32.
@@ -338,12 +346,15 @@ class CoSwin(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+    def __call__(
+        self, image: jax.Array, train: bool = False, examples: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
         """Encodes images.
 
         Args:
           image: float (B, H, W, 3), normalised.
           train: apply stochastic depth; needs rng 'drop_path' if `drop_path` > 0.
+          examples: int32 (B,), ids by which images draw their stochastic depth; default: positions in the batch.
 
         Returns:
           'stage{i}': (B, h, w, C_i), each stage's map before any output norm; in classification mode 'pooled'
@@ -357,12 +368,16 @@ class CoSwin(nn.Module):
             raise UserError(f"size_mode={self.size_mode!r}: choose one of {', '.join(SIZE_MODES)}")
         if self.embedding not in EMBEDDINGS:
             raise UserError(f"embedding={self.embedding!r}: choose one of {', '.join(EMBEDDINGS)}")
-        rates = np.linspace(0, self.drop_path, sum(self.depths), dtype=np.float32)
+        factors = None
+        if train and self.drop_path > 0:
+            rates = np.linspace(0, self.drop_path, sum(self.depths), dtype=np.float32)
+            examples = jnp.arange(len(image)) if examples is None else examples
+            factors = survival(self.make_rng("drop_path"), rates, examples).reshape(-1, 2, 2, len(image))
         outputs, x = {}, image.astype(self.dtype)
         for i, depth in enumerate(self.depths):
-            start = sum(self.depths[:i])
+            start = sum(self.depths[:i]) // 2
             x = self._embed(i, x)
-            x = self._stage(i, x, rates[start : start + depth].reshape(-1, 2), train)
+            x = self._stage(i, x, None if factors is None else factors[start : start + depth // 2])
             outputs[f"stage{i}"] = x
         if self.size_mode == "detection":
             for i in self.out_stages:
@@ -379,9 +394,10 @@ class CoSwin(nn.Module):
             return PatchMerging(features, self.dtype, name=name)(x)
         return ConvEmbed(features, 4, 4, 0, self.dtype, name=name)(pad_to_multiple(x, 4))
 
-    def _stage(self, stage: int, x: jax.Array, rates: np.ndarray, train: bool) -> jax.Array:
+    def _stage(self, stage: int, x: jax.Array, factors: jax.Array | None) -> jax.Array:
+        pairs = self.depths[stage] // 2
         window, shift = stage_window(x.shape[1], x.shape[2], self.window, self.size_mode)
-        scanned = self.scan and len(rates) > 1
+        scanned = self.scan and pairs > 1
         pair = remat_module(SwinPair, self.remat, scanned=scanned)
         arguments = dict(
             heads=self.heads[stage],
@@ -389,14 +405,14 @@ class CoSwin(nn.Module):
             shift=shift,
             mlp_ratio=self.mlp_ratio,
             mask_padding=self.mask_padding,
-            stochastic=train and self.drop_path > 0,
+            core=attention_core(self.remat),
             dtype=self.dtype,
         )
         if scanned:
-            pair = nn.scan(pair, variable_axes={"params": 0}, split_rngs={"params": True, "drop_path": True})
-            return pair(**arguments, name=f"stage{stage}_pairs")(x, jnp.asarray(rates))[0]
-        for j, rate in enumerate(rates):
-            x = pair(**arguments, name=f"stage{stage}_pair{j}")(x, jnp.asarray(rate))[0]
+            pair = nn.scan(pair, variable_axes={"params": 0}, split_rngs={"params": True}, length=pairs)
+            return pair(**arguments, name=f"stage{stage}_pairs")(x, factors)[0]
+        for j in range(pairs):
+            x = pair(**arguments, name=f"stage{stage}_pair{j}")(x, None if factors is None else factors[j])[0]
         return x
 
 

@@ -1,6 +1,6 @@
 """Florence's two towers, their projections and the temperature, behind a functional seam.
 
-The only names the rest of the project needs are `build`, `Model`, `VARIANTS`, `parameter_count` and
+The only names the rest of the project needs are `build`, `Model`, `VARIANTS`, `REMATS`, `parameter_count` and
 `forward_flops`; no Flax type leaves this folder.
 """
 
@@ -24,7 +24,7 @@ from florence_jax.models.coswin import (
     embedded_size,
     stage_window,
 )
-from florence_jax.models.layers import ACTIVATIONS, NORMAL, unit_norm
+from florence_jax.models.layers import ACTIVATIONS, NORMAL, REMATS, constrain, unit_norm
 from florence_jax.models.text import POOLINGS, TextTransformer
 from florence_jax.models.vit import ViT, check_patches
 
@@ -49,7 +49,7 @@ class ModelConfig(Mapping):
       text_activation, text_pad_id, text_eot_id: text tower.
       logit_scale_init: initial exp(parameter); 1/0.07 as in CLIP.
       dtype: compute dtype; parameters are float32.
-      remat: 'none' or 'block'. scan: scan over depth instead of unrolling.
+      remat: one of `REMATS`, what the backward pass recomputes. scan: scan over depth instead of unrolling.
     """
 
     variant: str
@@ -169,7 +169,7 @@ def resolve_config(variant: str, **overrides: Any) -> ModelConfig:
 def _check(config: ModelConfig) -> None:
     choices = dict(
         image_tower=IMAGE_TOWERS, embedding=EMBEDDINGS, image_activation=ACTIVATIONS, size_mode=SIZE_MODES,
-        text_pooling=POOLINGS, text_activation=ACTIVATIONS, remat=("none", "block"), dtype=DTYPES,
+        text_pooling=POOLINGS, text_activation=ACTIVATIONS, remat=REMATS, dtype=DTYPES,
     )  # fmt: skip
     for name, known in choices.items():
         if config[name] not in known:
@@ -215,7 +215,7 @@ class _Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", NORMAL, (x.shape[-1], self.features))
         product = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
-        return unit_norm(product)
+        return constrain(unit_norm(product))
 
 
 class _Florence(nn.Module):
@@ -247,7 +247,7 @@ class _Florence(nn.Module):
     def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> dict[str, jax.Array]:
         outputs = {"logit_scale": jnp.exp(self.logit_scale.astype(jnp.float32))}
         if "image" in batch:
-            image = self.image(batch["image"], train)
+            image = self.image(batch["image"], train, batch.get("example"))
             outputs |= {f"image/{name}": value for name, value in image.items()}
             if "pooled" in image:
                 outputs["image/embedding"] = self.image_projection(image["pooled"])
@@ -294,7 +294,8 @@ class Model:
 
         Args:
           params: as returned by `init`.
-          batch: "image" float (B, H, W, 3), already normalised, and/or "text" int32 (B, L); other keys are ignored.
+          batch: "image" float (B, H, W, 3), already normalised, and/or "text" int32 (B, L); "example" int32 (B,), ids
+            by which images draw their stochastic depth, default: positions in the batch. Other keys are ignored.
           train: apply stochastic depth.
           rngs: {'drop_path': key}, needed when `train` and the configured drop_path > 0.
 
@@ -309,7 +310,7 @@ class Model:
         """
         if train and self.config.drop_path > 0 and "image" in batch and "drop_path" not in (rngs or {}):
             raise UserError("training with drop_path > 0 needs rngs={'drop_path': key}")
-        inputs = {name: batch[name] for name in ("image", "text") if name in batch}
+        inputs = {name: batch[name] for name in ("image", "text", "example") if name in batch}
         return self._module.apply({"params": params}, inputs, train, rngs=dict(rngs or {}))
 
 

@@ -5,15 +5,22 @@ statistics and softmax run in float32 whatever the compute dtype.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, PartitionSpec
 
 from florence_jax.errors import UserError
 
 Dtype = jnp.dtype | str
+
+# What the backward pass recomputes; see `remat_module` and `attention_core`.
+REMATS = ("none", "attention", "block", "dots")
 
 # A plain normal: `jax.nn.initializers.truncated_normal(.02)` cuts at two sigma and has standard deviation .0176.
 NORMAL = nn.initializers.normal(0.02)
@@ -44,6 +51,22 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
     return x * scale.reshape(*ones, -1) + bias.reshape(*ones, -1)
 
 
+def constrain(x: jax.Array) -> jax.Array:
+    """Keeps the batch, the first axis of `x`, split over all devices of the mesh in context and the other axes whole.
+
+    Said after every product with a parameter that is split over the devices: left to itself, the partitioner splits the
+    channels of the activations as the parameter's are, so that every device holds more of the batch and the devices
+    exchange activations in every layer (tensor parallelism) instead of parameters. Without a mesh, or for a batch that
+    the devices do not divide (the single example of `init`), no change.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    # Inside a shard_map its own axes are already split.
+    axes = tuple(axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
+    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
 class LayerNorm(nn.Module):
     """`layer_norm` with learned scale and bias; the result has `dtype`. Swin's eps is 1e-5 (Flax's default 1e-6)."""
 
@@ -55,7 +78,36 @@ class LayerNorm(nn.Module):
         """(..., C) -> the same shape in `dtype`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return layer_norm(x, scale, bias, self.eps).astype(self.dtype)
+        return constrain(layer_norm(x, scale, bias, self.eps).astype(self.dtype))
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """(..., C) plus a float32 (C,), in the dtype of `x`."""
+    # Broadcast first and cast then: the transpose, the sum that is the bias' gradient, so runs in float32. In bfloat16
+    # a sum stands still once it is 256 times its terms.
+    bias = jnp.broadcast_to(bias.reshape(*(1,) * (x.ndim - 1), -1), x.shape)
+    return x + bias.astype(x.dtype)
+
+
+class Dense(nn.Module):
+    """Linear layer with bias, (..., C) -> (..., features), computed in `dtype`; saved by remat='dots'.
+
+    Over several devices its output is split by batch, see `constrain`.
+    """
+
+    features: int
+    kernel_init: Callable[..., jax.Array] = NORMAL
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., C) -> (..., features)."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        product = jax.lax.dot_general(
+            x.astype(self.dtype), kernel.astype(self.dtype), (((x.ndim - 1,), (0,)), ((), ()))
+        )
+        return checkpoint_name(constrain(add_bias(product, bias)), "dense")
 
 
 class Mlp(nn.Module):
@@ -68,7 +120,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., C) -> the same shape."""
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=NORMAL)
+        dense = functools.partial(Dense, dtype=self.dtype)
         hidden = ACTIVATIONS[self.activation](dense(self.hidden, name="fc1")(x))
         return dense(x.shape[-1], name="fc2")(hidden)
 
@@ -99,20 +151,32 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None =
         logits = logits + bias
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     out = jnp.einsum("...hqk,...khd->...qhd", weights, v)
-    return out.reshape(*out.shape[:-2], -1)
+    return checkpoint_name(out.reshape(*out.shape[:-2], -1), "attention")
 
 
-def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array) -> jax.Array:
-    """Stochastic depth (Huang et al. 2016): zeroes whole examples of a branch, survivors divided by 1 - rate.
+def survival(key: jax.Array, rates: np.ndarray, examples: jax.Array) -> jax.Array:
+    """Draws stochastic depth (Huang et al. 2016) for the two residual branches of every block.
+
+    Each example draws from `fold_in(key, its id)`, so that a batch gives the same network to the same example whole,
+    in micro-batches, or spread over devices.
 
     Args:
-      x: (B, ...) a residual branch.
-      rate: probability of dropping, a scalar in [0, 1); may be traced.
-      key: PRNG key; one Bernoulli draw per example.
+      key: PRNG key of the step.
+      rates: float32 (blocks,), the probability of dropping a branch, in [0, 1).
+      examples: int32 (B,), distinct ids, such as positions in the global batch.
+
+    Returns:
+      float32 (blocks, 2, B), factors for `scale_branch`: 0 for a dropped branch, 1 / (1 - rate) for a kept one.
     """
-    keep = jnp.float32(1) - rate
-    mask = jax.random.bernoulli(key, keep, (x.shape[0],)).astype(jnp.float32) / keep
-    return x * mask.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, examples)
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (len(rates), 2)), out_axes=-1)(keys)
+    keep = 1 - rates[:, None, None]
+    return jnp.where(draws < keep, 1 / keep, 0)
+
+
+def scale_branch(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """Multiplies each example of a residual branch (B, ...) by its float32 factor (B,), in the dtype of the branch."""
+    return x * factor.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def unit_norm(x: jax.Array) -> jax.Array:
@@ -122,12 +186,29 @@ def unit_norm(x: jax.Array) -> jax.Array:
 
 
 def remat_module(module: type[nn.Module], remat: str, *, scanned: bool) -> type[nn.Module]:
-    """The module class, rematerialised in the backward pass if `remat` is 'block'.
+    """The class of a block (or pair of blocks), rematerialised in the backward pass as `remat` says.
+
+    'block' keeps the block's input only. 'dots' keeps the outputs of its linear layers and of attention and recomputes
+    what is cheap: LayerNorm, GELU, the softmax. 'none' and 'attention' leave the block alone (see `attention_core`).
 
     Raises:
-      UserError: `remat` is neither 'none' nor 'block'.
+      UserError: `remat` is not in `REMATS`.
     """
-    if remat not in ("none", "block"):
-        raise UserError(f"remat={remat!r}: choose 'none' or 'block'")
+    if remat not in REMATS:
+        raise UserError(f"remat={remat!r}: choose one of {', '.join(REMATS)}")
+    policies = {
+        "block": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.save_only_these_names("dense", "attention"),
+    }
+    if remat not in policies:
+        return module
     # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-    return nn.remat(module, prevent_cse=not scanned) if remat == "block" else module
+    return nn.remat(module, policy=policies[remat], prevent_cse=not scanned)
+
+
+_recomputed_attention = jax.checkpoint(attention, policy=jax.checkpoint_policies.nothing_saveable)
+
+
+def attention_core(remat: str) -> Callable[..., jax.Array]:
+    """`attention`; for remat='attention' the form that keeps q, k and v and recomputes the logits and the softmax."""
+    return _recomputed_attention if remat == "attention" else attention

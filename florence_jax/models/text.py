@@ -1,6 +1,7 @@
 """The text tower: CLIP's transformer (Radford et al. 2021), with UniCL's options (Yang et al. 2022)."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -11,10 +12,13 @@ from florence_jax.errors import UserError
 from florence_jax.models.layers import (
     ACTIVATIONS,
     NORMAL,
+    Dense,
     Dtype,
     LayerNorm,
     Mlp,
     attention,
+    attention_core,
+    constrain,
     remat_module,
     split_heads,
 )
@@ -25,14 +29,15 @@ POOLINGS = ("eot", "first", "eos", "mean")
 class TextBlock(nn.Module):
     """Pre-norm transformer block: (B, L, W) -> (B, L, W).
 
-    `bias` is the additive float32 attention bias, broadcastable to (B, heads, L, L), of the same rank, or None.
-    Returns (x, None), the form `nn.scan` wants.
+    `bias` is the additive float32 attention bias, broadcastable to (B, heads, L, L), of the same rank, or None; `core`
+    is `attention` or a form of it. Returns (x, None), the form `nn.scan` wants.
     """
 
     heads: int
     activation: str = "quick_gelu"
     mlp_ratio: float = 4
     eps: float = 1e-5
+    core: Callable[..., jax.Array] = attention
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -40,10 +45,10 @@ class TextBlock(nn.Module):
         """(B, L, W) -> the same shape, None."""
         norm = functools.partial(LayerNorm, eps=self.eps, dtype=self.dtype)
         # UniCL leaves the fused qkv at PyTorch's Xavier-uniform; everything else is normal(.02).
-        qkv = nn.Dense(3 * x.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="qkv")
-        proj = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=NORMAL, name="proj")
+        qkv = Dense(3 * x.shape[-1], nn.initializers.xavier_uniform(), self.dtype, name="qkv")
+        proj = Dense(x.shape[-1], dtype=self.dtype, name="proj")
         q, k, v = split_heads(qkv(norm(name="norm1")(x)), self.heads)
-        x = x + proj(attention(q, k, v, bias))
+        x = x + proj(self.core(q, k, v, bias))
         mlp = Mlp(round(self.mlp_ratio * x.shape[-1]), self.activation, self.dtype, name="mlp")
         return x + mlp(norm(name="norm2")(x)), None
 
@@ -64,7 +69,7 @@ class TextTransformer(nn.Module):
       eps: of LayerNorm; 1e-5 in CLIP, 1e-12 in UniCL's checkpoints.
       activation: 'quick_gelu' (CLIP) or 'gelu'.
       pad_id, eot_id: the tokenizer's padding and end-of-text ids.
-      remat: 'none' or 'block'.
+      remat: one of `layers.REMATS`; the unit is a block.
       scan: scan over the layers if there are more than two (parameters stacked on axis 0 under `layers`); otherwise
         plain modules `layer0`, `layer1`, ...
       dtype: compute dtype; parameters are float32.
@@ -101,7 +106,7 @@ class TextTransformer(nn.Module):
         self._check(ids.shape[1])
         embedding = self.param("token_embedding", NORMAL, (self.vocab_size, self.width))
         positions = self.param("position_embedding", NORMAL, (self.length, self.width))
-        x = jnp.take(embedding, ids, axis=0) + positions[None, : ids.shape[1]]
+        x = constrain(jnp.take(embedding, ids, axis=0)) + positions[None, : ids.shape[1]]
         x = self._blocks(x.astype(self.dtype), self._bias(ids))
         x = LayerNorm(eps=self.eps, name="norm")(x)
         return {"tokens": x.astype(self.dtype), "pooled": self._pool(x, ids)}
@@ -127,7 +132,13 @@ class TextTransformer(nn.Module):
     def _blocks(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         scanned = self.scan and self.layers > 2
         block = remat_module(TextBlock, self.remat, scanned=scanned)
-        block_args = dict(heads=self.heads, activation=self.activation, eps=self.eps, dtype=self.dtype)
+        block_args = dict(
+            heads=self.heads,
+            activation=self.activation,
+            eps=self.eps,
+            core=attention_core(self.remat),
+            dtype=self.dtype,
+        )
         if scanned:
             block = nn.scan(
                 block,

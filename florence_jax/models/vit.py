@@ -11,7 +11,7 @@ import numpy as np
 
 from florence_jax.errors import UserError
 from florence_jax.models.coswin import bicubic_matrix, convolve
-from florence_jax.models.layers import Dtype, LayerNorm, remat_module
+from florence_jax.models.layers import Dtype, LayerNorm, attention_core, constrain, remat_module
 from florence_jax.models.text import TextBlock
 
 
@@ -31,7 +31,7 @@ class PatchConv(nn.Module):
             return jax.random.uniform(key, shape, jnp.float32, -1, 1) * (self.side**2 * x.shape[-1]) ** -0.5
 
         kernel = self.param("kernel", uniform, shape).astype(self.dtype)
-        return convolve(x, kernel, self.side, 0)
+        return constrain(convolve(x, kernel, self.side, 0))
 
 
 class ViT(nn.Module):
@@ -45,7 +45,7 @@ class ViT(nn.Module):
       res: side of the square image; fixes the number of position embeddings.
       mlp_ratio: hidden width of the MLPs over W.
       activation: 'quick_gelu' (OpenAI's weights) or 'gelu' (most of OpenCLIP's).
-      remat: 'none' or 'block'.
+      remat: one of `layers.REMATS`; the unit is a block.
       scan: scan over the layers if there are more than two (parameters stacked on axis 0 under `layers`); otherwise
         plain modules `layer0`, `layer1`, ...
       dtype: compute dtype; parameters are float32.
@@ -63,12 +63,14 @@ class ViT(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+    def __call__(
+        self, image: jax.Array, train: bool = False, examples: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
         """Encodes images.
 
         Args:
           image: float (B, res, res, 3), normalised.
-          train: ignored; the tower has no stochastic depth.
+          train, examples: ignored; the tower has no stochastic depth.
 
         Returns:
           'stage0': (B, h, w, W), the patches' states after the last block; 'pooled': float32 (B, W), the class
@@ -77,7 +79,7 @@ class ViT(nn.Module):
         Raises:
           UserError: an image of another size than `res`, or a `res` that does not divide by the patch size.
         """
-        del train
+        del train, examples
         check_patches(self.res, self.patch_size)
         if image.shape[1:3] != (self.res, self.res):
             raise UserError(
@@ -98,7 +100,12 @@ class ViT(nn.Module):
         scanned = self.scan and self.layers > 2
         block = remat_module(TextBlock, self.remat, scanned=scanned)
         block_args = dict(
-            heads=self.heads, activation=self.activation, mlp_ratio=self.mlp_ratio, eps=1e-5, dtype=self.dtype
+            heads=self.heads,
+            activation=self.activation,
+            mlp_ratio=self.mlp_ratio,
+            eps=1e-5,
+            core=attention_core(self.remat),
+            dtype=self.dtype,
         )
         if scanned:
             block = nn.scan(

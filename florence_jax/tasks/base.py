@@ -34,6 +34,9 @@ class Task(Protocol):
     def open_data(self) -> None:
         """Opens the training data and checks how it is to be used, before anything is compiled or written."""
 
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the global training batch, without opening any data."""
+
     def train_stream(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
         """Local batches from `start_step` on, the same for any resume, host or worker count."""
 

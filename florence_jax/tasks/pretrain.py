@@ -20,9 +20,11 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Embedder, Evaluator
 from florence_jax.evaluators.emoji import EmojiSplit
 from florence_jax.evaluators.retrieval import open_retrieval
-from florence_jax.losses.unicl import unicl
+from florence_jax.losses.grad_cache import encode_pairs
+from florence_jax.losses.unicl import unicl, unicl_sharded
 from florence_jax.models import florence
 from florence_jax.train.pretrained import load_parameters
+from florence_jax.train.sharding import ambient_batch_axes
 
 # Channel statistics of ImageNet, in units of a full-scale pixel.
 MEAN = (0.485, 0.456, 0.406)
@@ -88,12 +90,33 @@ class Pretrain:
         return load_parameters(self.config.init, params, average=False)
 
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """UniCL over the global batch; with `config.loss='clip'` every pair is its own class."""
-        inputs = {"image": self._normalise(batch["image"]), "text": batch["text"]}
-        out = self.model.apply(params, inputs, train=True, rngs={"drop_path": key})
-        labels = jnp.arange(batch["label"].shape[0]) if self.config.loss == "clip" else batch["label"]
-        loss, metrics = unicl(out["image/embedding"], out["text/embedding"], labels, out["logit_scale"])
-        return loss, metrics | {"logit_scale": out["logit_scale"]}
+        """UniCL over the global batch; with `config.loss='clip'` every pair is its own class.
+
+        With `config.grad_cache.micro_batch` the towers run a micro-batch at a time: same value, same gradients.
+        """
+        axes, cache = ambient_batch_axes(), self.config.grad_cache
+
+        def encode(params: Any, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            inputs = {name: self._normalise(x) if name == "image" else x for name, x in inputs.items()}
+            out = self.model.apply(params, inputs, train=True, rngs={"drop_path": key})
+            return {name: value for name, value in out.items() if name.endswith("/embedding")}
+
+        positions = jnp.arange(batch["label"].shape[0])
+        out = encode_pairs(
+            encode,
+            params,
+            {"image": batch["image"], "example": positions},
+            {"text": batch["text"]},
+            micro_batch=cache.micro_batch,
+            towers=cache.towers,
+            axes=axes,
+            replicated=[axis for axis in axes if axis != "fsdp"],
+        )
+        scale = self.model.apply(params, {})["logit_scale"]
+        labels = positions if self.config.loss == "clip" else batch["label"]
+        contrast = functools.partial(unicl_sharded, axes=axes) if axes else unicl
+        loss, metrics = contrast(out["image/embedding"], out["text/embedding"], labels, scale)
+        return loss, metrics | {"logit_scale": scale}
 
     def project(self, params: Any) -> Any:
         """Clamps the logit scale to CLIP's range."""
@@ -121,6 +144,17 @@ class Pretrain:
             parse_ops(ops, {})
         if self.config.eval.source:
             open_source(self.config.eval.source)
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of the batches of `train_stream`, over all processes."""
+        size, model = self.config.batch_size, self.model.config
+        number = jax.ShapeDtypeStruct((size,), jnp.int32)
+        return {
+            "image": jax.ShapeDtypeStruct((size, model.res, model.res, 3), jnp.uint8),
+            "text": jax.ShapeDtypeStruct((size, model.text_length), jnp.int32),
+            "label": number,
+            "corrupt": number,
+        }
 
     def train_stream(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
         """Local batches {"image" uint8, "text" int32, "label" int32, "corrupt" int32} from `start_step` on."""

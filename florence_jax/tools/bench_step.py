@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each contestant; the median is reported")
     parser.add_argument("--image_only", action="store_true", help="only the image tower's step")
     parser.add_argument("--unroll", action="store_true", help="unroll the depth instead of scanning over it")
-    parser.add_argument("--remat", default="none", choices=("none", "block"), help="recomputation in the backward pass")
+    parser.add_argument("--remat", default="none", choices=florence.REMATS, help="recomputation in the backward pass")
     parser.add_argument("--no_torch", action="store_true", help="skip the comparison even if PyTorch is installed")
 
 
@@ -99,7 +99,10 @@ def device() -> dict[str, Any]:
 
 
 class Step:
-    """A training step compiled ahead of time; each call runs one, waits for it and returns its loss."""
+    """A training step compiled ahead of time; each call runs one, waits for it and returns its loss.
+
+    `compile_seconds` is what compiling took, `peak_bytes` the compiler's figure for its working memory.
+    """
 
     def __init__(self, loss: Callable[[Any], jax.Array], params: Any, optimizer: optax.GradientTransformation):
         def step(params: Any, opt_state: Any) -> tuple[Any, Any, jax.Array]:
@@ -112,6 +115,7 @@ class Step:
         began = time.perf_counter()
         self._step = jax.jit(step, donate_argnums=(0, 1)).lower(*self._state).compile()
         self.compile_seconds = time.perf_counter() - began
+        self.peak_bytes = int(self._step.memory_analysis().temp_size_in_bytes)
 
     def __call__(self) -> float:
         """One step."""

@@ -5,6 +5,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -54,11 +55,15 @@ def run(config: ConfigDict, task: Task, workdir: Path) -> int:
 
 
 class Trainer:
-    """State and files of one run; `run` is the entry point."""
+    """State and files of one run; `run` is the entry point.
 
-    def __init__(self, config: ConfigDict, task: Task, workdir: Path):
+    `target` has the shapes, dtypes and shardings of the train state. `devices`: default all; making a Trainer touches
+    neither them nor the workdir.
+    """
+
+    def __init__(self, config: ConfigDict, task: Task, workdir: Path, devices: list[Any] | None = None):
         self.config, self.task, self.workdir = config, task, workdir
-        self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+        self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
         if config.batch_size % self.mesh.size:
             raise UserError(f"config.batch_size={config.batch_size} does not divide by the {self.mesh.size} devices")
         self.is_main = jax.process_index() == 0
@@ -67,7 +72,7 @@ class Trainer:
         self._params_sharding = param_shardings(abstract, self.mesh)
         shapes = jax.eval_shape(self._fresh_state, jax.random.key(config.seed))
         self.shardings = state_shardings(shapes, self._params_sharding, self.mesh)
-        self._target = jax.tree.map(
+        self.target = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
         )
         self.state: dict[str, Any] = {}
@@ -87,14 +92,14 @@ class Trainer:
             self.state = {"step": jnp.zeros((), jnp.int32), "params": self.task.start(fresh)}
             return
         checkpoints = Checkpoints(str(self.workdir / "checkpoints"), read_only=True)
-        self.state = checkpoints.restore({"step": self._target["step"], part: self._target[part]})
+        self.state = checkpoints.restore({"step": self.target["step"], part: self.target[part]})
         checkpoints.close()
 
     def _start(self, checkpoints: Checkpoints) -> int:
         """Restores the newest checkpoint, or makes a fresh state; returns the step to continue from."""
         config = self.config
         if (step := checkpoints.latest_step()) is not None:
-            self.state = checkpoints.restore(self._target, step)
+            self.state = checkpoints.restore(self.target, step)
             self._say(f"resuming {self.workdir} at step {step} of {config.total_steps}")
             return step
         self.state = self._initial_state()
@@ -139,18 +144,22 @@ class Trainer:
         self.finish()
         return 0
 
-    def _steps(self, start: int, writer: MetricsWriter, checkpoints: Checkpoints) -> bool:
-        """The loop proper; True when it reached the end, False when it was asked to stop."""
-        config, total = self.config, self.config.total_steps
-        train_step = make_train_step(
+    def make_step(self) -> Callable[..., Any]:
+        """The jitted train step; see `step.make_train_step`."""
+        return make_train_step(
             self.task,
             self.optimizer,
             self.schedule,
-            seed=config.seed,
-            ema_decay=config.optim.ema_decay,
+            seed=self.config.seed,
+            ema_decay=self.config.optim.ema_decay,
             mesh=self.mesh,
             shardings=self.shardings,
         )
+
+    def _steps(self, start: int, writer: MetricsWriter, checkpoints: Checkpoints) -> bool:
+        """The loop proper; True when it reached the end, False when it was asked to stop."""
+        config, total = self.config, self.config.total_steps
+        train_step = self.make_step()
         stream = self.task.train_stream(start)
         speed = Speedometer(config.batch_size, self.task.flops_per_example)
         progress = Progress(total, start, show=self.is_main)
@@ -212,7 +221,7 @@ class Trainer:
         print(f"results in {self.workdir}/result.json, pictures and curves in {self.workdir}/report.html", flush=True)
 
     def _describe(self) -> None:
-        count = sum(x.size for x in jax.tree.leaves(self._target["params"]))
+        count = sum(x.size for x in jax.tree.leaves(self.target["params"]))
         self._say(
             f"{self.config.task} {self.config.model.variant}: {count / 1e6:.2f} M parameters, "
             f"{self.task.flops_per_example / 1e9:.2f} GFLOP a training example, {self.config.total_steps} steps of "

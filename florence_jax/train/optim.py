@@ -18,6 +18,8 @@ DECAY_RULES = (
     (r".*", True),
 )
 
+MU_DTYPES = ("float32", "bfloat16")
+
 
 def make_schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
     """Linear warm-up over `optim.warmup_steps` to `optim.learning_rate`, then cosine to `optim.final_fraction` of it.
@@ -44,21 +46,27 @@ def make_optimizer(
     """Builds the optimizer of a run.
 
     Args:
-      optim: `learning_rate`, `warmup_steps`, `final_fraction`, `b1`, `b2`, `eps`, `weight_decay`, `clip_norm` (0 =
-        off), `lr_rules` ((pattern, multiplier) pairs; a multiplier of 0 freezes; a tuple has one for each of the
-        blocks stacked along axis 0), `decay_rules` likewise with booleans.
+      optim: `learning_rate`, `warmup_steps`, `final_fraction`, `b1`, `b2`, `eps`, `mu_dtype` (how the first moment is
+        stored, `MU_DTYPES`; computed in float32 either way), `weight_decay`, `clip_norm` (0 = off), `lr_rules`
+        ((pattern, multiplier) pairs; a multiplier of 0 freezes; a tuple has one for each of the blocks stacked along
+        axis 0), `decay_rules` likewise with booleans.
       total_steps: length of the cosine.
       params: the parameters, or their shapes.
 
     Returns:
       (optimizer, learning-rate schedule).
+
+    Raises:
+      UserError: for an unknown `mu_dtype`, or a warm-up that is too long.
     """
+    if optim.mu_dtype not in MU_DTYPES:
+        raise UserError(f"optim.mu_dtype={optim.mu_dtype!r}: choose one of {', '.join(MU_DTYPES)}")
     schedule = make_schedule(optim, total_steps)
     decay = match_rules(optim.get("decay_rules") or DECAY_RULES, params, what="weight decay")
     multiplier = match_rules(optim.get("lr_rules") or ((".*", 1.0),), params, what="learning rate")
     parts = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm else []
     parts += [
-        optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps),
+        optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps, mu_dtype=optim.mu_dtype),
         optax.add_decayed_weights(optim.weight_decay, mask=decay),
         scale_by_tree(multiplier),
         optax.scale_by_learning_rate(schedule),

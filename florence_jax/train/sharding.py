@@ -24,14 +24,12 @@ SHARDING_RULES = (
 )
 
 
-def make_mesh(data: int, fsdp: int, devices: list[Any] | None = None) -> Mesh:
-    """A (`data`, `fsdp`) mesh over `devices` (default: all). One of the two may be -1: what is left.
+def mesh_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
+    """The sizes (data, fsdp) of a mesh over `count` devices. One of the two given may be -1: what is left.
 
     Raises:
       UserError: if the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
-    count = len(devices)
     sizes = [data, fsdp]
     if sizes.count(-1) == 1:
         known = max(1, -int(np.prod(sizes)))
@@ -40,12 +38,39 @@ def make_mesh(data: int, fsdp: int, devices: list[Any] | None = None) -> Mesh:
         raise UserError(
             f"mesh data={data}, fsdp={fsdp} does not use the {count} devices; choose sizes with that product"
         )
-    return jax.make_mesh(tuple(sizes), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+    return sizes[0], sizes[1]
+
+
+def make_mesh(data: int, fsdp: int, devices: list[Any] | None = None) -> Mesh:
+    """A (`data`, `fsdp`) mesh over `devices` (default: all); sizes as in `mesh_sizes`.
+
+    Raises:
+      UserError: as there, or if the sizes are not products of sides of the TPU slice.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(data, fsdp, len(devices))
+    try:
+        return jax.make_mesh(sizes, BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+    except NotImplementedError as error:
+        sides = "x".join(str(1 + max(device.coords[i] for device in devices)) for i in range(3))
+        raise UserError(
+            f"mesh data={sizes[0]}, fsdp={sizes[1]} does not lie along the sides of the {sides} slice: each size must "
+            "be a product of some of the sides"
+        ) from error
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis over all devices, the rest whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def ambient_batch_axes() -> tuple[str, ...]:
+    """Batch axes of the mesh in context that have several devices; () without a mesh, or on one device.
+
+    `train.step` sets the mesh while it traces the loss, so that a loss needs no mesh among its arguments.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in BATCH_AXES if shape.get(axis, 1) > 1)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

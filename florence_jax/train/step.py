@@ -42,7 +42,8 @@ def make_train_step(
         batch = dict(batch)
         skipped = state["skipped_records"] + batch.pop("corrupt").sum()
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state["params"], batch, key)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # seen by `sharding.ambient_batch_axes` and the model
+            (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state["params"], batch, key)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = task.project(optax.apply_updates(state["params"], updates))
         new = {"step": state["step"] + 1, "skipped_records": skipped, "params": params, "opt_state": opt_state}

@@ -1,0 +1,119 @@
+"""TPU slices that need not be there: their chips as devices to compile for, by the compiler in pip's `libtpu`."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+from florence_jax.errors import UserError
+
+GIB = 2**30
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+_SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One generation of TPU.
+
+    Attributes:
+      peak_flops: bfloat16 operations a second of one chip (Google Cloud's system architecture pages).
+      hbm: bytes that the compiler lets one program use on a chip; a little less than the memory's size.
+      shapes: slices that can be had, in chips.
+      cores: TensorCores of a chip as counted in the accelerator type's name (v5p-512 is 256 chips).
+    """
+
+    peak_flops: float
+    hbm: float
+    shapes: tuple[str, ...]
+    cores: int = 1
+
+
+KINDS = {
+    "v4": Kind(275e12, 30.75 * GIB, (*_CUBES, "12x16x16"), cores=2),
+    "v5e": Kind(197e12, 15.75 * GIB, _SQUARES),
+    "v5p": Kind(459e12, 95.74 * GIB, (*_CUBES, "16x16x24"), cores=2),
+    "v6e": Kind(918e12, 31.25 * GIB, _SQUARES),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice: a kind of chip and its arrangement, for example ('v5p', (4, 8, 8))."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """As it is written: 'v5p:4x8x8'."""
+        return f"{self.kind}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def chips(self) -> int:
+        """Number of chips."""
+        return math.prod(self.shape)
+
+    @property
+    def chip(self) -> Kind:
+        """What one of its chips can do."""
+        return KINDS[self.kind]
+
+
+def find(name: str) -> Topology:
+    """The topology called `name`: kind and shape ('v5p:4x8x8', in any order), or an accelerator type ('v5p-512').
+
+    Raises:
+      UserError: for an unknown one, with the list of the known.
+    """
+    kind, _, shape = name.partition(":")
+    if match := re.fullmatch(r"(v\d\w*?)(?:litepod)?-(\d+)", name):
+        kind = {"v5": "v5e"}.get(match[1], match[1])
+        chips = int(match[2]) // (KINDS[kind].cores if kind in KINDS else 1)
+        shape = next((s for s in KINDS[kind].shapes if _chips(s) == chips), "") if kind in KINDS else ""
+    if kind in KINDS and re.fullmatch(r"\d+(x\d+)+", shape):
+        wanted = sorted(map(int, shape.split("x")))
+        for known in KINDS[kind].shapes:
+            if sorted(map(int, known.split("x"))) == wanted:
+                return Topology(kind, tuple(map(int, known.split("x"))))
+    lists = "; ".join(f"{kind}: {', '.join(entry.shapes)}" for kind, entry in KINDS.items())
+    raise UserError(f"unknown topology {name!r}; write KIND:SHAPE with one of {lists}")
+
+
+def _chips(shape: str) -> int:
+    return math.prod(map(int, shape.split("x")))
+
+
+def devices(topology: Topology) -> list[Any]:
+    """One compile-only device per chip.
+
+    Raises:
+      UserError: if the TPU compiler is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "the TPU compiler is not installed: pip install 'florence_jax[aot]' (or libtpu); no TPU is needed"
+        )
+    # Keeps libtpu from looking for a TPU and its metadata server, and from locking other compilations out.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    description = topologies.get_topology_desc(topology_name=topology.name, platform="tpu", **_options(topology))
+    return list(description.devices)
+
+
+def _options(topology: Topology) -> dict[str, Any]:
+    """What the name does not tell the compiler."""
+    shape = topology.shape
+    if len(shape) == 3:
+        # Slices of whole 4x4x4 cubes are tori; smaller ones are not. A v4 chip is two devices unless 'megacore'.
+        cubes = all(side % 4 == 0 for side in shape)
+        options: dict[str, Any] = {"chips_per_host_bounds": (2, 2, 1), "wrap": (cubes, cubes, cubes)}
+        return options | ({"chip_config_name": "megacore"} if topology.kind == "v4" else {})
+    # v5e and v6e: a side of 16 chips closes to a ring.
+    host = tuple(min(side, 2) for side in shape)
+    return {"chips_per_host_bounds": (*host, 1), "wrap": (*(side == 16 for side in shape), False)}
