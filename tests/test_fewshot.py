@@ -16,7 +16,7 @@ from florence_jax.train.sharding import make_mesh
 
 MESH = make_mesh(-1, 1)
 LABELS = np.repeat(np.arange(7), [40, 9, 40, 40, 40, 40, 40])
-QUICK = Recipe(epochs=12, batch=4, head_momentum=0.9)
+QUICK = Recipe(epochs=6, batch=5, head_momentum=0.9)
 
 
 def test_episodes_depend_on_seed_and_number_only():
@@ -92,7 +92,7 @@ def params():
     return {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(64, 48)) / 16, jnp.float32)}
 
 
-def few_shot(mode, lanes=None, recipe=QUICK, episodes=20, shots=(5,), **changes):
+def few_shot(mode, lanes=None, recipe=QUICK, episodes=16, shots=(5,), **changes):
     embedder = Embedder({"image": flip_pair(encode)}, None, MESH, 600)
     return FewShot(
         "digits",
@@ -114,24 +114,24 @@ def test_digits_from_features(params):
     results = evaluator.run(params)
     assert 0.6 < results["5shot_accuracy"] < results["20shot_accuracy"] < 1
     assert evaluator.chance == {"5shot_accuracy": 0.2, "20shot_accuracy": 0.2}
-    assert "20 episodes" in evaluator.report()[0]
+    assert "16 episodes" in evaluator.report()[0]
     assert few_shot("head", lanes=8).run(params)["5shot_accuracy"] == results["5shot_accuracy"]
 
 
 def test_interval_is_of_the_mean(params, monkeypatch):
     evaluator = few_shot("head")
-    shares = np.linspace(0.5, 0.9, 20)
+    shares = np.linspace(0.5, 0.9, 16)
     monkeypatch.setattr(evaluator, "_accuracies", lambda *a: shares)
     results = evaluator.run(params)
     assert results["5shot_accuracy"] == pytest.approx(0.7)
-    assert results["5shot_ci95"] == pytest.approx(1.96 * shares.std() / np.sqrt(20))
+    assert results["5shot_ci95"] == pytest.approx(1.96 * shares.std() / np.sqrt(16))
 
 
 def test_backbone_mode_without_its_learning_rate_is_head_mode(params):
-    frozen = Recipe(epochs=3, backbone_rate=0.0)
-    head = few_shot("head", recipe=frozen, episodes=10).run(params)
-    assert few_shot("backbone", recipe=frozen, episodes=10).run(params) == pytest.approx(head, abs=0.01)
-    trained = few_shot("backbone", recipe=Recipe(epochs=3, backbone_rate=1e-3), episodes=10).run(params)
+    frozen = Recipe(epochs=2, backbone_rate=0.0)
+    head = few_shot("head", recipe=frozen, episodes=8).run(params)
+    assert few_shot("backbone", recipe=frozen, episodes=8).run(params) == pytest.approx(head, abs=0.01)
+    trained = few_shot("backbone", recipe=Recipe(epochs=2, backbone_rate=1e-3), episodes=8).run(params)
     assert 1e-3 < abs(trained["5shot_accuracy"] - head["5shot_accuracy"]) < 0.1
 
 

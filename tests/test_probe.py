@@ -172,20 +172,26 @@ def by_rows(split, rows):
 
 
 def test_probe_of_the_digits():
-    train, test = open_labelled("digits:train"), open_labelled("digits:test")
+    train, test = by_rows(open_labelled("digits:train"), slice(300)), open_labelled("digits:test")
     probe = LinearProbe("digits", train, test, "decode", Embedder({"image": pixels}, None, ALONE, 400))
     results = probe.run(16.0)
     assert results["images"] == 797 and probe.chance["top1"] == 0.1
     features = [np.stack([s.source[i]["image"].ravel() / 16 for i in range(len(s.labels))]) for s in (train, test)]
     theirs = Theirs(C=10 ** results["log10_c"], tol=1e-8, max_iter=10_000).fit(features[0], train.labels)
     assert results["top1"] == pytest.approx(theirs.score(features[1], test.labels), abs=0.0026)
-    assert results["top1"] > 0.85 and results["validation_top1"] > 0.9
+    assert results["top1"] > 0.8 and results["validation_top1"] > 0.85
     assert "polyline" in probe.report()[0]
-    parts = [by_rows(train, slice(800)), by_rows(train, slice(800, None))]
-    given = LinearProbe("digits", parts[0], test, "decode", probe._embedder, validation=parts[1])
-    assert given.run(16.0)["top1"] == pytest.approx(results["top1"], abs=0.03)
+
+
+def test_probe_with_a_validation_split(monkeypatch):
+    train, test = by_rows(open_labelled("digits:train"), slice(100)), by_rows(open_labelled("digits:test"), slice(100))
+    probe = LinearProbe("d", train, test, "decode", Embedder({"image": pixels}, None, ALONE, 100), validation=test)
+    monkeypatch.setattr("florence_jax.evaluators.probe.search_c", lambda score: (1.0, {1.0: score([1.0])[0]}))
+    results = probe.run(16.0)
+    # The last fit has seen the split that C was chosen on.
+    assert results["top1"] > results["validation_top1"] > 0.5 and results["log10_c"] == 0
     with pytest.raises(UserError, match="different classes"):
-        LinearProbe("digits", train, open_labelled("emoji:new_names"), "decode", probe._embedder)
+        LinearProbe("d", train, open_labelled("emoji:new_names"), "decode", probe._embedder)
 
 
 def test_join_and_take(fits):
