@@ -16,6 +16,7 @@ import jax.numpy as jnp
 HISTORY = 10
 TRIALS = 20  # of one line search; the second is usually the last
 SLOPE_SHARE = 0.1  # a step is taken when the slope has fallen to this share
+TOLERANCE = 3e-7  # of the estimated gap; the true one can be several times larger
 STALLED = 5  # iterations without a measurable decrease that end a lane
 DIRECTION_SHARE = 1e-12  # slopes and curvatures below this share of the lengths involved are rounding
 
@@ -38,7 +39,7 @@ class Problem(Protocol):
         """The objective and its derivatives at x + t d, from the predictions at x and at d."""
 
     def gradient(self, x: jax.Array, at_x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Value (L,), gradient (P, L, K), and the diagonal (positive, broadcastable) of the inverse of a Hessian."""
+        """Value (L,), gradient (P, L, K), and the positive diagonal (P, L, K) of an inverse Hessian, up to a factor."""
 
 
 class Solution(NamedTuple):
@@ -75,7 +76,7 @@ class _State(NamedTuple):
 
 
 def minimise(
-    problem: Problem, x: jax.Array, reference: jax.Array, tolerance: float = 1e-6, max_iterations: int = 1000
+    problem: Problem, x: jax.Array, reference: jax.Array, tolerance: float = TOLERANCE, max_iterations: int = 1000
 ) -> Solution:
     """Minimises every lane, starting from `x`.
 
@@ -97,7 +98,7 @@ def minimise(
         at_x=at_x,
         value=value,
         gradient=gradient,
-        inverse=jnp.broadcast_to(inverse, x.shape),
+        inverse=inverse,
         direction=x,
         slope=value,
         steps=jnp.zeros(shape, x.dtype),
@@ -169,6 +170,9 @@ def _advance(problem: Problem, state: _State) -> _State:
     change = gradient - state.gradient
     product = _dot(step, change)
     usable = product > DIRECTION_SHARE * jnp.sqrt(_dot(step, step) * _dot(change, change))
+    product = jnp.where(usable, product, 1.0)
+    # The problem's inverse Hessian is right up to a factor, which the last step has measured.
+    scale = jnp.where(usable, product / _dot(change, inverse * change), 1.0)
     i = state.count % HISTORY
     flat = value >= state.value
     return state._replace(
@@ -176,10 +180,10 @@ def _advance(problem: Problem, state: _State) -> _State:
         at_x=at_x,
         value=value,
         gradient=gradient,
-        inverse=jnp.broadcast_to(inverse, x.shape),
+        inverse=_times(scale, inverse),
         steps=state.steps.at[i].set(step),
         changes=state.changes.at[i].set(change),
-        inverse_products=state.inverse_products.at[i].set(jnp.where(usable, 1 / jnp.where(usable, product, 1.0), 0.0)),
+        inverse_products=state.inverse_products.at[i].set(jnp.where(usable, 1 / product, 0.0)),
         stalled=jnp.where(active, jnp.where(flat, state.stalled + 1, 0), state.stalled),
         iterations=state.iterations + active,
         count=state.count + 1,

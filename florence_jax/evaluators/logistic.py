@@ -16,10 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from florence_jax.errors import UserError
-from florence_jax.evaluators.lbfgs import Solution, Step, minimise
+from florence_jax.evaluators.lbfgs import TOLERANCE, Solution, Step, minimise
 from florence_jax.train.sharding import batch_sharding, replicated
 
 DTYPES = ("auto", "float32", "bfloat16")
+VARIANCE_SHARE = 1e-3
 LOGITS_BYTES = 2**31  # on a device, for one array of predictions; bounds how many C are solved at once
 
 
@@ -104,7 +105,8 @@ class _Logistic(NamedTuple):
             weights = _product(self.data.transposed, columns, 1)
         weights = weights.reshape(-1, *x.shape[1:]) + self.penalty[None, :, None] * x[:-1]
         variance = jnp.abs(residual * (1 - jnp.abs(residual) / mask.max())).sum(0)
-        variance = jnp.maximum(variance, 1e-3 * variance.max(-1, keepdims=True))  # of a class that is nowhere
+        # Nowhere is a class so certain that its curvature is nil: far from the minimum it only looks so.
+        variance = jnp.maximum(variance, VARIANCE_SHARE * jnp.maximum(variance.max(-1, keepdims=True), 1 / p.shape[-1]))
         hessian = self.data.eigenvalues[:, None, None] * variance[None] + self.penalty[None, :, None]
         inverse = 1 / jnp.maximum(jnp.concatenate([hessian, variance[None]]), jnp.finfo(p.dtype).tiny)
         value = self._loss(at_x) + self.penalty / 2 * _penalised(x, x)
@@ -213,7 +215,7 @@ class LogisticRegression:
         )
 
     def fit(
-        self, cs: Sequence[float], start: Fits | None = None, tolerance: float = 1e-6, max_iterations: int = 1000
+        self, cs: Sequence[float], start: Fits | None = None, tolerance: float = TOLERANCE, max_iterations: int = 1000
     ) -> Fits:
         """Fits every C, from small to large, each starting from the nearest C that is solved.
 
