@@ -45,6 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     }
     config.text = {"tokenizer": "", "templates": False}  # '': the one that the weights were trained with
     config.loss = "unicl"
+    config.grad_cache = {"micro_batch": 0, "towers": "both"}  # see configs/pretrain.py
     config.eval = {"every": -1, "batch_size": 256, "source": "emoji:new_names"}  # every: steps; -1: each epoch
     config.batch_size = 3072
     config.epochs, config.total_steps = 12, 0  # total_steps > 0 overrides epochs

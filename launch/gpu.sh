@@ -73,7 +73,8 @@ stop() {
     on_host "$i"
     "${host_command[@]}" --stop </dev/null &
   done
-  ((${#hosts[@]})) && return
+  # Said with 0: in a trap a bare return gives the interrupted command's status, and `set -e` would end the script.
+  if ((${#hosts[@]})); then return 0; fi
   for child in "${children[@]}"; do kill -TERM "$child" 2>/dev/null || true; done
 }
 
