@@ -26,76 +26,91 @@ def get_config(arg: str | None = None) -> ConfigDict:
         given.preset = "sample"
     if given.preset not in PRESETS:
         raise UserError(f"unknown preset {given.preset!r}; known: {', '.join(PRESETS)}")
-    config = ConfigDict(
-        {
-            "inputs": "",  # NAME=PATH, several joined by '|'; --input overrides it. '': the project's own raw sample
-            "workdir": "runs/curate",  # --workdir overrides it
-            "seed": 0,
-            "parts": 0,  # of the table of scores; 0: by the number of input splits
-            "max_edges_in_memory": 200_000_000,  # between near-duplicates; more are joined in rounds on the runner
-            "measure": {
-                "rows_per_split": 8192,
-                "max_pixels": 64_000_000,  # as the header states them; more is a decompression bomb
-                "max_bytes": 64_000_000,
-                "max_aspect": 100.0,
-                "animated": False,  # True: an animation is measured by its first frame
-                "extra_fields": (),  # further fields of the raw pairs to keep
-                "retry": (),  # statuses, such as ('missing', 'unreadable'), whose splits are measured again
-            },
-            "validity": {"drop": ()},  # of 'cmyk', 'alpha', 'orientation'
-            "size": {"min_side": 200, "max_aspect": 3.0, "min_bytes": 5120, "max_bytes": 0},
-            "near_duplicates": {
-                "k": 4,  # bits of 64: 2, 4 or 6
-                "max_d256": 40,  # bits of 256
-                "hot_bucket": 50_000,
-                "window": 256,
-                "min_detail": 0.5,  # grey levels; flatter pictures are compared as exact copies only
-                "star_above": 50,  # larger components are split around their representatives
-            },
-            "text": {"preset": "labels", "languages": (), "cap": 0},  # cap: pairs a caption, 0 for no cap
-            "scores": {  # field:NAME, module:function or checkpoint:WORKDIR
-                "relevance": "",
-                "nsfw": "",
-                "learner_loss": "",
-                "reference_loss": "",
-            },
-            "relevance": {"min_score": placeholder(float), "keep": 1.0},
-            "selection": {
-                "t": 0,  # pairs a metadata query, 0 for no balancing
-                "metadata": "",  # file with one query a line
-                "keep_unmatched": False,
-                "min_bits": 0.0,
-                "clusters": 0,  # of the image embeddings
-                "cluster_t": 0,
-                "min_gap": placeholder(float),
-            },
-            "post_filter": {
-                "licences": (),  # patterns such as 'cc-by-*'; () for all
-                "blocked_domains": (),
-                "max_nsfw": placeholder(float),
-                "personal": ("mail", "phone", "card"),
-                "hash_list": "",  # file of MD5, SHA-1, SHA-256 or PDQ hashes
-                "takedown": "",  # file of 'uid HEX', 'url URL' or 'hash HEX'
-                "robots": "",  # JSON file: host to robots.txt
-                "tdmrep": "",  # JSON file: host to tdmrep.json
-                "opt_out": {"agents": ()},
-            },
-            "decontamination": {"benchmarks": ConfigDict(), "min_detail": 0.0},  # name to folder of pictures
-            "output": {
-                "formats": ("array_record",),  # also 'parquet', 'webdataset'
-                "shards": 0,  # 0: a power of two, for records_per_shard
-                "records_per_shard": 4096,
-                "face_detector": "",  # module:function that gives boxes to blur
-                "name": "curated",
-                "description": "Image-text pairs curated with florence_jax.",
-                "licence": "",  # URL, for the metadata
-                "url": "",  # where the data set is described, for the metadata
-            },
-            "report": {"examples": 6},  # pictures a reason
-        }
-    )
+    config = ConfigDict(_input() | _decisions() | _output())
     {"sample": _sample, "florence": _florence, "coyo": _coyo, "datacomp_basic": _datacomp_basic}[given.preset](config)
     return config
+
+
+def _input() -> dict:
+    """Reading, measuring and the decisions about one picture or caption."""
+    return {
+        "inputs": "",  # NAME=PATH, several joined by '|'; --input overrides it. '': the project's own raw sample
+        "workdir": "runs/curate",  # --workdir overrides it
+        "seed": 0,
+        "parts": 0,  # of the table of scores; 0: by the number of input splits
+        "max_edges_in_memory": 200_000_000,  # between near-duplicates; more are joined in rounds on the runner
+        "measure": {
+            "rows_per_split": 8192,
+            "max_pixels": 64_000_000,  # as the header states them; more is a decompression bomb
+            "max_bytes": 64_000_000,
+            "max_aspect": 100.0,
+            "animated": False,  # True: an animation is measured by its first frame
+            "extra_fields": (),  # further fields of the raw pairs to keep
+            "retry": (),  # statuses, such as ('missing', 'unreadable'), whose splits are measured again
+        },
+        "validity": {"drop": ()},  # of 'cmyk', 'alpha', 'orientation'
+        "size": {"min_side": 200, "max_aspect": 3.0, "min_bytes": 5120, "max_bytes": 0},
+        "near_duplicates": {
+            "k": 4,  # bits of 64: 2, 4 or 6
+            "max_d256": 40,  # bits of 256
+            "hot_bucket": 50_000,
+            "window": 256,
+            "min_detail": 0.5,  # grey levels; flatter pictures are compared as exact copies only
+            "star_above": 50,  # larger components are split around their representatives
+        },
+        "text": {"preset": "labels", "languages": (), "cap": 0},  # cap: pairs a caption, 0 for no cap
+    }
+
+
+def _decisions() -> dict:
+    """Scores and the decisions that need them."""
+    return {
+        "scores": {  # field:NAME, module:function or checkpoint:WORKDIR
+            "relevance": "",
+            "nsfw": "",
+            "learner_loss": "",
+            "reference_loss": "",
+        },
+        "relevance": {"min_score": placeholder(float), "keep": 1.0},
+        "selection": {
+            "t": 0,  # pairs a metadata query, 0 for no balancing
+            "metadata": "",  # file with one query a line
+            "keep_unmatched": False,
+            "min_bits": 0.0,
+            "clusters": 0,  # of the image embeddings
+            "cluster_t": 0,
+            "min_gap": placeholder(float),
+        },
+        "post_filter": {
+            "licences": (),  # patterns such as 'cc-by-*'; () for all
+            "blocked_domains": (),
+            "max_nsfw": placeholder(float),
+            "personal": ("mail", "phone", "card"),
+            "hash_list": "",  # file of MD5, SHA-1, SHA-256 or PDQ hashes
+            "takedown": "",  # file of 'uid HEX', 'url URL' or 'hash HEX'
+            "robots": "",  # JSON file: host to robots.txt
+            "tdmrep": "",  # JSON file: host to tdmrep.json
+            "opt_out": {"agents": ()},
+        },
+        "decontamination": {"benchmarks": ConfigDict(), "min_detail": 0.0},  # name to folder of pictures
+    }
+
+
+def _output() -> dict:
+    """What is written."""
+    return {
+        "output": {
+            "formats": ("array_record",),  # also 'parquet', 'webdataset'
+            "shards": 0,  # 0: a power of two, for records_per_shard
+            "records_per_shard": 4096,
+            "face_detector": "",  # module:function that gives boxes to blur
+            "name": "curated",
+            "description": "Image-text pairs curated with florence_jax.",
+            "licence": "",  # URL, for the metadata
+            "url": "",  # where the data set is described, for the metadata
+        },
+        "report": {"examples": 6},  # pictures a reason
+    }
 
 
 def _sample(config: ConfigDict) -> None:

@@ -211,6 +211,25 @@ def make_pictures(root):
         picture(root / f"in22k/{name}", 70 + i)
 
 
+def make_openimages(folder):
+    """Writes two OpenImages pictures' boxes and verified labels, with unknown classes and images."""
+    return openimages_files(
+        folder,
+        [
+            ("000026e7ee790996", "/m/0bt4r4", 0.1, 0.6, 0.2, 0.8, 0),
+            ("000026e7ee790996", "/m/04yx4", 0.5, 0.9, 0.0, 1.0, 1),
+            ("000062a39995e348", "/m/04rmv", 0.25, 0.5, 0.25, 0.75, -1),
+            ("000062a39995e348", "/m/unknown", 0.25, 0.5, 0.25, 0.75, 0),
+        ],
+        [
+            ("000026e7ee790996", "/m/0bt4r4", 1),
+            ("000026e7ee790996", "/m/04rmv", 0),
+            ("000062a39995e348", "/m/0jbk", 1.0),
+            ("ffffffffffffffff", "/m/0jbk", 1),
+        ],
+    )
+
+
 def make_sets(root):
     """Writes all five sets; returns the arguments of the command for them and the places of the other files.
 
@@ -247,21 +266,7 @@ def make_sets(root):
             (5, 86, [20, 20, 10, 10]),
         ],
     )
-    boxes = openimages_files(
-        root / "oi",
-        [
-            ("000026e7ee790996", "/m/0bt4r4", 0.1, 0.6, 0.2, 0.8, 0),
-            ("000026e7ee790996", "/m/04yx4", 0.5, 0.9, 0.0, 1.0, 1),
-            ("000062a39995e348", "/m/04rmv", 0.25, 0.5, 0.25, 0.75, -1),
-            ("000062a39995e348", "/m/unknown", 0.25, 0.5, 0.25, 0.75, 0),
-        ],
-        [
-            ("000026e7ee790996", "/m/0bt4r4", 1),
-            ("000026e7ee790996", "/m/04rmv", 0),
-            ("000062a39995e348", "/m/0jbk", 1.0),
-            ("ffffffffffffffff", "/m/0jbk", 1),
-        ],
-    )
+    boxes = make_openimages(root / "oi")
     (root / "words.txt").write_text(WORDS)
     return {
         "root": root,

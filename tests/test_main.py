@@ -1,32 +1,12 @@
 """The command line: every mistake is one line on stderr and exit code 2, and nothing is left behind."""
 
-import functools
 import json
-import sys
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
+from tiny_images import run_main
 from tiny_run import TINY_FLAGS, tiny_pairs
 
-from florence_jax import main as entry
 from florence_jax.train.loop import Trainer
-
-
-@pytest.fixture
-def call(monkeypatch):
-    """Runs the command in this process; returns its exit code."""
-    return functools.partial(run_command, monkeypatch)
-
-
-def run_command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["main", *arguments])  # ml_collections looks for its flags there
-    with flagsaver.flagsaver():
-        flags.FLAGS.unparse_flags()
-        with pytest.raises(SystemExit) as stop:
-            entry.main(entry.parse_flags(["main", *arguments]))
-        flags.FLAGS.mark_as_parsed()
-    return stop.value.code
 
 
 @pytest.mark.parametrize(
@@ -55,28 +35,28 @@ def run_command(monkeypatch, *arguments):
         (["--config=configs/pretrain.py:runlocal", "--workdir=/dev/null/x"], "cannot write to --workdir=/dev/null/x"),
     ],
 )
-def test_mistakes_are_one_line(call, arguments, message, capsys, tmp_path):
+def test_mistakes_are_one_line(arguments, message, capsys, tmp_path):
     workdir = tmp_path / "run"
-    assert call(*(a.format(workdir) for a in arguments)) == 2
+    assert run_main(*(a.format(workdir) for a in arguments)) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert not workdir.exists() or not (workdir / "checkpoints").exists()
 
 
-def test_full_disk_is_one_line(call, capsys, tmp_path, monkeypatch):
+def test_full_disk_is_one_line(capsys, tmp_path, monkeypatch):
     def full(self):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Trainer, "train", full)
     pairs = tiny_pairs(tmp_path / "pairs")
-    assert call(*TINY_FLAGS, f"--config.data.train={pairs}", f"--workdir={tmp_path}/run") == 2
+    assert run_main(*TINY_FLAGS, f"--config.data.train={pairs}", f"--workdir={tmp_path}/run") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "No space left on device" in line and "run the same command again" in line
 
 
-def test_config_is_dumped_before_training(call, tmp_path, monkeypatch):
+def test_config_is_dumped_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "train", lambda self: 0)
     pairs = tiny_pairs(tmp_path / "pairs")
-    assert call(*TINY_FLAGS, f"--config.data.train={pairs}", f"--workdir={tmp_path}/run") == 0
+    assert run_main(*TINY_FLAGS, f"--config.data.train={pairs}", f"--workdir={tmp_path}/run") == 0
     dumped = json.loads((tmp_path / "run" / "config.json").read_text())
     assert dumped["total_steps"] == 8 and dumped["data"]["train"] == pairs

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_run import tiny_config, tiny_pairs
 
 from florence_jax import main as entry
-from florence_jax.main import prepare_workdir
+from florence_jax.command_line import parse_flags
 from florence_jax.tasks import create_task
 from florence_jax.train.checkpoint import Checkpoints
 
@@ -36,7 +36,7 @@ def run_main(*arguments):
         patch.setattr(sys, "argv", ["main", *arguments])  # ml_collections looks for its flags there
         flags.FLAGS.unparse_flags()
         with pytest.raises(SystemExit) as stop:
-            entry.main(entry.parse_flags(["main", *arguments]))
+            entry.main(parse_flags(["main", *arguments]))
         flags.FLAGS.mark_as_parsed()
     return stop.value.code
 
@@ -45,7 +45,7 @@ def tiny_checkpoint(folder):
     """What a run leaves: config.json, and checkpoints/ with parameters and their average (half as large again)."""
     config = tiny_config(tiny_pairs(folder / "pairs"))
     params = jax.jit(create_task(config).init)(jax.random.key(0))
-    prepare_workdir(folder / "run", config)
+    entry.prepare_workdir(folder / "run", config)
     checkpoints = Checkpoints(str(folder / "run" / "checkpoints"))
     checkpoints.save(2, {"params": params, "ema": jax.tree.map(lambda x: 1.5 * x, params)})
     checkpoints.close()

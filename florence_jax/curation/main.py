@@ -7,42 +7,21 @@ Beam runner, --workers=N processes of DirectRunner, --beam='options of the runne
 import logging as python_logging
 import os
 import shlex
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+from florence_jax.command_line import CONFIG, WORKDIR, fail, no_more_arguments, parse_flags
 from florence_jax.curation.driver import curate
 from florence_jax.curation.sample import SOURCES, build_sample
 from florence_jax.curation.table import read_json, write_json
 from florence_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives, a folder or URL; default: the config's workdir.")
 _INPUT = flags.DEFINE_string("input", None, "Raw pairs: NAME=PATH, several joined by '|'; default: config.inputs.")
 _RUNNER = flags.DEFINE_string("runner", "DirectRunner", "Beam runner.")
 _WORKERS = flags.DEFINE_integer("workers", 0, "Processes of DirectRunner; 0: one a core.", lower_bound=0)
 _BEAM = flags.DEFINE_string("beam", "", "Further options for the Beam runner, as on a command line.")
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; a bad flag or config is one message on stderr and exit code 2."""
-    try:
-        rest = flags.FLAGS(argv)
-        if _CONFIG.value is None:
-            raise UserError("--config is missing; for example --config=configs/curate.py")
-    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        fail(error)
-    return rest
-
-
-def fail(error: Exception) -> None:
-    """Prints `error` as the one message a user needs, and exits with code 2."""
-    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-    print(f"error: {str(text).strip()}", file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 def beam_options(runner: str, workers: int, more: str) -> list[str]:
@@ -96,10 +75,9 @@ def lines_of(summary: Mapping[str, Any]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """Runs curation and prints the funnel."""
-    if len(argv) > 1:
-        fail(UserError(f"unexpected argument {argv[1]!r}; options are written --config.name=value"))
-    config = _CONFIG.value.to_dict()
-    workdir = _WORKDIR.value or config["workdir"]
+    no_more_arguments(argv)
+    config = CONFIG.value.to_dict()
+    workdir = WORKDIR.value or config["workdir"]
     workdir = workdir if "://" in workdir else os.path.abspath(workdir)
     config |= {"inputs": _INPUT.value} if _INPUT.value else {}
     quiet()

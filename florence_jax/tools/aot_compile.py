@@ -31,8 +31,8 @@ from absl import app, flags
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
+from florence_jax.command_line import CONFIG, fail, no_more_arguments, parse_flags
 from florence_jax.errors import UserError
-from florence_jax.main import fail, parse_flags
 from florence_jax.models import florence
 from florence_jax.tasks import create_task
 from florence_jax.tools import aot_report, topologies
@@ -52,10 +52,10 @@ LIGHTEST_FIRST = ("none", "attention", "dots", "block")
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command; exits with 0, with 1 where the step does not fit, with 2 for a user's mistake."""
-    del argv
+    no_more_arguments(argv)
     # Here libtpu only compiles; without this JAX would look for a TPU.
     jax.config.update("jax_platforms", "cpu")
-    config = flags.FLAGS.config
+    config = CONFIG.value
     try:
         if _TOPOLOGY.value is None:
             raise UserError("--topology is missing; for example --topology=v5p:4x8x8")

@@ -1,0 +1,42 @@
+"""The command line of every command that takes a configuration: --config, --workdir, how mistakes are told."""
+
+import sys
+from typing import NoReturn
+
+from absl import flags
+from ml_collections import config_flags
+
+from florence_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: the config's workdir.")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line; a bad flag or config is one message on stderr and exit code 2.
+
+    ml_collections reports an unknown config key as AttributeError, a wrong type as TypeError or ValueError.
+    """
+    try:
+        rest = flags.FLAGS(argv)
+        if CONFIG.value is None:
+            raise UserError("--config is missing; for example --config=configs/pretrain.py")
+        CONFIG.value.lock()  # a file that could not be loaded says so only when it is used
+    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        fail(error)
+    return rest
+
+
+def no_more_arguments(argv: list[str]) -> None:
+    """Ends the program if `argv`, the command line without its flags, has more than the program's name."""
+    if len(argv) > 1:
+        fail(UserError(f"unexpected argument {argv[1]!r}; options are written --config.name=value"))
+
+
+def fail(error: Exception) -> NoReturn:
+    """Prints `error` as one line on stderr, and exits with code 2."""
+    inner = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+    # ml_collections wraps the name of an unknown key, with a guess at the right one, in a KeyError.
+    text = f"unknown config key {inner.args[0]}" if isinstance(inner, KeyError) and inner.args else str(error)
+    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
