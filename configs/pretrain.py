@@ -2,7 +2,7 @@
 
     python -m florence_jax.main --config=configs/pretrain.py             # laptop: 'ti' on the embedded emoji pairs
     python -m florence_jax.main --config=configs/pretrain.py:runlocal    # two-minute smoke test of the same
-    python -m florence_jax.main --config=configs/pretrain.py:variant=H,res=224 --workdir=gs://bucket/run \
+    python -m florence_jax.main --config=configs/pretrain.py:variant=H,res=224 --workdir=/shared/run \
         --config.data.train=gs://bucket/pairs --config.batch_size=24576
 
 Arguments: variant = ti | T | S | B | L | H; res = image size (0: the variant's own); stage = 1 (prompt templates on
