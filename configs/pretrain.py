@@ -58,6 +58,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.text = {
         "tokenizer": "sentencepiece",  # shipped model; or a .model file, or a CLIP BPE vocabulary file
         "templates": given.stage == 1,  # prompts around one- and two-word captions
+        "subword_sampling": 0.0,  # share of training texts that are split into pieces at random (SentencePiece only)
     }
     config.loss = "unicl"  # or 'clip': every pair its own class
     config.grad_cache = {
@@ -73,19 +74,25 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.total_steps = {1: 1_000_000, 2: 180_000, 3: 80_000}[given.stage]
     config.optim.warmup_steps = 2000
     if given.variant == "ti":
-        _laptop(config)
+        _laptop(config, res)
     if given.runlocal:
         _runlocal(config)
     return config
 
 
-def _laptop(config: ConfigDict) -> None:
+def _laptop(config: ConfigDict, res: int) -> None:
     """Five minutes on two CPU cores, on the embedded emoji pairs."""
     config.batch_size = 128
     config.total_steps = 1500
     config.optim.learning_rate = 8e-4
     config.optim.warmup_steps = 100
+    config.optim.ema_decay = 0.998
+    # Drawings fill their frame more or less: zoom out as well as in, and never cut much away.
+    affine = "affine(15, scale=(0.75, 1.2), shift=0.08, stretch=0.35)"
+    config.data.train_image_ops = f"decode|{affine}|resize({res})|flip(0.5)|jitter(0.3, 0.3, 0.3)"
     config.data.captions = "caption=3,keywords_joined=1,keywords=1,group=0.5"
+    config.text.subword_sampling = 0.4  # held-out names have words never seen: parts of words must mean something
+    config.model.overrides.text_layers = 1
     config.model.overrides.text_length = 16  # names and keywords are short; longer captions of your own need more
     config.data.workers = 0  # two cores: decoding in the trainer's own threads is faster than worker processes
     config.data.cache = True

@@ -156,6 +156,30 @@ def test_batch_and_pickle_agree_with_single(tokenizer):
     assert tokenizer.encode_batch([]).shape == (0, 8)
 
 
+def test_subword_sampling(shipped):
+    text, plain = "a Strawberry on  a speedboat", shipped("a strawberry on a speedboat").tolist()
+    drawn = [shipped.sample(text, np.random.default_rng(seed)).tolist() for seed in range(50)]
+    assert drawn == [shipped.sample(text, np.random.default_rng(seed)).tolist() for seed in range(50)]
+    decode = shipped._processor.decode
+    assert {decode([i for i in ids if i > 3]) for ids in drawn} == {decode([i for i in plain if i > 3])}
+    assert len({tuple(ids) for ids in drawn}) > 10 and all(ids[0] == shipped.bos_id for ids in drawn)
+    assert shipped.sample("cat", np.random.default_rng(0)).shape == (shipped.length,)
+
+
+def test_subword_sampling_follows_the_unigram_model(shipped):
+    processor, rng = shipped._processor, np.random.default_rng(0)
+    found = [tuple(ids) for ids in processor.nbest_encode_as_ids("zombie", 16)]
+    weights = np.exp([0.2 * sum(map(processor.get_score, ids)) for ids in found])
+    drawn = [tuple(i for i in shipped.sample("zombie", rng) if i > 3) for _ in range(3000)]
+    shares = np.array([drawn.count(ids) for ids in found]) / 3000
+    assert shares.sum() == 1 and np.abs(shares - weights / weights.sum()).max() < 0.03
+
+
+def test_subword_sampling_needs_a_unigram_model(tiny_clip):
+    with pytest.raises(UserError, match="subword sampling needs a SentencePiece tokenizer"):
+        tiny_clip.sample("cat", np.random.default_rng(0))
+
+
 def test_case_and_space_do_not_matter(tokenizer):
     assert tokenizer.encode("  A\tCat \n") == tokenizer.encode("a cat")
 

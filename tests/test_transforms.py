@@ -11,6 +11,7 @@ from PIL import Image, ImageEnhance
 from florence_jax.data.captions import CaptionIndex
 from florence_jax.data.registry import OPS
 from florence_jax.data.sources import BadRecord
+from florence_jax.data.text import load_tokenizer
 from florence_jax.data.transforms import caption_strings, parse_ops
 from florence_jax.errors import UserError
 
@@ -84,7 +85,7 @@ def test_parse():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("decode|blur", "unknown op 'blur'; known: caption, center_crop"),
+        ("decode|blur", "unknown op 'blur'; known: affine, caption"),
         ("decode||flip", "cannot parse"),
         ("rrc(", "cannot parse"),
         ("decode+flip", "is not an op"),
@@ -121,7 +122,7 @@ def test_bad_op_strings(spec, message):
 def test_every_op_can_be_pickled_and_leaves_its_input_alone():
     context = CONTEXT | {"caption_index": CaptionIndex.build(["red fox", "x", "y", "x, y"])}
     specs = (
-        "decode resize(8) resize_exact(8,9) center_crop(8) crop(8,pad=2) rrc(8) flip(1) jitter(0.5,0.5,0.5,0.1) "
+        "decode resize(8) resize_exact(8,9) center_crop(8) crop(8,pad=2) rrc(8) flip(1) affine(9,shift=0.1) "
         "gray(1) normalise caption(caption=1,tags=1,tags_joined=1) label prompt tokenize keep(image,text)"
     ).split()
     assert {spec.split("(")[0] for spec in specs} == set(OPS) - {"class_label", "class_prompt"}  # in test_classes
@@ -248,6 +249,34 @@ def test_rrc_is_the_resized_box():
     reference = Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
     np.testing.assert_array_equal(op({"image": image}, rng(5))["image"], np.asarray(reference))
     np.testing.assert_array_equal(run("rrc(40, scale=(1, 1), ratio=(1, 1))", {"image": image})["image"], image)
+
+
+def test_affine():
+    image = smooth(40, 40)
+    np.testing.assert_array_equal(run("affine(0)", {"image": image})["image"], image)
+    small = run("affine(0, scale=(0.5, 0.5))", {"image": image})["image"]
+    assert (small[:9] == 255).all() and (small[:, 31:] == 255).all()
+    assert np.abs(small[11:29, 11:29].astype(int) - image[2:38:2, 2:38:2]).max() <= 6  # every second pixel
+    moved = run("affine(0, shift=0.5)", {"image": image}, seed=1)["image"]
+    y, x = np.argwhere((moved != 255).all(-1)).min(0)
+    assert (y, x) != (0, 0) or (moved[-1] == 255).all() or (moved[:, -1] == 255).all()
+
+
+def test_affine_rotates_about_the_centre():
+    class Fixed:
+        def __init__(self, *values):
+            self.values = iter(values)
+
+        def random(self):
+            return next(self.values)
+
+    image = smooth(40, 40)
+    (op,) = parse_ops("affine(90, stretch=0.5)", {})
+    quarter = op({"image": image}, Fixed(1.0, 0.0, 0.5, 0.5, 0.5))["image"]
+    assert np.abs(quarter[1:-1, 1:-1].astype(int) - np.rot90(image, -1)[1:-1, 1:-1]).max() <= 4
+    wide = op({"image": image}, Fixed(0.5, 0.0, 1.0, 0.5, 0.5))["image"]
+    painted = (wide != 255).all(-1)
+    assert painted.any(0).all() and not painted.any(1).all()  # wider than the frame, and lower
 
 
 def test_flip():
@@ -403,6 +432,15 @@ def test_tokenize():
     for caption in ("-", "", None):
         with pytest.raises(BadRecord, match="'k'"):
             run("tokenize", {"key": "k", "caption": caption})
+
+
+def test_tokenize_with_sampling():
+    context = {"tokenizer": load_tokenizer("sentencepiece", 12)}
+    texts = [run("tokenize(sampling=0.5)", {"caption": "strawberry"}, seed, context)["text"] for seed in range(100)]
+    plain = run("tokenize(sampling=0)", {"caption": "strawberry"}, 0, context)["text"]
+    assert 45 < sum((text == plain).all() for text in texts) < 85  # half, and those that sampling splits the same way
+    with pytest.raises(UserError, match=r"sampling must be a number from 0 to 1.*usage: tokenize\(sampling"):
+        run("tokenize(sampling=2)", {"caption": "x"}, 0, context)
 
 
 def test_keep():

@@ -180,6 +180,58 @@ class RandomResizedCrop(ImageOp):
         return left, top, left + w, top + h
 
 
+@op("affine")
+class RandomAffine(ImageOp):
+    """A random rotation about the centre, scaling, aspect ratio and shift (bilinear); what comes in view is `fill`.
+
+    Unlike `rrc` it also zooms out, for drawings that fill their frame more or less.
+
+    Args:
+      degrees: rotation, uniform in [-degrees, degrees].
+      scale: range of the zoom, log-uniform; below 1 the picture gets smaller.
+      shift: horizontally and vertically, uniform in [-shift, shift] times the side.
+      stretch: width over height is changed by a factor in [1 / (1 + stretch), 1 + stretch], log-uniform.
+      fill: grey level, 0 to 255.
+    """
+
+    random = True
+
+    def __init__(
+        self,
+        degrees: float,
+        scale: Sequence[float] = (1.0, 1.0),
+        shift: float = 0.0,
+        stretch: float = 0.0,
+        fill: int = 255,
+    ):
+        self.degrees = checked_number("degrees", degrees, 0, 180)
+        self.scale = _range("scale", scale, 100.0)
+        self.shift, self.stretch = checked_number("shift", shift, 0, 1), checked_number("stretch", stretch, 0, 10)
+        self.fill = (int(checked_number("fill", fill, 0, 255)),) * 3
+
+    def _image(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        height, width = image.shape[:2]
+        angle = math.radians(self.degrees) * (2 * rng.random() - 1)
+        low, high = map(math.log, self.scale)
+        scale = math.exp(low + (high - low) * rng.random())
+        stretch = (1 + self.stretch) ** (rng.random() - 0.5)
+        shift = [self.shift * side * (2 * rng.random() - 1) for side in (width, height)]
+        cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+        inverse = np.array([[cos / stretch, sin / stretch], [-sin * stretch, cos * stretch]])  # output -> input
+        centre = np.array([width / 2, height / 2])
+        offset = centre - inverse @ (centre + shift)
+        (a, b), (d, e) = inverse.tolist()
+        return np.asarray(
+            Image.fromarray(image).transform(
+                (width, height),
+                Image.Transform.AFFINE,
+                (a, b, float(offset[0]), d, e, float(offset[1])),
+                Image.Resampling.BILINEAR,
+                fillcolor=self.fill,
+            )
+        )
+
+
 @op("flip")
 class Flip(ImageOp):
     """Mirrors left and right with probability `p`."""

@@ -10,7 +10,7 @@ import importlib.resources
 import json
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import sentencepiece
@@ -32,6 +32,9 @@ DEFAULT_LENGTH = 76
 SHIPPED_MODEL = "sentencepiece"
 # Ids that a SentencePiece model must have: the models' padding mask and pooling rely on pad 0.
 SENTENCEPIECE_IDS = {"pad": 0, "unk": 1, "bos": 2, "eos": 3}
+
+# Subword sampling draws one of a word's best segmentations, with probability proportional to (its own) ** SMOOTHING.
+SEGMENTATIONS, SMOOTHING = 16, 0.2
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_VOCAB_SIZE = 49408
@@ -77,7 +80,7 @@ class Tokenizer(abc.ABC):
         Raises:
           UserError: for a text that is not a str, is not valid Unicode, or has no tokens.
         """
-        return self._encode([text])[0]
+        return self._encode([text], self._split)[0]
 
     def __call__(self, text: str) -> np.ndarray:
         """int32 (length,): `encode` cut to `length` (the last id is then EOT) or padded with 0."""
@@ -85,16 +88,30 @@ class Tokenizer(abc.ABC):
 
     def encode_batch(self, texts: Sequence[str]) -> np.ndarray:
         """int32 (len(texts), length): the rows are `self(text)`."""
-        out = np.full((len(texts), self.length), self.pad_id, np.int32)
-        for row, ids in zip(out, self._encode(texts), strict=True):
+        return self._padded(self._encode(texts, self._split))
+
+    def sample(self, text: str, rng: np.random.Generator) -> np.ndarray:
+        """int32 (length,): as `self(text)`, but split into pieces at random; see `SentencePieceTokenizer`.
+
+        Raises:
+          UserError: from a tokenizer that knows one way only to split a text.
+        """
+        return self._padded(self._encode([text], lambda texts: [self._split_at_random(texts[0], rng)]))[0]
+
+    def _split_at_random(self, text: str, rng: np.random.Generator) -> list[int]:
+        raise UserError("subword sampling needs a SentencePiece tokenizer: set config.text.subword_sampling=0")
+
+    def _padded(self, encoded: list[list[int]]) -> np.ndarray:
+        out = np.full((len(encoded), self.length), self.pad_id, np.int32)
+        for row, ids in zip(out, encoded, strict=True):
             if len(ids) > self.length:
                 ids = [*ids[: self.length - 1], self.eot_id]
             row[: len(ids)] = ids
         return out
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str], split: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
         cleaned = [self._checked(text) for text in texts]
-        encoded = self._split(cleaned)
+        encoded = split(cleaned)
         for text, ids in zip(texts, encoded, strict=True):
             if not ids:
                 raise UserError(f"caption {text!r} has no tokens: drop empty captions from the data")
@@ -110,6 +127,10 @@ class Tokenizer(abc.ABC):
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model (Kudo and Richardson 2018) on captions as `normalise_caption` leaves them.
+
+    `sample` draws the segmentation of each word among its `SEGMENTATIONS` best under the unigram model (subword
+    regularisation, Kudo 2018). No piece spans two words, so that this samples segmentations of the text.
+    SentencePiece's own sampling has a hidden random state; this is a function of the given generator.
 
     Args:
       model: serialized model with pad 0, unk 1, bos 2 and eos 3, as tools/train_tokenizer.py writes it.
@@ -142,6 +163,15 @@ class SentencePieceTokenizer(Tokenizer):
     def _split(self, texts: list[str]) -> list[list[int]]:
         # A thread pool costs more to start than a few captions take.
         return self._processor.encode(texts, num_threads=-1 if len(texts) > 1000 else 1)
+
+    def _split_at_random(self, text: str, rng: np.random.Generator) -> list[int]:
+        ids: list[int] = []
+        for word in text.split():
+            found = self._processor.nbest_encode_as_ids(word, SEGMENTATIONS)
+            scores = np.array([sum(map(self._processor.get_score, pieces)) for pieces in found])
+            weights = np.exp(SMOOTHING * (scores - scores.max())).cumsum()
+            ids += found[int(weights.searchsorted(rng.random() * weights[-1], side="right"))]
+        return ids
 
 
 class ClipTokenizer(Tokenizer):

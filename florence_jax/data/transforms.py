@@ -196,15 +196,25 @@ class Prompt(Op):
 
 @op("tokenize")
 class Tokenize(Op):
-    """Adds "text", int32 (L,): the caption through context["tokenizer"]. A caption without tokens is a bad record."""
+    """Adds "text", int32 (L,): the caption through context["tokenizer"]. A caption without tokens is a bad record.
 
-    def __init__(self, context: Mapping[str, Any]):
+    With probability `sampling` the caption is split into pieces at random (`Tokenizer.sample`).
+    """
+
+    def __init__(self, context: Mapping[str, Any], sampling: float = 0.0):
         self.tokenizer = _need(context, "tokenizer")
+        self.sampling = checked_number("sampling", sampling, 0, 1)
+        self.random = sampling > 0
+        if self.random:
+            self.tokenizer.sample("word", np.random.default_rng(0))  # raises now if it cannot
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Adds the ids."""
+        caption = _caption(example)
         try:
-            return example | {"text": self.tokenizer(_caption(example))}
+            if self.random and rng.random() < self.sampling:
+                return example | {"text": self.tokenizer.sample(caption, rng)}
+            return example | {"text": self.tokenizer(caption)}
         except UserError as error:
             raise BadRecord(key_of(example), str(error)) from error
 

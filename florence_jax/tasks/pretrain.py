@@ -171,7 +171,8 @@ class Pretrain:
             "caption_index": index,
             "templates": TEMPLATES if config.text.templates else (),
         }
-        ops = f"{data.train_image_ops}|caption({data.captions})|label|prompt|tokenize|keep(image, text, label)"
+        text_ops = f"caption({data.captions})|label|prompt|tokenize(sampling={config.text.subword_sampling})"
+        ops = f"{data.train_image_ops}|{text_ops}|keep(image, text, label)"
         return train_stream(
             sources,
             weights,
