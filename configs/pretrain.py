@@ -88,10 +88,10 @@ def _laptop(config: ConfigDict, res: int) -> None:
     config.optim.warmup_steps = 100
     config.optim.ema_decay = 0.998
     # Drawings fill their frame more or less: zoom out as well as in, and never cut much away.
-    affine = "affine(15, scale=(0.75, 1.2), shift=0.08, stretch=0.35)"
+    affine = "affine(8, scale=(0.85, 1.15), shift=0.05, stretch=0.2)"
     config.data.train_image_ops = f"decode|{affine}|resize({res})|flip(0.5)|jitter(0.3, 0.3, 0.3)"
-    config.data.captions = "caption=3,keywords_joined=1,keywords=1,group=0.5"
-    config.text.subword_sampling = 0.4  # held-out names have words never seen: parts of words must mean something
+    config.data.captions = "caption=3,keywords_joined=1,keywords=1,group=1"
+    config.text.subword_sampling = 0.2  # held-out names have words never seen: parts of words must mean something
     config.model.overrides.text_layers = 1
     config.model.overrides.text_length = 16  # names and keywords are short; longer captions of your own need more
     config.data.workers = 0  # two cores: decoding in the trainer's own threads is faster than worker processes
