@@ -90,7 +90,7 @@ def _laptop(config: ConfigDict, res: int) -> None:
     # Drawings fill their frame more or less: zoom out as well as in, and never cut much away.
     affine = "affine(8, scale=(0.85, 1.15), shift=0.05, stretch=0.2)"
     config.data.train_image_ops = f"decode|{affine}|resize({res})|flip(0.5)|jitter(0.3, 0.3, 0.3)"
-    config.data.captions = "caption=3,keywords_joined=1,keywords=1,group=1"
+    config.data.captions = "caption=3,keywords_joined=1,keywords=1,group=2"
     config.text.subword_sampling = 0.2  # held-out names have words never seen: parts of words must mean something
     config.model.overrides.text_layers = 1
     config.model.overrides.text_length = 16  # names and keywords are short; longer captions of your own need more
