@@ -309,7 +309,8 @@ def test_a_tpu_program_over_two_slices():
     moved = {kind: total["bytes"] for kind, total in report["collectives"].items()}
     assert moved["reduce-scatter"] >= kernels
     # All-reduced are: gradients of what is not split, the looked-up rows of the token embedding, and numbers.
-    rows = 4 * config.batch_size * 2 * 64 * TINY_MODEL["text_width"]
+    model = create_task(config).model.config
+    rows = 4 * config.batch_size * model.text_length * model.text_width
     assert moved["all-reduce"] <= sum(sizes.values()) - sum(sizes[path] for path in split) + rows
     # Between the slices go the gradients' shards, and of the parameters nothing.
     assert moved["across slices: all-reduce"] >= kernels / 4
