@@ -1,7 +1,7 @@
 """timm's Swin under `torch.compile`: the yardstick of `bench step` on a GPU.
 
 The same depths and widths as the variant of that letter; between stages it merges 2 x 2 patches where CoSwin has a
-3 x 3 convolution, so that it has up to 4 % fewer parameters. Its weights are its own initialisation.
+3 x 3 convolution, so that it has 4 % (T: 7 %) fewer parameters. Its weights are its own initialisation.
 
 PyTorch and timm are imported when something here is used, and are no requirements of the project:
 `pip install torch torchvision timm`.
