@@ -58,10 +58,15 @@ def common(workdir: str) -> ConfigDict:
             "mode": "train",  # or 'eval': only evaluate the newest checkpoint of the workdir
             "workdir": workdir,  # --workdir overrides it
             "seed": 0,
-            "init": "",  # checkpoints/ folder of another run to take the parameters from
+            "init": "",  # another run, or its checkpoints/ folder, to take the parameters from
+            "init_optimizer": False,  # also its optimizer's moments; the learning-rate schedule starts anew either way
             "distributed": False,  # True on every host of a multi-host job
             "precision": "float32",  # compute dtype; parameters, norms, softmax and loss are float32 always
-            "mesh": {"data": -1, "fsdp": 1},  # -1: all remaining devices
+            "mesh": {
+                "data": -1,  # -1: all remaining devices
+                "fsdp": 1,  # devices that parameters, gradients and optimizer state are split over
+                "fsdp_across_slices": False,  # may fsdp reach over the slow network between TPU slices, GPU nodes
+            },
             "optim": {
                 "learning_rate": 5e-4,
                 "final_fraction": 0.01,  # the cosine ends at this fraction of learning_rate

@@ -5,11 +5,13 @@
     python -m florence_jax.main --config=configs/pretrain.py:variant=H,res=224 --workdir=/shared/run \
         --config.data.train=gs://bucket/pairs --config.batch_size=24576
 
-Arguments: variant = ti | T | S | B | L | H; res = image size (0: the variant's own); stage = 1 (prompt templates on
-short captions) | 2 | 3 (none); runlocal.
+Arguments: variant = ti | T | S | B | L | H; res = image size (0: the stage's); stage = 1 | 2 | 3 of the paper's
+schedule (see `STAGES`; docs/stages.md has the commands); runlocal.
 The first command was run on 2 CPU cores (see README for times and results); T to H have been compiled and stepped
 on random data only, never trained to convergence by this project.
 """
+
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -31,20 +33,47 @@ RUNLOCAL_SIZES = {
 EVAL_IMAGE_OPS = "decode|resize({res})|center_crop({res})"
 
 
+class Stage(NamedTuple):
+    """A stage of the paper's schedule (arXiv 2111.11432, section 2.2), which gives steps, prompts and pixels.
+
+    Attributes:
+      steps: of size H.
+      prompts: whether prompt templates are put around captions of one or two words.
+      fine: at 384 instead of 224 pixels, with windows of 12 instead of 7 (ti: 48 instead of 32, 6 instead of 4).
+      learning_rate: peak, as a share of the first stage's. A choice of ours; the paper gives none.
+    """
+
+    steps: int
+    prompts: bool
+    fine: bool
+    learning_rate: float
+
+
+STAGES = {
+    1: Stage(1_000_000, prompts=True, fine=False, learning_rate=1.0),
+    2: Stage(180_000, prompts=False, fine=False, learning_rate=0.2),
+    3: Stage(80_000, prompts=False, fine=True, learning_rate=0.1),
+}
+FINE_RES = {224: 384, 32: 48}
+
+
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration for an argument string such as 'variant=B,res=384,stage=3'."""
     given = parse_arg(arg, variant="ti", res=0, stage=1, runlocal=False)
     if given.variant not in VARIANTS:
         raise UserError(f"unknown variant {given.variant!r}; known: {', '.join(VARIANTS)}")
-    if given.stage not in (1, 2, 3):
+    if given.stage not in STAGES:
         raise UserError(f"unknown stage {given.stage}; the schedule has stages 1, 2 and 3")
     config = common("runs/pretrain")
     config.task = "pretrain"
     config.model = {"variant": given.variant, "overrides": model_overrides()}
     if given.runlocal:
         config.model.overrides.update(RUNLOCAL_SIZES)
-    if given.res:
-        config.model.overrides.res = given.res
+    res = config.model.overrides.res or VARIANTS[given.variant]["res"]
+    if res := given.res or (FINE_RES[res] if STAGES[given.stage].fine else 0):
+        config.model.overrides.update(res=res, window=None)
+        if given.runlocal:
+            config.model.overrides.window = res // 8
     res = config.model.overrides.res or VARIANTS[given.variant]["res"]
     config.data = {
         "train": "emoji:train",  # sources joined by '|', each with an optional '*weight'
@@ -57,7 +86,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     }
     config.text = {
         "tokenizer": "sentencepiece",  # shipped model; or a .model file, or a CLIP BPE vocabulary file
-        "templates": given.stage == 1,  # prompts around one- and two-word captions
+        "templates": STAGES[given.stage].prompts,  # prompts around one- and two-word captions
         "subword_sampling": 0.0,  # share of training texts that are split into pieces at random (SentencePiece only)
     }
     config.loss = "unicl"  # or 'clip': every pair its own class
@@ -71,13 +100,21 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "source": "",  # held-out pairs of your own: image-text retrieval on them
     }
     config.batch_size = 4096
-    config.total_steps = {1: 1_000_000, 2: 180_000, 3: 80_000}[given.stage]
+    config.total_steps = STAGES[1].steps
     config.optim.warmup_steps = 2000
     if given.variant == "ti":
         _laptop(config, res)
+    _shorten(config, STAGES[given.stage])
     if given.runlocal:
         _runlocal(config)
     return config
+
+
+def _shorten(config: ConfigDict, stage: Stage) -> None:
+    """Steps and learning rate of a later stage, in the paper's proportion to those of the first."""
+    config.total_steps = config.total_steps * stage.steps // STAGES[1].steps
+    config.optim.warmup_steps = min(config.optim.warmup_steps, config.total_steps // 10)
+    config.optim.learning_rate = config.optim.learning_rate * stage.learning_rate
 
 
 def _laptop(config: ConfigDict, res: int) -> None:

@@ -19,6 +19,7 @@ from configs.pretrain import get_config
 from florence_jax.errors import UserError
 from florence_jax.tasks import create_task
 from florence_jax.tools import aot_compile, aot_report, topologies
+from florence_jax.train.rules import path_string
 from florence_jax.train.sharding import make_mesh
 from tests.tiny_run import TINY_MODEL, tiny_config, tiny_pairs
 
@@ -55,7 +56,8 @@ def run(*arguments):
 # -- reading what the compiler wrote ----------------------------------------------------------------------------------
 
 # Shortened from programs for v5e: a scan of 3 iterations over a gather spread over two fusions and a fused
-# reduce-scatter, a loop whose trips the compiler noted, and in the entry an all-reduce and a permutation.
+# reduce-scatter, a loop whose trips the compiler noted, and in the entry an all-reduce, a permutation, a gather that
+# has the channel of another by chance, and what goes to another slice.
 HLO = """HloModule jit_step, is_scheduled=true, num_partitions=4
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -101,6 +103,8 @@ ENTRY %main (a: f32[8,128]) -> f32[] {
   %while.1 = (s32[], f32[8,128]) while(%init), condition=%condition, body=%body, metadata={op_name="jit(step)/while"}
   %while.2 = (s32[], f32[8]) while(%i), condition=%c, body=%other_body, backend_config={"known_trip_count":{"n":"5"},"x":{}}
   %rs = f32[2,128]{1,0} reduce-scatter(%h), channel_id=6, replica_groups=mesh['axis_0'=1,'axis_1'=4] {'axis_1'}, dimensions={0}, to_apply=%add
+  %all-gather.5 = bf16[8,128]{1,0} all-gather(%w), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+  %send = (f32[2,128]{1,0:T(2,128)}, u32[], token[]) send(%rs, %t), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
   %collective-permute-start.1 = (f32[16]{0}, f32[16]{0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1}}
   ROOT %all-reduce.2 = (f32[], bf16[10]{0}) all-reduce(%b, %c), replica_groups={{0,1,2,3}}, to_apply=%add
 }
@@ -109,10 +113,11 @@ ENTRY %main (a: f32[8,128]) -> f32[] {
 
 def test_collectives_of_a_program_with_a_scan():
     assert aot_report.collectives(HLO) == {
-        "all-gather": {"count": 3 + 5, "bytes": 3 * 8 * 128 * 2 + 5 * 8 * 8 * 2},
+        "all-gather": {"count": 3 + 5 + 1, "bytes": (3 + 1) * 8 * 128 * 2 + 5 * 8 * 8 * 2},
         "all-reduce": {"count": 1, "bytes": 4 + 20},
         "reduce-scatter": {"count": 4, "bytes": 4 * 8 * 128 * 4},
         "collective-permute": {"count": 1, "bytes": 64},
+        "across slices: all-reduce": {"count": 1, "bytes": 2 * 128 * 4},
     }
 
 
@@ -287,10 +292,26 @@ def test_command_names_the_known_topologies():
 
 
 @needs_libtpu
-def test_a_tpu_program():
-    sizes = [f"--config.model.overrides.{name}={value}" for name, value in TINY_MODEL.items()]
-    result = run("--config=configs/pretrain.py:runlocal", *sizes, "--topology=v5e:2x2", "--config.mesh.fsdp=4")
+def test_a_tpu_program_over_two_slices():
+    """What the TPU compiler makes of ZeRO: gradients are reduce-scattered in a slice, and shards cross to the other."""
+    options = ["--config.batch_size=32", "--config.mesh.fsdp=4", "--topology=v5e:2x2", "--slices=2"]
+    result = run("--config=configs/pretrain.py:runlocal", *options)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
-    assert report["fits"] and report["chips"] == 4 and "all-gather" in report["collectives"]
-    assert "verdict" in result.stderr
+    assert report["fits"] and report["chips"] == 8 and report["mesh"] == {"data": 2, "fsdp": 4}
+    assert "2 slices of v5e:2x2" in result.stderr and "verdict" in result.stderr
+    config = get_config("runlocal")
+    config.batch_size, config.mesh.fsdp = 32, 4
+    shapes = jax.eval_shape(create_task(config).init, jax.random.key(0))
+    split = {path for path, spec in aot_compile.shardings(config, 8)["params"].items() if "fsdp" in spec}
+    sizes = {path_string(path): 4 * leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    kernels = sum(size for path, size in sizes.items() if path in split and path.endswith("kernel"))
+    moved = {kind: total["bytes"] for kind, total in report["collectives"].items()}
+    assert moved["reduce-scatter"] > 0.95 * kernels  # the smallest are combined into an all-reduce
+    # All-reduced are: gradients of what is not split, the looked-up rows of the token embedding, and numbers.
+    model = create_task(config).model.config
+    rows = 4 * config.batch_size * model.text_length * model.text_width
+    assert moved["all-reduce"] <= sum(sizes.values()) - sum(sizes[path] for path in split) + rows
+    # Between the slices go the gradients' shards, and of the parameters nothing.
+    assert moved["across slices: all-reduce"] >= kernels / 4
+    assert moved.get("across slices: all-gather", 0) < kernels / 8

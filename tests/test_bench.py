@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from florence_jax.models import florence
-from florence_jax.tools import bench, bench_data, bench_step, timing, torch_swin
+from florence_jax.tools import bench, bench_data, bench_step, timing, timm_swin, torch_swin
 from florence_jax.train.optim import DECAY_RULES
 from florence_jax.train.rules import match_rules
 
@@ -63,7 +64,8 @@ def test_torch_step_follows_the_same_trajectory(tower):
     model, params = tower
     images, target = bench_step.image_batch(model.config, 2)
     ours = bench_step.image_step(model, params, images, target)
-    theirs, _ = bench_step.torch_step(model.config, params, images, target)
+    theirs, details = bench_step.make_rival("auto", model.config, params, images, target)
+    assert details["rival"] == "eager"
     losses = np.array([(ours(), theirs()) for _ in range(4)])
     np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-4)
     assert losses[3, 0] < 0.99 * losses[0, 0]
@@ -80,8 +82,60 @@ def test_step_prints_one_line(capsys, monkeypatch, tiny):
     assert code == 0
     assert result["seconds"] == result["image_tower_seconds"] > 0
     assert result["images_per_s"] == pytest.approx(2 / result["seconds"], rel=1e-3)
-    assert result["torch"] is result["torch_seconds"] is result["ratio"] is None
+    assert result["torch"] is result["torch_seconds"] is result["ratio"] is result["rival"] is None
+    assert result["mfu"] is result["peak_memory_bytes"] is None  # a CPU has no known peak and keeps no count
+    assert result["compiled_bytes"] > 4 * 2 * 32 * 32 * 3
     assert result["jax"] == jax.__version__ and result["cores"] > 0 and result["cpu"]
+
+
+def test_mfu_is_of_the_given_peak(capsys, tiny):
+    _, result = run(capsys, [*STEP, "--rival", "none", "--peak_tflops", "2"])
+    assert result["mfu"] == pytest.approx(result["gflops_per_s"] / 2000, rel=1e-2)
+
+
+def test_missing_timm_says_how_to_install_it(capsys, monkeypatch, tower):
+    model, params = tower
+    monkeypatch.setattr(timm_swin, "available", lambda: False)
+    images, target = bench_step.image_batch(model.config, 2)
+    rival, details = bench_step.make_rival("timm", model.config, params, images, target)
+    assert rival is details["rival"] is None and "pip install torch torchvision timm" in capsys.readouterr().err
+
+
+@needs_torch
+def test_timm_takes_the_same_step(capsys, monkeypatch, tiny):
+    """With a stand-in of timm's interface and an identity for `torch.compile`, which are of use on a GPU only."""
+    import torch
+
+    asked = {}
+
+    class Pooled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch_embed = torch.nn.Conv2d(3, 16, 4, 4)
+
+        def forward(self, images):
+            return self.patch_embed(images).mean((2, 3))
+
+    def create_model(name, **options):
+        asked.update(options, name=name)
+        return Pooled()
+
+    module = types.ModuleType("timm")
+    module.create_model, module.__version__, module.__spec__ = create_model, "1.0", object()
+    monkeypatch.setitem(sys.modules, "timm", module)
+    monkeypatch.setitem(timm_swin.NAMES, "tiny", "swin_of_tests")
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    _, result = run(capsys, [*STEP, "--rival", "timm", "--dtype", "bfloat16"])
+    assert asked == dict(name="swin_of_tests", num_classes=0, img_size=32, window_size=4, drop_path_rate=0.0)
+    assert result["rival"] == "timm" and result["rival_description"] == "swin_of_tests, timm 1.0, torch.compile"
+    assert result["ratio"] == pytest.approx(result["torch_seconds"] / result["image_tower_seconds"], rel=1e-3)
+
+
+def test_devices_are_compared_with_one_that_does_the_same_work(capsys, tiny):
+    code, result = run(capsys, "devices --variant tiny --batch 2 --counts 1,2 --steps 1 --zero".split())
+    assert code == 0 and set(result["devices"]) == {"1", "2"}
+    for row in result["devices"].values():
+        assert row["ratio"] == pytest.approx(row["seconds"] / row["seconds_one_device"], rel=1e-3)
 
 
 @needs_torch
@@ -140,7 +194,14 @@ def test_ratio_report():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["step", "--batch", "0"], ["data", "--image_size", "big"], ["data", "--source", "nowhere"]]
+    "arguments",
+    [
+        ["step", "--batch", "0"],
+        ["devices", "--counts", "1,x"],
+        ["devices", "--counts", "64"],
+        ["data", "--image_size", "big"],
+        ["data", "--source", "nowhere"],
+    ],
 )
 def test_mistakes_are_one_message(capsys, arguments):
     assert bench.main(arguments) == 2
@@ -156,7 +217,7 @@ def test_registered_benchmarks_exist(name):
 
 
 def test_step_needs_neither_torch_nor_the_data_packages():
-    forbidden = ("torch", "grain", "array_record", "ml_collections", "orbax", "PIL")
+    forbidden = ("torch", "timm", "grain", "tensorboardX", "array_record", "ml_collections", "orbax", "PIL")
     code = f"import sys, florence_jax.tools.bench_step; print([m for m in {forbidden} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr

@@ -48,14 +48,6 @@ def test_variants_build(variant):
     assert small.model.config.depths == (2, 2, 2, 2) and small.model.config.res == 32
 
 
-def test_stages():
-    steps = {stage: get_config(f"variant=H,stage={stage}").total_steps for stage in (1, 2, 3)}
-    assert steps == {1: 1_000_000, 2: 180_000, 3: 80_000}
-    assert [get_config(f"stage={stage}").text.templates for stage in (1, 2, 3)] == [True, False, False]
-    config = get_config("variant=H,stage=3,res=384")
-    assert create_task(config.lock()).model.config.window == 12 and "rrc(384," in config.data.train_image_ops
-
-
 def test_argument_strings():
     assert parse_arg("a=3,c", a=1, b="x", c=False).to_dict() == {"a": 3, "b": "x", "c": True}
     assert parse_arg(None, a=1).a == 1

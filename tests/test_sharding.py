@@ -5,12 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec
 
 from florence_jax.errors import UserError
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import florence
-from florence_jax.train.sharding import batch_sharding, make_mesh, param_shardings, replicated, state_shardings
+from florence_jax.train.sharding import (
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+    replicated,
+    split_over_slices,
+    state_shardings,
+)
 from florence_jax.train.state import init_state
 
 MODEL = florence.build(
@@ -83,6 +91,47 @@ def test_indivisible_tensors_are_all_named():
     with pytest.raises(UserError) as error:
         param_shardings(params, make_mesh(2, 4))
     assert "a/kernel (4, 6) axis -1" in str(error.value) and "b/kernel (4, 10)" in str(error.value)
+
+
+# -- several slices ---------------------------------------------------------------------------------------------------
+
+
+class Chip:
+    """A device of a slice, as far as a mesh looks at it."""
+
+    platform, device_kind, client, process_index = "cpu", "cpu", None, 0
+
+    def __init__(self, index: int, slice_index: int):
+        self.id, self.slice_index = index, slice_index
+
+
+def two_slices():
+    chips = [Chip(i, i // 4) for i in range(8)]
+    return chips[::2] + chips[1::2]  # in an order that mixes the slices
+
+
+@pytest.mark.parametrize("data,fsdp", [(2, 4), (-1, 2), (8, 1)])
+def test_fsdp_stays_inside_a_slice(data, fsdp):
+    mesh = make_mesh(data, fsdp, two_slices())
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    assert mesh.devices.shape == (8 // fsdp, fsdp) and len(set(mesh.devices.flat)) == 8
+    assert (slices == slices[:, :1]).all()
+    assert (slices[:, 0] == np.repeat([0, 1], 4 // fsdp)).all()
+    outer, inner = (2, 1), (4 // fsdp, fsdp)
+    ids = np.vectorize(lambda chip: chip.id)
+    reference = mesh_utils.create_hybrid_device_mesh(inner, outer, two_slices())
+    np.testing.assert_array_equal(ids(mesh.devices), ids(reference))
+
+
+def test_fsdp_crosses_slices_only_when_told():
+    with pytest.raises(UserError, match="data=1, fsdp=8 does not lie across the 2 slices.*fsdp_across_slices=True"):
+        make_mesh(1, 8, two_slices())
+    mesh = make_mesh(1, 8, two_slices(), fsdp_across_slices=True)
+    assert [chip.slice_index for chip in mesh.devices[0]] == [0] * 4 + [1] * 4
+    assert split_over_slices(4, 8, 2, True) == (2, 1)  # data first
+    assert split_over_slices(6, 8, 4, True) == (2, 2)
+    with pytest.raises(UserError, match="across the 4 slices"):
+        split_over_slices(2, 3, 4, True)
 
 
 def test_mesh_that_does_not_use_the_devices_is_refused():

@@ -23,7 +23,7 @@ from florence_jax.evaluators.retrieval import open_retrieval
 from florence_jax.losses.grad_cache import encode_pairs
 from florence_jax.losses.unicl import unicl, unicl_sharded
 from florence_jax.models import florence
-from florence_jax.train.pretrained import load_parameters
+from florence_jax.train.pretrained import checkpoint_folder, load_parameters
 from florence_jax.train.sharding import ambient_batch_axes
 
 # Channel statistics of ImageNet, in units of a full-scale pixel.
@@ -86,8 +86,8 @@ class Pretrain:
         return self.model.init(key, batch)
 
     def start(self, params: Any) -> Any:
-        """The parameters of the checkpoint folder `config.init`."""
-        return load_parameters(self.config.init, params, average=False)
+        """The parameters of the run `config.init`, bias tables resized where the window is another."""
+        return load_parameters(checkpoint_folder(self.config.init), params, average=False)
 
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """UniCL over the global batch; with `config.loss='clip'` every pair is its own class.

@@ -3,6 +3,7 @@
     python -m florence_jax.tools.aot_compile --config=configs/pretrain.py:variant=H --topology=v5p:4x8x8 \
         --config.batch_size=24576 --config.precision=bfloat16 --config.mesh.fsdp=64
     python -m florence_jax.tools.aot_compile --config=... --topology=v5e:16x16 --search
+    python -m florence_jax.tools.aot_compile --config=... --topology=v5e:16x16 --slices=2
     python -m florence_jax.tools.aot_compile --config=... --topology=v5p:4x8x8 --shardings=FILE
 
 Takes the configuration, with its --config.x= options, that would be trained. A table goes to stderr and one JSON line
@@ -42,6 +43,7 @@ from florence_jax.train.rules import path_string
 from florence_jax.train.sharding import BATCH_AXES, batch_sharding, mesh_sizes, param_shardings
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Slice to compile for: KIND:SHAPE in chips, for example v5p:4x8x8.")
+_SLICES = flags.DEFINE_integer("slices", 1, "How many such slices, joined by the data centre's network.")
 _MFU = flags.DEFINE_float("mfu", 0.4, "Share of the chip's peak at which to state the step time.", 0.001, 1.0)
 _SEARCH = flags.DEFINE_bool("search", False, "Find the lightest remat policy and the largest micro-batch that fit.")
 _SHARDINGS = flags.DEFINE_string("shardings", None, "Only write the parameters' partition as JSON to this file.")
@@ -59,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         if _TOPOLOGY.value is None:
             raise UserError("--topology is missing; for example --topology=v5p:4x8x8")
-        topology = topologies.find(_TOPOLOGY.value)
+        topology = topologies.find(_TOPOLOGY.value, _SLICES.value)
         if _SHARDINGS.value:
             write_shardings(config, topology.chips, Path(_SHARDINGS.value))
             return
@@ -83,9 +85,9 @@ def preflight(config: ConfigDict, topology: Topology, mfu: float, devices: list[
       devices: to compile for; default: the slice's, from libtpu.
 
     Returns:
-      {"topology", "chips", "mesh", "variant", "res", "dtype", "remat", "micro_batch" (0: no gradient cache), "batch",
-      "batch_per_chip", "parameters", "fits", "hbm": {"capacity", "arguments", "temporaries", "peak" (bytes a chip),
-      "share" (peak over capacity)}, "model_flops" (of a step, all chips), "collectives" (see
+      {"topology", "slices", "chips", "mesh", "variant", "res", "dtype", "remat", "micro_batch" (0: no gradient cache),
+      "batch", "batch_per_chip", "parameters", "fits", "hbm": {"capacity", "arguments", "temporaries", "peak" (bytes a
+      chip), "share" (peak over capacity)}, "model_flops" (of a step, all chips), "collectives" (see
       `aot_report.collectives`), "expected": {"mfu", "step_seconds", "examples_per_second_per_chip"},
       "compile_seconds", "compiler"}. Where the step does not fit, "hbm" has only what the compiler says.
 
@@ -122,6 +124,7 @@ def describe(trainer: Trainer, topology: Topology) -> dict[str, Any]:
     cache = config.get("grad_cache") or {}
     return {
         "topology": topology.name,
+        "slices": topology.slices,
         "chips": topology.chips,
         "mesh": dict(trainer.mesh.shape),
         "variant": model.variant,

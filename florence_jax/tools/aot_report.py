@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+ACROSS = "across slices: "  # prefix of the kinds that the TPU compiler hands to the network between slices
 
 _BITS = {"pred": 8, "bf16": 16, "token": 0}
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
@@ -13,7 +14,9 @@ _TENSOR = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(condition|body|calls|to_apply|\w+_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
+_TRANSFER = re.compile(r'= \((\w+)\[([\d,]*)\].*? send\(.*_xla_megascale_transfer_type="(\w+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_FUSION = re.compile(r"async_collective_fusion|fused_computation")
 _CONSTANT = re.compile(r"= s(?:32|64)\[\]\S* constant\((\d+)\)")
 # {{0,1},{2,3}}, or [groups,size]<=[devices], or mesh['a'=2,'b'=4] {'b'}
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[(.*?)\] \{(.*?)\})")
@@ -29,37 +32,44 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
 
     A collective inside a loop counts once per iteration, as many as the compiler noted or as the loop's condition
     compares with (a scan counts up from 0). The TPU compiler spreads one asynchronous collective over several fusions
-    with the same channel: those count as one. It writes a reduce-scatter as a fusion called all-reduce-scatter around
-    an all-reduce: that counts as reduce-scatter.
+    with the same channel: those count as one (outside of fusions a channel may be used again). It writes a
+    reduce-scatter as a fusion called all-reduce-scatter around an all-reduce: that counts as reduce-scatter. Over
+    several slices it splits a collective into one inside each slice and one across them, which it leaves to the
+    host's network as a pair of send and receive.
 
     Args:
       hlo: text of the optimised module (`compiled.as_text()`).
 
     Returns:
       kind -> {"count": executions, "bytes": of the whole tensors, on one device: gathered, to be reduced, or
-      exchanged}. A ring sends about that much per device (twice that for an all-reduce). Only kinds that occur.
+      exchanged}. A ring sends about that much per device (twice that for an all-reduce). Only kinds that occur:
+      those of `COLLECTIVES`; with the prefix `ACROSS` and the bytes that a device sends, those across slices.
     """
     program = _Program(hlo)
-    found: dict[tuple[str, str], tuple[int, int]] = {}  # (kind, channel) -> (executions, bytes)
+    found: dict[tuple[str, str], tuple[int, int]] = {}  # (kind, which) -> (executions, bytes)
 
     def visit(name: str, times: int) -> None:
         for line in program.lines.get(name, ()):
             if match := _COLLECTIVE.search(line):
                 kind, size = _collective(match, line, name)
-                channel = _CHANNEL.search(line)
-                key = (kind, channel[1] if channel else line)
+                channel = _CHANNEL.search(line) if _FUSION.match(name) else None
+                key = (kind, f"{channel[1]} {_TENSOR.findall(match[1])}" if channel else line)
                 found[key] = max(found.get(key, (0, 0)), (times, size))
+            if match := _TRANSFER.search(line):
+                kind = ACROSS + match[3].lower().replace("_", "-")
+                found[kind, line] = times, _bytes(match[1], match[2])
             for other, trips in program.called(line):
                 visit(other, times * trips)
 
     visit(program.entry, 1)
+    kinds = dict.fromkeys(kind for kind, _ in found)
     return {
         kind: {
             "count": sum(times for (other, _), (times, _) in found.items() if other == kind),
             "bytes": sum(times * size for (other, _), (times, size) in found.items() if other == kind),
         }
-        for kind in COLLECTIVES
-        if any(kind == other for other, _ in found)
+        for kind in [*COLLECTIVES, *sorted(kind for kind in kinds if kind.startswith(ACROSS))]
+        if kind in kinds
     }
 
 
@@ -79,7 +89,7 @@ class _Program:
                     self.entry = current if line.startswith("ENTRY") else self.entry
             elif match := _CONSTANT.search(line):
                 self._limits[current] = max(int(match[1]), self._limits.get(current, 0))
-            elif "=%" in line or "computation" in line or _COLLECTIVE.search(line):
+            elif "=%" in line or "computation" in line or " send(" in line or _COLLECTIVE.search(line):
                 self.lines[current].append(line)
 
     def called(self, line: str) -> list[tuple[str, int]]:
@@ -157,8 +167,9 @@ def hbm_of_failure(message: str) -> dict[str, int] | None:
 def table(report: dict[str, Any]) -> str:
     """The report of `aot_compile.preflight` for a terminal."""
     memory, times = report["hbm"], report["expected"]
+    slices = f"{report['slices']} slices of " if report["slices"] > 1 else ""
     rows = [
-        ("slice", f"{report['topology']}, {report['chips']} chips, mesh " + _pairs(report["mesh"])),
+        ("slice", f"{slices}{report['topology']}, {report['chips']} chips, mesh " + _pairs(report["mesh"])),
         ("model", f"{report['variant']} at {report['res']} px, {report['parameters'] / 1e6:.1f} M parameters"),
         ("compute", f"{report['dtype']}, remat={report['remat']}, micro-batch {report['micro_batch'] or 'none'}"),
         ("batch", f"{report['batch']}, {report['batch_per_chip']} a chip"),

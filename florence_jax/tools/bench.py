@@ -1,8 +1,9 @@
 """Benchmarks: `python -m florence_jax.tools.bench NAME [options]` prints one JSON line on stdout, messages on stderr.
 
-    python -m florence_jax.tools.bench step              # seconds of a training step; beside eager PyTorch if installed
+    python -m florence_jax.tools.bench step              # seconds of a training step; beside PyTorch if installed
     python -m florence_jax.tools.bench grad_cache        # a step with the gradient cache beside one without
     python -m florence_jax.tools.bench remat             # memory and time of every recomputation policy
+    python -m florence_jax.tools.bench devices           # a step over 1, 2, 4, 8 (simulated) devices, fixed local batch
     python -m florence_jax.tools.bench data              # images a second of the input pipeline; beside bare decoding
     python -m florence_jax.tools.bench curate            # images a second of curation's hash stage, and its join
     python -m florence_jax.tools.bench probe             # a sweep of linear probes, beside scikit-learn
@@ -22,9 +23,10 @@ from collections.abc import Sequence
 from florence_jax.errors import UserError
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
-    "step": ("florence_jax.tools.bench_step", "seconds of a training step, compared with eager PyTorch if installed"),
+    "step": ("florence_jax.tools.bench_step", "seconds of a training step, compared with PyTorch if installed"),
     "grad_cache": ("florence_jax.tools.bench_grad_cache", "time, memory and exactness of the gradient cache"),
     "remat": ("florence_jax.tools.bench_remat", "memory and time of a training step by recomputation policy"),
+    "devices": ("florence_jax.tools.bench_devices", "a training step by number of devices, at a fixed batch on each"),
     "data": ("florence_jax.tools.bench_data", "images a second of the input pipeline, compared with bare decoding"),
     "curate": ("florence_jax.tools.bench_curate", "images a second of curation's hash stage, cost of its join"),
     "probe": ("florence_jax.tools.bench_probe", "a sweep of linear probes over C, compared with scikit-learn"),

@@ -1,20 +1,28 @@
-"""`bench step`: seconds of a training step, and of the same work in eager PyTorch where that is installed.
+"""`bench step`: seconds of a training step, and of the same work in PyTorch where that is installed.
 
 Two things are timed, in turns within one run. First the project's training step: both towers, the UniCL loss, backward
 pass, gradient clipping, AdamW (`seconds`; with --image_only it is the second thing's). Then, for the comparison, the
 image tower alone under a mean-square loss on its pooled features, forward, backward and AdamW update
-(`image_tower_seconds`, `torch_seconds`): the same weights, images and precision, as many threads, no clipping and no
-stochastic depth in both. `ratio` is PyTorch's time over ours. The data is random; reading is timed by `bench data`.
+(`image_tower_seconds`, `torch_seconds`): the same images and precision, as many threads, no clipping and no stochastic
+depth in both. `ratio` is PyTorch's time over ours. The data is random; reading is timed by `bench data`.
+
+The --rival is by default, on a CPU, 'eager': the same tower, with the same weights, in plain eager PyTorch; on a GPU,
+'timm': timm's Swin of the same size under torch.compile, and autocast where --dtype is bfloat16.
+
+`mfu` is the model's FLOPs (three times the forward pass) of `seconds` over the device's bf16 peak: known for the
+devices in train/hardware.py, else given by --peak_tflops. `peak_memory_bytes` is what the device's allocator has seen
+at most after a whole step (null on a CPU, which keeps no count), `compiled_bytes` what the compiler reckons for it.
 
 On a Linux CPU a good part of the step can be page faults, because XLA takes its working memory from the system anew
 each time; where huge pages are on request (/sys/kernel/mm/transparent_hugepage/enabled says madvise), the environment
 variable GLIBC_TUNABLES=glibc.malloc.hugetlb=1 avoids most of them.
 
-Needs jax, flax and optax only; PyTorch, for the comparison, is `pip install torch`.
+Needs jax, flax and optax only; for the comparison, `pip install torch`, on a GPU also `torchvision timm`.
 """
 
 import argparse
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -28,10 +36,12 @@ import optax
 from florence_jax.errors import UserError
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import florence
-from florence_jax.tools import timing, torch_swin
+from florence_jax.tools import aot_report, timing, timm_swin, torch_swin
+from florence_jax.train.hardware import PEAK_FLOPS
 
 LEARNING_RATE, WEIGHT_DECAY, BETAS = 5e-4, 0.1, (0.9, 0.98)
-COMPARED = "image tower forward + backward + AdamW, mean-square loss on pooled features, same weights and images"
+COMPARED = "image tower forward + backward + AdamW, mean-square loss on pooled features, same images"
+RIVALS = ("auto", "eager", "timm", "none")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,13 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_only", action="store_true", help="only the image tower's step")
     parser.add_argument("--unroll", action="store_true", help="unroll the depth instead of scanning over it")
     parser.add_argument("--remat", default="none", choices=florence.REMATS, help="recomputation in the backward pass")
-    parser.add_argument("--no_torch", action="store_true", help="skip the comparison even if PyTorch is installed")
+    parser.add_argument("--rival", default="auto", choices=RIVALS, help="what to compare with; auto: by the device")
+    parser.add_argument("--peak_tflops", type=float, default=None, help="of the device in bf16, for the MFU")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures; see the module's docstring for the keys."""
     if min(args.batch, args.steps, args.res) < 1:
         raise UserError("--batch, --res and --steps must be positive")
+    # So that PyTorch finds memory beside JAX on a GPU; read when JAX first looks for devices.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     model = florence.build(
         args.variant, res=args.res, dtype=args.dtype, remat=args.remat, scan=not args.unroll, drop_path=0.0
     )
@@ -60,13 +73,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.image_only:
         full = pretrain_step(model, params, args.batch)
         contestants["seconds"], report["compile_seconds"] = full, timing.round_significant(full.compile_seconds, 3)
+        full()
+        report |= full.memory_report()
     images, target = image_batch(model.config, args.batch)
     image = image_step(model, params, images, target)
     contestants["image_tower_seconds"] = image
-    rival, report["torch"] = (None, None) if args.no_torch else torch_step(model.config, params, images, target)
+    first_loss = image()
+    if args.image_only:
+        report |= image.memory_report()
+    rival, details = make_rival(args.rival, model.config, params, images, target)
+    report |= details
     if rival is not None:
         contestants["torch_seconds"] = rival
-        report["loss_relative_difference"] = check_losses(image(), rival(), args.dtype)
+        if details["rival"] == "eager":
+            report["loss_relative_difference"] = check_losses(first_loss, rival(), args.dtype)
     times = timing.interleaved(contestants, args.steps)
     report |= {name: timing.median(values) for name, values in times.items()}
     report |= {"torch_seconds": report.get("torch_seconds"), "ratio": None, "compared": COMPARED}
@@ -83,13 +103,15 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def speed(config: florence.ModelConfig, report: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """`images_per_s` and `gflops_per_s` of `seconds` (three times the forward pass, without recomputation)."""
+    """`images_per_s`, `gflops_per_s` and `mfu` of `seconds` (three times the forward pass, without recomputation)."""
     flops = florence.forward_flops(config)
     per_image = 3 * (flops["image"] if args.image_only else sum(flops.values()))
     rate = args.batch / report["seconds"]
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else PEAK_FLOPS.get(jax.devices()[0].device_kind)
     return {
         "images_per_s": timing.round_significant(rate),
         "gflops_per_s": timing.round_significant(rate * per_image / 1e9, 4),
+        "mfu": timing.round_significant(rate * per_image / peak, 3) if peak else None,
     }
 
 
@@ -101,7 +123,8 @@ def device() -> dict[str, Any]:
 class Step:
     """A training step compiled ahead of time; each call runs one, waits for it and returns its loss.
 
-    `compile_seconds` is what compiling took, `peak_bytes` the compiler's figure for its working memory.
+    `compile_seconds` is what compiling took; by the compiler's figures, `peak_bytes` is its working memory and
+    `compiled_bytes` that and its arguments.
     """
 
     def __init__(self, loss: Callable[[Any], jax.Array], params: Any, optimizer: optax.GradientTransformation):
@@ -115,12 +138,19 @@ class Step:
         began = time.perf_counter()
         self._step = jax.jit(step, donate_argnums=(0, 1)).lower(*self._state).compile()
         self.compile_seconds = time.perf_counter() - began
-        self.peak_bytes = int(self._step.memory_analysis().temp_size_in_bytes)
+        memory = self._step.memory_analysis()
+        self.peak_bytes = int(memory.temp_size_in_bytes)
+        self.compiled_bytes = int(aot_report.hbm_of_compiled(memory)["peak"])
 
     def __call__(self) -> float:
         """One step."""
         *self._state, loss = jax.block_until_ready(self._step(*self._state))
         return float(loss)
+
+    def memory_report(self) -> dict[str, int | None]:
+        """`peak_memory_bytes` of the device so far; `compiled_bytes`."""
+        stats = jax.devices()[0].memory_stats() or {}
+        return {"peak_memory_bytes": stats.get("peak_bytes_in_use"), "compiled_bytes": self.compiled_bytes}
 
 
 def adamw() -> optax.GradientTransformation:
@@ -168,24 +198,41 @@ def image_step(model: florence.Model, params: Any, images: np.ndarray, target: n
     return Step(functools.partial(loss, jnp.asarray(images), jnp.asarray(target)), params["image"], adamw())
 
 
-def torch_step(
-    config: florence.ModelConfig, params: Any, images: np.ndarray, target: np.ndarray
-) -> tuple[Callable[[], float] | None, str | None]:
-    """The same step in PyTorch and its version, or (None, None), with the reason on stderr, where it cannot run."""
-    if not torch_swin.available():
-        print("no comparison: PyTorch is not installed (pip install torch)", file=sys.stderr)
-        return None, None
+def make_rival(
+    name: str, config: florence.ModelConfig, params: Any, images: np.ndarray, target: np.ndarray
+) -> tuple[Callable[[], float] | None, dict[str, Any]]:
+    """The same step in PyTorch, and {"rival", "rival_description", "torch"} (its version).
+
+    None, and the reason on stderr, where it cannot run here.
+
+    Args:
+      name: of `RIVALS`.
+      config, params, images, target: of our step.
+    """
+    platform = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
+    if name == "auto":
+        name = "timm" if platform == "cuda" else "eager"
+    nothing = {"rival": None, "rival_description": None, "torch": None}
+    missing = {"eager": "torch", "timm": "torch torchvision timm"}.get(name)
+    if missing is None:
+        return None, nothing
+    if not (torch_swin if name == "eager" else timm_swin).available():
+        print(f"no comparison: pip install {missing}", file=sys.stderr)
+        return None, nothing
     import torch
 
-    platform = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
     if platform is None or (platform == "cuda" and not torch.cuda.is_available()):
         print(f"no comparison: this PyTorch has no device like JAX's {jax.default_backend()}", file=sys.stderr)
-        return None, None
+        return None, nothing
     torch.set_num_threads(timing.cpu_hardware()["cores"])  # XLA's CPU client uses as many
-    tower = torch_swin.TorchCoSwin(params["image"], config, platform)
+    if name == "eager":
+        tower, description = torch_swin.TorchCoSwin(params["image"], config, platform), "eager, same weights"
+    else:
+        tower = timm_swin.TimmTower(config.variant, config.res, config.window, platform)
+        description = tower.description
     settings = dict(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS)
     step = torch_swin.TorchStep(tower, images, target, bfloat16=config.dtype == "bfloat16", **settings)
-    return step, torch.__version__
+    return step, {"rival": name, "rival_description": description, "torch": torch.__version__}
 
 
 def check_losses(ours: float, other: float, dtype: str) -> float:

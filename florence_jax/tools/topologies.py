@@ -41,20 +41,21 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: a kind of chip and its arrangement, for example ('v5p', (4, 8, 8))."""
+    """A kind of chip and its arrangement in a slice, for example ('v5p', (4, 8, 8)); and how many such slices."""
 
     kind: str
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def name(self) -> str:
-        """As it is written: 'v5p:4x8x8'."""
+        """As it is written: 'v5p:4x8x8'; of one slice."""
         return f"{self.kind}:{'x'.join(map(str, self.shape))}"
 
     @property
     def chips(self) -> int:
-        """Number of chips."""
-        return math.prod(self.shape)
+        """Number of chips, of all slices."""
+        return math.prod(self.shape) * self.slices
 
     @property
     def chip(self) -> Kind:
@@ -62,12 +63,14 @@ class Topology:
         return KINDS[self.kind]
 
 
-def find(name: str) -> Topology:
-    """The topology called `name`: kind and shape ('v5p:4x8x8', in any order), or an accelerator type ('v5p-512').
+def find(name: str, slices: int = 1) -> Topology:
+    """`slices` slices of the topology `name`: kind and shape ('v5p:4x8x8', in any order), or a type ('v5p-512').
 
     Raises:
-      UserError: for an unknown one, with the list of the known.
+      UserError: for an unknown one, with the list of the known; for less than one slice.
     """
+    if slices < 1:
+        raise UserError(f"--slices={slices}: a run needs at least one")
     kind, _, shape = name.partition(":")
     if match := re.fullmatch(r"(v\d\w*?)(?:litepod)?-(\d+)", name):
         kind = {"v5": "v5e"}.get(match[1], match[1])
@@ -77,7 +80,7 @@ def find(name: str) -> Topology:
         wanted = sorted(map(int, shape.split("x")))
         for known in KINDS[kind].shapes:
             if sorted(map(int, known.split("x"))) == wanted:
-                return Topology(kind, tuple(map(int, known.split("x"))))
+                return Topology(kind, tuple(map(int, known.split("x"))), slices)
     lists = "; ".join(f"{kind}: {', '.join(entry.shapes)}" for kind, entry in KINDS.items())
     raise UserError(f"unknown topology {name!r}; write KIND:SHAPE with one of {lists}")
 
@@ -102,7 +105,9 @@ def devices(topology: Topology) -> list[Any]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
-    description = topologies.get_topology_desc(topology_name=topology.name, platform="tpu", **_options(topology))
+    description = topologies.get_topology_desc(
+        topology_name=topology.name, platform="tpu", num_slices=topology.slices, **_options(topology)
+    )
     return list(description.devices)
 
 

@@ -19,6 +19,8 @@ from florence_jax.models.florence import ModelConfig
 if TYPE_CHECKING:
     import torch
 
+    from florence_jax.tools.timm_swin import TimmTower
+
 
 def available() -> bool:
     """Whether PyTorch can be imported."""
@@ -176,7 +178,7 @@ class TorchStep:
 
     def __init__(
         self,
-        tower: TorchCoSwin,
+        tower: "TorchCoSwin | TimmTower",
         images: np.ndarray,
         target: np.ndarray,
         *,

@@ -22,6 +22,7 @@ from florence_jax.tasks.base import Task
 from florence_jax.train.checkpoint import Checkpoints
 from florence_jax.train.metrics import MetricsWriter, Progress, Speedometer, read_metrics
 from florence_jax.train.optim import make_optimizer
+from florence_jax.train.pretrained import load_optimizer
 from florence_jax.train.sharding import batch_sharding, make_mesh, param_shardings, state_shardings
 from florence_jax.train.state import eval_params, init_state
 from florence_jax.train.step import make_train_step
@@ -63,7 +64,8 @@ class Trainer:
 
     def __init__(self, config: ConfigDict, task: Task, workdir: Path, devices: list[Any] | None = None):
         self.config, self.task, self.workdir = config, task, workdir
-        self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+        sizes = config.mesh
+        self.mesh = make_mesh(sizes.data, sizes.fsdp, devices, fsdp_across_slices=sizes.fsdp_across_slices)
         if config.batch_size % self.mesh.size:
             raise UserError(f"config.batch_size={config.batch_size} does not divide by the {self.mesh.size} devices")
         self.is_main = jax.process_index() == 0
@@ -111,6 +113,8 @@ class Trainer:
         state = make(jax.random.key(self.config.seed))
         if self.config.init:
             state["params"] = self.task.start(state["params"])
+            if self.config.init_optimizer:
+                state["opt_state"] = load_optimizer(self.config.init, state["opt_state"])
             if "ema" in state:
                 state["ema"] = jax.tree.map(jnp.copy, state["params"])
         return state

@@ -12,20 +12,7 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-# Peak dense bf16 FLOP/s of one device, by what JAX calls it (vendors' data sheets).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from florence_jax.train.hardware import PEAK_FLOPS
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

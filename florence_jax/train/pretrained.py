@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from etils import epath
 
 from florence_jax.errors import UserError
@@ -109,15 +110,11 @@ class Description(NamedTuple):
     towers: tuple[str, ...]
 
 
-def describe(init: str) -> Description:
-    """Reads what a checkpoint folder is for.
-
-    Args:
-      init: a folder written by `save_pretrained`; or `checkpoints/` of a run, whose `config.json` lies beside it; or
-        the workdir of a run.
+def checkpoint_folder(init: str) -> str:
+    """The folder with the checkpoints of `init`: itself, or `checkpoints/` in it where it is the workdir of a run.
 
     Raises:
-      UserError: for anything else, naming both kinds.
+      UserError: if there is no such folder.
     """
     folder = epath.Path(init)
     if (folder / "checkpoints").is_dir():
@@ -128,6 +125,20 @@ def describe(init: str) -> Description:
             "python -m florence_jax.main --config=configs/pretrain.py) or one written by "
             "python -m florence_jax.tools.import_torch"
         )
+    return str(folder)
+
+
+def describe(init: str) -> Description:
+    """Reads what a checkpoint folder is for.
+
+    Args:
+      init: a folder written by `save_pretrained`; or `checkpoints/` of a run, whose `config.json` lies beside it; or
+        the workdir of a run.
+
+    Raises:
+      UserError: for anything else, naming both kinds.
+    """
+    folder = epath.Path(checkpoint_folder(init))
     model_file, run_file = folder / MODEL_FILE, folder.parent / "config.json"
     try:
         if model_file.exists():
@@ -190,6 +201,38 @@ def load_parameters(
     return fitted | {name: like[name] for name in new if name in like}
 
 
+def load_optimizer(init: str, like: Any) -> Any:
+    """The optimizer state of the newest checkpoint of a run, to go on with the same moments in another stage.
+
+    The learning-rate schedule keeps the count of `like`, that is, starts anew. Moments of bias tables and position
+    embeddings whose shape is another now start at zero: a resized second moment could be negative.
+
+    Args:
+      init: as for `checkpoint_folder`.
+      like: the fresh state, placed on the devices.
+
+    Raises:
+      UserError: no checkpoint, or one of another optimizer or architecture.
+    """
+    checkpoints = Checkpoints(checkpoint_folder(init), read_only=True)
+    try:
+        saved = checkpoints.shapes("opt_state")
+
+        def target(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+            name = path_string(path)
+            shape = saved.get(name, leaf.shape) if _resizable(name) else leaf.shape
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+        read = checkpoints.restore({"opt_state": jax.tree_util.tree_map_with_path(target, like)})["opt_state"]
+    finally:
+        checkpoints.close()
+
+    def choose(fresh: Any, old: Any) -> Any:
+        return fresh if isinstance(fresh, optax.ScaleByScheduleState) or fresh.shape != old.shape else old
+
+    return jax.tree.map(choose, like, read, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+
+
 def _insert(tree: dict[str, Any], path: str, leaf: Any) -> None:
     *parents, last = path.split("/")
     for name in parents:
@@ -198,7 +241,7 @@ def _insert(tree: dict[str, Any], path: str, leaf: Any) -> None:
 
 
 def _resizable(name: str) -> bool:
-    return name.endswith("relative_position_bias_table") or name == "image/position_embedding"
+    return name.endswith(("relative_position_bias_table", "image/position_embedding"))
 
 
 def _fitted(path: Any, leaf: jax.Array, like: Any) -> jax.Array:

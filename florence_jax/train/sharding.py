@@ -2,8 +2,13 @@
 
 Axes: `data` replicates parameters, `fsdp` shards them (ZeRO-3: parameters, gradients and optimizer state); the batch
 is split over both. Axis types are Auto: XLA's partitioner places the collectives.
+
+Where the devices lie in several slices (TPU slices, or what JAX reports as such elsewhere), joined by a network far
+slower than the links inside one, `data` runs across the slices and `fsdp` inside each: parameters are gathered over
+the fast links only, and once a step the gradients' shards cross the slow network.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -41,22 +46,58 @@ def mesh_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def make_mesh(data: int, fsdp: int, devices: list[Any] | None = None) -> Mesh:
-    """A (`data`, `fsdp`) mesh over `devices` (default: all); sizes as in `mesh_sizes`.
+def group_by_slice(devices: list[Any]) -> list[list[Any]]:
+    """The devices of each slice, in the slices' order; one group where they do not say."""
+    groups: dict[int, list[Any]] = {}
+    for device in devices:
+        groups.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    return [groups[index] for index in sorted(groups)]
+
+
+def split_over_slices(data: int, fsdp: int, slices: int, fsdp_across_slices: bool) -> tuple[int, int]:
+    """The parts (of `data`, of `fsdp`) that run across slices: their product is `slices`, each divides its axis.
+
+    `data` takes as many as it can.
 
     Raises:
-      UserError: as there, or if the sizes are not products of sides of the TPU slice.
+      UserError: if `data` cannot take them all and `fsdp` must not or cannot take the rest.
+    """
+    outer = math.gcd(data, slices)
+    rest = slices // outer
+    if rest > 1 and (not fsdp_across_slices or fsdp % rest):
+        raise UserError(
+            f"mesh data={data}, fsdp={fsdp} does not lie across the {slices} slices: data must be a multiple of "
+            f"{slices}, which keeps fsdp inside a slice; or set config.mesh.fsdp_across_slices=True, at the price of "
+            "gathering parameters over the network between slices, with an fsdp that divides"
+        )
+    return outer, rest
+
+
+def make_mesh(data: int, fsdp: int, devices: list[Any] | None = None, *, fsdp_across_slices: bool = False) -> Mesh:
+    """A (`data`, `fsdp`) mesh over `devices` (default: all); sizes as in `mesh_sizes`.
+
+    Over several slices `data` runs across them and `fsdp` inside; with `fsdp_across_slices`, `fsdp` too may run across
+    those that `data` cannot take.
+
+    Raises:
+      UserError: as `mesh_sizes` and `split_over_slices`, or if the sizes are not products of sides of the TPU slice.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes(data, fsdp, len(devices))
+    sizes, types = mesh_sizes(data, fsdp, len(devices)), (AxisType.Auto, AxisType.Auto)
+    slices = group_by_slice(devices)
+    outer = split_over_slices(*sizes, len(slices), fsdp_across_slices)
+    inner = (sizes[0] // outer[0], sizes[1] // outer[1])
     try:
-        return jax.make_mesh(sizes, BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+        meshes = [jax.make_mesh(inner, BATCH_AXES, axis_types=types, devices=group) for group in slices]
     except NotImplementedError as error:
         sides = "x".join(str(1 + max(device.coords[i] for device in devices)) for i in range(3))
         raise UserError(
-            f"mesh data={sizes[0]}, fsdp={sizes[1]} does not lie along the sides of the {sides} slice: each size must "
+            f"mesh data={inner[0]}, fsdp={inner[1]} does not lie along the sides of the {sides} slice: each size must "
             "be a product of some of the sides"
         ) from error
+    # As mesh_utils.create_hybrid_device_mesh does it; jax.make_mesh knows what each kind of chip can be split into.
+    grid = np.stack([mesh.devices for mesh in meshes]).reshape(*outer, *inner).transpose(0, 2, 1, 3).reshape(sizes)
+    return Mesh(grid, BATCH_AXES, axis_types=types)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
