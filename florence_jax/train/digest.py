@@ -26,6 +26,8 @@ def _digests(leaves: list[jax.Array]) -> jax.Array:
 
 
 def _digest(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, WORD[x.dtype.itemsize]).astype(jnp.uint32)
     position = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):

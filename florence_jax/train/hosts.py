@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 
 import jax
+from jax._src import distributed
 from jax._src.clusters import ClusterEnv
 from ml_collections import ConfigDict
 
@@ -21,6 +22,7 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 PORT_DISTANCE = 100  # from the coordinator's port to the watchers'
 # An error here may be the consequence of another process's death: wait for the watchers to say so.
 GRACE_SECONDS = 3.0
+MEETING_SECONDS = 3600  # compilation may take long on one of the processes; a dead one is noticed by the watchers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,15 @@ class Watch:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(text + "\n")
             self._process.stdin.flush()
+
+
+def meet(name: str) -> None:
+    """Waits until every process of the job has come to the point `name`; at once in a job of one process.
+
+    Unlike a collective it can wait for long: on CPUs (Gloo) the first collective gives up after 30 s.
+    """
+    if (client := distributed.global_state.client) is not None:
+        client.wait_at_barrier(f"florence_jax:{name}", MEETING_SECONDS * 1000)
 
 
 def leave(code: int) -> None:

@@ -1,5 +1,6 @@
 """The one training loop: evaluate, save, next batch, step, in that order, for every task."""
 
+import contextlib
 import json
 import math
 import signal
@@ -23,7 +24,7 @@ from florence_jax.evaluators.base import chance_levels, evaluate
 from florence_jax.evaluators.report import results_table, write_report
 from florence_jax.tasks.base import Task
 from florence_jax.train.checkpoint import Checkpoints, UnreadableCheckpoint
-from florence_jax.train.hosts import EXIT_LOST
+from florence_jax.train.hosts import EXIT_LOST, meet
 from florence_jax.train.metrics import MetricsWriter, Progress, Speedometer, read_metrics
 from florence_jax.train.optim import make_optimizer
 from florence_jax.train.sharding import batch_sharding, make_mesh, param_shardings, state_shardings
@@ -90,6 +91,8 @@ class Trainer:
         self.state: dict[str, Any] = {}
         self._evaluators: Any = None
         self._stop = threading.Event()
+        self._trace = StepTrace(workdir / "profile", config.profile.steps)
+        self._batch_sharding = batch_sharding(self.mesh)
 
     def _fresh_state(self, key: jax.Array) -> dict[str, Any]:
         return init_state(self.task.init(key), self.optimizer, ema=self.config.optim.ema_decay > 0)
@@ -186,37 +189,37 @@ class Trainer:
         speed = Speedometer(config.batch_size, self.task.flops_per_example)
         progress = Progress(total, start, show=self.is_main)
         late = LateMetrics(config.log.every, writer, speed, progress)
-        trace = StepTrace(self.workdir / "profile", config.profile.steps)
         watchdog = Watchdog(config.watchdog.seconds)
-        sharding = batch_sharding(self.mesh)
-        for step in range(start, total + 1):
-            stop, began = self._stops(step), time.perf_counter()
-            evaluates = config.eval.every and step % config.eval.every == 0 and start < step < total
-            saves = step > start and (stop or step == total or step % config.checkpoint.every == 0)
-            if evaluates or saves or stop:
-                late.drain()
-                watchdog.rest()
-            if evaluates:
-                writer.write(step, self._evaluate())
-            if saves:
-                checkpoints.save(step, self.state)
-            speed.pause(time.perf_counter() - began)
-            if stop or step == total:
-                break
-            if step > start:  # the first step compiles
-                watchdog.step(step + 1)
-            trace.before(step + 1)
-            began = time.perf_counter()
-            batch = to_global(next(stream), sharding)
-            speed.step(time.perf_counter() - began)
-            self.state, metrics = train_step(self.state, batch)
-            late.push(step + 1, metrics)
-            trace.after(step + 1, wait=late.drain)
-            progress.step()
-        watchdog.close()
-        trace.close()
-        progress.close()
-        stream.close()
+        with contextlib.ExitStack() as stack:
+            for user in (stream, progress, watchdog, self._trace):
+                stack.callback(user.close)
+            for step in range(start, total + 1):
+                stop, began = self._stops(step), time.perf_counter()
+                evaluates = config.eval.every and step % config.eval.every == 0 and start < step < total
+                saves = step > start and (stop or step == total or step % config.checkpoint.every == 0)
+                if evaluates or saves or stop:
+                    late.drain()
+                    watchdog.rest()
+                if evaluates:
+                    writer.write(step, self._evaluate())
+                if saves:
+                    checkpoints.save(step, self.state)
+                speed.pause(time.perf_counter() - began)
+                if stop or step == total:
+                    break
+                if step > start:  # the first step compiles
+                    watchdog.step(step + 1)
+                self._trace.before(step + 1)
+                began = time.perf_counter()
+                batch = to_global(next(stream), self._batch_sharding)
+                speed.step(time.perf_counter() - began)
+                if step == start:
+                    train_step = train_step.lower(self.state, batch).compile()
+                    meet("compiled")
+                self.state, metrics = train_step(self.state, batch)
+                late.push(step + 1, metrics)
+                self._trace.after(step + 1, wait=late.drain)
+                progress.step()
         return step == total
 
     def _stops(self, step: int) -> bool:
