@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -29,6 +30,8 @@ LOST_AFTER = 20
 class Job:
     """`count` processes of `arguments`, with `devices` simulated devices each; their output is in `folder`."""
 
+    started: ClassVar[list["Job"]] = []
+
     def __init__(self, folder, arguments, count, devices):
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"{i}-of-{count}.log" for i in range(count)]
@@ -40,6 +43,7 @@ class Job:
             "PYTHONPATH": str(ROOT),
         }
         self.processes = []
+        Job.started.append(self)
         for i, log in enumerate(self.logs):
             with log.open("w") as file:
                 environment = shared | {"JAX_PROCESS_ID": str(i)}
@@ -52,11 +56,7 @@ class Job:
     def wait(self, timeout=900):
         """Exit codes of all."""
         deadline = time.monotonic() + timeout
-        try:
-            return [process.wait(deadline - time.monotonic()) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
+        return [process.wait(deadline - time.monotonic()) for process in self.processes]
 
     def output(self, i):
         return "".join(line for line in self.logs[i].read_text().splitlines(True) if not line.startswith("[Gloo]"))
@@ -73,7 +73,8 @@ def training(workdir, pairs, count, devices, *flags):
 
 
 def losses(workdir):
-    return {line["step"]: line["train/loss"] for line in read_metrics(workdir / "metrics.jsonl")}
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
 def results(workdir):
@@ -92,6 +93,14 @@ def wait_for_step(workdir, step, job):
     while max(losses(workdir), default=0) < step:
         assert all(process.poll() is None for process in job.processes), job.output(0) + job.output(1)
         time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_running():
+    yield
+    for job in Job.started:
+        for process in job.processes:
+            process.kill()
 
 
 @pytest.fixture(scope="module")

@@ -153,9 +153,9 @@ def joined(options: ConfigDict) -> Iterator[None]:
         jax.distributed.shutdown()
     except BaseException as error:  # whatever it is, the others must not wait for this process
         reason = error.__context__ if isinstance(error, SystemExit) else error
+        time.sleep(GRACE_SECONDS)
         if not isinstance(error, SystemExit):
             traceback.print_exc()
-        time.sleep(GRACE_SECONDS)
         watch.say(f"stopped {' '.join(str(reason).split())}")
         leave(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
     watch.say("bye")
