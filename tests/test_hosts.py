@@ -203,8 +203,10 @@ def test_killed_at_a_random_step_and_restarted_with_four_processes(undisturbed, 
     killed = time.monotonic()
     codes = job.wait(2 * LOST_AFTER)
     seconds = time.monotonic() - killed
-    # JAX itself aborts the others (-6) where its coordinator, process 0, died.
-    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] in ((EXIT_LOST,) if victim else (EXIT_LOST, -6))
+    # JAX itself aborts the others where its coordinator, process 0, died.
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] in (
+        (EXIT_LOST,) if victim else (EXIT_LOST, -signal.SIGABRT)
+    )
     line = f"error: process {victim} on {socket.gethostname()} was killed or crashed"
     survivor = job.output(1 - victim)
     assert line in survivor
@@ -231,6 +233,32 @@ def test_sigterm_on_one_process_stops_all_at_one_step_and_resumes_bit_for_bit(un
     assert again.wait() == [0, 0], again.output(0)
     assert f"at step {step} of 40" in again.output(0)
     assert losses(tmp_path) == losses(undisturbed) and results(tmp_path) == results(undisturbed)
+
+
+WAITING = """
+import time
+from ml_collections import ConfigDict
+from florence_jax.train.hosts import joined
+
+with joined(ConfigDict({"start_timeout": 60.0, "lost_after": 20.0, "port": 0})):
+    print("up", flush=True)
+    time.sleep(120)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_all_end_when_one_is_killed_outside_a_collective(victim, tmp_path):
+    job = Job(tmp_path, ["-c", WAITING], 3, 1)
+    while any("up" not in job.output(i) for i in range(3)):
+        time.sleep(0.05)
+    job.processes[victim].kill()
+    codes = job.wait(15)
+    time.sleep(1)  # the watcher of a process that JAX aborted writes its line a moment later
+    for i, code in enumerate(codes):
+        expected = (-signal.SIGKILL,) if i == victim else (EXIT_LOST,) if victim else (EXIT_LOST, -signal.SIGABRT)
+        assert code in expected
+        assert f"error: process {victim} on {socket.gethostname()} was killed or crashed" in job.output(i)
 
 
 @pytest.mark.slow
