@@ -81,7 +81,19 @@ def common(workdir: str) -> ConfigDict:
                 "decay_rules": (),  # ((path pattern, bool), ...), first match wins; (): train/optim.py's rules
                 "lr_rules": (),  # ((path pattern, multiplier), ...); 0 freezes
             },
-            "checkpoint": {"every": 1000, "keep": 2},
+            "checkpoint": {
+                "every": 1000,
+                "keep": 2,  # the newest ones
+                "keep_every": 0,  # also every checkpoint whose step is a multiple of this; 0: none
+                "directory": "",  # may be a bucket, such as gs://bucket/run; '': checkpoints/ in the workdir
+            },
             "log": {"every": 50},
+            "watchdog": {"seconds": 600.0},  # a step that takes longer is reported with all stacks; 0: never
+            "profile": {"steps": ()},  # (first, last): a trace of these steps in profile/ of the workdir
+            "hosts": {  # with distributed=True
+                "start_timeout": 300.0,  # seconds to wait for all processes at the start
+                "lost_after": 60.0,  # seconds without a sign of life from one, after which all end
+                "port": 0,  # where process 0 listens for signs of life; 0: the coordinator's + 100
+            },
         }
     )

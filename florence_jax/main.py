@@ -1,5 +1,6 @@
 """Entry point: `python -m florence_jax.main --config=configs/pretrain.py[:args] [--workdir=DIR] [--config.x=y ...]`."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from ml_collections import ConfigDict
 from florence_jax.command_line import CONFIG, WORKDIR, fail, no_more_arguments, parse_flags
 from florence_jax.errors import UserError
 from florence_jax.tasks import create_task
-from florence_jax.train.loop import run
+from florence_jax.train.hosts import joined
+from florence_jax.train.loop import checkpoint_directory, run
 
 
 def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
@@ -25,27 +27,41 @@ def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
         raise UserError(f"cannot write to --workdir={workdir}: {error}; choose a writable folder with space") from error
 
 
-def main(argv: list[str]) -> None:
-    """Runs the configured task."""
-    no_more_arguments(argv)
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax reports every phase of a save at INFO
-    config = CONFIG.value
-    workdir = Path(WORKDIR.value or config.workdir)
+def work(config: ConfigDict, workdir: Path) -> int:
+    """Runs the configured task; returns the exit code. A mistake ends the program with one message."""
     try:
-        if config.distributed:
-            jax.distributed.initialize()
         task = create_task(config)
         if config.mode != "eval" or config.init:
             task.open_data()
-        fresh = config.mode != "eval" or (config.init and not (workdir / "checkpoints").exists())
+        fresh = config.mode != "eval" or (config.init and not checkpoint_directory(config, workdir).exists())
         if fresh and jax.process_index() == 0:
             prepare_workdir(workdir, config)
-        code = run(config, task, workdir)
+        return run(config, task, workdir)
     except UserError as error:
         fail(error)
     except OSError as error:
         fail(UserError(f"{error}; check the free space and permissions of {workdir}, then run the same command again"))
+
+
+def main(argv: list[str]) -> None:
+    """Runs the configured task, alone or as one process of a job."""
+    no_more_arguments(argv)
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax reports every phase of a save at INFO
+    config = CONFIG.value
+    workdir = WORKDIR.value or config.workdir
+    if "://" in workdir:
+        fail(
+            UserError(
+                f"--workdir={workdir}: a line cannot be added to a file in a bucket. Give a local or shared folder, "
+                f"and the bucket for the checkpoints alone: --config.checkpoint.directory={workdir}/checkpoints"
+            )
+        )
+    try:
+        with joined(config.hosts) if config.distributed else contextlib.nullcontext():
+            code = work(config, Path(workdir))
+    except UserError as error:
+        fail(error)
     sys.exit(code)
 
 

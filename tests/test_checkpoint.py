@@ -1,5 +1,7 @@
 """Checkpoints: round trip, another mesh, partial restore, and mismatches named in full."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from florence_jax.errors import UserError
-from florence_jax.train.checkpoint import Checkpoints
+from florence_jax.train.checkpoint import Checkpoints, UnreadableCheckpoint
+from florence_jax.train.digest import digests
 from florence_jax.train.sharding import make_mesh
 from florence_jax.train.state import init_state
 
@@ -42,6 +45,69 @@ def test_round_trip_onto_two_meshes(tmp_path):
         assert kernel.sharding.spec == spec
         jax.tree.map(np.testing.assert_array_equal, restored | {"step": 0}, state | {"step": 0})
     checkpoints.close()
+
+
+def test_saved_on_eight_devices_and_restored_on_fewer_and_on_other_meshes(tmp_path):
+    state, directory = make_state(), str(tmp_path / "c")
+    spread = jax.device_put(
+        state, jax.tree.map(lambda s: s.sharding, shapes(state, make_mesh(2, 4), PartitionSpec(None, "fsdp")))
+    )
+    assert len(spread["params"]["a"]["kernel"].sharding.device_set) == 8
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(1, spread)
+    checkpoints.close()
+    for data, fsdp in ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (4, 2), (8, 1)):
+        mesh = make_mesh(data, fsdp, jax.devices()[: data * fsdp])
+        reader = Checkpoints(directory, read_only=True)
+        restored = reader.restore(shapes(state, mesh, PartitionSpec("fsdp", None)))
+        reader.close()
+        assert restored["ema"]["a"]["kernel"].sharding.device_set == set(mesh.devices.flat)
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_newest_and_every_kth_are_kept(tmp_path):
+    checkpoints = Checkpoints(str(tmp_path / "c"), keep=2, keep_every=4)
+    for step in range(1, 11):
+        checkpoints.save(step, {"step": jnp.int32(step)})
+    checkpoints.close()
+    assert sorted(int(path.name) for path in (tmp_path / "c").iterdir()) == [4, 8, 9, 10]
+
+
+def _truncate(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def _flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [_truncate, _flip, os.remove])
+@pytest.mark.parametrize("which", ["default/_METADATA", "default/manifest.ocdbt", "default/ocdbt.process_0/d/*"])
+def test_damage_is_one_message(damage, which, tmp_path):
+    state = {"params": {"kernel": jax.random.normal(jax.random.key(0), (64, 256))}}
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    checkpoints.save(1, state)
+    checkpoints.close()
+    damage(max((tmp_path / "c" / "1").glob(which), key=lambda file: file.stat().st_size))
+    reader = Checkpoints(str(tmp_path / "c"), read_only=True)
+    with pytest.raises(UnreadableCheckpoint, match=r"c/1 is damaged: ") as error:
+        reader.restore(shapes(state, make_mesh(8, 1), PartitionSpec()))
+    assert "\n" not in str(error.value)
+
+
+def test_checksums_depend_on_every_element_and_not_on_the_mesh():
+    x = np.arange(96, dtype=np.float32).reshape(8, 12) / 7
+    bits = x.view(np.uint32).ravel().astype(object)
+    expected = sum(int(b) * (2 * i + 1) for i, b in enumerate(bits)) % 2**32
+    split = NamedSharding(make_mesh(4, 2), PartitionSpec("data", "fsdp"))
+    assert int(digests([x])[0]) == int(digests([jax.device_put(x, split)])[0]) == expected
+    swapped = x.copy()
+    swapped[0, 1], swapped[5, 2] = x[5, 2], x[0, 1]
+    assert int(digests([swapped])[0]) != expected
+    half = jnp.bfloat16(x)
+    assert digests([half, np.int32(3), np.bool_(True)]).shape == (3,)
 
 
 def test_parameters_alone_can_be_restored(tmp_path):

@@ -184,6 +184,77 @@ def test_sigterm_saves_and_the_rerun_continues_bit_for_bit(finished, pairs, tmp_
     assert values(tmp_path) == values(finished)
 
 
+def test_damaged_newest_checkpoint_is_passed_over(finished, pairs, tmp_path, capsys):
+    config = tiny_config(pairs, **{"optim.ema_decay": 0.5})
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    for file in (workdir / "checkpoints" / "8").rglob("d/*"):
+        os.truncate(file, file.stat().st_size // 2)
+    assert train(config, workdir) == 0
+    out, err = capsys.readouterr()
+    assert "at step 6 of 8" in out
+    (line,) = [line for line in err.splitlines() if "warning" in line]
+    assert "checkpoints/8 is damaged" in line and "the one before it is used" in line
+    assert values(workdir) == values(finished)
+    names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    assert names[:2] == ["6", "8"] and names[2].startswith("8.damaged-")
+
+
+def test_the_only_checkpoint_damaged_is_one_message(finished, pairs, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    os.remove(workdir / "checkpoints" / "8" / "default" / "manifest.ocdbt")
+    with pytest.raises(UserError, match="checkpoints/8 is damaged and there is no earlier one"):
+        train(tiny_config(pairs, **{"optim.ema_decay": 0.5}), workdir)
+    assert (workdir / "checkpoints" / "8").exists()
+
+
+def test_checkpoints_can_be_elsewhere(pairs, tmp_path):
+    elsewhere = {"checkpoint.directory": str(tmp_path / "elsewhere"), "total_steps": 4, "eval.source": ""}
+    assert train(tiny_config(pairs, **elsewhere), tmp_path / "run") == 0
+    assert (tmp_path / "elsewhere" / "4").exists() and not (tmp_path / "run" / "checkpoints").exists()
+    assert train(tiny_config(pairs, mode="eval", **elsewhere), tmp_path / "run") == 0
+
+
+class Sleeps(Pretrain):
+    """The batch of step 3 takes long, and so does every evaluation."""
+
+    name, chance = "sleep", {}
+
+    def train_stream(self, start_step):
+        with super().train_stream(start_step) as stream:
+            for step, batch in enumerate(stream, start_step + 1):
+                if step == 3:
+                    time.sleep(2.0)
+                yield batch
+
+    def evaluators(self, mesh):
+        return [self]
+
+    def run(self, params):
+        time.sleep(2.0)
+        return {}
+
+    def report(self):
+        return []
+
+
+def test_a_stalled_step_is_reported_with_all_stacks_and_an_evaluation_is_not(pairs, tmp_path, capfd):
+    config = tiny_config(pairs, **{"watchdog.seconds": 1.0, "eval.every": 4})
+    assert run(config, Sleeps(config), tmp_path) == 0
+    err = capfd.readouterr().err
+    reports = [line for line in err.splitlines() if line.startswith("watchdog: ")]
+    assert sum("step 3 on process 0 has taken more than 1 s" in line for line in reports) == 1
+    assert not any("step 1 " in line for line in reports)  # it compiles
+    assert "in train_stream" in err and "in _steps" in err and "in _watch" in err
+    assert "in _evaluate" not in err and "in save" not in err
+
+
+def test_a_trace_of_some_steps_is_written(pairs, tmp_path):
+    train(tiny_config(pairs, **{"profile.steps": (3, 4), "eval.source": "", "total_steps": 5}), tmp_path)
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+
+
 def test_non_finite_loss_names_the_step_and_saves_nothing(pairs, tmp_path):
     config = tiny_config(pairs)
     task = StopsAt(config)
@@ -219,6 +290,7 @@ def test_corrupt_record_is_counted_and_skipped_or_an_error(tmp_path):
         ({"data.captions": "headline=1"}, "no record has the caption field 'headline'"),
         ({"data.train_image_ops": "decode|spin(3)"}, "unknown op 'spin'"),
         ({"optim.warmup_steps": 8}, "optim.warmup_steps=8"),
+        ({"profile.steps": (4, 2)}, "config.profile.steps=(4, 2"),
         ({"mesh.fsdp": 3}, "does not use the 8 devices"),
         ({"text.tokenizer": "no.model"}, "cannot read no.model"),
         ({"model.overrides.res": 36}, "res=36"),

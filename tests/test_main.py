@@ -32,6 +32,10 @@ from florence_jax.train.loop import Trainer
             ["--config=configs/pretrain.py:runlocal", "--workdir=/proc/florence"],
             "cannot write to --workdir=/proc/florence",
         ),
+        (
+            ["--config=configs/pretrain.py:runlocal", "--workdir=gs://bucket/run"],
+            "--config.checkpoint.directory=gs://bucket/run/checkpoints",
+        ),
         (["--config=configs/pretrain.py:runlocal", "--workdir=/dev/null/x"], "cannot write to --workdir=/dev/null/x"),
     ],
 )

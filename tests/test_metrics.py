@@ -2,7 +2,7 @@
 
 import json
 
-from florence_jax.train.metrics import MetricsWriter, read_metrics
+from florence_jax.train.metrics import MetricsWriter, peak_memory, read_metrics
 
 
 def write(workdir, resume_step, steps, offset=0.0):
@@ -29,3 +29,17 @@ def test_other_processes_write_nothing(tmp_path):
     writer.write(1, {"train/loss": 1.0})
     writer.close()
     assert not list(tmp_path.iterdir())
+
+
+class Device:
+    def __init__(self, stats):
+        self._stats = stats
+
+    def memory_stats(self):
+        return self._stats
+
+
+def test_device_memory_is_that_of_the_fullest_device():
+    devices = [Device({"peak_bytes_in_use": 3, "bytes_in_use": 1}), Device({"peak_bytes_in_use": 5})]
+    assert peak_memory(devices) == 5
+    assert peak_memory([Device(None), Device({})]) is None

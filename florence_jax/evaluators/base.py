@@ -113,6 +113,7 @@ class Embedder:
             yield {
                 "text": np.pad(rows, ((0, local - present), (0, 0))),
                 "mask": np.arange(local) < present,
+                "index": np.arange(start, start + local, dtype=np.int32),
             }
 
     def _gather(
@@ -132,4 +133,6 @@ class Embedder:
         rest = total - counted
         if tower == "image" and rest > 0 and jax.process_index() == 0:
             print(f"{what}: {total} images, {rest / (time.perf_counter() - began):.0f} img/s", flush=True)
-        return {name: np.concatenate([out[name] for out in outputs]) for name in outputs[0]}
+        # On a TPU slice the devices of a host need not be neighbours in the mesh: then the rows come in its order.
+        order = np.argsort(np.concatenate([out["index"] for out in outputs]), kind="stable")
+        return {name: np.concatenate([out[name] for out in outputs])[order] for name in outputs[0]}

@@ -1,18 +1,34 @@
 """Checkpoints: the only place that knows Orbax.
 
 Saves are asynchronous and atomic (a checkpoint directory appears under its step number only when complete). Every
-leaf is restored onto the sharding of the state it is restored into, so a run may continue on another mesh.
+leaf is restored onto the sharding of the state it is restored into, so a run may continue on another mesh. A checksum
+of every leaf is saved too, under 'digest', because a byte changed on the disk would otherwise go unnoticed.
 """
 
+import contextlib
+import gc
+import logging as python_logging
+import sys
+import time
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
 from florence_jax.errors import UserError
+from florence_jax.train.digest import digests
 from florence_jax.train.rules import path_string
+
+DIGEST = "digest"
+
+
+class UnreadableCheckpoint(UserError):
+    """A checkpoint that is truncated or corrupt."""
 
 
 class Checkpoints:
@@ -21,18 +37,19 @@ class Checkpoints:
     Args:
       directory: local path or bucket URL; created if missing (unless `read_only`).
       keep: how many of the newest checkpoints stay.
+      keep_every: also checkpoints of steps that are multiples of this stay; 0: none.
       read_only: never creates or deletes anything.
 
     Raises:
       UserError: if the directory cannot be written, or does not exist in read-only mode.
     """
 
-    def __init__(self, directory: str, *, keep: int = 2, read_only: bool = False):
+    def __init__(self, directory: str, *, keep: int = 2, keep_every: int = 0, read_only: bool = False):
         self.directory = epath.Path(directory)
         if read_only and not self.directory.exists():
             raise UserError(f"no checkpoints at {directory}: train first, or point --workdir at a finished run")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
+            preservation_policy=None if read_only else _preservation(keep, keep_every),
             create=not read_only,
             read_only=read_only,
             save_interval_steps=0 if read_only else 1,  # other values get a warning in read-only mode
@@ -64,7 +81,8 @@ class Checkpoints:
         """
         try:
             if step not in self._manager.all_steps():
-                self._manager.save(step, args=ocp.args.PyTreeSave(state))
+                state = dict(state)
+                self._manager.save(step, args=ocp.args.PyTreeSave(state | {DIGEST: _all_digests(state)}))
         except (OSError, ValueError) as error:
             raise self._save_failed(error) from error
 
@@ -93,15 +111,61 @@ class Checkpoints:
 
         Raises:
           UserError: if there is none, or if names or shapes differ; all differences are listed.
+          UnreadableCheckpoint: if it is truncated or corrupt.
         """
         step = self.latest_step() if step is None else step
         if step is None:
             raise UserError(f"no complete checkpoint in {self.directory}: train first, or point at a finished run")
+        try:
+            with _quiet_failure():
+                return self._read(target, step)
+        except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+            raise  # none of them says that the files are damaged
+        except Exception as error:  # TensorStore and Orbax raise every kind for damaged files
+            first = str(error).split("\n", 1)[0][:200]
+        raise UnreadableCheckpoint(f"checkpoint {self.directory}/{step} is damaged: {first}")
+
+    def _read(self, target: Any, step: int) -> Any:
+        metadata = self._manager.item_metadata(step)
+        if not metadata:
+            raise UnreadableCheckpoint(f"checkpoint {self.directory}/{step} is damaged: its list of arrays is missing")
         self._check_match(target, step)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        return self._manager.restore(
-            step, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+        args = ocp.checkpoint_utils.construct_restore_args(target)
+        wanted = dict(target)
+        if DIGEST in metadata:
+            saved = {root: metadata[DIGEST][root] for root in target}
+            wanted[DIGEST] = {root: np.zeros(leaf.shape, np.uint32) for root, leaf in saved.items()}
+            args[DIGEST] = {root: ocp.RestoreArgs(restore_type=np.ndarray) for root in target}
+        state = self._manager.restore(
+            step, args=ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
         )
+        expected = state.pop(DIGEST, {})
+        found = _all_digests(state)
+        if bad := [root for root in expected if not np.array_equal(expected[root], found[root])]:
+            raise UnreadableCheckpoint(
+                f"checkpoint {self.directory}/{step} is damaged: the checksums of {', '.join(bad)} are not those of "
+                "what was saved"
+            )
+        return state
+
+    def set_aside(self, step: int) -> str:
+        """Renames a damaged checkpoint, so that it is not found again; returns its new name.
+
+        Raises:
+          UserError: if there is no other checkpoint.
+        """
+        if len(self._manager.all_steps()) < 2:
+            raise UserError(
+                f"checkpoint {self.directory}/{step} is damaged and there is no earlier one: put back a copy, or train "
+                "anew with another --workdir"
+            )
+        aside = self.directory / f"{step}.damaged-{int(time.time())}"
+        try:
+            (self.directory / str(step)).rename(aside)
+        except FileNotFoundError:  # another process of the job was first
+            return "another name"
+        self._manager.reload()
+        return str(aside)
 
     def entries(self, root: str) -> tuple[str, ...]:
         """Names directly under `root` in the newest checkpoint, such as the towers under 'params'.
@@ -149,6 +213,39 @@ class Checkpoints:
         """Waits for pending saves and releases the manager's threads."""
         self.wait()
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _quiet_failure() -> Iterator[None]:
+    """Where one array cannot be read, the reads of all others that Orbax has begun end in tracebacks: left out."""
+    hook, logger = sys.unraisablehook, python_logging.getLogger("asyncio")
+    level = logger.level
+    sys.unraisablehook = lambda unraisable: logging.debug("%s", unraisable.exc_value)
+    logger.setLevel("CRITICAL")
+    try:
+        yield
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()  # of the reads
+        raise
+    finally:
+        sys.unraisablehook = hook
+        logger.setLevel(level)
+
+
+def _all_digests(state: dict[str, Any]) -> dict[str, np.ndarray]:
+    """uint32 (leaves,) for each root of the state: the digests of its leaves in the order of their names."""
+    found = {}
+    for root, tree in state.items():
+        leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+        found[root] = np.asarray(digests([leaves[name] for name in sorted(leaves)]))
+    return found
+
+
+def _preservation(keep: int, keep_every: int) -> ocp.checkpoint_managers.PreservationPolicy:
+    policies = ocp.checkpoint_managers
+    latest = policies.LatestN(keep)
+    return policies.AnyPreservationPolicy([latest, policies.EveryNSteps(keep_every)]) if keep_every else latest
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:

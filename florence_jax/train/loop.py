@@ -1,8 +1,10 @@
 """The one training loop: evaluate, save, next batch, step, in that order, for every task."""
 
+import contextlib
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from florence_jax.data.pipeline import to_global
@@ -19,16 +23,24 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.base import chance_levels, evaluate
 from florence_jax.evaluators.report import results_table, write_report
 from florence_jax.tasks.base import Task
-from florence_jax.train.checkpoint import Checkpoints
+from florence_jax.train.checkpoint import Checkpoints, UnreadableCheckpoint
+from florence_jax.train.hosts import EXIT_LOST, meet
 from florence_jax.train.metrics import MetricsWriter, Progress, Speedometer, read_metrics
 from florence_jax.train.optim import make_optimizer
 from florence_jax.train.pretrained import load_optimizer
 from florence_jax.train.sharding import batch_sharding, make_mesh, param_shardings, state_shardings
 from florence_jax.train.state import eval_params, init_state
 from florence_jax.train.step import make_train_step
+from florence_jax.train.trace import StepTrace
+from florence_jax.train.watchdog import Watchdog
 
 NO_EVALUATION = "no evaluation set for this data: give one with --config.eval.source=PATH"
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again to go on.
+
+
+def checkpoint_directory(config: ConfigDict, workdir: Path) -> epath.Path:
+    """Where the checkpoints of a run are: `config.checkpoint.directory`, or checkpoints/ in the workdir."""
+    return epath.Path(config.checkpoint.directory or workdir / "checkpoints")
 
 
 def run(config: ConfigDict, task: Task, workdir: Path) -> int:
@@ -64,6 +76,7 @@ class Trainer:
 
     def __init__(self, config: ConfigDict, task: Task, workdir: Path, devices: list[Any] | None = None):
         self.config, self.task, self.workdir = config, task, workdir
+        self.directory = checkpoint_directory(config, workdir)
         sizes = config.mesh
         self.mesh = make_mesh(sizes.data, sizes.fsdp, devices, fsdp_across_slices=sizes.fsdp_across_slices)
         if config.batch_size % self.mesh.size:
@@ -80,6 +93,8 @@ class Trainer:
         self.state: dict[str, Any] = {}
         self._evaluators: Any = None
         self._stop = threading.Event()
+        self._trace = StepTrace(workdir / "profile", config.profile.steps)
+        self._batch_sharding = batch_sharding(self.mesh)
 
     def _fresh_state(self, key: jax.Array) -> dict[str, Any]:
         return init_state(self.task.init(key), self.optimizer, ema=self.config.optim.ema_decay > 0)
@@ -89,20 +104,26 @@ class Trainer:
     def restore_for_evaluation(self) -> None:
         """Loads only the parameters to evaluate: of the newest checkpoint, or of `config.init` where there is none."""
         part = "ema" if self.config.optim.ema_decay > 0 else "params"
-        if self.config.init and not (self.workdir / "checkpoints").exists():
+        if self.config.init and not self.directory.exists():
             fresh = jax.jit(self.task.init, out_shardings=self._params_sharding)(jax.random.key(self.config.seed))
             self.state = {"step": jnp.zeros((), jnp.int32), "params": self.task.start(fresh)}
             return
-        checkpoints = Checkpoints(str(self.workdir / "checkpoints"), read_only=True)
+        checkpoints = Checkpoints(str(self.directory), read_only=True)
         self.state = checkpoints.restore({"step": self.target["step"], part: self.target[part]})
         checkpoints.close()
 
     def _start(self, checkpoints: Checkpoints) -> int:
         """Restores the newest checkpoint, or makes a fresh state; returns the step to continue from."""
-        config = self.config
-        if (step := checkpoints.latest_step()) is not None:
-            self.state = checkpoints.restore(self.target, step)
-            self._say(f"resuming {self.workdir} at step {step} of {config.total_steps}")
+        while (step := checkpoints.latest_step()) is not None:
+            try:
+                self.state = checkpoints.restore(self.target, step)
+            except UnreadableCheckpoint as error:
+                aside = checkpoints.set_aside(step)
+                print(f"warning: {error}; renamed to {aside}, the one before it is used", file=sys.stderr, flush=True)
+                if jax.process_count() > 1:  # which of the others could read it is not known: all start again
+                    sys.exit(EXIT_LOST)
+                continue
+            self._say(f"resuming {self.workdir} at step {step} of {self.config.total_steps}")
             return step
         self.state = self._initial_state()
         return 0
@@ -124,7 +145,9 @@ class Trainer:
     def train(self) -> int:
         """Runs to `total_steps`; see `run`."""
         config = self.config
-        checkpoints = Checkpoints(str(self.workdir / "checkpoints"), keep=config.checkpoint.keep)
+        checkpoints = Checkpoints(
+            str(self.directory), keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
+        )
         start = self._start(checkpoints)
         if start >= config.total_steps:
             self._say(
@@ -135,12 +158,14 @@ class Trainer:
             return 0
         self._describe()
         writer = MetricsWriter(self.workdir, resume_step=start, write=self.is_main)
-        handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        alone = jax.process_count() == 1  # else SIGTERM is JAX's, see `_stops`
+        handler = signal.signal(signal.SIGTERM, self._on_sigterm) if alone else None
         try:
             finished = self._steps(start, writer, checkpoints)
             checkpoints.close()
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            if alone:
+                signal.signal(signal.SIGTERM, handler)
             writer.close()
         if not finished:
             self._say(f"stopped by SIGTERM at step {int(self.state['step'])}, saved; run the same command to go on")
@@ -168,29 +193,47 @@ class Trainer:
         speed = Speedometer(config.batch_size, self.task.flops_per_example)
         progress = Progress(total, start, show=self.is_main)
         late = LateMetrics(config.log.every, writer, speed, progress)
-        sharding = batch_sharding(self.mesh)
-        for step in range(start, total + 1):
-            stop, began = self._stop.is_set(), time.perf_counter()
-            evaluates = config.eval.every and step % config.eval.every == 0 and start < step < total
-            saves = step > start and (stop or step == total or step % config.checkpoint.every == 0)
-            if evaluates or saves or stop:
-                late.drain()
-            if evaluates:
-                writer.write(step, self._evaluate())
-            if saves:
-                checkpoints.save(step, self.state)
-            speed.pause(time.perf_counter() - began)
-            if stop or step == total:
-                break
-            began = time.perf_counter()
-            batch = to_global(next(stream), sharding)
-            speed.step(time.perf_counter() - began)
-            self.state, metrics = train_step(self.state, batch)
-            late.push(step + 1, metrics)
-            progress.step()
-        progress.close()
-        stream.close()
+        watchdog = Watchdog(config.watchdog.seconds)
+        with contextlib.ExitStack() as stack:
+            for user in (stream, progress, watchdog, self._trace):
+                stack.callback(user.close)
+            for step in range(start, total + 1):
+                stop, began = self._stops(step), time.perf_counter()
+                evaluates = config.eval.every and step % config.eval.every == 0 and start < step < total
+                saves = step > start and (stop or step == total or step % config.checkpoint.every == 0)
+                if evaluates or saves or stop:
+                    late.drain()
+                    watchdog.rest()
+                if evaluates:
+                    writer.write(step, self._evaluate())
+                if saves:
+                    checkpoints.save(step, self.state)
+                speed.pause(time.perf_counter() - began)
+                if stop or step == total:
+                    break
+                if step > start:  # the first step compiles
+                    watchdog.step(step + 1)
+                self._trace.before(step + 1)
+                began = time.perf_counter()
+                batch = to_global(next(stream), self._batch_sharding)
+                speed.step(time.perf_counter() - began)
+                if step == start:
+                    train_step = train_step.lower(self.state, batch).compile()
+                    meet("compiled")
+                self.state, metrics = train_step(self.state, batch)
+                late.push(step + 1, metrics)
+                self._trace.after(step + 1, wait=late.drain)
+                progress.step()
         return step == total
+
+    def _stops(self, step: int) -> bool:
+        """Whether to save and stop before the step after `step`: the same answer on every process.
+
+        With several processes, JAX takes SIGTERM on any of them and agrees on a step that none has passed.
+        """
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._stop.is_set()
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
         del signum, frame

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -85,7 +86,8 @@ class Speedometer:
         self._start += seconds
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading: seconds a step, share of it spent waiting for data, images/s, MFU."""
+        """Means since the last reading: seconds a step, share of it spent waiting for data, images/s, MFU; and the
+        most memory that a device of this process has used so far, where the backend tells (the CPU does not)."""
         seconds = max(time.perf_counter() - self._start, 1e-9) / max(self._steps, 1)
         rate = self._batch / seconds
         values = {
@@ -96,8 +98,17 @@ class Speedometer:
         }
         if self._peak:
             values["perf/mfu"] = rate * self._flops / (self._chips * self._peak)
+        if (used := peak_memory(jax.local_devices())) is not None:
+            values["perf/device_memory_gib"] = used / 2**30
         self._steps, self._wait, self._start = 0, 0.0, time.perf_counter()
         return values
+
+
+def peak_memory(devices: Sequence[jax.Device]) -> int | None:
+    """Bytes of the fullest of `devices` at its fullest so far; None where the backend does not count."""
+    stats = [device.memory_stats() for device in devices]
+    peaks = [stat["peak_bytes_in_use"] for stat in stats if stat and "peak_bytes_in_use" in stat]
+    return max(peaks, default=None)
 
 
 class Progress:
