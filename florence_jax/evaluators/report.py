@@ -187,7 +187,7 @@ def write_report(
     dump = html.escape(json.dumps(config, indent=1, default=str))
     body = [
         "<h2>Results</h2>" + (table if results else "<p>No evaluation set for this data.</p>"),
-        "<h2>Training</h2>" + (history_curves(history) or "<p>No training history.</p>"),
+        f"<h2>Training</h2>{curves}" if (curves := history_curves(history)) else "",
         *fragments,
         f"<h2>Configuration</h2><pre>{dump}</pre>",
     ]
