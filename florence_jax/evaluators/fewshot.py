@@ -22,10 +22,12 @@ from florence_jax.data.transforms import parse_ops
 from florence_jax.errors import UserError
 from florence_jax.evaluators.adapt import Recipe, adapt_and_classify, embed_cached, embed_images
 from florence_jax.evaluators.base import Embedder, Predict
+from florence_jax.evaluators.report import Example, curve, matches_html, thumbnail
 from florence_jax.train.sharding import batch_sharding, place, replicated
 
 MODES = ("head", "backbone")
 HEAD_LANES = 64
+PICTURES = 5  # of each class in the report
 READERS = 8  # threads that decode images
 RECIPE = Recipe()
 
@@ -177,7 +179,7 @@ class FewShot:
         return results
 
     def report(self) -> list[str]:
-        """A table: shots, accuracy, interval."""
+        """A table: shots, accuracy, interval; their curve; pictures of the first episode."""
         return self._report
 
     def _table(self, params: Any) -> jax.Array:
@@ -245,7 +247,19 @@ class FewShot:
             for k in self._samplers
         )
         trained = "head on cached features" if self._mode == "head" else "head and backbone"
+        shots = list(self._samplers)
+        line = curve("accuracy, %, over shots", shots, {"": [100 * results[f"{k}shot_accuracy"] for k in shots]})
+        name, ways = html.escape(self.name), len(self._samplers[shots[0]](0).classes)
         return (
-            f"<h2>{html.escape(self.name)}: few-shot</h2><p>{self._episodes} episodes, trained: {trained}.</p>"
-            f"<table><tr><th>shots</th><th>accuracy, %</th><th>95 %</th></tr>{rows}</table>"
+            f"<h2>{name}: few-shot</h2><p>{self._episodes} episodes of {ways} classes, trained: {trained}.</p>"
+            f"<table><tr><th>shots</th><th>accuracy, %</th><th>95 %</th></tr>{rows}</table>{line}{self._example()}"
         )
+
+    def _example(self) -> str:
+        """The first pictures of each class of episode 0."""
+        episode, source = next(iter(self._samplers.values()))(0), self._data.source
+        lines = []
+        for k, rows in zip(episode.classes, episode.support, strict=True):
+            pictures = [Example("", thumbnail(source, int(row)) or None, True) for row in rows[:PICTURES]]
+            lines.append((Example(self._data.names[int(k)], None, True), pictures))
+        return matches_html(f"{self.name}: examples of the first episode", lines, judged=False)

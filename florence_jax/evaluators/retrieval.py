@@ -269,7 +269,7 @@ def matches_report(
       title: of the section.
       images: (N, D). pictures: N data URIs. image_ids: (>= N,), index of each image's own text.
       texts: (T, D). names: T strings.
-      rows: of each grid, spread evenly over the set.
+      rows: of each grid, spread evenly over the set; no text stands for a query twice.
     """
     chosen = np.linspace(0, len(images) - 1, min(rows, len(images))).astype(int)
     image_rows = []
@@ -278,8 +278,8 @@ def matches_report(
         answers = [Example(names[j], None, bool(j == image_ids[i])) for j in nearest]
         image_rows.append((Example(names[image_ids[i]], pictures[i], True), answers))
     text_rows = []
-    for i in chosen:
-        query = int(image_ids[i])
+    queries = np.unique(image_ids[: len(images)])
+    for query in queries[np.linspace(0, len(queries) - 1, min(rows, len(queries))).astype(int)]:
         nearest = np.argsort(-(images @ texts[query]), kind="stable")[:5]
         answers = [Example(names[image_ids[j]], pictures[j], bool(image_ids[j] == query)) for j in nearest]
         text_rows.append((Example(names[query], None, True), answers))
