@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.metric = ""  # top1 | mean_per_class | voc_map | roc_auc; '': the data set's own
     config.image = {
         "train_ops": "decode|rrc({res}, scale=(0.5, 1.0))|flip(0.5)",  # no mixup, no colour changes
-        "eval_ops": "decode|resize({res})|center_crop({res})",
+        "eval_ops": "",  # '': resized by the shorter side and cropped in the middle (KITTI: squashed)
         "workers": 8 if trains else 0,
         "cache": False,
         "on_corrupt": "skip",
@@ -66,6 +66,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.label_smoothing = 0.0  # finetune_linear
     config.wise_ft = ()  # also evaluate (1 - a) initial + a fine-tuned weights for each a, e.g. (0.5,)
     config.forgetting = {"source": "emoji:new_names", "classes": "", "threshold": 0.05}  # source '': not watched
+    config.probe = {"sklearn": False}  # True: also fit scikit-learn's LogisticRegression at the chosen C, to compare
     config.fewshot = {"train": "head", "ways": 5, "shots": (5, 20, 50), "queries": 15, "episodes": 600}
     config.optim.learning_rate = 2e-5
     config.optim.warmup_steps = 500  # at most a tenth of the steps

@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 
+from florence_jax.data import classes as data_classes
 from florence_jax.data.classes import (
     METRICS,
     ClassIndex,
+    all_targets,
     choose_templates,
     dataset_name,
     hold_out,
     load_class_names,
     open_classes,
+    open_images,
     shipped_class_names,
 )
 from florence_jax.data.sources import BadRecord, FolderSource, TfdsSource
@@ -21,13 +24,13 @@ from florence_jax.errors import UserError
 COUNTS = {
     "caltech101": 102, "cars196": 196, "cifar10": 10, "cifar100": 100, "country211": 211, "dtd": 47, "eurosat": 10,
     "fer2013": 7, "fgvc_aircraft": 100, "food101": 101, "gtsrb": 43, "hateful_memes": 2, "imagenet2012": 1000,
-    "mnist": 10, "oxford_flowers102": 102, "oxford_iiit_pet": 37, "patch_camelyon": 2, "rendered_sst2": 2,
+    "kitti": 4, "mnist": 10, "oxford_flowers102": 102, "oxford_iiit_pet": 37, "patch_camelyon": 2, "rendered_sst2": 2,
     "resisc45": 45, "stl10": 10, "sun397": 397, "ucf101": 101, "voc2007": 20,
 }  # fmt: skip
 # Specification: CLIP's numbers of templates for the paper's sets and ELEVATER's.
 TEMPLATES = {
     "caltech101": 34, "cars196": 8, "cifar10": 18, "country211": 5, "dtd": 8, "eurosat": 3, "fer2013": 6,
-    "fgvc_aircraft": 2, "food101": 1, "gtsrb": 3, "hateful_memes": 1, "imagenet2012": 80, "mnist": 1,
+    "fgvc_aircraft": 2, "food101": 1, "gtsrb": 3, "hateful_memes": 1, "imagenet2012": 80, "kitti": 1, "mnist": 1,
     "oxford_flowers102": 1, "oxford_iiit_pet": 1, "patch_camelyon": 1, "rendered_sst2": 1, "resisc45": 18, "stl10": 2,
     "sun397": 2, "ucf101": 48, "voc/2007": 1,
 }  # fmt: skip
@@ -90,7 +93,7 @@ def test_broken_name_files(tmp_path, text, message):
 
 def test_data_set_names():
     assert dataset_name("tfds:voc/2007:test") == "voc2007" and dataset_name("tfds:mnist:3.0.1:test[:10%]") == "mnist"
-    assert dataset_name("my/folder") == ""
+    assert dataset_name("tfds:sun397/standard-part1-120k:test") == "sun397" and dataset_name("my/folder") == ""
 
 
 def test_labels_of_the_data_are_the_default():
@@ -134,6 +137,39 @@ def test_tfds_labels_are_numbers_and_known_sets_get_their_names():
         open_classes(tfds("tfds:unknown:test", rows, own), "dtd")
     with pytest.raises(BadRecord):
         other.target({"key": "k", "class_id": 10})
+
+
+# The paper's twelve sets, and those of ELEVATER (Li et al. 2022), by TFDS's names.
+PAPER = ("food101", "cifar10", "cifar100", "sun397", "cars196", "fgvc_aircraft", "voc2007", "dtd", "oxford_iiit_pet")
+PAPER += ("caltech101", "oxford_flowers102", "imagenet2012")
+ELEVATER = ("caltech101", "cifar10", "cifar100", "country211", "dtd", "eurosat", "fer2013", "fgvc_aircraft", "food101")
+ELEVATER += ("gtsrb", "hateful_memes", "kitti", "mnist", "oxford_flowers102", "oxford_iiit_pet", "patch_camelyon")
+ELEVATER += ("rendered_sst2", "resisc45", "cars196", "voc2007")
+
+
+def test_every_set_of_the_paper_and_of_elevater_has_names_and_templates_of_its_own():
+    own = {name.replace("/", "") for name in TEMPLATE_SETS}
+    assert len(set(PAPER)) == 12 and len(set(ELEVATER)) == 20
+    assert {*PAPER, *ELEVATER} <= set(shipped_class_names()) & own
+
+
+def test_kitti_is_labelled_by_the_nearest_vehicle(monkeypatch):
+    def scene(*objects):
+        types, depths = zip(*objects, strict=True) if objects else ((), ())
+        places = np.array([(0.0, 1.5, z) for z in depths]).reshape(-1, 3)
+        return {"image": b"", "objects": {"type": np.array(types), "location": places}}
+
+    # Types 0 to 2 are vehicles; a pedestrian (3) nearby is none.
+    scenes = [scene((0, 30.0), (1, 5.0)), scene((2, 8.5), (3, 1.0)), scene((0, 20.1)), scene((3, 2.0)), scene()]
+    monkeypatch.setattr(data_classes, "open_source", lambda spec: TfdsSource(scenes, (), spec))
+    source = open_images("tfds:kitti:test")
+    classes = open_classes(source)
+    assert [int(classes.target(source[i])) for i in range(5)] == [0, 1, 2, 3, 3]
+    assert all_targets(source, classes).tolist() == [0, 1, 2, 3, 3] and source.__getitems__([2])[0]["class_id"] == 2
+    assert classes.first_names[3] == "a photo i took with no car."
+    scenes.append({"image": b""})
+    with pytest.raises(UserError, match="no objects with type and location"):
+        source[5]
 
 
 def test_several_classes_an_image_and_unsure_ones():

@@ -221,7 +221,7 @@ class Weight:
 def test_interpolated_weights_and_forgetting(caplog):
     start, end = {"w": jnp.asarray(0.8)}, {"w": jnp.asarray(0.4)}
     wise = Interpolated(Weight(), lambda params: start, 0.25)
-    assert wise.name == "inner_wise0.25" and wise.run(end) == {"top1": pytest.approx(0.7)}
+    assert wise.name == "inner" and wise.run(end) == {"top1": pytest.approx(0.7)}
     watch = Forgetting(Weight(), lambda params: start, 0.3)
     assert watch.run(end) == {"before": pytest.approx(0.8), "now": pytest.approx(0.4), "drop": pytest.approx(0.4)}
     assert "fell from 0.800 to 0.400, more than 0.3" in caplog.text and "fine-tuning forgets" in watch.report()[0]

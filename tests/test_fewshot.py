@@ -112,7 +112,8 @@ def test_digits_from_features(params):
     results = evaluator.run(params)
     assert 0.6 < results["5shot_accuracy"] < results["20shot_accuracy"] < 1
     assert evaluator.chance == {"5shot_accuracy": 0.2, "20shot_accuracy": 0.2}
-    assert "16 episodes" in evaluator.report()[0]
+    page = evaluator.report()[0]
+    assert "16 episodes of 5 classes" in page and "<polyline" in page and page.count("<img") == 25
     assert few_shot("head", lanes=8).run(params)["5shot_accuracy"] == results["5shot_accuracy"]
 
 

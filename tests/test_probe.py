@@ -11,10 +11,9 @@ from sklearn.linear_model import LogisticRegression as Theirs
 from florence_jax.data.labelled import ArraySource, Labelled, open_labelled
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Embedder
-from florence_jax.evaluators.logistic import Fits, LogisticRegression
-from florence_jax.evaluators.probe import LinearProbe, accuracies, grid_c, hold_out, search_c
+from florence_jax.evaluators.logistic import Fits, LogisticRegression, objective, sklearn_weights
+from florence_jax.evaluators.probe import LinearProbe, grid_c, hold_out, score, search_c
 from florence_jax.tools import bench
-from florence_jax.tools.bench_probe import objective
 from florence_jax.train.sharding import make_mesh
 
 CS = [1e2, 1e-6, 1e-2, 1.0]
@@ -44,19 +43,11 @@ def fits(data):
 def check_against_sklearn(fits, features, labels):
     for row, c in enumerate(fits.cs):
         theirs = Theirs(C=c, tol=1e-9, max_iter=10_000).fit(features.astype(np.float64), labels)
-        wanted = objective(features, labels, *weights_of(theirs), c)
+        wanted = objective(features, labels, *sklearn_weights(theirs), c)
         ours = objective(features, labels, fits.weights[row], fits.bias[row], c)
         assert ours == pytest.approx(wanted, rel=5e-5)
         assert fits.objective[row] == pytest.approx(wanted, rel=5e-5)
         assert abs((fits.scores(row, features).argmax(1) == labels).mean() - theirs.score(features, labels)) < 0.003
-
-
-def weights_of(theirs):
-    if len(theirs.coef_) == 1:
-        return np.concatenate([-theirs.coef_, theirs.coef_]).T / 2, np.concatenate(
-            [-theirs.intercept_, theirs.intercept_]
-        ) / 2
-    return theirs.coef_.T, theirs.intercept_
 
 
 def test_matches_sklearn(data, fits):
@@ -155,9 +146,37 @@ def test_hold_out_is_stratified_and_repeatable():
             hold_out(labels, share, 0)
 
 
-def test_mean_per_class_weighs_classes_alike():
-    scores = np.eye(3)[[0, 0, 0, 0, 2]]
-    assert accuracies(scores, np.array([0, 0, 0, 2, 2])) == {"top1": 0.8, "mean_per_class": 0.75}
+def test_scores_that_c_is_chosen_by():
+    scores, labels = np.eye(3)[[0, 0, 0, 0, 2]], np.array([0, 0, 0, 2, 2])
+    assert score("top1", scores, labels) == 0.8 and score("mean_per_class", scores, labels) == 0.75
+    assert score("voc_map", np.eye(2), np.eye(2, dtype=np.int8)) == 1.0
+    assert score("roc_auc", np.array([[1, 0], [0, 1], [0, 2]]), np.array([0, 1, 1])) == 1.0
+
+
+def several(count=300):
+    """Features and labels of four classes that occur together; one label in ten is not judged."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random((count, 4)) < [0.5, 0.3, 0.2, 0.1]).astype(np.int8)
+    features = labels @ rng.normal(size=(4, 10)) + rng.normal(size=(count, 10)) + 2
+    labels[rng.random(labels.shape) < 0.1] = -1
+    return features.astype(np.float32), labels
+
+
+def test_several_classes_an_example_are_a_regression_each():
+    features, labels = several()
+    fits = LogisticRegression(features, labels, 4, ALONE).fit([1e-2, 1.0, 1e2])
+    assert fits.converged.all()
+    for row, c in enumerate(fits.cs):
+        total = 0.0
+        for k in range(4):
+            judged = labels[:, k] >= 0
+            data = features[judged].astype(np.float64), labels[judged, k]
+            theirs = Theirs(C=c, tol=1e-9, max_iter=10_000).fit(*data)
+            np.testing.assert_allclose(fits.weights[row][:, k], theirs.coef_[0], atol=0.02)
+            total += objective(*data, *sklearn_weights(theirs), c)
+        assert fits.objective[row] == pytest.approx(total, rel=5e-5)
+    with pytest.raises(UserError, match=r"\(N, 3\) labels of 1, 0 and -1"):
+        LogisticRegression(features, labels, 3, ALONE)
 
 
 def pixels(params, batch):
@@ -180,18 +199,40 @@ def test_probe_of_the_digits():
     theirs = Theirs(C=10 ** results["log10_c"], tol=1e-8, max_iter=10_000).fit(features[0], train.labels)
     assert results["top1"] == pytest.approx(theirs.score(features[1], test.labels), abs=0.0026)
     assert results["top1"] > 0.8 and results["validation_top1"] > 0.85
-    assert "polyline" in probe.report()[0]
+    page = "".join(probe.report())
+    assert "polyline" in page and "digits: confusion" in page and "near chance" not in page
+
+
+def test_probe_of_several_classes_an_image(tmp_path):
+    features, labels = several()
+    low, high = features.min(), features.max()
+    images = np.round((features - low) / (high - low) * 255).astype(np.uint8)[:, None]
+    names = tuple("abcd")
+    train, test = (
+        Labelled(ArraySource("many", images[rows], ["-"] * len(images[rows])), labels[rows], names)
+        for rows in (slice(200), slice(200, None))
+    )
+    embedder = Embedder({"image": pixels}, None, ALONE, 200)
+    probe = LinearProbe("many", train, test, "decode", embedder, metric="voc_map")
+    results = probe.run(64.0)
+    assert results["voc_map"] > 0.75 > probe.chance["voc_map"] > 0.2 and results["images"] == 100
+    assert results["validation_voc_map"] > 0.7 and "AP" in "".join(probe.report())
+    with pytest.raises(UserError, match="one class an image"):
+        LinearProbe("many", train, test, "decode", embedder, metric="voc_map", compare=True)
 
 
 def test_probe_with_a_validation_split(monkeypatch):
     train, test = by_rows(open_labelled("digits:train"), slice(100)), by_rows(open_labelled("digits:test"), slice(100))
-    probe = LinearProbe("d", train, test, "decode", Embedder({"image": pixels}, None, ALONE, 100), validation=test)
+    embedder = Embedder({"image": pixels}, None, ALONE, 100)
+    probe = LinearProbe("d", train, test, "decode", embedder, validation=test, compare=True)
     monkeypatch.setattr("florence_jax.evaluators.probe.search_c", lambda score: (1.0, {1.0: score([1.0])[0]}))
     results = probe.run(16.0)
     # The last fit has seen the split that C was chosen on.
     assert results["top1"] > results["validation_top1"] > 0.5 and results["log10_c"] == 0
+    assert results["sklearn_top1"] == pytest.approx(results["top1"], abs=0.011)
+    assert abs(results["sklearn_objective_diff"]) < 1e-4 and probe.chance["sklearn_top1"] == 0.1
     with pytest.raises(UserError, match="different classes"):
-        LinearProbe("d", train, open_labelled("emoji:new_names"), "decode", probe._embedder)
+        LinearProbe("d", train, open_labelled("emoji:new_names"), "decode", embedder)
 
 
 def test_join_and_take(fits):

@@ -1,5 +1,7 @@
 """Ranks, recalls and chance levels against their definitions."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,6 +30,21 @@ def test_tiles_and_chunks_equal_the_definition(monkeypatch):
     query_ids, target_ids = rng.integers(0, 9, 37), rng.integers(0, 9, 29)
     expected = positive_ranks_reference(queries, targets, query_ids, target_ids)
     np.testing.assert_array_equal(positive_ranks(queries, targets, query_ids, target_ids), expected)
+
+
+def test_memory_of_100_000_queries_among_500_000_targets():
+    tiles, tile, width = -(-500_000 // retrieval.TARGET_TILE), retrieval.TARGET_TILE, 512
+    chunk = retrieval.QUERY_CHUNK
+
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    arguments = (shape(chunk, width), shape(chunk, dtype=jnp.int32), shape(tiles, tile, width))
+    lowered = jax.jit(retrieval.rank_chunk).lower(*arguments, shape(tiles, tile, dtype=jnp.int32))
+    memory = lowered.compile().memory_analysis()
+    # On a device: all targets (1 GB), and a few tiles of similarities (64 MB each). The whole matrix would be 200 GB.
+    assert memory.argument_size_in_bytes < 1.1e9
+    assert memory.temp_size_in_bytes < 4 * chunk * tile * 4
 
 
 def test_a_collapsed_model_scores_at_the_bottom():

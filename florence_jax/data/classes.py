@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from florence_jax.data.captions import normalise_caption
-from florence_jax.data.labelled import READERS, Labelled, open_labelled
+from florence_jax.data.labelled import READERS, Labelled, NearestVehicle, open_labelled
 from florence_jax.data.registry import Example, Op, key_of, op
 from florence_jax.data.sources import BadRecord, Record, Source, open_source
 from florence_jax.data.templates import TEMPLATE_SETS, template_set
@@ -30,6 +30,9 @@ METRICS = {
     "voc2007": "voc_map",
     "hateful_memes": "roc_auc",
 }
+# Image ops of evaluation, where nothing may be cut off (ELEVATER).
+EVAL_OPS = {"kitti": "decode|resize_exact({res})"}
+DEFAULT_EVAL_OPS = "decode|resize({res})|center_crop({res})"
 # Fields that hold several labels of one image, and those that count: VOC's images with only hard examples of a class
 # are neither right nor wrong for it.
 MULTI_FIELD, CERTAIN_FIELD = "labels", "labels_no_difficult"
@@ -96,9 +99,13 @@ def _parse(text: str, where: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...
 
 
 def dataset_name(spec: str) -> str:
-    """The name in the tables of a source: 'tfds:voc/2007:test' -> 'voc2007', 'eurosat:DIR' -> 'eurosat'; else ''."""
+    """The name in the tables of a source: 'tfds:voc/2007:test' -> 'voc2007', 'eurosat:DIR' -> 'eurosat'; else ''.
+
+    A configuration that has no tables of its own is known by its data set: 'tfds:sun397/standard-part1-120k:test'.
+    """
     if match := re.fullmatch(r"tfds:([^:]+):.+", spec):
-        return match[1].replace("/", "")
+        whole, name = match[1].replace("/", ""), match[1].partition("/")[0]
+        return name if whole not in shipped_class_names() and name in shipped_class_names() else whole
     kind, colon, _ = spec.partition(":")
     if kind == "digits":
         return "mnist"
@@ -342,18 +349,14 @@ def all_targets(source: Source, classes: ClassIndex) -> np.ndarray:
 
 def open_images(spec: str) -> Source:
     """Opens a labelled source: as `sources.open_source`, or one of `labelled.open_labelled`, such as 'eurosat:DIR'."""
-    known = spec.partition(":")[0] in (*READERS, "digits")
-    return open_labelled(spec).source if known else open_source(spec)
+    if spec.partition(":")[0] in (*READERS, "digits"):
+        return open_labelled(spec).source
+    source = open_source(spec)
+    return NearestVehicle(source) if spec.startswith("tfds:") and dataset_name(spec) == "kitti" else source
 
 
 def as_labelled(source: Source, classes: ClassIndex) -> Labelled:
-    """A source with its class numbers side by side.
-
-    Raises:
-      UserError: for several classes an image, and as `all_targets`.
-    """
-    if classes.multi:
-        raise UserError(f"{source.name} has several classes an image, which this protocol does not take")
+    """A source with its class numbers side by side; raises as `all_targets`."""
     return Labelled(source, all_targets(source, classes), tuple(classes.first_names))
 
 

@@ -19,6 +19,8 @@ ISIC_IMAGES = "ISIC2018_Task3_Training_Input"
 CHEST_CSV = "Data_Entry_2017.csv"
 # Pneumonia and the rarer findings are left out, as are images with several findings or none.
 CHEST_CLASSES = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumothorax")
+VEHICLES = 3  # KITTI's types below: Car, Van, Truck
+NEAREST_M = (8.0, 20.0, 999.0)  # bounds of the classes, in metres; a picture without a vehicle is beyond the last
 DIGITS_TRAIN = 1000  # of 1,797; the set is in the order of its writers, so that others wrote the rest
 
 
@@ -27,7 +29,8 @@ class Labelled(NamedTuple):
 
     Attributes:
       source: of the images.
-      labels: int32 (len(source),), numbers of classes.
+      labels: int32 (len(source),), numbers of classes; or int8 (len(source), K), several an image, as
+        `classes.ClassIndex.target` gives them.
       names: of the classes.
     """
 
@@ -59,6 +62,41 @@ class ArraySource:
     def metadata(self) -> Iterator[Record]:
         """All records in order, without "image"."""
         return ({"key": f"{self.name}[{i}]", "caption": caption} for i, caption in enumerate(self._captions))
+
+
+class NearestVehicle:
+    """KITTI's pictures with "class_id", how far the nearest vehicle is: the task of VTAB (arXiv 1910.04867), ELEVATER.
+
+    Args:
+      source: TFDS's kitti, whose records have "objects": {"type" (n,), "location" (n, 3), metres from the camera}.
+    """
+
+    def __init__(self, source: Source):
+        self.name, self.class_names = source.name, ()
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._record(self._source[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
+        rows = self._source.__getitems__(indices)
+        return [row if isinstance(row, BadRecord) else self._record(row) for row in rows]
+
+    def metadata(self) -> Iterator[Record]:
+        """All records in order, without "image"."""
+        return map(self._record, self._source.metadata())
+
+    def _record(self, row: Record) -> Record:
+        try:
+            types, places = (np.asarray(row["objects"][name]) for name in ("type", "location"))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{self.name}: a record has no objects with type and location ({error})") from error
+        ahead = places.reshape(-1, 3)[types < VEHICLES, 2]
+        nearest = min(ahead.tolist(), default=np.inf)
+        return row | {"class_id": int(np.searchsorted(NEAREST_M, nearest))}
 
 
 def open_labelled(spec: str) -> Labelled:

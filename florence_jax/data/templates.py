@@ -179,6 +179,7 @@ TEMPLATE_SETS = {
     "food101": ("a photo of {}, a type of food.",),
     "gtsrb": tuple(f'a {kind} photo of a "{{}}" traffic sign.' for kind in ("zoomed in", "centered", "close up")),
     "hateful_memes": ("a {}.",),
+    "kitti": ("{}",),
     "mnist": ('a photo of the number: "{}".',),
     "oxford_flowers102": ("a photo of a {}, a type of flower.",),
     "oxford_iiit_pet": ("a photo of a {}, a type of pet.",),

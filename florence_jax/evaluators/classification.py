@@ -24,6 +24,10 @@ SCORE_ROWS = 4096
 NEAR_CHANCE = 2.0
 TABLE_CLASSES = 20  # a confusion matrix of more classes is drawn as a picture
 EXAMPLE_ROWS = 6
+HINT = (
+    "that the class names belong to the labels, the weights and the tokenizer to each other, and that --config.init is "
+    "of a trained model"
+)
 
 
 class Answers(NamedTuple):
@@ -104,6 +108,18 @@ def voc_average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
     return float(np.where(recall[None] >= points - 1e-12, precision[None], 0).max(1).mean())
 
 
+def class_targets(labels: np.ndarray, classes: int) -> np.ndarray:
+    """int8 (N, K) of 1, 0 and -1 (not judged), from class numbers (N,) or what is in that form already."""
+    if labels.ndim == 2:
+        return labels
+    return (labels[:, None] == np.arange(classes)[None]).astype(np.int8)
+
+
+def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """`voc_average_precision` of every class: float64 (K,); nan for a class without a positive."""
+    return np.array([voc_average_precision(scores[:, k], targets[:, k]) for k in range(targets.shape[1])])
+
+
 def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
     """Chance that a positive scores above a negative, ties counting half; nan if either is missing."""
     positives, negatives = int(positive.sum()), int((~positive).sum())
@@ -143,10 +159,118 @@ class Scorer(Protocol):
         """Returns a function (start, stop) -> float32 (stop - start, K), the scores of those rows of the features."""
 
 
-class Classification:
-    """A classifier on a labelled source.
+class Judge:
+    """Judges the scores of a classifier on a labelled source, for the terminal and for the report.
 
-    Results: the metric, 'top1', 'top5', 'mean_per_class' (for one class an image), 'images'.
+    Args:
+      name: for messages and titles.
+      source: the images, for the pictures of the report.
+      names: of the K classes.
+      metric: one of METRIC_NAMES, the headline.
+      multi: whether an image may have several classes.
+      note: how labels and names were joined, for people.
+
+    Attributes:
+      chance: what guessing scores, by the names of the results, after the first call.
+      report: HTML fragments about the last call: the warning if the headline is near chance, the confusion matrix,
+        accuracy by class, right and wrong images.
+    """
+
+    def __init__(
+        self, name: str, source: Source, names: Sequence[str], metric: str, multi: bool = False, note: str = ""
+    ):
+        self.name, self.metric = name, metric
+        self._source, self._names, self._multi, self._note = source, list(names), multi, note
+        self.chance: dict[str, float] = {}
+        self.report: list[str] = []
+        self._warned = False
+
+    def __call__(
+        self, score_chunks: Iterable[np.ndarray], labels: np.ndarray, index: np.ndarray, hint: str = ""
+    ) -> dict[str, float]:
+        """The metric, 'top1', 'top5', 'mean_per_class' (for one class an image), 'images'.
+
+        Args:
+          score_chunks: float (n, K) arrays, N rows together.
+          labels: int (N,), or int8 (N, K) as `ClassIndex.target` gives them.
+          index: (N,), rows of the source.
+          hint: what to check if the headline is near chance.
+        """
+        results: dict[str, float] = {}
+        self.report = []
+        if self.metric in ("voc_map", "roc_auc"):
+            scores = np.concatenate(list(score_chunks))
+            headline = self._whole(scores, labels)
+            results[self.metric] = headline.value
+            score_chunks = iter([scores])
+        if not self._multi:
+            given = answers(score_chunks, labels)
+            confusion = confusion_matrix(labels, given.top[:, 0], len(self._names))
+            every = self._single(given, confusion)
+            headline = headline if results else every[self.metric]
+            self.report += self._pictures(given, confusion, index)
+            results |= {name: every[name].value for name in sorted(every, key=lambda name: name != self.metric)}
+            self.chance |= {name: score.chance for name, score in every.items()}
+        self.chance[self.metric] = headline.chance
+        self._warn(headline, hint)
+        return results | {"images": float(len(labels))}
+
+    def _single(self, given: Answers, confusion: np.ndarray) -> dict[str, Score]:
+        classes, count = len(self._names), len(given.labels)
+        per_class = confusion.sum(1)
+        present = per_class[per_class > 0]
+        values = {"top1": (given.ranks == 0).mean(), "mean_per_class": mean_per_class(confusion)}
+        chances = {"top1": 1 / classes, "mean_per_class": 1 / classes}
+        if classes > TOP:
+            values["top5"], chances["top5"] = (given.ranks < TOP).mean(), TOP / classes
+        # The variance of a mean of class means is that of its classes' means over their squared number.
+        spread = {name: 1 / count for name in values} | {"mean_per_class": (1 / present).sum() / len(present) ** 2}
+        return {
+            name: Score(float(value), chances[name], math.sqrt(chances[name] * (1 - chances[name]) * spread[name]))
+            for name, value in values.items()
+        }
+
+    def _whole(self, scores: np.ndarray, labels: np.ndarray) -> Score:
+        """Metrics of the whole ranking of the images."""
+        if self.metric == "roc_auc":
+            positive = labels == 1
+            sizes = int(positive.sum()), int((~positive).sum())
+            error = math.sqrt((sum(sizes) + 1) / (12 * max(sizes[0] * sizes[1], 1)))
+            return Score(roc_auc(scores[:, 1] - scores[:, 0], positive), 0.5, error)
+        targets = class_targets(labels, len(self._names))
+        precisions = average_precisions(scores, targets)
+        positives, judged = (targets > 0).sum(0), (targets >= 0).sum(0)
+        there = positives > 0
+        if not there.any():
+            raise UserError(f"{self._source.name}: no image has one of the {len(self._names)} classes")
+        base = positives[there] / judged[there]
+        # A random order has about the precision of the class's share; the spread is that of the positives' places.
+        error = math.sqrt((base * (1 - base) / positives[there]).sum()) / there.sum()
+        self.report.append(_classes_table(self.name, self._names, precisions, positives, "AP"))
+        return Score(float(np.nanmean(precisions)), float(base.mean()), float(error))
+
+    def _warn(self, headline: Score, hint: str) -> None:
+        if not headline.near_chance():
+            return
+        text = f"{self.name}: {self.metric} {headline.value:.3f} is near chance ({headline.chance:.3f}): check {hint}"
+        if not self._warned:
+            logging.warning("%s", text)
+        self._warned = True  # not again in every epoch; the report always has it
+        self.report.insert(0, f'<p class="warning">{html.escape(text)}</p>')
+
+    def _pictures(self, given: Answers, confusion: np.ndarray, index: np.ndarray) -> list[str]:
+        counts = confusion.sum(1)
+        share = np.where(counts > 0, np.diag(confusion) / np.maximum(counts, 1), np.nan)
+        return [
+            f"<p>{html.escape(self._note)}</p>" if self._note else "",
+            confusion_html(self.name, confusion, self._names),
+            _classes_table(self.name, self._names, share, counts, "accuracy"),
+            examples_html(self.name, self._source, given, index, self._names),
+        ]
+
+
+class Classification:
+    """A classifier on a labelled source. Results: see `Judge`.
 
     Args:
       name: prefix of the results.
@@ -176,9 +300,12 @@ class Classification:
         self.name, self.metric = name, metric
         self._source, self._classes, self._embedder, self._scorer = source, classes, embedder, scorer
         self._ops, self._on_corrupt = f"{ops}|class_label|keep(image, label)", on_corrupt
-        self.chance: dict[str, float] = {}
-        self._report: list[str] = []
-        self._warned = False
+        self._judge = Judge(name, source, classes.first_names, metric, classes.multi, classes.note)
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """What guessing scores."""
+        return self._judge.chance
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
@@ -188,89 +315,11 @@ class Classification:
             raise UserError(f"{self.name}: {bad} of {count} images have features that are not finite: broken weights")
         score = self._scorer(params, images["embedding"])
         chunks = (score(i, min(i + SCORE_ROWS, count)) for i in range(0, count, SCORE_ROWS))
-        results: dict[str, float] = {}
-        self._report = []
-        if self.metric in ("voc_map", "roc_auc"):
-            scores = np.concatenate(list(chunks))
-            headline = self._whole(scores, labels)
-            results[self.metric] = headline.value
-            chunks = iter([scores])
-        if not self._classes.multi:
-            given = answers(chunks, labels)
-            confusion = confusion_matrix(labels, given.top[:, 0], len(self._classes))
-            every = self._single(given, confusion)
-            headline = headline if results else every[self.metric]
-            self._report += self._pictures(given, confusion, images["index"])
-            results |= {name: every[name].value for name in sorted(every, key=lambda name: name != self.metric)}
-            self.chance = {name: score.chance for name, score in every.items()}
-        self.chance[self.metric] = headline.chance
-        self._warn(headline)
-        return results | {"images": float(count)}
+        return self._judge(chunks, labels, images["index"], HINT)
 
     def report(self) -> list[str]:
-        """The warning if the number is near chance, confusion matrix, accuracy by class, right and wrong images."""
-        return self._report
-
-    def _single(self, given: Answers, confusion: np.ndarray) -> dict[str, Score]:
-        classes, count = len(self._classes), len(given.labels)
-        per_class = confusion.sum(1)
-        present = per_class[per_class > 0]
-        values = {"top1": (given.ranks == 0).mean(), "mean_per_class": mean_per_class(confusion)}
-        chances = {"top1": 1 / classes, "mean_per_class": 1 / classes}
-        if classes > TOP:
-            values["top5"], chances["top5"] = (given.ranks < TOP).mean(), TOP / classes
-        # The variance of a mean of class means is that of its classes' means over their squared number.
-        spread = {name: 1 / count for name in values} | {"mean_per_class": (1 / present).sum() / len(present) ** 2}
-        return {
-            name: Score(float(value), chances[name], math.sqrt(chances[name] * (1 - chances[name]) * spread[name]))
-            for name, value in values.items()
-        }
-
-    def _whole(self, scores: np.ndarray, labels: np.ndarray) -> Score:
-        """Metrics of the whole ranking of the images."""
-        if self.metric == "roc_auc":
-            positive = labels == 1
-            sizes = int(positive.sum()), int((~positive).sum())
-            error = math.sqrt((sum(sizes) + 1) / (12 * max(sizes[0] * sizes[1], 1)))
-            return Score(roc_auc(scores[:, 1] - scores[:, 0], positive), 0.5, error)
-        targets = labels
-        if not self._classes.multi:
-            targets = (labels[:, None] == np.arange(len(self._classes))[None]).astype(np.int8)
-        shares = softmax(scores)
-        precisions = np.array([voc_average_precision(shares[:, k], targets[:, k]) for k in range(targets.shape[1])])
-        positives, judged = (targets > 0).sum(0), (targets >= 0).sum(0)
-        there = positives > 0
-        if not there.any():
-            raise UserError(f"{self._source.name}: no image has one of the {len(self._classes)} classes")
-        base = positives[there] / judged[there]
-        # A random order has about the precision of the class's share; the spread is that of the positives' places.
-        error = math.sqrt((base * (1 - base) / positives[there]).sum()) / there.sum()
-        self._report.append(_classes_table(self.name, self._classes.first_names, precisions, positives, "AP"))
-        return Score(float(np.nanmean(precisions)), float(base.mean()), float(error))
-
-    def _warn(self, headline: Score) -> None:
-        if not headline.near_chance():
-            return
-        text = (
-            f"{self.name}: {self.metric} {headline.value:.3f} is near chance ({headline.chance:.3f}): check that the "
-            "class names belong to the labels, the weights and the tokenizer to each other, and that --config.init is "
-            "of a trained model"
-        )
-        if not self._warned:
-            logging.warning("%s", text)
-        self._warned = True  # not again in every epoch; the report always has it
-        self._report.insert(0, f'<p class="warning">{html.escape(text)}</p>')
-
-    def _pictures(self, given: Answers, confusion: np.ndarray, index: np.ndarray) -> list[str]:
-        names = self._classes.first_names
-        counts = confusion.sum(1)
-        share = np.where(counts > 0, np.diag(confusion) / np.maximum(counts, 1), np.nan)
-        return [
-            f"<p>{html.escape(self._classes.note)}</p>" if self._classes.note else "",
-            confusion_html(self.name, confusion, names),
-            _classes_table(self.name, names, share, counts, "accuracy"),
-            examples_html(self.name, self._source, given, index, names),
-        ]
+        """See `Judge`."""
+        return self._judge.report
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -361,15 +410,14 @@ class Interpolated:
     """Weight-space ensembling (WiSE-FT, Wortsman et al. 2022): evaluates (1 - alpha) initial + alpha fine-tuned.
 
     Args:
-      evaluator: what to run on the interpolated parameters; its results get this evaluator's name.
+      evaluator: what to run on the interpolated parameters.
       initial: called with the fine-tuned parameters, gives the initial ones on the same devices.
       alpha: share of the fine-tuned parameters.
     """
 
     def __init__(self, evaluator: Any, initial: Callable[[Any], Any], alpha: float):
-        self.name = f"{evaluator.name}_wise{alpha:g}"
+        self.name = evaluator.name
         self._evaluator, self._initial, self._alpha = evaluator, initial, alpha
-        self._evaluator.name = self.name
 
     @property
     def chance(self) -> Mapping[str, float]:

@@ -6,6 +6,7 @@ import concurrent.futures
 import functools
 import html
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,10 +22,12 @@ from florence_jax.data.transforms import parse_ops
 from florence_jax.errors import UserError
 from florence_jax.evaluators.adapt import Recipe, adapt_and_classify, embed_cached, embed_images
 from florence_jax.evaluators.base import Embedder, Predict
-from florence_jax.train.sharding import batch_sharding, replicated
+from florence_jax.evaluators.report import Example, curve, matches_html, thumbnail
+from florence_jax.train.sharding import batch_sharding, place, replicated
 
 MODES = ("head", "backbone")
 HEAD_LANES = 64
+PICTURES = 5  # of each class in the report
 READERS = 8  # threads that decode images
 RECIPE = Recipe()
 
@@ -131,6 +134,8 @@ class FewShot:
             raise UserError(
                 f"few-shot: episodes={episodes} must be positive, shots={shots} not empty, seed={seed} not < 0"
             )
+        if data.labels.ndim != 1:
+            raise UserError(f"few-shot needs one class an image, which {data.source.name} has not")
         if drawn := [op.name for op in parse_ops(ops, {}) if op.random]:
             raise UserError(f"few-shot ops {ops!r}: {drawn[0]!r} is random; the recipe itself flips, use fixed ops")
         self.name, self._data, self._embedder, self._mode = name, data, embedder, mode
@@ -139,12 +144,12 @@ class FewShot:
         self.chance = {f"{k}shot_accuracy": 1 / ways for k in shots}
         devices = embedder.mesh.size
         lanes = min(lanes or (HEAD_LANES if mode == "head" else devices), episodes)
-        self._lanes = -(-lanes // devices) * devices
+        self._lanes, self._epochs = -(-lanes // devices) * devices, recipe.epochs
         self._run = self._compiled(embed_images(features) if features and mode == "backbone" else None, recipe, ways)
         self._report: list[str] = []
 
     def _compiled(self, embed: Any, recipe: Recipe, ways: int) -> Any:
-        """jit of (params, table, support, query, keys) -> how many queries of each lane were right, (lanes,)."""
+        """jit of (params, table, batch) -> (lanes,) shares of right queries, and (lanes,) numbers of the episodes."""
 
         def episode(params: Any, table: Any, support: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
             if table is not None:
@@ -154,9 +159,9 @@ class FewShot:
 
         lanes = jax.vmap(episode, in_axes=(None, None, 0, 0, 0))
 
-        def run(params: Any, table: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        def run(params: Any, table: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(self._seed)))(batch["number"])
-            return lanes(params, table, batch["support"], batch["query"], keys)
+            return lanes(params, table, batch["support"], batch["query"], keys), batch["number"]
 
         return jax.jit(run, out_shardings=replicated(self._embedder.mesh))
 
@@ -174,18 +179,18 @@ class FewShot:
         return results
 
     def report(self) -> list[str]:
-        """A table: shots, accuracy, interval."""
+        """A table: shots, accuracy, interval; their curve; pictures of the first episode."""
         return self._report
 
     def _table(self, params: Any) -> jax.Array:
         """(N, 2, D): features of each image and of its mirror image."""
         out = self._embedder.images(params, self._data.source, self._ops)
         pairs = out["embedding"].astype(np.float32).reshape(len(out["embedding"]), 2, -1)
-        return jax.device_put(pairs, replicated(self._embedder.mesh))
+        return place(pairs, replicated(self._embedder.mesh))
 
     def _accuracies(self, params: Any, table: jax.Array | None, sampler: EpisodeSampler, what: str) -> np.ndarray:
         """Share of right answers of each episode: (episodes,)."""
-        sharding, found = batch_sharding(self._embedder.mesh), []
+        sharding, found, began = batch_sharding(self._embedder.mesh), [], 0.0
         starts = range(0, self._episodes, self._lanes)
         hidden = not sys.stderr.isatty() or jax.process_index() > 0
         local = self._lanes // jax.process_count()
@@ -193,7 +198,19 @@ class FewShot:
             first = start + jax.process_index() * local
             batch = to_global(self._batch(sampler, range(first, first + local), table is None), sharding)
             found.append(jax.device_get(self._run(params, table, batch)))
-        return np.concatenate(found)[: self._episodes].astype(np.float64)
+            began = began or time.perf_counter()  # the first batch compiles
+        rest, seconds = self._episodes - self._lanes, time.perf_counter() - began
+        if jax.process_index() == 0 and rest > 0:
+            speed = f"{rest / seconds:.2f} episodes/s, {rest * self._images_an_episode(sampler) / seconds:.0f} img/s"
+            print(f"{what}: {self._episodes} episodes, {speed}", flush=True)
+        right, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
+        # In the order of the numbers, whatever the order of the hosts' devices in the mesh; the rest is padding.
+        return right[np.argsort(numbers)][: self._episodes].astype(np.float64)
+
+    def _images_an_episode(self, sampler: EpisodeSampler) -> int:
+        """How many go through the head: each example in every epoch, each query and its mirror image once."""
+        episode = sampler(0)
+        return episode.support.size * self._epochs + 2 * episode.query.size
 
     def _batch(self, sampler: EpisodeSampler, numbers: Sequence[int], read: bool) -> dict[str, np.ndarray]:
         """Numbers (E,), support (E, ways * shots, ...), query (E, ways * queries, ...): rows, or images if `read`."""
@@ -230,7 +247,19 @@ class FewShot:
             for k in self._samplers
         )
         trained = "head on cached features" if self._mode == "head" else "head and backbone"
+        shots = list(self._samplers)
+        line = curve("accuracy, %, over shots", shots, {"": [100 * results[f"{k}shot_accuracy"] for k in shots]})
+        name, ways = html.escape(self.name), len(self._samplers[shots[0]](0).classes)
         return (
-            f"<h2>{html.escape(self.name)}: few-shot</h2><p>{self._episodes} episodes, trained: {trained}.</p>"
-            f"<table><tr><th>shots</th><th>accuracy, %</th><th>95 %</th></tr>{rows}</table>"
+            f"<h2>{name}: few-shot</h2><p>{self._episodes} episodes of {ways} classes, trained: {trained}.</p>"
+            f"<table><tr><th>shots</th><th>accuracy, %</th><th>95 %</th></tr>{rows}</table>{line}{self._example()}"
         )
+
+    def _example(self) -> str:
+        """The first pictures of each class of episode 0."""
+        episode, source = next(iter(self._samplers.values()))(0), self._data.source
+        lines = []
+        for k, rows in zip(episode.classes, episode.support, strict=True):
+            pictures = [Example("", thumbnail(source, int(row)) or None, True) for row in rows[:PICTURES]]
+            lines.append((Example(self._data.names[int(k)], None, True), pictures))
+        return matches_html(f"{self.name}: examples of the first episode", lines, judged=False)

@@ -2,13 +2,15 @@
 
     minimise over w, b:   C * sum of cross-entropies + |w|^2 / 2      (b is not penalised)
 
+With several classes an example there is a regression of two classes for each class instead (one against the rest).
+
 The features are centred and turned into the eigenbasis of their covariance once; neither changes the penalty. There
 the Hessian is nearly diagonal, covariance x class variance + 1 / (C N), which is the initial Hessian of L-BFGS.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from jax.sharding import Mesh
 
 from florence_jax.errors import UserError
 from florence_jax.evaluators.lbfgs import TOLERANCE, Solution, Step, minimise
-from florence_jax.train.sharding import batch_sharding, replicated
+from florence_jax.train.sharding import batch_sharding, place, replicated
 
 DTYPES = ("auto", "float32", "bfloat16")
 VARIANCE_SHARE = 1e-3
@@ -58,12 +60,40 @@ def _scores(features: jax.Array, weights: jax.Array, bias: jax.Array) -> jax.Arr
     return jnp.matmul(features, weights, precision="highest") + bias[None]
 
 
+def objective(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, bias: np.ndarray, c: float) -> float:
+    """scikit-learn's objective in float64: C * sum of cross-entropies + |w|^2 / 2, w being w1 - w0 for two classes."""
+    weights, bias = weights.astype(np.float64), bias.astype(np.float64)
+    logits = features.astype(np.float64) @ weights + bias
+    loss = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(labels)), labels]
+    penalty = ((weights[:, 1] - weights[:, 0]) ** 2).sum() if weights.shape[1] == 2 else (weights**2).sum()
+    return c * float(loss.sum()) + 0.5 * float(penalty)
+
+
+def sklearn_weights(fit: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (D, K) and bias (K,) of a fitted scikit-learn LogisticRegression; it has one vector for two classes."""
+    if len(fit.coef_) == 1:
+        return np.concatenate([-fit.coef_, fit.coef_]).T / 2, np.concatenate([-fit.intercept_, fit.intercept_]) / 2
+    return fit.coef_.T, fit.intercept_
+
+
 class _Data(NamedTuple):
     features: jax.Array  # (N, D), padded, centred, in the eigenbasis
     transposed: jax.Array | None  # (D, N), on CPUs: XLA has no fast product with a transposed left side there
-    labels: jax.Array  # int32 (N,)
+    labels: jax.Array  # int32 (N,), or (N, K) with several classes an example
     mask: jax.Array  # float32 (N,), 1 / number of examples, 0 for padding
     eigenvalues: jax.Array  # (D,) of the covariance
+
+    def forward(self, x: jax.Array) -> jax.Array:
+        """Logits (N, L, K) of a point (D + 1, L, K), whose last row is the bias."""
+        weights = x[:-1].reshape(x.shape[0] - 1, -1)
+        return _product(self.features, weights, 1).reshape(-1, *x.shape[1:]) + x[None, -1]
+
+    def backward(self, residual: jax.Array) -> jax.Array:
+        """(N, L, K) -> features^T residual, (D, L, K)."""
+        columns = residual.reshape(len(residual), -1)
+        if self.transposed is None:
+            return _product(self.features, columns, 0).reshape(-1, *residual.shape[1:])
+        return _product(self.transposed, columns, 1).reshape(-1, *residual.shape[1:])
 
 
 class _Logistic(NamedTuple):
@@ -74,8 +104,7 @@ class _Logistic(NamedTuple):
 
     def predict(self, x: jax.Array) -> jax.Array:
         """Logits (N, L, K)."""
-        features, weights = self.data.features, x[:-1].reshape(x.shape[0] - 1, -1)
-        return _product(features, weights, 1).reshape(-1, *x.shape[1:]) + x[None, -1]
+        return self.data.forward(x)
 
     def along(self, x: jax.Array, d: jax.Array, at_x: jax.Array, at_d: jax.Array, t: jax.Array) -> Step:
         """Value, slope and curvature at x + t d."""
@@ -98,18 +127,10 @@ class _Logistic(NamedTuple):
         others = jnp.where(target, 0, p)
         # Where the model is nearly certain, 1 - p of the class is lost to rounding; the sum of the others is not.
         residual = mask * jnp.where(target, -others.sum(-1, keepdims=True), others)
-        columns = residual.reshape(len(p), -1)
-        if self.data.transposed is None:
-            weights = _product(self.data.features, columns, 0)
-        else:
-            weights = _product(self.data.transposed, columns, 1)
-        weights = weights.reshape(-1, *x.shape[1:]) + self.penalty[None, :, None] * x[:-1]
+        weights = self.data.backward(residual) + self.penalty[None, :, None] * x[:-1]
         variance = jnp.abs(residual * (1 - jnp.abs(residual) / mask.max())).sum(0)
-        # Nowhere is a class so certain that its curvature is nil: far from the minimum it only looks so.
-        variance = jnp.maximum(variance, VARIANCE_SHARE * jnp.maximum(variance.max(-1, keepdims=True), 1 / p.shape[-1]))
-        hessian = self.data.eigenvalues[:, None, None] * variance[None] + self.penalty[None, :, None]
-        inverse = 1 / jnp.maximum(jnp.concatenate([hessian, variance[None]]), jnp.finfo(p.dtype).tiny)
         value = self._loss(at_x) + self.penalty / 2 * _penalised(x, x)
+        inverse = _inverse_hessian(self.data, self.penalty, variance)
         return value, jnp.concatenate([weights, residual.sum(0)[None]]), inverse
 
     def _target(self, logits: jax.Array) -> jax.Array:
@@ -124,6 +145,60 @@ class _Logistic(NamedTuple):
         top = against.max(-1)
         rest = jnp.where(self._target(logits), 0, jnp.exp(against - top[..., None])).sum(-1)
         return (self.data.mask[:, None] * (top + jnp.log1p(jnp.expm1(-top) + rest))).sum(0)
+
+
+class _OneAgainstRest(NamedTuple):
+    """The `lbfgs.Problem` for several classes an example: the sum over classes of mean binary cross-entropies."""
+
+    data: _Data
+    penalty: jax.Array
+
+    def predict(self, x: jax.Array) -> jax.Array:
+        """Logits (N, L, K)."""
+        return self.data.forward(x)
+
+    def along(self, x: jax.Array, d: jax.Array, at_x: jax.Array, at_d: jax.Array, t: jax.Array) -> Step:
+        """Value, slope and curvature at x + t d."""
+        logits = at_x + t[None, :, None] * at_d
+        p, share = jax.nn.sigmoid(logits), self._share()
+        xd, dd, xx = (_penalised(a, b) for a, b in ((x, d), (d, d), (x, x)))
+        return Step(
+            self._loss(logits) + self.penalty / 2 * (xx + t * (2 * xd + t * dd)),
+            (self._residual(logits) * at_d).sum((0, 2)) + self.penalty * (xd + t * dd),
+            (share * p * (1 - p) * at_d**2).sum((0, 2)) + self.penalty * dd,
+        )
+
+    def gradient(self, x: jax.Array, at_x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Value, gradient and inverse Hessian, as for `_Logistic`."""
+        p, residual = jax.nn.sigmoid(at_x), self._residual(at_x)
+        weights = self.data.backward(residual) + self.penalty[None, :, None] * x[:-1]
+        inverse = _inverse_hessian(self.data, self.penalty, (self._share() * p * (1 - p)).sum(0))
+        value = self._loss(at_x) + self.penalty / 2 * _penalised(x, x)
+        return value, jnp.concatenate([weights, residual.sum(0)[None]]), inverse
+
+    def _share(self) -> jax.Array:
+        """(N, 1, K): of each answer in the mean; 0 for padding and for labels below 0, which are not judged."""
+        return jnp.where(self.data.labels >= 0, self.data.mask[:, None], 0)[:, None]
+
+    def _sign(self) -> jax.Array:
+        return jnp.where(self.data.labels > 0, 1.0, -1.0)[:, None]
+
+    def _residual(self, logits: jax.Array) -> jax.Array:
+        # p - 1 and p, without the rounding of p near 1.
+        return -self._share() * self._sign() * jax.nn.sigmoid(-self._sign() * logits)
+
+    def _loss(self, logits: jax.Array) -> jax.Array:
+        return (self._share() * jax.nn.softplus(-self._sign() * logits)).sum((0, 2))
+
+
+def _inverse_hessian(data: _Data, penalty: jax.Array, variance: jax.Array) -> jax.Array:
+    """Diagonal (D + 1, L, K) of the inverse of covariance x mean variance of each class's answers (L, K) + penalty."""
+    # Nowhere is a class so certain that its curvature is nil: far from the minimum it only looks so.
+    variance = jnp.maximum(
+        variance, VARIANCE_SHARE * jnp.maximum(variance.max(-1, keepdims=True), 1 / variance.shape[-1])
+    )
+    hessian = data.eigenvalues[:, None, None] * variance[None] + penalty[None, :, None]
+    return 1 / jnp.maximum(jnp.concatenate([hessian, variance[None]]), jnp.finfo(variance.dtype).tiny)
 
 
 def _penalised(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -162,8 +237,11 @@ def _turn(features: jax.Array, mean: jax.Array, basis: jax.Array, dtype: str) ->
 @functools.cache
 def _solver(mesh: Mesh) -> Callable[..., Solution]:
     def solve(data: _Data, penalty: jax.Array, start: jax.Array, tolerance: float, max_iterations: int) -> Solution:
-        trivial = jnp.full(penalty.shape, np.log(start.shape[2]), jnp.float32)
-        return minimise(_Logistic(data, penalty), start, trivial, tolerance, max_iterations)
+        # The loss of weights that are all zero.
+        classes, several = start.shape[2], data.labels.ndim == 2
+        trivial = jnp.full(penalty.shape, classes * np.log(2) if several else np.log(classes), jnp.float32)
+        problem = (_OneAgainstRest if several else _Logistic)(data, penalty)
+        return minimise(problem, start, trivial, tolerance, max_iterations)
 
     return jax.jit(solve, out_shardings=replicated(mesh))
 
@@ -172,7 +250,8 @@ class LogisticRegression:
     """Regressions on one set of features, which are kept on the devices, split over them.
 
     Args:
-      features: float32 (N, D). labels: int (N,), from 0 to `classes` - 1.
+      features: float32 (N, D).
+      labels: int (N,), from 0 to `classes` - 1; or (N, K), several classes an example: 1, 0, or -1 for not judged.
       classes: K >= 2.
       mesh: of the devices.
       dtype: of the features on the devices; 'auto' is float32 on CPUs and bfloat16 elsewhere. Weights, predictions and
@@ -200,8 +279,8 @@ class LogisticRegression:
         dtype = ("float32" if cpu else "bfloat16") if dtype == "auto" else dtype
         sharding, extra = batch_sharding(mesh), -self.count % mesh.size
         mask = np.pad(np.full(self.count, 1 / self.count, np.float32), (0, extra))
-        raw = _place(np.pad(features.astype(np.float32), ((0, extra), (0, 0))), sharding)
-        mask = _place(mask, sharding)
+        raw = place(np.pad(features.astype(np.float32), ((0, extra), (0, 0))), sharding)
+        mask = place(mask, sharding)
         mean, covariance = (np.asarray(jax.device_get(moment), np.float64) for moment in _moments(raw, mask))
         values, self._basis = np.linalg.eigh(covariance)
         self._mean = mean
@@ -209,7 +288,7 @@ class LogisticRegression:
         self._data = _Data(
             features=turned,
             transposed=jnp.array(turned.T) if cpu else None,
-            labels=_place(np.pad(labels.astype(np.int32), (0, extra)), sharding),
+            labels=place(np.pad(labels.astype(np.int32), [(0, extra)] + [(0, 0)] * (labels.ndim - 1)), sharding),
             mask=mask,
             eigenvalues=jnp.asarray(values.clip(min=0), jnp.float32),
         )
@@ -246,7 +325,7 @@ class LogisticRegression:
 
     def _fit_group(self, cs: np.ndarray, known: Fits | None, tolerance: float, max_iterations: int) -> Fits:
         # With two classes scikit-learn has one vector w where there are two here, w / 2 and -w / 2 at the minimum.
-        factor = 2 if self.classes == 2 else 1
+        factor = 2 if self.classes == 2 and self._data.labels.ndim == 1 else 1
         dimensions = len(self._mean)
         if known is None:
             start = np.zeros((dimensions + 1, len(cs), self.classes), np.float32)
@@ -276,14 +355,12 @@ def _check(features: np.ndarray, labels: np.ndarray, classes: int, dtype: str) -
         raise UserError(f"probe dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
     if features.ndim != 2 or len(features) != len(labels) or not len(labels):
         raise UserError(f"a probe needs (N, D) features and N labels, not {features.shape} and {labels.shape}")
-    if classes < 2 or labels.min() < 0 or labels.max() >= classes:
+    if labels.ndim == 2:
+        if labels.shape[1] != classes or labels.min() < -1 or labels.max() > 1:
+            raise UserError(f"a probe of several classes an image needs (N, {classes}) labels of 1, 0 and -1")
+    elif classes < 2 or labels.min() < 0 or labels.max() >= classes:
         raise UserError(
             f"a probe needs labels from 0 to {classes - 1} of at least 2 classes, not {labels.min()} to {labels.max()}"
         )
     if not np.isfinite(features).all():
         raise UserError(f"{int((~np.isfinite(features)).any(1).sum())} of {len(features)} features are not finite")
-
-
-def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array that every host has, split over all devices of all hosts."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

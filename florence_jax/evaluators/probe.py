@@ -2,24 +2,39 @@
 
 C is searched among 97 values, 8 a decade from 1e-6 to 1e6, on a part of the training set that is held out: first every
 other decade, then halving the distance to the neighbours of the best. With the best C the regression is fitted again on
-all of the training set. CLIP takes the features before the projection.
+all of the training set. CLIP takes the features before the projection. For several classes an image (VOC) there is one
+regression of each class against the rest, all with the same C.
 """
 
 import html
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from tqdm import tqdm
 
 from florence_jax.data.labelled import Labelled
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Embedder
-from florence_jax.evaluators.logistic import Fits, LogisticRegression
+from florence_jax.evaluators.classification import (
+    Judge,
+    average_precisions,
+    class_targets,
+    confusion_matrix,
+    mean_per_class,
+    roc_auc,
+)
+from florence_jax.evaluators.logistic import Fits, LogisticRegression, objective, sklearn_weights
 from florence_jax.evaluators.report import curve
 
 STEPS_PER_DECADE, DECADES = 8, 6
 COARSE = 2 * STEPS_PER_DECADE
 VALIDATION = 0.2
+SKLEARN_TOLERANCE = 1e-7
+HINT = "that --config.init is of a trained model and that the labels are those of the images"
 
 
 def grid_c(index: int) -> float:
@@ -51,11 +66,13 @@ def search_c(score: Callable[[Sequence[float]], Sequence[float]]) -> tuple[float
 def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Splits rows at random, class by class: (rows to train on, rows to validate on), both sorted.
 
-    Each class gives `share` of its rows, rounded, to validation, but keeps at least one.
+    Each class gives `share` of its rows, rounded, to validation, but keeps at least one. Rows with several classes,
+    (N, K) labels, go by the first of them.
 
     Raises:
       UserError: if the share is not between 0 and 1, or nothing would be held out.
     """
+    labels = labels.argmax(1) if labels.ndim == 2 else labels
     if not 0 < share < 1:
         raise UserError(f"validation share {share} must be between 0 and 1")
     shuffled = np.random.default_rng([seed, 0]).permutation(len(labels))
@@ -68,26 +85,39 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, n
     return np.sort(order[~held]), np.sort(order[held])
 
 
-def accuracies(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """'top1', and 'mean_per_class', the mean over the classes that occur of the share found of each."""
-    right = scores.argmax(1) == labels
-    counts = np.bincount(labels)
-    per_class = np.bincount(labels, right)[counts > 0] / counts[counts > 0]
-    return {"top1": float(right.mean()), "mean_per_class": float(per_class.mean())}
+def score(metric: str, scores: np.ndarray, labels: np.ndarray) -> float:
+    """A metric of `classification.METRIC_NAMES`, to choose C by.
+
+    Args:
+      metric: its name.
+      scores: float (N, K). labels: int (N,), or int8 (N, K) for several classes an image.
+    """
+    if metric == "voc_map":
+        return float(np.nanmean(average_precisions(scores, class_targets(labels, scores.shape[1]))))
+    if metric == "roc_auc":
+        return roc_auc(scores[:, 1] - scores[:, 0], labels == 1)
+    predictions = scores.argmax(1)
+    if metric == "mean_per_class":
+        return mean_per_class(confusion_matrix(labels, predictions, scores.shape[1]))
+    return float((predictions == labels).mean())
 
 
 class LinearProbe:
-    """The probe of one data set.
+    """The probe of one data set. Results: those of `classification.Judge` on the test split, 'validation_<metric>' and
+    'log10_c' of the C chosen; with `compare` also 'sklearn_<metric>', and 'sklearn_objective_diff', by what share of
+    scikit-learn's objective ours is higher.
 
     Args:
       name: prefix of the results.
       train, test: the two splits; their class names must agree.
       ops: image ops that give the model's input size.
       embedder: its image function gives the features; CLIP's protocol takes those before the projection.
+      metric: what C is chosen by, and the headline; one of METRIC_NAMES.
       validation: a split of its own to choose C on, or the share of each class of `train` to hold out.
       seed: of that choice.
       dtype: of the features, see `logistic.LogisticRegression`.
       on_corrupt: 'skip' leaves unreadable images out, 'error' ends the evaluation.
+      compare: also fit scikit-learn's LogisticRegression with the same C on the same features.
 
     Raises:
       UserError: if the splits have different classes.
@@ -101,47 +131,61 @@ class LinearProbe:
         ops: str,
         embedder: Embedder,
         *,
+        metric: str = "top1",
         validation: Labelled | float = VALIDATION,
         seed: int = 0,
         dtype: str = "auto",
         on_corrupt: str = "error",
+        compare: bool = False,
     ):
         splits = [train, test] + ([validation] if isinstance(validation, Labelled) else [])
         if any(split.names != train.names for split in splits):
             raise UserError(f"the splits of probe {name} have different classes")
-        self.name = name
+        self._several = train.labels.ndim == 2
+        if compare and self._several:
+            raise UserError(f"probe {name}: the comparison with scikit-learn is for one class an image")
+        self.name, self._metric = name, metric
         self._train, self._test, self._validation = train, test, validation
         self._ops, self._embedder, self._on_corrupt = f"{ops}|keep(image)", embedder, on_corrupt
-        self._seed, self._dtype = seed, dtype
-        classes = len(train.names)
-        self.chance = {"top1": 1 / classes, "mean_per_class": 1 / classes, "validation_top1": 1 / classes}
-        self._report: list[str] = []
+        self._seed, self._dtype, self._compare = seed, dtype, compare
+        self._judge = Judge(name, test.source, train.names, metric, self._several)
+        self._sweep: list[str] = []
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """What guessing scores."""
+        chance = self._judge.chance
+        same = {f"{what}_{self._metric}" for what in ("validation", "sklearn")}
+        return chance | {name: chance[self._metric] for name in same if self._metric in chance}
 
     def run(self, params: Any) -> dict[str, float]:
-        """'top1' and 'mean_per_class' on the test split, 'validation_top1' and 'log10_c' of the C chosen, 'images'."""
-        features, labels = self._features(params, self._train)
+        """See the class."""
+        features, labels, _ = self._features(params, self._train)
         if isinstance(self._validation, Labelled):
-            held = self._features(params, self._validation)
+            held = self._features(params, self._validation)[:2]
             chosen = (features, labels)
             features, labels = np.concatenate([features, held[0]]), np.concatenate([labels, held[1]])
         else:
             rows, held_rows = hold_out(labels, self._validation, self._seed)
             chosen, held = (features[rows], labels[rows]), (features[held_rows], labels[held_rows])
         c, tried, near = self._search(*chosen, *held)
-        test, test_labels = self._features(params, self._test)
+        test, test_labels, index = self._features(params, self._test)
         final = self._regression(features, labels).fit([c], start=near)
-        results = accuracies(final.scores(0, test), test_labels)
-        self._report = [self._curve(tried, c)]
-        results |= {"validation_top1": tried[c], "log10_c": float(np.log10(c)), "images": float(len(test))}
+        results = self._judge([final.scores(0, test)], test_labels, index, HINT)
+        results |= {f"validation_{self._metric}": tried[c], "log10_c": float(np.log10(c))}
+        self._sweep = [self._curve(tried, c)]
+        if self._compare:
+            results |= self._sklearn(final, (features, labels), (test, test_labels))
         return results
 
     def report(self) -> list[str]:
-        """The curve of validation accuracy over C."""
-        return self._report
+        """The curve of validation results over C, then as `Judge`."""
+        return self._sweep + self._judge.report
 
-    def _features(self, params: Any, split: Labelled) -> tuple[np.ndarray, np.ndarray]:
+    def _features(self, params: Any, split: Labelled) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Features, labels and rows in the source, of the readable images."""
         out = self._embedder.images(params, split.source, self._ops, on_corrupt=self._on_corrupt)
-        return out["embedding"], split.labels[out["index"]]
+        return out["embedding"], split.labels[out["index"]], out["index"]
 
     def _regression(self, features: np.ndarray, labels: np.ndarray) -> LogisticRegression:
         return LogisticRegression(features, labels, len(self._train.names), self._embedder.mesh, self._dtype)
@@ -149,19 +193,45 @@ class LinearProbe:
     def _search(
         self, features: np.ndarray, labels: np.ndarray, held: np.ndarray, held_labels: np.ndarray
     ) -> tuple[float, dict[float, float], Fits]:
-        """The best C, the accuracies of all tried, and the fits, for the last fit to start from."""
+        """The best C, the results of all tried, and the fits, for the last fit to start from."""
         regression = self._regression(features, labels)
         known: list[Fits] = []
+        main = jax.process_index() == 0
+        began = time.perf_counter()
+        with tqdm(desc=f"{self.name}: C", unit="fit", leave=False, disable=not (main and sys.stderr.isatty())) as bar:
 
-        def score(cs: Sequence[float]) -> list[float]:
-            fits = regression.fit(cs, start=Fits.join(known) if known else None)
-            known.append(fits)
-            return [accuracies(fits.scores(i, held), held_labels)["top1"] for i in range(len(cs))]
+            def judge(cs: Sequence[float]) -> list[float]:
+                fits = regression.fit(cs, start=Fits.join(known) if known else None)
+                known.append(fits)
+                bar.update(len(cs))
+                return [score(self._metric, fits.scores(i, held), held_labels) for i in range(len(cs))]
 
-        c, tried = search_c(score)
+            c, tried = search_c(judge)
+        if main:
+            shape = f"{features.shape[0]} x {features.shape[1]} features"
+            print(f"{self.name}: {len(tried)} values of C on {shape}, {time.perf_counter() - began:.1f} s", flush=True)
         return c, tried, Fits.join(known)
 
+    def _sklearn(
+        self, ours: Fits, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]
+    ) -> dict[str, float]:
+        try:
+            from sklearn.linear_model import LogisticRegression as Theirs
+        except ImportError as error:
+            raise UserError("config.probe.sklearn needs scikit-learn: pip install 'florence_jax[eval]'") from error
+        c = float(ours.cs[0])
+        fit = Theirs(C=c, tol=SKLEARN_TOLERANCE, max_iter=10_000).fit(train[0].astype(np.float64), train[1])
+        there, (weights, bias) = fit.classes_, sklearn_weights(fit)
+        scores = np.full((len(test[0]), len(self._train.names)), -np.inf)
+        scores[:, there] = test[0] @ weights + bias
+        data = train[0], np.searchsorted(there, train[1])
+        least = objective(*data, weights, bias, c)
+        return {
+            f"sklearn_{self._metric}": score(self._metric, scores, test[1]),
+            "sklearn_objective_diff": objective(*data, ours.weights[0][:, there], ours.bias[0][there], c) / least - 1,
+        }
+
     def _curve(self, tried: Mapping[float, float], c: float) -> str:
-        name = html.escape(self.name)
-        line = curve("validation accuracy over log10 C", [np.log10(x) for x in tried], {"": list(tried.values())})
+        name, metric = html.escape(self.name), html.escape(self._metric)
+        line = curve(f"validation {metric} over log10 C", [np.log10(x) for x in tried], {"": list(tried.values())})
         return f"<h2>{name}: linear probe</h2><p>C = {c:.4g}, the best of {len(tried)} tried.</p>{line}"

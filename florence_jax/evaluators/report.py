@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from florence_jax.data.sources import BadRecord, Source
 
+DOTS = 20  # a curve of at most so many points shows them
 THUMBNAIL = 96  # pixels of the longer side
 COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8d6a9f", "#c77d0a", "#4a4a4a")
 STYLE = """
@@ -33,6 +34,7 @@ svg { background: #fafafa; margin: 0 1em 1em 0; } svg text { font: 11px system-u
 .confusion th { padding: 2px 8px; border: 0; white-space: nowrap; }
 .turn { vertical-align: bottom; } .turn span { writing-mode: vertical-rl; transform: rotate(180deg); }
 .arrow { align-self: center; color: #888; }
+details { margin-top: 1em; } summary { cursor: pointer; }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px; }
 """
 
@@ -107,7 +109,8 @@ def curve(title: str, steps: Sequence[float], series: Mapping[str, Sequence[floa
         return ""
     left, right, top, bottom, width, height = 64, 22, 28, 30, 480, 260
     x0, x1, y0, y1 = min(steps), max(steps), min(ys), max(ys)
-    y1 = y1 if y1 > y0 else y0 + 1.0
+    if y0 == y1:  # a constant runs through the middle
+        y0, y1 = y0 - 0.1 * (abs(y0) or 1), y1 + 0.1 * (abs(y1) or 1)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = left + (x - x0) / (x1 - x0) * (width - left - right)
@@ -126,6 +129,10 @@ def curve(title: str, steps: Sequence[float], series: Mapping[str, Sequence[floa
         colour = COLOURS[i % len(COLOURS)]
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+        if len(line) <= DOTS:
+            parts += [
+                '<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="{}"/>'.format(*place(x, y), colour) for x, y in line
+            ]
         if len(points) > 1:
             x = width - right - 110
             parts.append(f'<text x="{x}" y="{top + 12 + 15 * i}" style="fill:{colour}">{html.escape(name)}</text>')
@@ -187,8 +194,8 @@ def write_report(
     dump = html.escape(json.dumps(config, indent=1, default=str))
     body = [
         "<h2>Results</h2>" + (table if results else "<p>No evaluation set for this data.</p>"),
-        "<h2>Training</h2>" + (history_curves(history) or "<p>No training history.</p>"),
+        f"<h2>Training</h2>{curves}" if (curves := history_curves(history)) else "",
         *fragments,
-        f"<h2>Configuration</h2><pre>{dump}</pre>",
+        f"<details><summary>Configuration</summary><pre>{dump}</pre></details>",
     ]
     write_page(path, title, "\n".join(body))

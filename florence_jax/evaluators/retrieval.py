@@ -1,6 +1,7 @@
 """Image-text retrieval: ranks of the matching pairs by cosine similarity, and recall@k in both directions."""
 
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from florence_jax.data.captions import CaptionIndex, normalise_caption
 from florence_jax.data.sources import Source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Embedder
 from florence_jax.evaluators.report import Example, matches_html, thumbnail
+from florence_jax.train.sharding import place
 
 KS = (1, 5, 10)
 QUERY_CHUNK = 1024
@@ -31,12 +34,14 @@ def positive_ranks_reference(
     return ((similarity >= best) & ~positive).sum(1)
 
 
-@functools.partial(jax.jit, static_argnames="tiles")
-def _rank_chunk(
-    queries: jax.Array, query_ids: jax.Array, targets: jax.Array, target_ids: jax.Array, tiles: int
-) -> jax.Array:
-    """Ranks of a chunk of queries, in two passes over tiles of the targets; padding targets have id -1."""
-    tiled = (targets.reshape(tiles, -1, targets.shape[1]), target_ids.reshape(tiles, -1))
+def rank_chunk(queries: jax.Array, query_ids: jax.Array, targets: jax.Array, target_ids: jax.Array) -> jax.Array:
+    """Ranks (q,) of a chunk of queries (q, D), in two passes over tiles of the targets; padding targets have id -1.
+
+    Args:
+      queries: (q, D). query_ids: (q,).
+      targets: (tiles, t, D). target_ids: (tiles, t).
+    """
+    tiled = (targets, target_ids)
 
     def similarity(tile: jax.Array) -> jax.Array:
         return jnp.matmul(queries, tile.T, precision="highest")
@@ -53,14 +58,25 @@ def _rank_chunk(
     return jax.lax.scan(above, jnp.zeros(len(queries), jnp.int32), tiled)[0]
 
 
+@functools.cache
+def compiled_rank_chunk(devices: int) -> tuple[Any, NamedSharding, NamedSharding]:
+    """`rank_chunk` over all devices of all hosts, and the shardings of its queries and of its targets.
+
+    The ranks go to every host.
+    """
+    mesh = jax.make_mesh((devices,), ("queries",), axis_types=(AxisType.Auto,))
+    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("queries"))
+    return jax.jit(rank_chunk, out_shardings=whole), split, whole
+
+
 def positive_ranks(
     queries: np.ndarray, targets: np.ndarray, query_ids: np.ndarray, target_ids: np.ndarray
 ) -> np.ndarray:
     """How many wrong targets are at least as similar to each query as its best right one (0 = found first).
 
     Ties count against the query, so that a model that maps everything to one point scores at the bottom, not at the
-    top. The queries are split over this process's devices; memory on each: the targets and one (1024, 16384) tile of
-    similarities, so that 100,000 x 500,000 fits.
+    top. The queries are split over all devices of all hosts; memory on each: the targets and one (1024, 16384) tile of
+    similarities, so that 100,000 x 500,000 fits. Every process calls it with the same arrays and gets the same ranks.
 
     Args:
       queries: float32 (Q, D) unit vectors. targets: float32 (T, D) unit vectors.
@@ -76,18 +92,16 @@ def positive_ranks(
         raise UserError(f"retrieval of {len(queries)} queries among {len(targets)} targets: both must be there")
     tile = min(TARGET_TILE, len(targets))
     extra = -len(targets) % tile
-    devices = jax.local_devices()  # every process ranks all queries, on its own devices
-    mesh = jax.make_mesh((len(devices),), ("queries",), axis_types=(AxisType.Auto,), devices=devices)
-    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("queries"))
-    padded = jax.device_put(np.pad(targets, ((0, extra), (0, 0))), whole)
-    ids = jax.device_put(np.pad(target_ids.astype(np.int32), (0, extra), constant_values=-1), whole)
-    chunk, ranks = min(QUERY_CHUNK, -(-len(queries) // len(devices))) * len(devices), []
-    for start in range(0, len(queries), chunk):
+    run, split, whole = compiled_rank_chunk(devices := jax.device_count())
+    padded = place(np.pad(targets, ((0, extra), (0, 0))).reshape(-1, tile, targets.shape[1]), whole)
+    ids = place(np.pad(target_ids.astype(np.int32), (0, extra), constant_values=-1).reshape(-1, tile), whole)
+    chunk, ranks = min(QUERY_CHUNK, -(-len(queries) // devices)) * devices, []
+    hidden = not sys.stderr.isatty() or jax.process_index() > 0 or len(queries) <= chunk
+    for start in tqdm(range(0, len(queries), chunk), desc="ranks", unit="chunk", leave=False, disable=hidden):
         rows = queries[start : start + chunk]
         missing = chunk - len(rows)
         wanted = np.pad(query_ids[start : start + chunk].astype(np.int32), (0, missing))
-        block = jax.device_put((np.pad(rows, ((0, missing), (0, 0))), wanted), split)
-        found = _rank_chunk(*block, padded, ids, len(padded) // tile)
+        found = run(place(np.pad(rows, ((0, missing), (0, 0))), split), place(wanted, split), padded, ids)
         ranks.append(np.asarray(found)[: len(rows)])
     return np.concatenate(ranks)
 
@@ -255,7 +269,7 @@ def matches_report(
       title: of the section.
       images: (N, D). pictures: N data URIs. image_ids: (>= N,), index of each image's own text.
       texts: (T, D). names: T strings.
-      rows: of each grid, spread evenly over the set.
+      rows: of each grid, spread evenly over the set; no text stands for a query twice.
     """
     chosen = np.linspace(0, len(images) - 1, min(rows, len(images))).astype(int)
     image_rows = []
@@ -264,8 +278,8 @@ def matches_report(
         answers = [Example(names[j], None, bool(j == image_ids[i])) for j in nearest]
         image_rows.append((Example(names[image_ids[i]], pictures[i], True), answers))
     text_rows = []
-    for i in chosen:
-        query = int(image_ids[i])
+    queries = np.unique(image_ids[: len(images)])
+    for query in queries[np.linspace(0, len(queries) - 1, min(rows, len(queries))).astype(int)]:
         nearest = np.argsort(-(images @ texts[query]), kind="stable")[:5]
         answers = [Example(names[image_ids[j]], pictures[j], bool(image_ids[j] == query)) for j in nearest]
         text_rows.append((Example(names[query], None, True), answers))

@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from florence_jax.data.classes import (
+    DEFAULT_EVAL_OPS,
+    EVAL_OPS,
     METRICS,
     ClassIndex,
     as_labelled,
@@ -87,7 +89,7 @@ class Classify:
         self.metric = config.metric or ("voc_map" if self.classes.multi else METRICS.get(dataset, "top1"))
         res = self.encoder.model.config.res
         self.train_ops = config.image.train_ops.format(res=res)
-        self.eval_ops = config.image.eval_ops.format(res=res)
+        self.eval_ops = (config.image.eval_ops or EVAL_OPS.get(dataset, DEFAULT_EVAL_OPS)).format(res=res)
 
     def _check(self) -> None:
         config = self.config
@@ -242,8 +244,9 @@ class Classify:
             return [self._probe(mesh)]
         if self.config.protocol == "fewshot":
             return [self._few_shot(mesh)]
-        found: list[Evaluator] = [self._test_evaluator(mesh)]
-        found += [Interpolated(self._test_evaluator(mesh), self.start, alpha) for alpha in self.config.wise_ft]
+        found: list[Evaluator] = [self._test_evaluator(mesh, "test")]
+        for alpha in self.config.wise_ft:
+            found.append(Interpolated(self._test_evaluator(mesh, f"test_wise{alpha:g}"), self.start, alpha))
         watch = self.config.forgetting
         if watch.source and self.encoder.speaks:
             source = open_images(watch.source)
@@ -271,9 +274,11 @@ class Classify:
             as_labelled(self.test_source, self.classes),
             self.eval_ops,
             self._embedder(mesh, "features"),
+            metric=self.metric,
             validation=validation,
             seed=config.seed,
             on_corrupt=config.image.on_corrupt,
+            compare=config.probe.sklearn,
         )
 
     def _few_shot(self, mesh: Mesh) -> FewShot:
@@ -292,11 +297,11 @@ class Classify:
             seed=self.config.seed,
         )
 
-    def _test_evaluator(self, mesh: Mesh) -> Classification:
+    def _test_evaluator(self, mesh: Mesh, name: str) -> Classification:
         if not self.linear:
-            return self._zero_shot("test", self.test_source, self.classes, self._embedder(mesh))
+            return self._zero_shot(name, self.test_source, self.classes, self._embedder(mesh))
         return Classification(
-            "test",
+            name,
             self.test_source,
             self.classes,
             self.eval_ops,

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from florence_jax.errors import UserError
-from florence_jax.evaluators.logistic import Fits, LogisticRegression
+from florence_jax.evaluators.logistic import Fits, LogisticRegression, objective, sklearn_weights
 from florence_jax.tools import timing
 from florence_jax.train.sharding import make_mesh
 
@@ -146,7 +146,7 @@ def _theirs(
             fit = make(c).fit(split.train, split.labels)
         times.append(time.perf_counter() - began)
         iterations.append(int(fit.n_iter_[0]))
-        found.append(judge(split, c, *_weights(fit)))
+        found.append(judge(split, c, *sklearn_weights(fit)))
         _say(f"scikit-learn, tol={fit.tol:g}: C={c:g} in {times[-1]:.1f} s, {iterations[-1]} iterations")
     report = {
         "seconds": timing.round_significant(sum(times), 4),
@@ -156,25 +156,10 @@ def _theirs(
     return found, {f"sklearn_{name}{key}": value for key, value in report.items()}
 
 
-def _weights(fit: Any) -> tuple[np.ndarray, np.ndarray]:
-    if len(fit.coef_) == 1:  # two classes have one vector
-        return np.concatenate([-fit.coef_, fit.coef_]).T / 2, np.concatenate([-fit.intercept_, fit.intercept_]) / 2
-    return fit.coef_.T, fit.intercept_
-
-
 def judge(split: Split, c: float, weights: np.ndarray, bias: np.ndarray) -> tuple[float, float]:
     """Objective on the training examples, and accuracy in percent on the test examples, of weights (D, K)."""
     right = (split.test @ weights + bias).argmax(1) == split.test_labels
     return objective(split.train, split.labels, weights, bias, c), 100 * float(right.mean())
-
-
-def objective(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, bias: np.ndarray, c: float) -> float:
-    """scikit-learn's objective in float64: C * sum of cross-entropies + |w|^2 / 2, w being w1 - w0 for two classes."""
-    weights, bias = weights.astype(np.float64), bias.astype(np.float64)
-    logits = features.astype(np.float64) @ weights + bias
-    loss = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(labels)), labels]
-    penalty = ((weights[:, 1] - weights[:, 0]) ** 2).sum() if weights.shape[1] == 2 else (weights**2).sum()
-    return c * float(loss.sum()) + 0.5 * float(penalty)
 
 
 def _machine() -> dict[str, Any]:

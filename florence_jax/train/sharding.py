@@ -119,6 +119,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every host has in whole, on the devices of all hosts."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
 def param_shardings(params: Any, mesh: Mesh, rules: Any = SHARDING_RULES) -> Any:
     """A `NamedSharding` for every leaf of `params` (arrays or shapes) by the path rules.
 
