@@ -13,7 +13,7 @@ import pytest
 from curation_tools import ONE_PROCESS, pairs, picture, small_config, write_parquet
 
 from florence_jax.curation import measure as measure_module
-from florence_jax.curation.driver import curate, merkle_root
+from florence_jax.curation.driver import curate, merkle_root, runner_trouble
 from florence_jax.curation.main import beam_options, lines_of, with_sample
 from florence_jax.curation.rules import make_all
 from florence_jax.curation.table import uid_of
@@ -221,6 +221,26 @@ def test_changed_input_is_noticed(raw):
         path.unlink()
     with pytest.raises(UserError, match=r"0001\.png has changed since it was measured"):
         curate(config, str(tmp / "w"), ONE_PROCESS)
+
+
+@pytest.mark.parametrize(
+    ("runner", "more", "message"),
+    [
+        ("NoRunner", "", "--runner=NoRunner: Unexpected pipeline runner"),
+        ("DataflowRunner", "--region=r --temp_location=gs://x/tmp", r"--runner=DataflowRunner: .*project"),
+        ("PortableRunner", "--job_endpoint=localhost:1 --job_server_timeout=1", "no job server answers"),
+    ],
+)
+def test_a_runner_that_cannot_start_is_one_message(tmp_path, runner, more, message):
+    write_parquet(tmp_path / "one" / "p.parquet", pairs(1))
+    with pytest.raises(UserError, match=message):
+        curate(small_config(f"p={tmp_path}/one"), str(tmp_path / "w"), beam_options(runner, 0, more))
+
+
+def test_the_advice_for_a_job_server_that_cannot_be_fetched():
+    error = RuntimeError("Unable to fetch remote job server jar at https://x: no route")
+    assert "--flink_job_server_jar" in runner_trouble(error) and "no route" in runner_trouble(error)
+    assert runner_trouble(RuntimeError("a picture is broken")) == ""
 
 
 def test_merkle_root():
