@@ -66,7 +66,8 @@ def write_html(path: str, workdir: str, summary: Mapping[str, Any], funnel: "Fun
     for stage in summary["stages"]:
         if stage["reasons"]:
             body.append(_stage(stage, workdir, funnel))
-    body += [_section("Kept", [_tiles(funnel.examples("output", "kept"), workdir, {})]), _slices(summary)]
+    body += [_section("Kept", [_tiles(funnel.examples("output", "kept"), workdir, {})]), _benchmarks(summary)]
+    body += [_slices(summary)]
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>Curation funnel</title><style>{STYLE}</style><body>{"".join(body)}</body></html>
@@ -173,6 +174,16 @@ def thumbnail(workdir: str, row: Mapping[str, Any]) -> str:
     file = io.BytesIO()
     canvas.save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _benchmarks(summary: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{_escape(row['value'])}</td><td class=n>{row['exact']:,}</td><td class=n>{row['near']:,}</td></tr>"
+        for row in summary["benchmarks"]
+    )
+    head = "<tr><th>benchmark</th><th class=n>exact copies</th><th class=n>resized copies</th></tr>"
+    note = "<p>Removed in the last stage; pairs that an earlier one removed were not compared.</p>"
+    return _section("Copies of benchmark pictures", [f"<table>{head}{rows}</table>{note}"]) if rows else ""
 
 
 def _slices(summary: Mapping[str, Any]) -> str:
