@@ -317,11 +317,12 @@ def test_recall_on_photographs():
 def test_bench_prints_one_line(capsys, monkeypatch):
     from florence_jax.tools import bench_curate
 
-    monkeypatch.setattr(bench_curate, "beam_seconds", lambda files, count: None)
+    monkeypatch.setattr(bench_curate, "beam_seconds", lambda folder, files, count: (None, None))
     arguments = "curate --image_size 200x150 --records 4 --images 8 --rounds 1 --block 20000"
     assert bench.main(arguments.split()) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["hash_images_per_s_core"] > 0 and result["plain_ratio"] > 0 and result["beam_ratio"] is None
+    assert result["measure_ratio"] is None
     assert result["join_found"] == result["join_planted"] and 0 < result["join_core_hours"] < 1000
 
 

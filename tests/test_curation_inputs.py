@@ -132,6 +132,25 @@ def test_damage_comes_after_the_good_pairs(tmp_path):
     assert found and found == [f"t/{i}" for i in range(len(found))]
 
 
+def test_a_tar_cut_or_damaged_at_a_header_is_noticed(tmp_path):
+    write_tar(tmp_path / "t.tar", [(f"{i}.png", picture(i)) for i in range(3)])
+    data = (tmp_path / "t.tar").read_bytes()
+    header = data.index(b"2.png\0")
+    for broken in (data[:header], data[:header] + b"#" * 512 + data[header + 512 :]):
+        (tmp_path / "t.tar").write_bytes(broken)
+        (split,) = list_splits(f"t={tmp_path}/t.tar", 100)
+        keys = []
+        with pytest.raises(DamagedInput, match="no mark of the end after 1"):
+            for pair in read_split(split, 1 << 26):
+                keys.append(pair["key"])
+        assert keys == ["t/0", "t/1"]
+
+
+def test_a_url_that_nothing_here_can_open_is_one_message():
+    with pytest.raises(UserError, match="cannot open nosuch://box/x"):
+        list_splits("a=nosuch://box/x", 10)
+
+
 def test_mistakes(tmp_path):
     (tmp_path / "empty").mkdir()
     for spec, message in (

@@ -1,5 +1,6 @@
 """The pipeline: the same output whatever the workers and the order, decisions without images, restarts, every stage."""
 
+import io
 import os
 import signal
 import subprocess
@@ -11,9 +12,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from curation_tools import ONE_PROCESS, pairs, picture, small_config, write_parquet
+from PIL import Image
 
+from florence_jax.curation import decide
 from florence_jax.curation import measure as measure_module
-from florence_jax.curation.driver import curate, merkle_root
+from florence_jax.curation.driver import curate, merkle_root, runner_trouble
+from florence_jax.curation.inputs import list_splits
 from florence_jax.curation.main import beam_options, lines_of, with_sample
 from florence_jax.curation.rules import make_all
 from florence_jax.curation.table import uid_of
@@ -181,6 +185,48 @@ def test_scores_selection_quarantine_and_decontamination(raw):
     assert stamps(tmp / "w", "scores/*/*.parquet") == scores
 
 
+def test_score_columns_of_the_input_decide(tmp_path):
+    """NSFW scores and the losses of two models, given as fields: each a column with a switch."""
+    rows = pairs(9)
+    for i, row in enumerate(rows):
+        row |= {"unsafe": 0.9 if i == 2 else 0.1, "small": 4.0, "large": 3.9 if i in (4, 5) else 1.0}
+    write_parquet(tmp_path / "raw" / "p.parquet", rows)
+    fields = {"nsfw": "field:unsafe", "learner_loss": "field:small", "reference_loss": "field:large"}
+    config = small_config(
+        f"p={tmp_path}/raw",
+        measure={"extra_fields": ("unsafe", "small", "large")},
+        scores=fields,
+        selection={"min_gap": 1.0},
+        post_filter={"max_nsfw": 0.5},
+    )
+    curate(config, str(tmp_path / "w"), ONE_PROCESS)
+    found = {key: value[:2] for key, value in log(tmp_path / "w").items() if value[1] != "kept"}
+    gone = ("selection", "learnability")
+    assert found == {"0002": ("post_filter", "nsfw"), "0004": gone, "0005": gone}
+
+
+def test_forms_of_pictures_are_dropped_where_asked(tmp_path):
+    image = Image.open(io.BytesIO(picture(1)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rows = pairs(4)
+    for row, mode, kind, more in (
+        (rows[1], "CMYK", "JPEG", {}),
+        (rows[2], "RGBA", "PNG", {}),
+        (rows[3], "RGB", "JPEG", {"exif": exif}),
+    ):
+        file = io.BytesIO()
+        image.convert(mode).save(file, kind, **more)
+        row["image"] = file.getvalue()
+    splits = list_splits("p=" + write_parquet(tmp_path / "p.parquet", rows), 9)
+    rules = make_all(small_config("p", validity={"drop": ("cmyk", "alpha", "orientation")}))
+    part = measure_module.measure_split(splits[0], str(tmp_path), rules.measure)
+    _, decisions = decide.validity(pq.read_table(part), rules)
+    assert [decision and decision[0] for decision in decisions] == [None, "cmyk", "alpha", "orientation"]
+    _, kept = decide.validity(pq.read_table(part), make_all(small_config("p")))
+    assert kept == [None] * 4
+
+
 def test_mistakes_are_one_message(tmp_path):
     good = small_config("x")
     for section, change, message in (
@@ -221,6 +267,26 @@ def test_changed_input_is_noticed(raw):
         path.unlink()
     with pytest.raises(UserError, match=r"0001\.png has changed since it was measured"):
         curate(config, str(tmp / "w"), ONE_PROCESS)
+
+
+@pytest.mark.parametrize(
+    ("runner", "more", "message"),
+    [
+        ("NoRunner", "", "--runner=NoRunner: Unexpected pipeline runner"),
+        ("DataflowRunner", "--region=r --temp_location=gs://x/tmp", r"--runner=DataflowRunner: .*project"),
+        ("PortableRunner", "--job_endpoint=localhost:1 --job_server_timeout=1", "no job server answers"),
+    ],
+)
+def test_a_runner_that_cannot_start_is_one_message(tmp_path, runner, more, message):
+    write_parquet(tmp_path / "one" / "p.parquet", pairs(1))
+    with pytest.raises(UserError, match=message):
+        curate(small_config(f"p={tmp_path}/one"), str(tmp_path / "w"), beam_options(runner, 0, more))
+
+
+def test_the_advice_for_a_job_server_that_cannot_be_fetched():
+    error = RuntimeError("Unable to fetch remote job server jar at https://x: no route")
+    assert "--flink_job_server_jar" in runner_trouble(error) and "no route" in runner_trouble(error)
+    assert runner_trouble(RuntimeError("a picture is broken")) == ""
 
 
 def test_merkle_root():

@@ -12,6 +12,7 @@ from florence_jax.curation import sample
 from florence_jax.curation.audit import joined_parts
 from florence_jax.curation.driver import curate
 from florence_jax.curation.filters import text_id
+from florence_jax.curation.join import DEFAULT_JOIN
 from florence_jax.curation.main import beam_options, with_sample
 from florence_jax.curation.rules import make_all
 from florence_jax.curation.table import uid_of
@@ -63,6 +64,8 @@ def test_every_planted_fault_is_found(run):
         allowed = {expected} | {("near_duplicates", "exact_copy"), ("near_duplicates", "near_duplicate")}
         assert set(found[fault]) <= allowed and found[fault][expected] >= 0.6 * sum(found[fault].values()), fault
     assert found["benchmark"] == {("decontamination", "benchmark_exact"): 10, ("decontamination", "benchmark_near"): 10}
+    assert summary["benchmarks"] == [{"value": "sample", "exact": 10, "near": 10}]
+    assert "<td>sample</td><td class=n>10</td><td class=n>10</td>" in (workdir / "report" / "funnel.html").read_text()
     assert found["frequent"]["output", "kept"] == 20 and found["frequent"]["text", "frequency"] >= 35
     for form in ("cmyk", "alpha", "orientation"):
         assert found[form]["output", "kept"] >= 5
@@ -110,7 +113,7 @@ def test_the_sample_is_the_same_every_time(tmp_path):
 def test_presets_and_options():
     for preset in PRESETS:
         rules = make_all(get_config(f"preset={preset}").to_dict())
-        assert rules.digest
+        assert rules.digest and rules.join == DEFAULT_JOIN  # one choice, in two places
     with pytest.raises(UserError, match="unknown preset"):
         get_config("preset=none")
     assert beam_options("DirectRunner", 3, "--a=1")[-1] == "--a=1"

@@ -3,7 +3,7 @@
 import collections
 import datetime
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,7 @@ class Funnel:
         self.reasons: collections.Counter = collections.Counter()
         self.slices: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
         self._examples: dict[tuple[str, str], list[tuple[int, str, dict[str, Any]]]] = collections.defaultdict(list)
+        self.benchmarks: collections.Counter = collections.Counter()
         self.listed: list[str] = []
         self.partners: dict[str, dict[str, Any]] = {}
 
@@ -73,6 +74,8 @@ class Funnel:
         for name, values in sliced.items():
             both = pa.table({"value": values, "kept": kept}).group_by(["value", "kept"]).aggregate([("kept", "count")])
             self.slices[name].update({(row["value"], row["kept"]): row["kept_count"] for row in both.to_pylist()})
+        copies = part.filter(pc.equal(part["stage"], "decontamination"))
+        self.benchmarks.update(zip(copies["value"].to_pylist(), copies["reason"].to_pylist(), strict=True))
         self.listed += part.filter(pc.is_valid(part["listed"]))["uid"].to_pylist()
         self._choose(part.filter(pc.is_null(part["listed"])))
 
@@ -108,6 +111,13 @@ class Funnel:
             stages.append({"stage": stage, "came": left, "kept": left - sum(reasons.values()), "reasons": reasons})
             left = stages[-1]["kept"]
         return stages
+
+    def benchmark_table(self, names: Iterable[str]) -> list[dict[str, Any]]:
+        """For each benchmark, how many pairs were removed as exact copies of its pictures, and as resized ones."""
+        kinds = ("exact", "near")
+        return [
+            {"value": name} | {kind: self.benchmarks[name, f"benchmark_{kind}"] for kind in kinds} for name in names
+        ]
 
     def slice_tables(self) -> dict[str, list[dict[str, Any]]]:
         """Pairs, kept pairs and the share dropped, for the commonest values of each slice."""
@@ -175,6 +185,7 @@ def write_audit(
         "labels": decisions["labels"],
         "shards": decisions["shards"],
         "slices": funnel.slice_tables(),
+        "benchmarks": funnel.benchmark_table(sorted(run.rules.benchmarks)),
         "near_duplicate_join": clusters["join"],
         "component_sizes": clusters["sizes"],
         "quarantined": len(funnel.listed),

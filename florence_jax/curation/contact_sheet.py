@@ -11,7 +11,8 @@ SIDE = 160  # pixels of a thumbnail's longer side
 STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em;background:#fff;color:#222}
 section{border-top:1px solid #ccc;padding:.6em 0}h2{font-size:1em;margin:.2em 0 .6em}
 div{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0;width:160px;font-size:11px;overflow-wrap:anywhere}
-img{max-width:160px;max-height:160px;display:block;background:#eee}.first img{outline:3px solid #2a7}"""
+img{max-width:160px;max-height:160px;display:block;background:#eee}
+figcaption{margin-top:6px}.first img{outline:3px solid #2a7}"""
 
 
 def thumbnail(data: bytes) -> str:

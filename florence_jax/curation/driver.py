@@ -60,6 +60,22 @@ from florence_jax.data.sources import IMAGE_SUFFIXES
 from florence_jax.errors import UserError
 
 MAX_PARTS = 4096
+# (in the error of Beam, what to do). Java runners need a job server: a jar that Beam downloads, or a running service.
+RUNNER_TROUBLES = (
+    ("Unexpected pipeline runner", ""),
+    ("validations errors", "(write these options in --beam)"),
+    ("apache_beam[gcp]", ""),
+    (
+        "job server jar",
+        "Name the file with --beam='--flink_job_server_jar=FILE' (or --spark_job_server_jar), or a running job server "
+        "with --runner=PortableRunner --beam='--job_endpoint=HOST:PORT'",
+    ),
+    (
+        "Java must be installed",
+        "Or name a running job server: --runner=PortableRunner --beam='--job_endpoint=HOST:PORT'",
+    ),
+    ("FutureTimeoutError", "no job server answers there; start it, or correct --beam='--job_endpoint=HOST:PORT'"),
+)
 
 
 class Run:
@@ -81,8 +97,8 @@ class Run:
 
     def beam(self, build: Callable[[beam.Pipeline], Any]) -> None:
         """Runs the pipeline that `build` adds to; a UserError in a worker is raised here as one."""
+        options = PipelineOptions(self._beam_args)
         try:
-            options = PipelineOptions(self._beam_args)
             with beam.Pipeline(runner=_runner(options), options=options) as pipeline:
                 build(pipeline)
         except UserError:
@@ -91,6 +107,8 @@ class Run:
             message = re.search(r"UserError: (.*?)(?: \[while running|\\n|\n|$)", str(error))
             if message:
                 raise UserError(message[1]) from error
+            if trouble := runner_trouble(error):
+                raise UserError(f"--runner={options.view_as(StandardOptions).runner}: {trouble}") from error
             raise
 
     def phase(self, name: str, digest: str, build: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
@@ -117,6 +135,15 @@ def _runner(options: PipelineOptions) -> Any:
     encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options())
     provision = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)
     return fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(provision))
+
+
+def runner_trouble(error: Exception) -> str:
+    """What keeps a runner from starting, and the remedy; '' for any other error."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    for sign, advice in RUNNER_TROUBLES:
+        if sign in text:
+            return f"{text.partition(': ')[2][:300]} {advice}".strip()
+    return ""
 
 
 def _remove(folder: str) -> None:

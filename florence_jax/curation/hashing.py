@@ -261,7 +261,6 @@ def _cosine_rows() -> np.ndarray:
 
 
 COSINES = _cosine_rows()
-COSINES_FLAT = COSINES.reshape(-1, GRID)
 COSINES_TURNED = np.ascontiguousarray(COSINES.transpose(0, 2, 1))
 FLIP = np.where(np.arange(SIDE) % 2, -1.0, 1.0)  # of horizontal coefficients, when left and right change places
 
@@ -275,8 +274,9 @@ def cosines(grid: np.ndarray) -> np.ndarray:
     Returns:
       float64 (len(CROPS), SIDE, SIDE), whole numbers in units of SCALE^-2 grey levels; [crop, vertical, horizontal].
     """
-    vertical = (COSINES_FLAT @ grid).reshape(len(CROPS), SIDE, GRID)
-    return vertical @ COSINES_TURNED
+    # Crop by crop: products so small stay in this thread. One of all crops is handed to BLAS threads, for which every
+    # picture then waits where as many processes as cores do the same.
+    return COSINES @ grid @ COSINES_TURNED
 
 
 def hash_bits(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -200,7 +200,7 @@ def _read_tar(split: Split, max_bytes: int) -> Iterator[Pair]:
     stem = os.path.basename(_stem(inner))
     plain = split.path.endswith(".tar")
     with fs.open(inner, "rb") as file:
-        for key, fields, place, problem in tar_samples(file, max_bytes):
+        for key, fields, place, problem in tar_samples(file, max_bytes, plain):
             pair = make_pair(fields | {"key": f"{stem}/{key}"}, split.source, "", "", max_bytes, problem)
             yield pair | {"locator": (split.path, *place) if plain and place else None}
 

@@ -20,7 +20,7 @@ from florence_jax.errors import UserError
 
 COPY = "copy:"
 MAX_EXTRA = 4096  # characters of the further fields of one pair
-QUARANTINED = {"key": "", "caption": "", "url": "", "licence": "", "headers": [], "extra": {}, "locator": None}
+QUARANTINED: Pair = {"key": "", "caption": "", "url": "", "licence": "", "headers": [], "extra": {}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,8 @@ def measure_split(split: Split, workdir: str, rules: MeasureRules) -> str:
     path = part_path(workdir, split, rules.digest)
     if exists(path) and not (rules.retry and statuses(path) & set(rules.retry)):
         return path
-    rows: list[dict[str, Any]] = []
+    pictures: list[dict[str, Any]] = []
+    pairs: list[dict[str, Any]] = []
     damage = ""
 
     def fill(copies: BinaryIO | None) -> None:
@@ -67,10 +68,11 @@ def measure_split(split: Split, workdir: str, rules: MeasureRules) -> str:
         name = path.rpartition("/")[2].replace(".parquet", ".images")
         try:
             for pair in read_split(split, rules.limits.max_bytes):
-                row = measure_pair(pair, rules)
+                row = measure_picture(pair, rules)
                 if not row["path"] and pair["image"] and copies is not None and row["listed"] is None:
                     row |= {"path": COPY + name, "offset": copies.tell(), "size": copies.write(pair["image"])}
-                rows.append(row)
+                pictures.append(row)
+                pairs.append(pair | {"image": b""} if row["listed"] is None else QUARANTINED)
         except DamagedInput as error:
             damage = str(error)
 
@@ -82,13 +84,15 @@ def measure_split(split: Split, workdir: str, rules: MeasureRules) -> str:
         write_file(path.replace(".parquet", ".images"), fill_file)
     else:
         fill(None)
+    # The captions after the pictures: decoding would push the detector of languages out of the processor's caches.
+    rows = [picture | measure_caption(pair, rules) for picture, pair in zip(pictures, pairs, strict=True)]
     table = pa.Table.from_pylist(rows, SCORES.with_metadata({"damage": damage}))
     write_table(path, table)
     return path
 
 
-def measure_pair(pair: Pair, rules: MeasureRules) -> dict[str, Any]:
-    """The row of the table of scores for a raw pair; see `table.SCORES`."""
+def measure_picture(pair: Pair, rules: MeasureRules) -> dict[str, Any]:
+    """What the table of scores (`table.SCORES`) says of the picture of a raw pair, and which pair it is."""
     scores = measure(pair["image"], rules.limits)
     row = scores | {
         "uid": uid_of(pair["source"], pair["key"]),
@@ -99,13 +103,19 @@ def measure_pair(pair: Pair, rules: MeasureRules) -> dict[str, Any]:
         "listed": None,
         "listed_limit": None,
     }
+    locator = pair["locator"]
     if rules.hash_list is not None and row["status"] == "ok" and (found := rules.hash_list.decide(pair["image"])):
         row |= {"listed": int(found[1]), "listed_limit": int(found[2])}
-        pair = QUARANTINED
+        locator = None
+    row["path"], row["offset"], row["size"] = locator or ("", 0, 0)
+    return row
+
+
+def measure_caption(pair: Pair, rules: MeasureRules) -> dict[str, Any]:
+    """What the table of scores says of all else: caption, URL, licence, headers, further fields."""
     extra = {name: pair["extra"][name] for name in rules.extra_fields if name in pair["extra"]}
     packed = json.dumps(extra, sort_keys=True, ensure_ascii=False)
-    path, offset, size = pair["locator"] or ("", 0, 0)
-    row |= text_scores(pair["caption"])
+    row = text_scores(pair["caption"])
     row["text"] = _valid(row.pop("caption"))
     safety = safety_scores(pair)
     safety["licence_id"] = safety.pop("licence")
@@ -115,9 +125,6 @@ def measure_pair(pair: Pair, rules: MeasureRules) -> dict[str, Any]:
         **{name: _valid(pair[name]) for name in ("key", "url", "licence", "caption")},
         "headers": [_valid(line) for line in pair["headers"]],
         "extra": _valid(packed) if len(packed) <= MAX_EXTRA else "{}",
-        "path": path,
-        "offset": offset,
-        "size": size,
     }
 
 

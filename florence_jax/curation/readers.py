@@ -117,16 +117,23 @@ def _read_image(path: str, folder: str, max_bytes: int) -> tuple[bytes | None, t
 # -- tars -------------------------------------------------------------------------------------------------------------
 
 
-def tar_samples(file: BinaryIO, max_bytes: int) -> Iterator[tuple[str, dict[str, Any], tuple[int, int] | None, str]]:
+def tar_samples(
+    file: BinaryIO, max_bytes: int, plain: bool
+) -> Iterator[tuple[str, dict[str, Any], tuple[int, int] | None, str]]:
     """(key, fields, (offset, size) of the image, problem) of each sample.
 
     A sample is a run of members whose names are the same up to the first dot.
+
+    Args:
+      file: of the tar; one that can seek, if it is not compressed.
+      max_bytes: a larger image is not read.
+      plain: whether the tar is not compressed: its members are then read in one piece each.
 
     Raises:
       tarfile.TarError (an Exception of its own), OSError: where the tar is damaged.
     """
     key, fields, place, problem = "", {}, None, ""
-    with tarfile.open(fileobj=file, mode="r|*") as tar:
+    with tarfile.open(fileobj=file, mode="r:" if plain else "r|*") as tar:
         for member in tar:
             if not member.isfile():
                 continue
@@ -142,17 +149,29 @@ def tar_samples(file: BinaryIO, max_bytes: int) -> Iterator[tuple[str, dict[str,
                 if member.size > max_bytes:
                     problem = "too_many_bytes"
                 else:
-                    fields["image"] = _content(tar, member)
+                    fields["image"] = _content(tar, member, plain)
             elif suffix == "txt":
-                fields["caption"] = _content(tar, member)
+                fields["caption"] = _content(tar, member, plain)
             elif suffix == "json":
-                fields = _json_fields(_content(tar, member)) | fields
-    if fields:
-        yield key, fields, place, problem
+                fields = _json_fields(_content(tar, member, plain)) | fields
+        if fields:
+            yield key, fields, place, problem
+        # tarfile takes a header that it cannot read for the end.
+        if plain and _block_at(tar) != bytes(tarfile.BLOCKSIZE):
+            raise OSError(f"no mark of the end after {key}: damaged or cut short")
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    data = tar.extractfile(member).read()
+def _block_at(tar: tarfile.TarFile) -> bytes:
+    tar.fileobj.seek(tar.offset)
+    return tar.fileobj.read(tarfile.BLOCKSIZE)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, plain: bool) -> bytes:
+    if plain:  # as `measure.image_bytes` will read it
+        tar.fileobj.seek(member.offset_data)
+        data = tar.fileobj.read(member.size)
+    else:
+        data = tar.extractfile(member).read()
     if len(data) != member.size:
         raise OSError(f"{member.name} is cut short")
     return data

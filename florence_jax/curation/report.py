@@ -19,12 +19,23 @@ if TYPE_CHECKING:
 THUMBNAIL = 96  # pixels
 MAX_DECODED = 64_000_000  # pixels: what is larger is not opened for the report
 CAPTION = 70  # characters shown
+# What the second of two compared values is, where it is not a limit.
+LIMITS = {
+    "domain": "blocked",
+    "licence": "allowed",
+    "language": "allowed",
+    "x_robots": "for agent",
+    "robots_txt": "for agent",
+    "tdmrep": "said by",
+    "benchmark_near": "bits apart",
+}
 
 STYLE = """
 :root { --ink:#1d2733; --soft:#5b6877; --line:#dde3ea; --bar:#2f6f9f; --lost:#e3a08a; --page:#ffffff; --tile:#f5f7f9; }
 * { box-sizing:border-box } body { font:15px/1.5 system-ui,sans-serif; color:var(--ink); background:var(--page);
 margin:0 auto; max-width:1080px; padding:32px 24px 64px }
 h1 { font-size:26px; margin:0 0 4px } h2 { font-size:19px; margin:40px 0 12px } h3 { font-size:15px; margin:20px 0 8px }
+h2::first-letter, h3::first-letter { text-transform:uppercase }
 p { margin:4px 0; color:var(--soft) } code { font-size:13px; overflow-wrap:anywhere }
 table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums }
 th,td { text-align:left; padding:5px 10px 5px 0; border-bottom:1px solid var(--line); vertical-align:middle }
@@ -37,7 +48,8 @@ figure .picture { height:96px; display:flex; gap:6px; align-items:center; justif
 figure img { max-width:100%; max-height:96px; background:#fff }
 figure .pair img { max-width:62px } figure .none { color:var(--soft) }
 figcaption { margin-top:6px; overflow-wrap:anywhere } figcaption span { color:var(--soft); display:block }
-.slices { display:grid; grid-template-columns:repeat(auto-fit,minmax(300px,1fr)); gap:8px 32px }
+.slices { display:grid; grid-template-columns:repeat(auto-fit,minmax(300px,1fr)); gap:24px 32px;
+align-items:start }
 """
 
 
@@ -54,7 +66,8 @@ def write_html(path: str, workdir: str, summary: Mapping[str, Any], funnel: "Fun
     for stage in summary["stages"]:
         if stage["reasons"]:
             body.append(_stage(stage, workdir, funnel))
-    body += [_section("Kept", [_tiles(funnel.examples("output", "kept"), workdir, {})]), _slices(summary)]
+    body += [_section("Kept", [_tiles(funnel.examples("output", "kept"), workdir, {})]), _benchmarks(summary)]
+    body += [_slices(summary)]
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>Curation funnel</title><style>{STYLE}</style><body>{"".join(body)}</body></html>
@@ -77,12 +90,14 @@ def _words(name: str) -> str:
 def _head(summary: Mapping[str, Any]) -> str:
     share = summary["records"] / summary["rows"]
     notes = [
-        f"{summary['records']:,} of {summary['rows']:,} raw pairs kept ({share:.1%}), {summary['labels']:,} captions.",
+        f"{summary['records']:,} of {summary['rows']:,} raw pairs kept ({share:.1%}). "
+        f"Captions that have a label, counted before the post-filter: {summary['labels']:,}.",
         f"Repeated keys: {summary['repeated_keys']:,}. Damaged input files: {len(summary['damaged_inputs']):,}. "
         f"Quarantined: {summary['quarantined']:,} (never shown).",
     ]
     notes += [f"Damaged: {damage}" for damage in summary["damaged_inputs"][:5]]
     shown = "".join(f"<p>{_escape(note)}</p>" for note in notes)
+    shown += "<p>A pair leaves at the first stage that finds a reason; at most a few examples of each are drawn.</p>"
     content = f"<p>Content <code>{summary['root']}</code><br>Configuration <code>{summary['config']}</code></p>"
     return f"<h1>Curation funnel</h1>{shown}{content}"
 
@@ -123,14 +138,21 @@ def _tiles(rows: Iterable[Mapping[str, Any]], workdir: str, partners: Mapping[st
         )
         caption = redact(row["caption"])
         caption = caption if len(caption) <= CAPTION else caption[:CAPTION] + "…"
-        limit = f" (limit {row['threshold']})" if row["threshold"] and row["value"] != "" else ""
-        value = "copy of the picture at right" if len(pictures) > 1 else f"{row['value']}{limit}"
-        value = "" if row["reason"] == "kept" else value
+        value = "copy of the picture at right" if len(pictures) > 1 else _compared(row)
         figures.append(
             f'<figure><div class="picture{" pair" if len(pictures) > 1 else ""}">{shown}</div>'
             f"<figcaption>{_escape(caption)}<span>{_escape(value)}</span></figcaption></figure>"
         )
-    return f"<div class=tiles>{''.join(figures)}</div>" if figures else "<p>No examples are shown.</p>"
+    return f"<div class=tiles>{''.join(figures)}</div>" if figures else "<p>Examples are never shown.</p>"
+
+
+def _compared(row: Mapping[str, Any]) -> str:
+    """The value that the decision was made by, and what it was compared with."""
+    if row["reason"] == "kept" or row["value"] == "":
+        return ""
+    value, limit = (f"{int(text):,}" if text.isdecimal() else text for text in (row["value"], row["threshold"]))
+    shown = limit and row["reason"] != "benchmark_exact"
+    return f"{value} ({LIMITS.get(row['reason'], 'limit')}: {limit})" if shown else value
 
 
 def thumbnail(workdir: str, row: Mapping[str, Any]) -> str:
@@ -153,6 +175,16 @@ def thumbnail(workdir: str, row: Mapping[str, Any]) -> str:
     file = io.BytesIO()
     canvas.save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _benchmarks(summary: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{_escape(row['value'])}</td><td class=n>{row['exact']:,}</td><td class=n>{row['near']:,}</td></tr>"
+        for row in summary["benchmarks"]
+    )
+    head = "<tr><th>benchmark</th><th class=n>exact copies</th><th class=n>resized copies</th></tr>"
+    note = "<p>Removed in the last stage; pairs that an earlier one removed were not compared.</p>"
+    return _section("Copies of benchmark pictures", [f"<table>{head}{rows}</table>{note}"]) if rows else ""
 
 
 def _slices(summary: Mapping[str, Any]) -> str:

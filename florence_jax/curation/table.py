@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from florence_jax.errors import UserError
+
 PROBE = pa.struct([("kind", pa.string()), ("h64", pa.uint64()), ("h256", pa.binary())])
 # One raw pair; `image_id`, `text_id` and `uid` are 32 hexadecimal digits.
 SCORES = pa.schema(
@@ -132,8 +134,15 @@ def join(folder: str, *names: str) -> str:
 
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path or URL, and the path in it."""
-    return fsspec.core.url_to_fs(path)
+    """The file system of a path or URL, and the path in it.
+
+    Raises:
+      UserError: if fsspec does not know the protocol, or its package is not installed.
+    """
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"cannot open {path}: {error} (s3fs for s3://, gcsfs for gs://)") from error
 
 
 def exists(path: str) -> bool:

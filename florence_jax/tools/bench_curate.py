@@ -5,8 +5,10 @@ views. In turns with it runs a plain loop over the same files, in one thread as 
 reduced decode, a 64 x 64 resize, one cosine transform and the two hashes of the picture alone, with nothing checked.
   `hash_images_per_s_core`  of the stage, by processor time (what one core achieves, however busy the machine);
   `plain_ratio`             the stage's speed over the plain loop's;
-  `beam_ratio`              speed of the pipeline's measuring (reading tars, captions and writing included) in Beam's
-                            direct runner over the stage's, by processor time; null without apache_beam;
+  `beam_ratio`              speed of the hash stage in Beam's direct runner, pictures read from tars, over that of the
+                            stage alone, pictures in memory, by processor time; null without apache_beam;
+  `measure_ratio`           the same of all that the pipeline does with a raw pair before it decides: also the scores of
+                            the caption, its language among them, and writing the table;
   `join_core_hours`         of the whole join of 3e9 hashes (k = 4, 15 tables), projected from one block as large as a
                             task gets there (732,000 rows, 1,135 in a bucket on average); `join_found` of the pairs
                             planted in it, `join_planted`.
@@ -28,7 +30,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from florence_jax.curation.hashing import COSINES_FLAT, DECODE_SIDE, DEFAULT_LIMITS, GRID, SIDE, hash_bits, measure
+from florence_jax.curation.hashing import COSINES, DECODE_SIDE, DEFAULT_LIMITS, GRID, hash_bits, measure
 from florence_jax.curation.join import HashRows, block_edges, compact, covering_tables
 from florence_jax.errors import UserError
 from florence_jax.tools import timing
@@ -37,7 +39,7 @@ from florence_jax.tools.bench_data import enlarge, parse_size, take_records
 CORPUS = 3e9  # images
 BUCKET = 1135  # rows: 3e9 hashes over the 21.3 bits of a key
 PLANTED = 2000  # pairs
-SHARD = 64  # pictures in a tar
+SHARD = 256  # pictures in a tar; img2dataset writes 10,000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,20 +59,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if size is None:
         raise UserError("--image_size: write WIDTHxHEIGHT")
     files = [enlarge(record, size, i)["image"] for i, record in enumerate(take_records("emoji:train", args.records))]
-    stage, plain, beam = [], [], []
-    for step in range(args.rounds + 1):  # the first round warms up
-        times = time_loop(measure, files, args.images), time_loop(plain_hash, files, args.images)
-        inside = beam_seconds(files, 2 * args.images)
-        if step:
-            stage.append(times[0])
-            plain.append(times[1])
-            beam.append(inside)
-    cpu = np.median(stage)
+    rounds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(args.rounds + 1):
+            times = time_loop(measure, files, args.images), time_loop(plain_hash, files, args.images)
+            rounds.append([*times, *beam_seconds(Path(folder) / "shards", files, 2 * args.images)])
+    # The first round warms up.
+    cpu, plain, beam, measuring = (
+        None if times[0] is None else np.median(times[1:]) for times in zip(*rounds, strict=True)
+    )
     report = {
         "hash_images_per_s_core": 1 / cpu,
-        "plain_images_per_s_core": 1 / np.median(plain),
-        "plain_ratio": np.median(plain) / cpu,
-        "beam_ratio": None if beam[0] is None else cpu / np.median(beam),
+        "plain_images_per_s_core": 1 / plain,
+        "plain_ratio": plain / cpu,
+        "beam_ratio": beam and cpu / beam,
+        "measure_ratio": measuring and cpu / measuring,
         "kilobytes_per_image": sum(map(len, files)) / len(files) / 1000,
         **join_block(args.block),
     }
@@ -88,7 +91,7 @@ def plain_hash(data: bytes) -> tuple[np.ndarray, np.ndarray, bytes]:
     image = Image.open(io.BytesIO(data))
     image.draft("L", (DECODE_SIDE, DECODE_SIDE))
     plane = np.asarray(image.convert("L").resize((GRID, GRID), Image.Resampling.BILINEAR)).astype(np.float64)
-    rows = COSINES_FLAT[:SIDE]
+    rows = COSINES[0]
     return *hash_bits((rows @ plane @ rows.T)[None]), identity
 
 
@@ -100,32 +103,42 @@ def time_loop(function: Callable[[bytes], Any], files: Sequence[bytes], count: i
     return (time.thread_time() - began) / count
 
 
-def beam_seconds(files: Sequence[bytes], count: int) -> float | None:
-    """Processor seconds per image of the pipeline's measuring inside Beam, in this process; None without it.
+def beam_seconds(folder: Path, files: Sequence[bytes], count: int) -> tuple[float | None, float | None]:
+    """Processor seconds per image inside Beam, in this process: of the hash stage, and of all of measuring.
 
-    From tar shards to parts of the score table. The start of the runner is not counted: it is the difference between
-    many shards and one that is divided by the images.
+    The start of the runner is not counted: it is the difference between many shards and one that is divided by the
+    images. (None, None) without Beam.
+
+    Args:
+      folder: for the shards and the parts of the table. files: the pictures. count: images to time.
     """
     if importlib.util.find_spec("apache_beam") is None:
-        return None
+        return None, None
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    from florence_jax.curation.inputs import list_splits
+    from florence_jax.curation.inputs import ReadPairs, list_splits
     from florence_jax.curation.measure import MeasureRules, measure_split
 
     rules = MeasureRules(DEFAULT_LIMITS, (), None, (), "0" * 32)
     options = PipelineOptions(["--runner=FnApiRunner", "--direct_running_mode=in_memory", "--direct_num_workers=1"])
-    seconds = []
-    for shards in (1, 1 + -(-count // SHARD)):
-        with tempfile.TemporaryDirectory() as folder:
-            write_shards(Path(folder) / "raw", files, shards)
-            splits = list_splits(f"{folder}/raw", SHARD)
+    extra = -(-count // SHARD)
+    if not folder.exists():
+        write_shards(folder, files, 1 + extra)
+    splits = list_splits(str(folder), SHARD)
+    hashing: list[float] = []
+    measuring: list[float] = []
+    for part in (splits[:1], splits):
+        began = time.process_time()
+        with beam.Pipeline(options=options) as pipeline:
+            _ = pipeline | beam.Create(part) | ReadPairs() | beam.Map(lambda pair: measure(pair["image"]))
+        hashing.append(time.process_time() - began)
+        with tempfile.TemporaryDirectory() as workdir:
             began = time.process_time()
             with beam.Pipeline(options=options) as pipeline:
-                _ = pipeline | beam.Create(splits) | beam.Reshuffle() | beam.Map(measure_split, folder, rules)
-            seconds.append(time.process_time() - began)
-    return (seconds[1] - seconds[0]) / (-(-count // SHARD) * SHARD)
+                _ = pipeline | beam.Create(part) | beam.Reshuffle() | beam.Map(measure_split, workdir, rules)
+            measuring.append(time.process_time() - began)
+    return tuple((seconds[1] - seconds[0]) / (extra * SHARD) for seconds in (hashing, measuring))
 
 
 def write_shards(folder: Path, files: Sequence[bytes], shards: int) -> None:
