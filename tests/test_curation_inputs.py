@@ -108,6 +108,12 @@ def test_array_record_and_fsspec(tmp_path):
     with fsspec.open("memory://box/q.parquet", "wb") as file, open(local, "rb") as source:
         file.write(source.read())
     assert [p["caption"] for p in read("m=memory://box/*.parquet")] == [row["caption"] for row in rows]
+    write_tar(tmp_path / "t.tar", [("1.png", picture(1)), ("1.txt", b"x"), ("2.png", picture(2))])
+    with fsspec.open("memory://tars/t.tar", "wb") as file:
+        file.write((tmp_path / "t.tar").read_bytes())
+    found = read("m=memory://tars/*.tar")
+    assert [(p["key"], p["caption"], p["image"]) for p in found] == [("t/1", "x", picture(1)), ("t/2", "", picture(2))]
+    assert [read_bytes(*p["locator"]) for p in found] == [picture(1), picture(2)]
 
 
 def test_large_images_are_not_read(tmp_path):

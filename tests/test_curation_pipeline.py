@@ -1,5 +1,6 @@
 """The pipeline: the same output whatever the workers and the order, decisions without images, restarts, every stage."""
 
+import dataclasses
 import io
 import os
 import signal
@@ -225,6 +226,28 @@ def test_forms_of_pictures_are_dropped_where_asked(tmp_path):
     assert [decision and decision[0] for decision in decisions] == [None, "cmyk", "alpha", "orientation"]
     _, kept = decide.validity(pq.read_table(part), make_all(small_config("p")))
     assert kept == [None] * 4
+
+
+def test_failed_pairs_are_measured_again_on_request(tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "0.png").write_bytes(picture(0))
+    (folder / "captions.csv").write_text("file,caption\n0.png,a cup\n1.png,a jar\n")
+    (split,) = list_splits(f"p={folder}", 9)
+    rules = make_all(small_config("p")).measure
+    part = measure_module.measure_split(split, str(tmp_path), rules)
+    assert measure_module.statuses(part) == {"ok", "missing"}
+    (folder / "1.png").write_bytes(picture(1))
+    before = stamps(tmp_path, "measured/*")
+    again = dataclasses.replace(rules, retry=("missing",))
+    assert (
+        measure_module.measure_split(split, str(tmp_path), rules) == part and stamps(tmp_path, "measured/*") == before
+    )
+    assert measure_module.measure_split(split, str(tmp_path), again) == part
+    assert measure_module.statuses(part) == {"ok"}
+    done = stamps(tmp_path, "measured/*")
+    measure_module.measure_split(split, str(tmp_path), again)
+    assert stamps(tmp_path, "measured/*") == done != before
 
 
 def test_mistakes_are_one_message(tmp_path):
