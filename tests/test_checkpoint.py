@@ -97,6 +97,16 @@ def test_damage_is_one_message(damage, which, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_two_processes_may_set_the_same_checkpoint_aside(tmp_path):
+    first = Checkpoints(str(tmp_path / "c"))
+    for step in (1, 2):
+        first.save(step, {"step": jnp.int32(step)})
+    first.wait()
+    second = Checkpoints(str(tmp_path / "c"))
+    assert "2.damaged-" in first.set_aside(2) and second.set_aside(2) == "another name"
+    assert first.latest_step() == 1
+
+
 def test_checksums_depend_on_every_element_and_not_on_the_mesh():
     x = np.arange(96, dtype=np.float32).reshape(8, 12) / 7
     bits = x.view(np.uint32).ravel().astype(object)

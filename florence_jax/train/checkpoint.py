@@ -162,8 +162,10 @@ class Checkpoints:
         aside = self.directory / f"{step}.damaged-{int(time.time())}"
         try:
             (self.directory / str(step)).rename(aside)
-        except FileNotFoundError:  # another process of the job was first
-            return "another name"
+        except OSError:
+            if (self.directory / str(step)).exists():
+                raise
+            return "another name"  # another process of the job was first
         self._manager.reload()
         return str(aside)
 
