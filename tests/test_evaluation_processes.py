@@ -17,7 +17,7 @@ PROTOCOLS = {
         f"--config.data={NAMES}",
         *(f"--config.fewshot.{option}" for option in EPISODES),
     ],
-    "retrieve": ["--config=configs/retrieve.py:mode=zeroshot", f"--config.eval.source={NAMES}"],
+    "retrieve": ["--config=configs/retrieve.py:mode=zeroshot", "--config.eval.source={pictures}"],
 }
 
 
