@@ -43,7 +43,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "cache": False,
         "on_corrupt": "skip",
     }
-    config.text = {"tokenizer": "", "templates": False}  # '': the one that the weights were trained with
+    config.text = {
+        "tokenizer": "",  # '': the one that the weights were trained with
+        "templates": False,
+        "subword_sampling": 0.0,
+    }
     config.loss = "unicl"
     config.grad_cache = {"micro_batch": 0, "towers": "both"}  # see configs/pretrain.py
     config.eval = {"every": -1, "batch_size": 256, "source": "emoji:new_names"}  # every: steps; -1: each epoch

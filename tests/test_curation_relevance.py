@@ -132,6 +132,7 @@ def tiny_config():
             "res": 16, "image_width": 8, "depths": (2,), "heads": (1,), "out_stages": (0,), "text_width": 8,
             "text_layers": 1, "text_heads": 1, "text_length": 8, "projection": 4,
         }  # fmt: skip
+    config.optim.ema_decay = 0.0
     return config
 
 

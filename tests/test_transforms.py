@@ -123,7 +123,8 @@ def test_every_op_can_be_pickled_and_leaves_its_input_alone():
     context = CONTEXT | {"caption_index": CaptionIndex.build(["red fox", "x", "y", "x, y"])}
     specs = (
         "decode resize(8) resize_exact(8,9) center_crop(8) crop(8,pad=2) rrc(8) flip(1) affine(9,shift=0.1) "
-        "gray(1) normalise caption(caption=1,tags=1,tags_joined=1) label prompt tokenize keep(image,text)"
+        "jitter(0.5,0.5,0.5,0.1) gray(1) normalise caption(caption=1,tags=1,tags_joined=1) label prompt tokenize "
+        "keep(image,text)"
     ).split()
     assert {spec.split("(")[0] for spec in specs} == set(OPS) - {"class_label", "class_prompt"}  # in test_classes
     for spec in specs:
