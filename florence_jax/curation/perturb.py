@@ -3,11 +3,12 @@
     python -m florence_jax.curation.perturb                    # scikit-image's and scikit-learn's bundled photographs
     python -m florence_jax.curation.perturb --images=DIR --out=table.json
 
-Every photograph and tiles of it are originals; every change is applied to each of them and saved as JPEG (quality 95
-where the change says nothing else). Recall is the share of changed pictures found as duplicates of their original by
-the rule of the pipeline: hashes of some pair of views, not both probes, within k and their 256 bits within 44. False
-pairs are those of different originals, changed or not, under the same rule. Changes that hashes do not see (off-centre
-crops, rotations, caption bars) stay in the table, with their failures.
+Photographs are the originals, and tiles of them where they are few; every change is applied to each of them and saved
+as JPEG (quality 95 where the change says nothing else). Recall is the share of changed pictures found as duplicates of
+their original by the rule of the pipeline: hashes of some pair of views, not both probes, within k and their 256 bits
+within 44. False pairs are those of different originals, changed or not, under the same rule, and precision is the share
+of pairs found that are not false. Changes that hashes do not see (off-centre crops, rotations, caption bars) stay in
+the table, with their failures.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from florence_jax.curation.dedup import MIN_DETAIL, Views, hash_rows
 from florence_jax.curation.hashing import measure
 from florence_jax.curation.join import DEFAULT_JOIN
+from florence_jax.data.sources import IMAGE_SUFFIXES
 from florence_jax.errors import UserError
 
 MAX_SIDE = 500  # pixels of an original, about the size of a web picture
@@ -194,18 +196,13 @@ def bundled_pictures() -> dict[str, list[Path]]:
     return {name: [path for path in paths if path.stem in stems] for name, stems in sets.items()}
 
 
-def tiles(image: Image.Image) -> list[Image.Image]:
-    """The picture, its quarters and its ninths, at most MAX_SIDE wide or high; near-empty and tiny ones left out."""
-    image = image.convert("RGB")
-    result = []
-    for count in TILES:
-        width, height = image.width // count, image.height // count
-        for i in range(count * count):
-            left, top = i % count * width, i // count * height
-            tile = image.crop((left, top, left + width, top + height))
-            if min(tile.size) >= MIN_TILE:
-                result.append(ImageOps.contain(tile, (MAX_SIDE, MAX_SIDE)) if max(tile.size) > MAX_SIDE else tile)
-    return result
+def boxes(width: int, height: int, count: int) -> list[tuple[int, int, int, int]]:
+    """(left, top, right, lower) of the `count` x `count` equal tiles of a picture; none if they are tiny."""
+    wide, high = width // count, height // count
+    if min(wide, high) < MIN_TILE:
+        return []
+    corners = [(i % count * wide, i // count * high) for i in range(count * count)]
+    return [(left, top, left + wide, top + high) for left, top in corners]
 
 
 def table(originals: Sequence[Image.Image]) -> dict[str, Any]:
@@ -213,8 +210,9 @@ def table(originals: Sequence[Image.Image]) -> dict[str, Any]:
 
     Returns:
       `originals`, `low_detail` (left out: only equal files count as their duplicates); `changes`: a list of {`group`,
-      `change`, `recall`: {k: share found}, `false_pairs`: {k: pairs with another original}}; `pairs`: how many pairs
-      of different pictures were tried for each change; `distinct`: for k, false pairs among the originals themselves.
+      `change`, `recall`: {k: share found}, `false_pairs`: {k: pairs with another original}, `precision`: {k: share of
+      pairs found that are not false, 1 if there are none}}; `pairs`: how many pairs of different pictures were tried
+      for each change; `distinct`: for k, false pairs among the originals themselves.
     """
     measured = [measure(encode(image, 95, "PNG")) for image in originals]
     detailed = [i for i, item in enumerate(measured) if item["detail"] >= MIN_DETAIL]
@@ -227,7 +225,9 @@ def table(originals: Sequence[Image.Image]) -> dict[str, Any]:
         hits = {k: _found(measured, changed, k) for k in DISTANCES}
         recall = {k: float(np.diag(hit).mean()) for k, hit in hits.items()}
         false_pairs = {k: int((hit & unequal).sum()) for k, hit in hits.items()}
-        lines.append({"group": group, "change": name, "recall": recall, "false_pairs": false_pairs})
+        precision = {k: 1 - false_pairs[k] / max(int(hit.sum()), 1) for k, hit in hits.items()}
+        line = {"group": group, "change": name, "recall": recall, "precision": precision, "false_pairs": false_pairs}
+        lines.append(line)
     distinct = {k: int((_found(measured, measured, k) & unequal).sum() // 2) for k in DISTANCES}
     low = len(originals) - n
     return {"originals": n, "low_detail": low, "pairs": n * (n - 1), "distinct": distinct, "changes": lines}
@@ -247,18 +247,44 @@ def render(result: dict[str, Any]) -> str:
         f"{result['originals']} originals ({result['low_detail']} more with too little detail); a change is compared "
     )
     lines = [head + f"with {result['pairs']} pictures that it does not come from", ""]
-    lines.append(f"{'change':44}" + "".join(f"{f'recall k={k}':>12}" for k in DISTANCES) + "   false pairs")
+    columns = [(name, k) for name in ("recall", "precision") for k in DISTANCES]
+    lines.append(f"{'change':44}" + "".join(f"{f'{name} k={k}':>15}" for name, k in columns) + "   false pairs")
     for line in result["changes"]:
-        recalls = "".join(f"{line['recall'][k]:12.3f}" for k in DISTANCES)
-        lines.append(f"{line['change']:44}{recalls}   {' / '.join(str(line['false_pairs'][k]) for k in DISTANCES)}")
+        shares = "".join(f"{line[name][k]:15.4f}" for name, k in columns)
+        lines.append(f"{line['change']:44}{shares}   {' / '.join(str(line['false_pairs'][k]) for k in DISTANCES)}")
     lines.append(f"\nfalse pairs among the originals: {result['distinct']}")
     return "\n".join(lines)
 
 
 def spread(paths: Sequence[Path], limit: int) -> list[Image.Image]:
-    """At most `limit` originals of these pictures, evenly over pictures and tiles."""
-    originals = [tile for path in paths for tile in tiles(Image.open(path))]
-    return [originals[i] for i in np.unique(np.linspace(0, len(originals) - 1, limit).astype(int))] if originals else []
+    """At most `limit` originals, MAX_SIDE wide or high: the pictures or, if they are fewer, their tiles as well.
+
+    Raises:
+      UserError: a file that is no picture, or a damaged one.
+    """
+    sizes = [_opened(path, lambda image: image.size) for path in paths]
+    chosen: list[tuple[int, tuple[int, int, int, int]]] = []
+    for count in TILES:
+        if len(chosen) < limit:
+            chosen += [(i, box) for i, size in enumerate(sizes) for box in boxes(*size, count)]
+    wanted: dict[int, list[tuple[int, int, int, int]]] = {}
+    for place in np.unique(np.linspace(0, len(chosen) - 1, limit).astype(int)).tolist() if chosen else []:
+        wanted.setdefault(chosen[place][0], []).append(chosen[place][1])
+    originals = []
+    for i, places in sorted(wanted.items()):  # a picture is decoded once, and held no longer than its tiles are cut
+        image = _opened(paths[i], lambda image: image.convert("RGB"))
+        for tile in map(image.crop, places):
+            originals.append(ImageOps.contain(tile, (MAX_SIDE, MAX_SIDE)) if max(tile.size) > MAX_SIDE else tile)
+    return originals
+
+
+def _opened(path: Path, read: Callable[[Image.Image], Any]) -> Any:
+    """What `read` makes of the picture in a file; UserError if it cannot."""
+    try:
+        with Image.open(path) as image:
+            return read(image)
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
+        raise UserError(f"{path}: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -266,18 +292,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m florence_jax.curation.perturb", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("--images", help="folder of .jpg and .png photographs (default: the bundled ones)")
-    parser.add_argument("--limit", type=int, default=400, help="originals of a set, spread over pictures and tiles")
+    parser.add_argument("--images", help="folder of photographs, searched recursively (default: the bundled ones)")
+    parser.add_argument(
+        "--limit", type=int, default=400, help="originals of a set: pictures, and tiles of them if they are fewer"
+    )
     parser.add_argument("--out", help="also write the tables as JSON")
     args = parser.parse_args(argv)
     try:
         folder = args.images and Path(args.images)
         if folder and not folder.is_dir():
             raise UserError(f"--images={folder} is not a folder")
-        named = folder and {"images": sorted(p for p in folder.iterdir() if p.suffix in (".jpg", ".png"))}
+        named = folder and {"images": sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)}
         sets = {name: spread(paths, args.limit) for name, paths in (named or bundled_pictures()).items()}
         if args.limit < 1 or not all(sets.values()):
-            raise UserError("no pictures: --images needs .jpg or .png files of 96 pixels and more, --limit at least 1")
+            raise UserError(f"no pictures: --images needs pictures of {MIN_TILE} pixels and more, --limit at least 1")
         result = {name: table(originals) for name, originals in sets.items()}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
