@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from apache_beam.runners.portability.local_job_service import LocalJobServicer
 from curation_tools import ONE_PROCESS, pairs, picture, small_config, write_parquet
 from PIL import Image
 
@@ -101,6 +102,21 @@ def test_order_splits_parts_and_workers_do_not_matter(raw):
     assert log(tmp / "a") == log(tmp / "b")
     other_seed = curate(config | {"seed": 1}, str(tmp / "a"), ONE_PROCESS)["root"]
     assert other_seed != root
+
+
+def test_the_runner_does_not_matter(raw):
+    """Another engine of Beam's, and a job server, spoken to as those of Flink and Spark are."""
+    _, tmp = raw
+    config = small_config(f"p={tmp}/raw")
+    root = curate(config, str(tmp / "a"), ONE_PROCESS)["root"]
+    assert curate(config, str(tmp / "b"), beam_options("BundleBasedDirectRunner", 0, ""))["root"] == root
+    server = LocalJobServicer(str(tmp / "staging"))
+    try:
+        more = f"--job_endpoint=localhost:{server.start_grpc_server()} --environment_type=LOOPBACK"
+        assert curate(config, str(tmp / "c"), beam_options("PortableRunner", 0, more))["root"] == root
+    finally:
+        server.stop()
+    assert log(tmp / "a") == log(tmp / "b") == log(tmp / "c")
 
 
 def test_a_new_threshold_opens_no_image(raw, monkeypatch):
