@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from apache_beam.runners.portability.local_job_service import LocalJobServicer
 from curation_tools import ONE_PROCESS, pairs, picture, small_config, write_parquet
 from PIL import Image
 
-from florence_jax.curation import decide
+from florence_jax.curation import decide, simulate
 from florence_jax.curation import measure as measure_module
 from florence_jax.curation.driver import curate, merkle_root, runner_trouble
 from florence_jax.curation.inputs import list_splits
@@ -200,6 +201,33 @@ def test_scores_selection_quarantine_and_decontamination(raw):
     curate(more, str(tmp / "w"), ONE_PROCESS)
     assert kept <= {key for key, value in log(tmp / "w").items() if value[1] == "kept"}
     assert stamps(tmp / "w", "scores/*/*.parquet") == scores
+
+
+def test_the_simulator_predicts_what_a_run_keeps(tmp_path, capsys):
+    rows = [
+        row | {"caption": f"{word} number {i} on a table"}
+        for i, row in enumerate(pairs(60))
+        for word in [("cat", "dog", "cat and dog", "bird", "thing")[i % 5]]
+    ]
+    write_parquet(tmp_path / "raw" / "0.parquet", rows)
+    (tmp_path / "queries.txt").write_text("cat\ndog\nbird\nfish\n")
+    arguments = [str(tmp_path / "w"), f"--metadata={tmp_path}/queries.txt", "--t=6,12,1000", "--size=30", "--tail=0.2"]
+    assert simulate.main(arguments) == 2 and "no finished run" in capsys.readouterr().err
+    config = small_config(f"p={tmp_path}/raw")
+    curate(config, str(tmp_path / "w"), ONE_PROCESS)
+    assert simulate.main(arguments[:2]) == 2 and "--t, --size or --tail" in capsys.readouterr().err
+    assert simulate.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["pairs"], found["matched"], found["queries_found"]) == (60, 48, 3)
+    predicted = {line["t"]: line["pairs"] for line in found["t"]}
+    assert predicted[1000] == 48 and max(n for n in predicted.values() if n <= 30) > 25
+    assert next(line["tail_share"] for line in found["t"] if line["t"] == 13) == 0.2  # 12 birds in 60 matches
+    for t in (6, 12):
+        selection = config["selection"] | {"t": t, "metadata": str(tmp_path / "queries.txt")}
+        kept = curate(config | {"selection": selection}, str(tmp_path / "w"), ONE_PROCESS)["records"]
+        assert kept == pytest.approx(predicted[t], rel=0.2)
+    # The pairs that selection removed came to it, too.
+    assert simulate.main(arguments) == 0 and json.loads(capsys.readouterr().out) == found
 
 
 def test_score_columns_of_the_input_decide(tmp_path):
