@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-from florence_jax.curation.dedup import MIN_DETAIL, Views, hash_rows
-from florence_jax.curation.hashing import measure
+from florence_jax.curation.dedup import MIN_DETAIL, hash_rows
+from florence_jax.curation.hashing import bit_distance, measure
 from florence_jax.curation.join import DEFAULT_JOIN
 from florence_jax.data.sources import IMAGE_SUFFIXES
 from florence_jax.errors import UserError
@@ -44,6 +44,7 @@ TEXTURES = (
     "retina",
 )  # hard: few low frequencies
 DISTANCES = (4, 6)
+BLOCK = 1024  # views compared with all others at a time
 
 
 def encode(image: Image.Image, quality: int = 95, kind: str = "JPEG") -> bytes:
@@ -222,23 +223,30 @@ def table(originals: Sequence[Image.Image]) -> dict[str, Any]:
     lines = []
     for group, (name, change, quality, kind) in CHANGES:
         changed = [measure(encode(change(image), quality, kind)) for image in images]
-        hits = {k: _found(measured, changed, k) for k in DISTANCES}
+        hits = _found(measured, changed)
         recall = {k: float(np.diag(hit).mean()) for k, hit in hits.items()}
         false_pairs = {k: int((hit & unequal).sum()) for k, hit in hits.items()}
         precision = {k: 1 - false_pairs[k] / max(int(hit.sum()), 1) for k, hit in hits.items()}
         line = {"group": group, "change": name, "recall": recall, "precision": precision, "false_pairs": false_pairs}
         lines.append(line)
-    distinct = {k: int((_found(measured, measured, k) & unequal).sum() // 2) for k in DISTANCES}
+    distinct = {k: int((hit & unequal).sum() // 2) for k, hit in _found(measured, measured).items()}
     low = len(originals) - n
     return {"originals": n, "low_detail": low, "pairs": n * (n - 1), "distinct": distinct, "changes": lines}
 
 
-def _found(left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]], k: int) -> np.ndarray:
-    """bool (n, n): which pictures of `left` and `right` are duplicates by the rule."""
-    n = len(left)
-    views = Views.of(hash_rows(range(2 * n), [*left, *right]), 2 * n)
-    pairs = [views.distances(i, np.arange(n, 2 * n), k) for i in range(n)]
-    return np.stack([(d64 <= k) & (d256 <= DEFAULT_JOIN.max_d256) for d64, d256 in pairs])
+def _found(left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]]) -> dict[int, np.ndarray]:
+    """For each of DISTANCES, bool (n, n): which pictures of `left` and `right` are duplicates by the rule."""
+    rows, others = hash_rows(range(len(left)), left), hash_rows(range(len(right)), right)
+    hits = {k: np.zeros((len(left), len(right)), bool) for k in DISTANCES}
+    for start in range(0, len(rows), BLOCK):
+        block = rows.take(np.arange(start, min(start + BLOCK, len(rows))))
+        short = np.bitwise_count(block.h64[:, None] ^ others.h64)
+        i, j = np.nonzero((short <= max(DISTANCES)) & ~(block.probe[:, None] & others.probe))
+        near = bit_distance(block.h256[i], others.h256[j]) <= DEFAULT_JOIN.max_d256
+        for k, hit in hits.items():
+            same = near & (short[i, j] <= k)
+            hit[block.rid[i[same]], others.rid[j[same]]] = True
+    return hits
 
 
 def render(result: dict[str, Any]) -> str:
