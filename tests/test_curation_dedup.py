@@ -176,9 +176,10 @@ def run(*arguments):
     return dedup_files.main([str(argument) for argument in arguments])
 
 
-def test_command_on_a_folder(folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert run(folder, "--out", out, "--workers", 1) == 0
+def test_command_on_a_folder(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "runs" / "dedup"  # without --out
+    assert run(folder, "--workers", 1) == 0
     counts = json.loads(capsys.readouterr().out)
     assert counts == json.loads((out / "counts.json").read_text())
     assert counts["pictures"] == counts["read_now"] == 48 and counts["unreadable"] == {"corrupt": 1}

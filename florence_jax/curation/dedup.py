@@ -1,6 +1,6 @@
 """Near-duplicates: clusters of pictures, their representatives, and copies of benchmark pictures.
 
-    python -m florence_jax.curation.dedup DIR_OR_PARQUET --out=DIR     # finds the duplicates of a folder; --help
+    python -m florence_jax.curation.dedup DIR_OR_PARQUET     # finds the duplicates of a folder; --help
 
 The steps, each a function on columns: exact copies first (`exact_edges`), then the covering-design join of what is left
 (join.py), connected components (components.py), large components split again around representatives so that a chain

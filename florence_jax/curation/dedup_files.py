@@ -1,7 +1,7 @@
 """The command `python -m florence_jax.curation.dedup`: the near-duplicates of a folder or of a parquet file.
 
-    python -m florence_jax.curation.dedup photos/ --out=found
-    python -m florence_jax.curation.dedup new.parquet --out=found2 --index=found/index.npz     # against an earlier run
+    python -m florence_jax.curation.dedup photos/                                               # into runs/dedup
+    python -m florence_jax.curation.dedup new.parquet --out=found --index=runs/dedup/index.npz  # against an earlier run
 
 Into --out go `pairs` (each duplicate beside the representative of its cluster, with distances), `clusters` (each
 picture: its cluster, whether it is the representative, why it could not be read), both as csv or parquet,
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("input", type=Path, help="folder of pictures, searched recursively, or a parquet file")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--out", type=Path, default=Path("runs/dedup"), help="folder to write to")
     parser.add_argument("--index", type=Path, help="index.npz of an earlier run")
     parser.add_argument("--distance", type=int, default=4, choices=sorted(DESIGNS), help="of the 64-bit hashes")
     parser.add_argument("--table", default="csv", choices=("csv", "parquet"), help="format of pairs and clusters")
