@@ -355,6 +355,30 @@ def test_few_shot_episodes_on_twenty_images(weights, pictures, tmp_path):
     assert found["eval/fewshot/2shot_accuracy"] > 1 / 3 and found["eval/fewshot/2shot_ci95"] >= 0
 
 
+@pytest.fixture(scope="module")
+def image_only(weights, tmp_path_factory):
+    """A folder with an image tower alone, as an imported Swin classifier is."""
+    encoder = Encoder(weights)
+    folder = tmp_path_factory.mktemp("image_only") / "weights"
+    tower = {"image": encoder.load_on(make_mesh(-1, 1))["image"]}
+    save_pretrained(str(folder), tower, "ti", encoder.overrides, {"from": "a test"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("mode", ["probe", "finetune_linear"])
+def test_weights_without_a_text_tower(image_only, pictures, tmp_path, mode):
+    options = ["epochs=1", "optim.layer_decay=0.8", "image.workers=0"]
+    assert classify(mode, tmp_path / "run", image_only, pictures, *(f"--config.{o}" for o in options)) == 0
+    headline = {"probe": "probe/top1", "finetune_linear": "test/top1"}[mode]
+    assert 0 <= result(tmp_path / "run")[f"eval/{headline}"] <= 1
+
+
+@pytest.mark.parametrize("mode", ["zeroshot", "finetune_unicl"])
+def test_protocols_that_need_a_text_tower_say_so(image_only, pictures, tmp_path, capsys, mode):
+    assert classify(mode, tmp_path / "run", image_only, pictures) == 2
+    assert "holds no text tower" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mode", PROTOCOLS)
 def test_every_protocol_has_a_smoke_test_configuration(mode):
     config = get_config(f"mode={mode},runlocal,res=64")

@@ -101,6 +101,13 @@ def test_one_tower_needs_only_its_input():
     assert "text/embedding" in outputs and not any(name.startswith("image") for name in outputs)
 
 
+def test_an_image_tower_alone(encoded):
+    params, outputs = encoded
+    alone = jax.jit(build("ti", **SMALL).apply)({"image": params["image"]}, {"image": small_batch()["image"]})
+    assert set(alone) == {"image/stage0", "image/stage1", "image/pooled"}
+    np.testing.assert_allclose(alone["image/pooled"], outputs["image/pooled"], atol=1e-5)
+
+
 def test_detection_outputs():
     model = build("ti", **SMALL | dict(size_mode="detection", out_stages=(1,)))
     batch = {"image": small_batch(2, 40)["image"][:, :36]}

@@ -10,7 +10,10 @@ from florence_jax.data.karpathy import open_karpathy
 from florence_jax.data.sources import open_source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.retrieval import CaptionRetrieval, open_retrieval
+from florence_jax.tasks.encoder import Encoder
 from florence_jax.tools import index as tool
+from florence_jax.train.pretrained import save_pretrained
+from florence_jax.train.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +166,20 @@ def test_a_picture_finds_itself_and_a_page_shows_it(made, pictures, tmp_path, ca
     assert lines[0] == "<red> things" and lines[5] == "3.png" and lines[6].split() == ["1.000", "grey/3.png"]
     text = page.read_text()
     assert "&lt;red&gt; things" in text and text.count("<img") == 9 and "grey/3.png (1.000)" in text
+
+
+def test_weights_without_a_text_tower_are_searched_by_picture(weights, pictures, tmp_path, capsys):
+    encoder = Encoder(weights)
+    tower = {"image": encoder.load_on(make_mesh(-1, 1))["image"]}
+    save_pretrained(str(tmp_path / "w"), tower, "ti", encoder.overrides, {"from": "a test"})
+    arguments = [f"--init={tmp_path}/w", f"--images={pictures}", f"--out={tmp_path}/index", "--batch-size=24"]
+    assert tool.main(["embed", *arguments]) == 0
+    capsys.readouterr()
+    query = ["query", f"--index={tmp_path}/index", "--k=1"]
+    assert tool.main([*query, f"--image={pictures}/grey/3.png"]) == 0
+    assert capsys.readouterr().out.split() == ["3.png", "1.000", "grey/3.png"]
+    assert tool.main([*query, "--text=grey"]) == 2
+    assert "holds no text tower" in capsys.readouterr().err
 
 
 def test_an_index_is_whole_or_not_there(made, weights, pictures, tmp_path, capsys):

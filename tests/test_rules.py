@@ -24,6 +24,15 @@ def test_all_offenders_are_listed():
     assert "a/bias" in message and "'c/.*'" in message and "'a/kernel'" in message
 
 
+def test_spare_rules_may_decide_nothing_but_every_leaf_has_one():
+    assert match_rules(((r"c", 0), (r".*", 1)), TREE, what="test", spare=True) == {
+        "a": {"kernel": 1, "bias": 1},
+        "b": {"kernel": 1},
+    }
+    with pytest.raises(UserError, match="parameters without a rule: a/bias"):
+        match_rules(((r"c", 0), (r".*/kernel", 1)), TREE, what="test", spare=True)
+
+
 @pytest.mark.parametrize("variant", ["ti", "T", "H"])
 def test_vectors_tables_and_temperature_are_not_decayed(variant):
     params = jax.eval_shape(florence.build(variant).init, jax.random.key(0))

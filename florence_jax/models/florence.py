@@ -242,14 +242,21 @@ class _Florence(nn.Module):
         )  # fmt: skip
         self.image_projection = _Projection(c.projection, common["dtype"])
         self.text_projection = _Projection(c.projection, common["dtype"])
-        self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(c.logit_scale_init)), ())
+        if self._has("logit_scale"):
+            self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(c.logit_scale_init)), ())
+
+    def _has(self, name: str) -> bool:
+        """False for what parameters of an image tower alone lack."""
+        return self.is_initializing() or self.has_variable("params", name)
 
     def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> dict[str, jax.Array]:
-        outputs = {"logit_scale": jnp.exp(self.logit_scale.astype(jnp.float32))}
+        outputs = {}
+        if self._has("logit_scale"):
+            outputs["logit_scale"] = jnp.exp(self.logit_scale.astype(jnp.float32))
         if "image" in batch:
             image = self.image(batch["image"], train, batch.get("example"))
             outputs |= {f"image/{name}": value for name, value in image.items()}
-            if "pooled" in image:
+            if "pooled" in image and self._has("image_projection"):
                 outputs["image/embedding"] = self.image_projection(image["pooled"])
         if "text" in batch:
             text = self.text(batch["text"])
@@ -293,7 +300,7 @@ class Model:
         """Encodes the towers whose inputs the batch holds.
 
         Args:
-          params: as returned by `init`.
+          params: as returned by `init`; {"image"} alone gives neither 'image/embedding' nor 'logit_scale'.
           batch: "image" float (B, H, W, 3), already normalised, and/or "text" int32 (B, L); "example" int32 (B,), ids
             by which images draw their stochastic depth, default: positions in the batch. Other keys are ignored.
           train: apply stochastic depth.

@@ -62,7 +62,8 @@ def make_optimizer(
     if optim.mu_dtype not in MU_DTYPES:
         raise UserError(f"optim.mu_dtype={optim.mu_dtype!r}: choose one of {', '.join(MU_DTYPES)}")
     schedule = make_schedule(optim, total_steps)
-    decay = match_rules(optim.get("decay_rules") or DECAY_RULES, params, what="weight decay")
+    given = optim.get("decay_rules")
+    decay = match_rules(given or DECAY_RULES, params, what="weight decay", spare=not given)
     multiplier = match_rules(optim.get("lr_rules") or ((".*", 1.0),), params, what="learning rate")
     parts = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm else []
     parts += [

@@ -16,19 +16,21 @@ def path_string(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def match_rules(rules: Sequence[tuple[str, T]], params: Any, *, what: str) -> Any:
+def match_rules(rules: Sequence[tuple[str, T]], params: Any, *, what: str, spare: bool = False) -> Any:
     """Gives every leaf of `params` the value of the first rule whose pattern matches its whole path.
 
     Args:
       rules: (regular expression, value) pairs, tried in order against paths like 'image/stage0/plain/attn/qkv/kernel'.
       params: a nested dict of arrays or shapes.
       what: what the rules are for ('weight decay'), used in messages.
+      spare: whether a rule may decide nothing. For this project's own rules, which fit every model, also one without a
+        text tower; never for rules that somebody wrote for one model.
 
     Returns:
       A tree shaped like `params` with a rule's value at every leaf.
 
     Raises:
-      UserError: if a leaf matches no rule or a rule decides no leaf; all offenders are listed.
+      UserError: if a leaf matches no rule, or a rule decides no leaf and `spare` is off; all offenders are listed.
     """
     compiled = [(re.compile(pattern), value) for pattern, value in rules]
     used = [0] * len(compiled)
@@ -43,7 +45,7 @@ def match_rules(rules: Sequence[tuple[str, T]], params: Any, *, what: str) -> An
         else:
             used[hit] += 1
             values.append(compiled[hit][1])
-    idle = [rules[i][0] for i, count in enumerate(used) if not count]
+    idle = [] if spare else [rules[i][0] for i, count in enumerate(used) if not count]
     if orphans or idle:
         parts = []
         if orphans:

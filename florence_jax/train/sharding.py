@@ -131,7 +131,7 @@ def param_shardings(params: Any, mesh: Mesh, rules: Any = SHARDING_RULES) -> Any
       UserError: listing every tensor whose named axis does not divide by the `fsdp` size: never a silent replica.
     """
     fsdp = mesh.shape["fsdp"]
-    axes = match_rules(rules, params, what="sharding")
+    axes = match_rules(rules, params, what="sharding", spare=rules is SHARDING_RULES)
     offenders = []
 
     def place(path: Any, leaf: Any, axis: int | str) -> NamedSharding:
