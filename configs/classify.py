@@ -68,6 +68,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.forgetting = {"source": "emoji:new_names", "classes": "", "threshold": 0.05}  # source '': not watched
     config.probe = {"sklearn": False}  # True: also fit scikit-learn's LogisticRegression at the chosen C, to compare
     config.fewshot = {"train": "head", "ways": 5, "shots": (5, 20, 50), "queries": 15, "episodes": 600}
+    config.fewshot.lanes = 0  # episodes trained at once, under vmap; 0: 64 heads, or as many backbones as fit
     config.optim.learning_rate = 2e-5
     config.optim.warmup_steps = 500  # at most a tenth of the steps
     config.optim.layer_decay = 1.0  # learning rate of each layer over that of the one above it

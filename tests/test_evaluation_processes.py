@@ -19,26 +19,54 @@ PROTOCOLS = {
     ],
     "retrieve": ["--config=configs/retrieve.py:mode=zeroshot", "--config.eval.source={pictures}"],
 }
+# What fine-tuning evaluates, at its start: a head, weights half-way to the start (the start itself), the watched set.
+SLOW_PROTOCOLS = {
+    "linear": [
+        "--config=configs/classify.py:mode=finetune_linear",
+        "--config.mode=eval",
+        "--config.head_init=text",
+        "--config.wise_ft=(0.5,)",
+        "--config.data={pictures}",
+    ],
+    "backbone": [
+        "--config=configs/classify.py:mode=fewshot",
+        "--config.data={pictures}",
+        "--config.fewshot.train=backbone",
+        *(f"--config.fewshot.{option}" for option in EPISODES),
+    ],
+    "captions": ["--config=configs/retrieve.py:mode=zeroshot", "--config.eval.source=karpathy:{split}:test@{pictures}"],
+}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The commands, and the results of one process with eight devices."""
+    """The weights, the pictures, and a split file that gives each picture two captions."""
     folder = tmp_path_factory.mktemp("data")
-    weights, pictures = tiny_checkpoint(folder / "weights"), twenty_images(folder / "pictures")
+    pictures, split = twenty_images(folder / "pictures"), folder / "dataset_coco.json"
+    images = [
+        {
+            "filename": f.name,
+            "filepath": f.parent.name,
+            "split": "test",
+            "sentences": [{"raw": f"{f} {i}"} for i in "ab"],
+        }
+        for f in sorted((folder / "pictures").glob("*/*.png"))
+    ]
+    split.write_text(json.dumps({"images": images}))
+    return tiny_checkpoint(folder / "weights"), {"pictures": pictures, "split": split}
+
+
+@pytest.mark.parametrize(
+    "count,protocols", [(2, PROTOCOLS), pytest.param(4, PROTOCOLS | SLOW_PROTOCOLS, marks=pytest.mark.slow)]
+)
+def test_several_processes_give_the_numbers_of_one(data, count, protocols, tmp_path):
+    weights, places = data
     commands, alone = {}, {}
-    for name, arguments in PROTOCOLS.items():
-        given = [argument.format(pictures=pictures) for argument in arguments]
-        commands[name] = [*given, f"--config.init={weights}"]
-        workdir = folder / f"alone_{name}"
+    for name, arguments in protocols.items():
+        commands[name] = [*(argument.format(**places) for argument in arguments), f"--config.init={weights}"]
+        workdir = tmp_path / f"alone_{name}"
         assert run_main(*commands[name], "--config.eval.batch_size=24", f"--workdir={workdir}") == 0
         alone[name] = json.loads((workdir / "result.json").read_text())
-    return commands, alone
-
-
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_give_the_numbers_of_one(data, count, tmp_path):
-    commands, alone = data
     batch = f"--config.eval.batch_size={32 * count}"
     job = [[*arguments, batch, f"--workdir={tmp_path / name}"] for name, arguments in commands.items()]
     printed = run_job(tmp_path, count, job)

@@ -90,7 +90,7 @@ def params():
     return {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(64, 48)) / 16, jnp.float32)}
 
 
-def few_shot(mode, lanes=None, recipe=QUICK, episodes=16, shots=(5,), **changes):
+def few_shot(mode, lanes=0, recipe=QUICK, episodes=16, shots=(5,), **changes):
     embedder = Embedder({"image": flip_pair(encode)}, None, MESH, 600)
     return FewShot(
         "digits",
@@ -134,8 +134,25 @@ def test_backbone_mode_without_its_learning_rate_is_head_mode(params):
     assert 1e-3 < abs(trained["5shot_accuracy"] - head["5shot_accuracy"]) < 0.1
 
 
+def test_backbones_side_by_side_are_those_one_by_one(params, monkeypatch, capsys):
+    recipe = Recipe(epochs=1, backbone_rate=1e-3)
+    alone = few_shot("backbone", lanes=8, recipe=recipe)  # one a device
+    results = alone.run(params)
+    together = few_shot("backbone", recipe=recipe, backbone=lambda params: {"kernel": params["kernel"]})
+    assert together.run(params | {"unused": jnp.zeros(9)}) == pytest.approx(results, abs=0.003)
+    speeds = [line for line in capsys.readouterr().out.splitlines() if "episodes/s" in line]
+    assert "compilation" not in speeds[0] and speeds[1].endswith("img/s with compilation")
+    assert together._choose_lanes(params) == 16  # as many as there are episodes
+    monkeypatch.setattr("florence_jax.evaluators.fewshot.LANES_BYTES", 3 * params["kernel"].nbytes)
+    assert together._choose_lanes(params) == 8 and together._choose_lanes(None) == 16
+
+
 def test_mistakes_of_the_evaluator(params):
-    for changes, message in (({"mode": "all"}, "mode 'all'"), ({"mode": "head", "seed": -1}, "seed=-1")):
+    for changes, message in (
+        ({"mode": "all"}, "mode 'all'"),
+        ({"mode": "head", "seed": -1}, "seed=-1"),
+        ({"mode": "head", "lanes": -1}, "lanes=-1"),
+    ):
         with pytest.raises(UserError, match=message):
             few_shot(**changes)
     embedder = Embedder({"image": flip_pair(encode)}, None, MESH, 8)

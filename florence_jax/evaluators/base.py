@@ -15,6 +15,7 @@ from florence_jax.data.sources import Source
 from florence_jax.data.text import Tokenizer
 from florence_jax.train.sharding import batch_sharding, replicated
 
+COMPILED = " with compilation"  # said of a speed that could not be measured without it
 Predict = Callable[[Any, dict[str, jax.Array]], jax.Array]
 
 
@@ -121,7 +122,8 @@ class Embedder:
     ) -> dict[str, np.ndarray]:
         sharding, outputs = batch_sharding(self.mesh), []
         hidden = not sys.stderr.isatty() or jax.process_index() > 0
-        began, counted = time.perf_counter(), 0
+        started, counted = time.perf_counter(), 0
+        began = started
         with tqdm(desc=what, total=total, unit=tower, leave=False, disable=hidden) as bar:
             for batch in batches:
                 out = jax.device_get(self._run[tower](params, to_global(batch, sharding)))
@@ -130,9 +132,10 @@ class Embedder:
                 bar.update(int(mask.sum()))
                 if len(outputs) == 1:  # compiles, where the shape is new
                     began, counted = time.perf_counter(), int(mask.sum())
-        rest = total - counted
-        if tower == "image" and rest > 0 and jax.process_index() == 0:
-            print(f"{what}: {total} images, {rest / (time.perf_counter() - began):.0f} img/s", flush=True)
+        if tower == "image" and jax.process_index() == 0:
+            rest = total - counted
+            count, since, note = (rest, began, "") if rest > 0 else (total, started, COMPILED)
+            print(f"{what}: {total} images, {count / (time.perf_counter() - since):.0f} img/s{note}", flush=True)
         # On a TPU slice the devices of a host need not be neighbours in the mesh: then the rows come in its order.
         order = np.argsort(np.concatenate([out["index"] for out in outputs]), kind="stable")
         return {name: np.concatenate([out[name] for out in outputs])[order] for name in outputs[0]}

@@ -7,7 +7,7 @@ import functools
 import html
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,12 +21,14 @@ from florence_jax.data.sources import BadRecord
 from florence_jax.data.transforms import parse_ops
 from florence_jax.errors import UserError
 from florence_jax.evaluators.adapt import Recipe, adapt_and_classify, embed_cached, embed_images
-from florence_jax.evaluators.base import Embedder, Predict
+from florence_jax.evaluators.base import COMPILED, Embedder, Predict
 from florence_jax.evaluators.report import Example, curve, matches_html, thumbnail
 from florence_jax.train.sharding import batch_sharding, place, replicated
 
 MODES = ("head", "backbone")
 HEAD_LANES = 64
+BACKBONE_LANES = 8  # on a device; more of them are hardly faster, on a CPU not at all
+LANES_BYTES = 2**31  # on a device: parameters, velocities and gradients of all lanes
 PICTURES = 5  # of each class in the report
 READERS = 8  # threads that decode images
 RECIPE = Recipe()
@@ -101,11 +103,12 @@ class FewShot:
       ops: image ops that give the model's input size.
       embedder: in mode 'head', its image function must be `flip_pair(features)`; else only its mesh is used.
       features: uint8 images -> (B, D); needed for mode 'backbone', which trains through it.
+      backbone: gives the part of the parameters that `features` reads: in mode 'backbone' each episode trains a copy.
       mode: 'head' trains the head on features computed once, 'backbone' both, as Florence does.
       ways, queries: of an episode. shots: one or several numbers of examples a class.
       episodes: how many. seed: of the episodes and their training.
       recipe: of the training.
-      lanes: episodes trained at once; default: 64 on cached features, else one a device.
+      lanes: episodes trained at once, under vmap; 0: 64 on cached features, else up to 8 a device, as fits in 2 GiB.
 
     Raises:
       UserError: for an unknown mode, no episodes, or a data set that is too small for them.
@@ -118,6 +121,7 @@ class FewShot:
         ops: str,
         embedder: Embedder,
         features: Predict | None = None,
+        backbone: Callable[[Any], Any] = lambda params: params,
         *,
         mode: str = "head",
         ways: int = 5,
@@ -126,13 +130,14 @@ class FewShot:
         episodes: int = 600,
         seed: int = 0,
         recipe: Recipe = RECIPE,
-        lanes: int | None = None,
+        lanes: int = 0,
     ):
         if mode not in MODES or (mode == "backbone" and features is None):
             raise UserError(f"few-shot mode {mode!r}: choose 'head', or 'backbone' with a features function")
-        if episodes < 1 or not shots or seed < 0:
+        if episodes < 1 or not shots or seed < 0 or lanes < 0:
             raise UserError(
-                f"few-shot: episodes={episodes} must be positive, shots={shots} not empty, seed={seed} not < 0"
+                f"few-shot: episodes={episodes} must be positive, shots={shots} not empty, seed={seed} not < 0, "
+                f"lanes={lanes} not < 0"
             )
         if data.labels.ndim != 1:
             raise UserError(f"few-shot needs one class an image, which {data.source.name} has not")
@@ -142,9 +147,7 @@ class FewShot:
         self._ops, self._episodes, self._seed = f"{ops}|keep(image)", episodes, seed
         self._samplers = {k: EpisodeSampler(data.labels, ways, k, queries, seed) for k in shots}
         self.chance = {f"{k}shot_accuracy": 1 / ways for k in shots}
-        devices = embedder.mesh.size
-        lanes = min(lanes or (HEAD_LANES if mode == "head" else devices), episodes)
-        self._lanes, self._epochs = -(-lanes // devices) * devices, recipe.epochs
+        self._wanted_lanes, self._epochs, self._backbone = lanes, recipe.epochs, backbone
         self._run = self._compiled(embed_images(features) if features and mode == "backbone" else None, recipe, ways)
         self._report: list[str] = []
 
@@ -170,6 +173,9 @@ class FewShot:
         table = None
         if self._mode == "head":
             params, table = None, self._table(params)
+        else:
+            params = self._backbone(params)
+        self._lanes = self._choose_lanes(params)
         results = {}
         for shots, sampler in self._samplers.items():
             right = self._accuracies(params, table, sampler, f"{self.name}, {shots} shots")
@@ -182,6 +188,15 @@ class FewShot:
         """A table: shots, accuracy, interval; their curve; pictures of the first episode."""
         return self._report
 
+    def _choose_lanes(self, params: Any) -> int:
+        """Episodes at once: no more than there are, and a multiple of the devices."""
+        devices = self._embedder.mesh.size
+        lanes = self._wanted_lanes or HEAD_LANES
+        if params is not None and not self._wanted_lanes:
+            each = 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+            lanes = devices * max(1, min(BACKBONE_LANES, LANES_BYTES // each))
+        return -(-min(lanes, self._episodes) // devices) * devices
+
     def _table(self, params: Any) -> jax.Array:
         """(N, 2, D): features of each image and of its mirror image."""
         out = self._embedder.images(params, self._data.source, self._ops)
@@ -191,7 +206,7 @@ class FewShot:
     def _accuracies(self, params: Any, table: jax.Array | None, sampler: EpisodeSampler, what: str) -> np.ndarray:
         """Share of right answers of each episode: (episodes,)."""
         sharding, found, began = batch_sharding(self._embedder.mesh), [], 0.0
-        starts = range(0, self._episodes, self._lanes)
+        starts, started = range(0, self._episodes, self._lanes), time.perf_counter()
         hidden = not sys.stderr.isatty() or jax.process_index() > 0
         local = self._lanes // jax.process_count()
         for start in tqdm(starts, desc=what, unit="batch", leave=False, disable=hidden):
@@ -199,9 +214,11 @@ class FewShot:
             batch = to_global(self._batch(sampler, range(first, first + local), table is None), sharding)
             found.append(jax.device_get(self._run(params, table, batch)))
             began = began or time.perf_counter()  # the first batch compiles
-        rest, seconds = self._episodes - self._lanes, time.perf_counter() - began
-        if jax.process_index() == 0 and rest > 0:
-            speed = f"{rest / seconds:.2f} episodes/s, {rest * self._images_an_episode(sampler) / seconds:.0f} img/s"
+        if jax.process_index() == 0:
+            rest = self._episodes - self._lanes
+            count, since, note = (rest, began, "") if rest > 0 else (self._episodes, started, COMPILED)
+            rate = count / (time.perf_counter() - since)
+            speed = f"{rate:.2f} episodes/s, {rate * self._images_an_episode(sampler):.0f} img/s{note}"
             print(f"{what}: {self._episodes} episodes, {speed}", flush=True)
         right, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
         # In the order of the numbers, whatever the order of the hosts' devices in the mesh; the rest is padding.

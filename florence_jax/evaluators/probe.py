@@ -220,7 +220,10 @@ class LinearProbe:
         except ImportError as error:
             raise UserError("config.probe.sklearn needs scikit-learn: pip install 'florence_jax[eval]'") from error
         c = float(ours.cs[0])
+        began = time.perf_counter()
         fit = Theirs(C=c, tol=SKLEARN_TOLERANCE, max_iter=10_000).fit(train[0].astype(np.float64), train[1])
+        if jax.process_index() == 0:
+            print(f"{self.name}: scikit-learn, only C = {c:.4g}, {time.perf_counter() - began:.1f} s", flush=True)
         there, (weights, bias) = fit.classes_, sklearn_weights(fit)
         scores = np.full((len(test[0]), len(self._train.names)), -np.inf)
         scores[:, there] = test[0] @ weights + bias

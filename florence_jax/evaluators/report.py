@@ -16,6 +16,8 @@ from florence_jax.data.sources import BadRecord, Source
 
 DOTS = 20  # a curve of at most so many points shows them
 THUMBNAIL = 96  # pixels of the longer side
+TINY = 48  # pictures of fewer pixels are enlarged
+SMALLEST = 5e-4  # with three decimals, what is nearer to 0 would read 0.000
 COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8d6a9f", "#c77d0a", "#4a4a4a")
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
@@ -48,15 +50,17 @@ class Example(NamedTuple):
 
 
 def thumbnail(source: Source, index: int) -> str:
-    """Data URI of a source's image, at most 96 pixels wide and high; '' for one that cannot be read."""
+    """Data URI of a source's image, its longer side 48 to 96 pixels; '' for one that cannot be read."""
     try:
         data = source[index]["image"]
         image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else Image.fromarray(np.squeeze(data))
-        if isinstance(data, bytes) and max(image.size) <= THUMBNAIL and image.format in Image.MIME:
+        if isinstance(data, bytes) and TINY <= max(image.size) <= THUMBNAIL and image.format in Image.MIME:
             return data_uri(data, Image.MIME[image.format])
         image = image.convert("RGB")
     except (BadRecord, OSError, UnidentifiedImageError, ValueError):
         return ""
+    if (times := TINY // max(image.size)) > 1:
+        image = image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
     image.save(file, "WEBP", quality=80)
@@ -95,6 +99,8 @@ def results_table(results: Mapping[str, float], chance: Mapping[str, float]) -> 
 
 
 def _number(value: float) -> str:
+    if 0 < abs(value) < SMALLEST:
+        return f"{value:.0e}"
     return f"{value:.0f}" if abs(value) >= 1000 or value == int(value) and abs(value) > 1 else f"{value:.3f}"
 
 

@@ -289,11 +289,13 @@ class Classify:
             self.eval_ops,
             self._embedder(mesh, "flip_pair"),
             self.encoder.predict["features"],
+            lambda params: {"image": params["image"]},
             mode=options.train,
             ways=options.ways,
             shots=options.shots,
             queries=options.queries,
             episodes=options.episodes,
+            lanes=options.lanes,
             seed=self.config.seed,
         )
 
