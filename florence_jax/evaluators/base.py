@@ -132,7 +132,7 @@ class Embedder:
                 bar.update(int(mask.sum()))
                 if len(outputs) == 1:  # compiles, where the shape is new
                     began, counted = time.perf_counter(), int(mask.sum())
-        if tower == "image" and jax.process_index() == 0:
+        if tower == "image" and what and jax.process_index() == 0:
             rest = total - counted
             count, since, note = (rest, began, "") if rest > 0 else (total, started, COMPILED)
             print(f"{what}: {total} images, {count / (time.perf_counter() - since):.0f} img/s{note}", flush=True)
