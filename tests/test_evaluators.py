@@ -1,12 +1,16 @@
 """Embedding over devices, zero-shot classes, the evaluators on known embeddings, and the report."""
 
+import base64
+import io
 import json
 import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from florence_jax.data.labelled import ArraySource
 from florence_jax.data.sources import FolderSource, open_source
 from florence_jax.data.text import load_tokenizer
 from florence_jax.evaluators.base import Embedder, chance_levels, evaluate
@@ -93,8 +97,6 @@ def test_candidates_of_new_style_are_all_names():
 
 
 def test_retrieval_leaves_unreadable_images_out(tmp_path):
-    from PIL import Image
-
     rows = []
     for i, caption in enumerate(["Red", "green", "red", "blue"]):
         name = f"{i}.png"
@@ -114,7 +116,7 @@ def test_report_is_one_page_without_outside_references(tmp_path, emoji):
     write_report(
         tmp_path / "report.html",
         title="a <run>",
-        config={"seed": 0},
+        config={"seed": 0, "init": "<w>", "data": {"train": "mine"}, "eval": {"source": "held_out"}},
         history=history,
         results={"eval/x": 0.25},
         chance={"eval/x": 0.125},
@@ -127,6 +129,7 @@ def test_report_is_one_page_without_outside_references(tmp_path, emoji):
         and "0.250" in text
         and "0.125" in text
         and "&quot;seed&quot;: 0" in text
+        and "<p>weights: &lt;w&gt;; data: mine; tested on: held_out</p>" in text
     )
     assert not re.search(r'(src|href)="(?!data:)', text)
     assert json.dumps(sorted(p.name for p in tmp_path.iterdir())) == '["report.html"]'
@@ -138,9 +141,22 @@ def test_curve_skips_what_is_not_finite():
     assert curve("empty", [1, 2], {"a": [None, None]}) == ""
 
 
+def test_ticks_of_a_curve_differ():
+    labels = re.findall(r'text-anchor="end">([^<]+)</text>', curve("scale", [1, 2], {"": [15.31, 15.39]}))
+    assert labels == ["15.31", "15.33", "15.35", "15.37", "15.39"]
+
+
 def test_table_shows_chance_beside_each_number():
-    lines = results_table({"eval/a": 0.5, "step": 1500.0}, {"eval/a": 0.125}).splitlines()
+    lines = results_table({"eval/a": 0.5, "step": 1500.0, "diff": -2.7e-5, "c": 0.0}, {"eval/a": 0.125}).splitlines()
     assert lines[1].split() == ["eval/a", "0.500", "0.125"] and lines[2].split() == ["step", "1500"]
+    assert lines[3].split() == ["diff", "-3e-05"] and lines[4].split() == ["c", "0.000"]
+
+
+def test_thumbnails_of_tiny_pictures_are_enlarged():
+    for size, shown in ((8, 48), (30, 30), (200, 96)):
+        source = ArraySource("s", np.zeros((1, size, size), np.uint8), ["x"])
+        data = base64.b64decode(thumbnail(source, 0).split(",")[1])
+        assert Image.open(io.BytesIO(data)).size == (shown, shown)
 
 
 def test_thumbnail_of_an_unreadable_image_is_empty(tmp_path):

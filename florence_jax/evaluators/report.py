@@ -123,15 +123,14 @@ def curve(title: str, steps: Sequence[float], series: Mapping[str, Sequence[floa
         return across, height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
 
     parts = [f'<svg width="{width}" height="{height}" role="img"><text x="{left}" y="16">{html.escape(title)}</text>']
-    for i in range(5):
-        y = y0 + (y1 - y0) * i / 4
-        _, at = place(x0, y)
+    for i, tick in enumerate(_ticks(y0, y1)):
+        _, at = place(x0, y0 + (y1 - y0) * i / 4)
         parts.append(f'<line x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+        parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{tick}</text>')
     for x in (x0, (x0 + x1) / 2, x1):
         at, _ = place(x, y0)
         parts.append(f'<text x="{at:.1f}" y="{height - 10}" text-anchor="middle">{x:.0f}</text>')
-    for i, (name, line) in enumerate(points.items()):
+    for i, line in enumerate(points.values()):
         colour = COLOURS[i % len(COLOURS)]
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
@@ -139,10 +138,22 @@ def curve(title: str, steps: Sequence[float], series: Mapping[str, Sequence[floa
             parts += [
                 '<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="{}"/>'.format(*place(x, y), colour) for x, y in line
             ]
-        if len(points) > 1:
-            x = width - right - 110
-            parts.append(f'<text x="{x}" y="{top + 12 + 15 * i}" style="fill:{colour}">{html.escape(name)}</text>')
+    if len(points) > 1:
+        names = "".join(
+            f'<tspan dx="12" style="fill:{COLOURS[i % len(COLOURS)]}">{html.escape(name)}</tspan>'
+            for i, name in enumerate(points)
+        )
+        parts.append(f'<text x="{width - right}" y="16" text-anchor="end">{names}</text>')
     return "".join(parts) + "</svg>"
+
+
+def _ticks(low: float, high: float) -> list[str]:
+    """Five numbers from `low` to `high`, with as many digits, from three to six, as tell them apart."""
+    for digits in range(3, 7):
+        texts = [f"{low + (high - low) * i / 4:.{digits}g}" for i in range(5)]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
 
 
 def history_curves(history: Sequence[Mapping[str, Any]]) -> str:
@@ -152,6 +163,7 @@ def history_curves(history: Sequence[Mapping[str, Any]]) -> str:
         ("accuracy within the batch", {"image to text": "train/i2t_accuracy", "text to image": "train/t2i_accuracy"}),
         ("accuracy of the head on the batch", {"": "train/accuracy"}),
         ("held-out top-1", {"": "eval/test/top1"}),
+        ("held-out recall@1", {"image to text": "eval/held_out/i2t_r@1", "text to image": "eval/held_out/t2i_r@1"}),
         ("zero-shot accuracy on the watched set", {"before": "eval/forgetting/before", "now": "eval/forgetting/now"}),
         ("logit scale", {"": "train/logit_scale"}),
         ("learning rate", {"": "train/learning_rate"}),
@@ -180,6 +192,20 @@ def write_page(path: Path, title: str, body: str) -> None:
     partial.replace(path)
 
 
+def _provenance(config: Mapping[str, Any]) -> str:
+    """A line that says which weights met which data, for somebody who sees only the page."""
+    data, evaluation = config.get("data", ""), config.get("eval", {})
+    facts = {
+        "weights": config.get("init"),
+        "model": config.get("model", {}).get("variant"),
+        "data": data if isinstance(data, str) else data.get("train"),
+        "tested on": config.get("test") or evaluation.get("source"),
+        "class names": config.get("classes"),
+    }
+    text = "; ".join(f"{name}: {value}" for name, value in facts.items() if value)
+    return f"<p>{html.escape(text)}</p>" if text else ""
+
+
 def write_report(
     path: Path,
     *,
@@ -199,6 +225,7 @@ def write_report(
     table = f"<table><tr><th>metric</th><th>value</th><th>chance</th></tr>{rows}</table>"
     dump = html.escape(json.dumps(config, indent=1, default=str))
     body = [
+        _provenance(config),
         "<h2>Results</h2>" + (table if results else "<p>No evaluation set for this data.</p>"),
         f"<h2>Training</h2>{curves}" if (curves := history_curves(history)) else "",
         *fragments,

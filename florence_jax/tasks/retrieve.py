@@ -1,9 +1,14 @@
 """Image-text retrieval with trained weights: the pretraining task, started from a checkpoint folder."""
 
+from collections.abc import Sequence
+
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from florence_jax.data.sources import Source, open_mixture, open_source
 from florence_jax.errors import UserError
+from florence_jax.evaluators.base import Embedder, Evaluator
+from florence_jax.evaluators.retrieval import open_retrieval
 from florence_jax.tasks.encoder import Encoder, record_model, set_epochs
 from florence_jax.tasks.pretrain import Pretrain
 
@@ -34,6 +39,12 @@ class Retrieve(Pretrain):
             config.data.train = config.eval.source  # nothing is trained
             config.data.captions = config.data.captions or _caption_field(open_source(config.eval.source))
         super().__init__(config)
+
+    def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
+        """Retrieval on `config.eval.source`."""
+        embedder = Embedder(self.predict, self.tokenizer, mesh, self.config.eval.batch_size)
+        source, ops = open_source(self.config.eval.source), self.config.data.eval_image_ops
+        return [open_retrieval("held_out", source, ops, embedder)]
 
 
 def _caption_field(source: Source) -> str:

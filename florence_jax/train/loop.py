@@ -258,7 +258,7 @@ class Trainer:
         partial.replace(self.workdir / "result.json")
         write_report(
             self.workdir / "report.html",
-            title=f"florence_jax {self.config.task}: {self.workdir} at step {step}",
+            title=f"florence_jax {self.config.task}: {self.workdir}" + (f" at step {step}" if step else ""),
             config=self.config.to_dict(),
             history=read_metrics(self.workdir / "metrics.jsonl"),
             results=results,
