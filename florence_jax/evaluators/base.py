@@ -61,6 +61,7 @@ class Embedder:
     def __init__(self, predict: dict[str, Predict], tokenizer: Tokenizer | None, mesh: Mesh, batch_size: int):
         self.mesh, self.batch_size = mesh, -(-batch_size // mesh.size) * mesh.size
         self._tokenizer = tokenizer
+        self._compiled_towers: set[str] = set()
         self._run = {name: self._compiled(predict[name]) for name in ("image", "text") if name in predict}
 
     def _compiled(self, function: Predict) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:
@@ -130,7 +131,8 @@ class Embedder:
                 mask = out.pop("mask")
                 outputs.append({name: value[mask] for name, value in out.items()})
                 bar.update(int(mask.sum()))
-                if len(outputs) == 1:  # compiles, where the shape is new
+                if tower not in self._compiled_towers:
+                    self._compiled_towers.add(tower)
                     began, counted = time.perf_counter(), int(mask.sum())
         if tower == "image" and what and jax.process_index() == 0:
             rest = total - counted

@@ -189,13 +189,14 @@ class FewShot:
         return self._report
 
     def _choose_lanes(self, params: Any) -> int:
-        """Episodes at once: no more than there are, and a multiple of the devices."""
+        """Episodes at once: batches of equal size, as far as it is a multiple of the devices."""
         devices = self._embedder.mesh.size
         lanes = self._wanted_lanes or HEAD_LANES
         if params is not None and not self._wanted_lanes:
             each = 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
             lanes = devices * max(1, min(BACKBONE_LANES, LANES_BYTES // each))
-        return -(-min(lanes, self._episodes) // devices) * devices
+        batches = -(-self._episodes // lanes)
+        return -(-self._episodes // (batches * devices)) * devices
 
     def _table(self, params: Any) -> jax.Array:
         """(N, 2, D): features of each image and of its mirror image."""
