@@ -309,6 +309,7 @@ def test_fine_tuning_with_the_unicl_loss(weights, pictures, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     probes = [line for line in lines if "eval/forgetting/now" in line]
     assert [line["step"] for line in probes] == [1, 2]  # each epoch; the last is in result.json
+    assert all(line["perf/data_wait_share"] <= 1 for line in lines if "train/loss" in line)  # evaluation is not a step
     assert found["eval/forgetting/drop"] == pytest.approx(
         found["eval/forgetting/before"] - found["eval/forgetting/now"]
     )

@@ -57,7 +57,12 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "count,protocols", [(2, PROTOCOLS), pytest.param(4, PROTOCOLS | SLOW_PROTOCOLS, marks=pytest.mark.slow)]
+    "count,protocols",
+    [
+        pytest.param(2, PROTOCOLS, id="2"),
+        pytest.param(4, PROTOCOLS, id="4", marks=pytest.mark.slow),
+        pytest.param(4, SLOW_PROTOCOLS, id="4-more", marks=pytest.mark.slow),
+    ],
 )
 def test_several_processes_give_the_numbers_of_one(data, count, protocols, tmp_path):
     weights, places = data
@@ -69,7 +74,7 @@ def test_several_processes_give_the_numbers_of_one(data, count, protocols, tmp_p
         alone[name] = json.loads((workdir / "result.json").read_text())
     batch = f"--config.eval.batch_size={32 * count}"
     job = [[*arguments, batch, f"--workdir={tmp_path / name}"] for name, arguments in commands.items()]
-    printed = run_job(tmp_path, count, job)
+    printed = run_job(tmp_path, count, job, timeout=1800)
     for name, expected in alone.items():
         assert json.loads((tmp_path / name / "result.json").read_text()) == pytest.approx(expected, abs=1e-6), name
     # The first process reports, the others are silent.

@@ -198,12 +198,13 @@ class Trainer:
             for user in (stream, progress, watchdog, self._trace):
                 stack.callback(user.close)
             for step in range(start, total + 1):
-                stop, began = self._stops(step), time.perf_counter()
+                stop = self._stops(step)
                 evaluates = config.eval.every and step % config.eval.every == 0 and start < step < total
                 saves = step > start and (stop or step == total or step % config.checkpoint.every == 0)
                 if evaluates or saves or stop:
                     late.drain()
                     watchdog.rest()
+                began = time.perf_counter()  # after draining, which may start a new reading of the speed
                 if evaluates:
                     writer.write(step, self._evaluate())
                 if saves:
