@@ -9,7 +9,7 @@ from golden import block_shapes, convert, coswin_params, cosx, embed_shapes, fil
 
 from florence_jax.errors import UserError
 from florence_jax.models import coswin
-from florence_jax.models.layers import gelu, scale_branch, survival
+from florence_jax.models.layers import convolve, gelu, scale_branch, survival
 
 TINY = dict(width=8, depths=(2, 2), heads=(2, 4), window=4)
 
@@ -241,3 +241,25 @@ def test_gelu_is_exact():
 def test_user_errors(options, size, message):
     with pytest.raises(UserError, match=message):
         jax.eval_shape(coswin.CoSwin(**TINY | options).init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+
+
+@pytest.mark.parametrize(
+    ("side", "channels", "features", "kernel", "stride", "padding"),
+    [(32, 3, 8, 7, 4, 2), (9, 8, 16, 3, 2, 1), (8, 8, 16, 3, 2, 1), (1, 8, 16, 3, 2, 1), (8, 3, 8, 4, 4, 0)],
+)
+def test_gradients_of_the_convolution_are_jax_own(side, channels, features, kernel, stride, padding):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, side, side + stride, channels))
+    weights = jax.random.normal(keys[1], (kernel, kernel, channels, features))
+
+    def plain(x, weights):
+        return jax.lax.conv_general_dilated(
+            x, weights, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    got, pull = jax.vjp(lambda x, weights: convolve(x, weights, stride, padding), x, weights)
+    want, pull_plain = jax.vjp(plain, x, weights)
+    grad = jax.random.normal(keys[2], want.shape)
+    np.testing.assert_array_equal(got, want)
+    for a, b in zip(pull(grad), pull_plain(grad), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))

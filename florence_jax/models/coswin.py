@@ -24,6 +24,7 @@ from florence_jax.models.layers import (
     attention,
     attention_core,
     constrain,
+    convolve,
     remat_module,
     scale_branch,
     split_heads,
@@ -90,13 +91,6 @@ def embedded_size(size: int, stage: int, embedding: str = "conv") -> int:
     if embedding == "patch":
         return -(-size // (2 if stage else 4))
     return conv_size(size, *STAGE_CONV[min(stage, 1)])
-
-
-def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """2-D convolution of (B, H, W, C) by (k, k, C, features) with symmetric zero padding."""
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), ((padding, padding),) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 class ConvEmbed(nn.Module):

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from florence_jax.errors import UserError
-from florence_jax.models.coswin import bicubic_matrix, convolve
-from florence_jax.models.layers import Dtype, LayerNorm, attention_core, constrain, remat_module
+from florence_jax.models.coswin import bicubic_matrix
+from florence_jax.models.layers import Dtype, LayerNorm, attention_core, constrain, convolve, remat_module
 from florence_jax.models.text import TextBlock
 
 
