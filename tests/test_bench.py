@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from florence_jax.models import florence
-from florence_jax.tools import bench, bench_data, bench_step, timing, timm_swin, torch_swin
+from florence_jax.tools import bench, bench_data, bench_devices, bench_step, timing, timm_swin, torch_swin
 from florence_jax.train.optim import DECAY_RULES
 from florence_jax.train.rules import match_rules
 
@@ -129,6 +129,12 @@ def test_timm_takes_the_same_step(capsys, monkeypatch, tiny):
     assert asked == dict(name="swin_of_tests", num_classes=0, img_size=32, window_size=4, drop_path_rate=0.0)
     assert result["rival"] == "timm" and result["rival_description"] == "swin_of_tests, timm 1.0, torch.compile"
     assert result["ratio"] == pytest.approx(result["torch_seconds"] / result["image_tower_seconds"], rel=1e-3)
+
+
+def test_the_default_devices_benchmark_starts():
+    """Size ti has an average of the parameters, the tiny one of these tests none."""
+    args = argparse.Namespace(variant="ti", batch=2, zero=False)
+    bench_devices.DeviceStep(args, 1, jax.devices()[:1])
 
 
 def test_devices_are_compared_with_one_that_does_the_same_work(capsys, tiny):
