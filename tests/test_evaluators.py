@@ -139,6 +139,7 @@ def test_curve_skips_what_is_not_finite():
     line = curve("loss", [1, 2, 3], {"a": [1.0, float("nan"), 2.0], "b": [None, 1.5, 1.0]})
     assert [len(points.split()) for points in re.findall(r'points="([^"]*)"', line)] == [2, 2]
     assert curve("empty", [1, 2], {"a": [None, None]}) == ""
+    assert "nothing" not in curve("loss", [1, 2], {"a": [1.0, 2.0], "nothing": [None, None]})
 
 
 def test_ticks_of_a_curve_differ():

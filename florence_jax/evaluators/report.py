@@ -105,10 +105,11 @@ def _number(value: float) -> str:
 
 
 def curve(title: str, steps: Sequence[float], series: Mapping[str, Sequence[float]]) -> str:
-    """An SVG line chart, 480 x 260 pixels; points that are not finite are left out."""
+    """An SVG line chart, 480 x 260 pixels; points that are not finite are left out, and series without a point."""
     points = {
-        name: [(x, y) for x, y in zip(steps, values, strict=True) if y is not None and math.isfinite(y)]
+        name: line
         for name, values in series.items()
+        if (line := [(x, y) for x, y in zip(steps, values, strict=True) if y is not None and math.isfinite(y)])
     }
     ys = [y for line in points.values() for _, y in line]
     if not ys or len(steps) < 2:
