@@ -140,7 +140,9 @@ def test_the_default_devices_benchmark_starts():
 def test_devices_are_compared_with_one_that_does_the_same_work(capsys, tiny):
     code, result = run(capsys, "devices --variant tiny --batch 2 --counts 1,2 --steps 1 --zero".split())
     assert code == 0 and set(result["devices"]) == {"1", "2"}
-    for row in result["devices"].values():
+    single = result["devices"]["1"]["seconds_one_device"]
+    for count, row in result["devices"].items():
+        assert row["ratio_of_repeats"] == pytest.approx(row["seconds"] / (int(count) * single), rel=1e-3)
         assert row["ratio"] == pytest.approx(row["seconds"] / row["seconds_one_device"], rel=1e-3)
 
 

@@ -1,13 +1,15 @@
 """`bench devices`: what it costs to spread the pretraining step over more devices, at a fixed batch on each.
 
 On simulated CPU devices, which share the same cores, n devices with n times the batch must take longer than one device
-with its own. What the cores explain is taken out by comparing with one device that does the same work: the same global
-batch, the same total of FLOPs, on the same cores. For every number of devices, timed in turns:
+with its own. What the cores explain is taken out by comparing with one device on the same cores that does the same
+work: the same global batch at once, or --batch pairs n times. For every number of devices, timed in turns:
   `seconds`             of a step of n devices with n times --batch pairs;
   `seconds_one_device`  of the same step, the same pairs, on one device (which also has every core to itself);
   `ratio`               the first over the second. 1 = nothing but the work itself; the rest is communication between
                         devices and waiting for each other. At n = 1 both are the same program: its `ratio` and
-                        `ratio_range` are the noise of the measurement.
+                        `ratio_range` are the noise of the measurement;
+  `ratio_of_repeats`    `seconds` over n times `seconds_one_device` of n = 1; above 1, spreading costs more than one
+                        device takes for the parts one after the other. Null if --counts has no 1.
 On real devices, each with its own cores, the ideal is 1 / n; there compare `seconds` with that of n = 1.
 
 The step is the trainer's own, of configs/pretrain.py, on random pairs. With --zero the parameters, gradients and
@@ -53,12 +55,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         steps["one", count] = DeviceStep(args, count, devices[:1])
     times = timing.interleaved(steps, args.steps)
     table = {}
+    single = timing.median(times["one", 1]) if 1 in counts else None
     for count in counts:
         many, one = times["many", count], times["one", count]
         table[count] = {
             "seconds": timing.median(many),
             "seconds_one_device": timing.median(one),
             **timing.ratio_report(one, many),
+            "ratio_of_repeats": single and timing.round_significant(timing.median(many) / (count * single), 4),
         }
     options = {name: getattr(args, name) for name in ("variant", "batch", "zero", "steps")}
     return {"devices": table} | options | bench_step.device()
