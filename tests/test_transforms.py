@@ -448,3 +448,28 @@ def test_keep():
     assert run("keep(caption, label)", RECORD) == {"caption": "Red Fox", "label": 7}
     with pytest.raises(UserError, match="no field 'text', only: key, caption"):
         run("keep(image, text)", {"key": 1, "caption": 1, "image": 1})
+
+
+@pytest.mark.parametrize(
+    "ops",
+    [
+        "decode|rrc(24)|flip(0.5)|jitter(0.3)",
+        "decode|affine(8, scale=(0.8, 1.2))|resize(20)|flip(0.5)",
+        "decode|flip(1.0)|resize_exact(16, 24)|center_crop(12)|flip(1.0)",
+    ],
+)
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "PNG"])
+def test_handing_pictures_on_changes_no_pixel(ops, format):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(file, format)
+    linked = one_by_one = {"key": "a", "image": file.getvalue()}
+    rngs = [np.random.default_rng(1) for _ in range(2)]
+    for op in parse_ops(ops, {}):
+        linked = op(linked, rngs[0])
+    for name in ops.split("|"):
+        (op,) = parse_ops(name, {})
+        one_by_one = op(one_by_one, rngs[1])
+        assert isinstance(one_by_one["image"], np.ndarray)
+    assert isinstance(linked["image"], np.ndarray)
+    np.testing.assert_array_equal(linked["image"], one_by_one["image"])

@@ -1,7 +1,12 @@
-"""Ops on images, uint8 (H, W, 3) from `decode` on; importing this module registers them."""
+"""Ops on images, uint8 (H, W, 3) from `decode` on; importing this module registers them.
+
+Between two ops that both work on PIL pictures the picture itself is handed on (`link_pictures`): an array made of it
+and a picture made of that again would take half as long as decoding.
+"""
 
 import abc
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +23,7 @@ IDENTITY = np.eye(3, dtype=np.float32)
 # Luma and chroma (Y, I, Q) of R, G, B, for rotations of the hue.
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
 WHITE = (255, 255, 255)
+BICUBIC = Image.Resampling.BICUBIC
 MAX_ASPECT = 100  # of a picture; a line of pixels would be resized to gigabytes
 # First bytes of the usual formats: PIL otherwise tries a dozen readers on every image.
 MAGIC = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"RI": "WEBP"}
@@ -29,7 +35,12 @@ class Decode(Op):
 
     EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled, of animations the first frame is
     taken. Corrupt images and those narrower than 1:100 are bad records.
+
+    Attributes:
+      gives_picture: see `PictureOp`.
     """
+
+    gives_picture = False
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Raises BadRecord for an image that cannot be decoded."""
@@ -43,7 +54,8 @@ class Decode(Op):
             with Image.open(io.BytesIO(data), formats=[known] if known else None) as image:
                 if max(image.size) > MAX_ASPECT * min(image.size):
                     raise ValueError(f"{image.width} x {image.height} pixels are too narrow")
-                return example | {"image": np.asarray(_to_rgb(image))}
+                picture = _to_rgb(image)
+                return example | {"image": picture if self.gives_picture else np.asarray(picture)}
         except Exception as error:  # PIL's decoders raise a dozen unrelated types on corrupt data
             raise BadRecord(key_of(example), f"corrupt image ({type(error).__name__}: {error})"[:300]) from error
 
@@ -86,28 +98,58 @@ class ImageOp(Op):
         """uint8 (H, W, 3) -> the transformed image."""
 
 
+class PictureOp(Op):
+    """An op on the image as PIL has it: a subclass defines `_picture`. Takes and gives arrays as well.
+
+    Attributes:
+      gives_picture: whether the image is left as a PIL picture, RGB, for the next op; `link_pictures` sets it.
+    """
+
+    gives_picture = False
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Raises UserError if the image is not decoded yet."""
+        image = example.get("image")
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        elif not isinstance(image, Image.Image):
+            raise UserError(f"op {self.name!r} needs a decoded image: put decode before it")
+        image = self._picture(image, rng)
+        return example | {"image": image if self.gives_picture else np.asarray(image)}
+
+    @abc.abstractmethod
+    def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """RGB picture -> the transformed picture; the one given is not changed."""
+
+
+def link_pictures(ops: Sequence[Op]) -> None:
+    """Makes each op that is followed by a `PictureOp` hand its picture on; changes no pixel."""
+    for first, after in itertools.pairwise(ops):
+        if isinstance(first, (Decode, PictureOp)):
+            first.gives_picture = isinstance(after, PictureOp)
+
+
 @op("resize")
-class Resize(ImageOp):
+class Resize(PictureOp):
     """Bicubic (antialiased) resize: the shorter side becomes `size`, the other keeps the aspect ratio, rounded down."""
 
     def __init__(self, size: int):
         self.size = _size(size)
 
-    def _image(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        height, width = image.shape[:2]
-        short = min(height, width)
-        return _resize(image, self.size * height // short, self.size * width // short)
+    def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        short = min(image.size)
+        return image.resize(tuple(self.size * side // short for side in image.size), BICUBIC)
 
 
 @op("resize_exact")
-class ResizeExact(ImageOp):
+class ResizeExact(PictureOp):
     """Bicubic (antialiased) resize to (height, width), or (height, height), whatever the aspect ratio."""
 
     def __init__(self, height: int, width: int | None = None):
-        self.size = (_size(height), _size(height if width is None else width))
+        self.size = (_size(height if width is None else width), _size(height))
 
-    def _image(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return _resize(image, *self.size)
+    def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        return image.resize(self.size, BICUBIC)
 
 
 @op("center_crop")
@@ -143,7 +185,7 @@ class Crop(ImageOp):
 
 
 @op("rrc")
-class RandomResizedCrop(ImageOp):
+class RandomResizedCrop(PictureOp):
     """A random box, resized (bicubic, antialiased) to (size, size): Inception's crop (Szegedy et al. 2014).
 
     As in torchvision: area and log aspect ratio are uniform; ten tries for a box that fits, then a centred one.
@@ -161,9 +203,8 @@ class RandomResizedCrop(ImageOp):
         self.scale = _range("scale", scale, 1.0)
         self.ratio = _range("ratio", ratio, 100.0)
 
-    def _image(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        box = self._box(image.shape[0], image.shape[1], rng)
-        return _resize(image, self.size, self.size, box)
+    def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        return image.resize((self.size, self.size), BICUBIC, box=self._box(image.height, image.width, rng))
 
     def _box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
@@ -181,7 +222,7 @@ class RandomResizedCrop(ImageOp):
 
 
 @op("affine")
-class RandomAffine(ImageOp):
+class RandomAffine(PictureOp):
     """A random rotation about the centre, scaling, aspect ratio and shift (bilinear); what comes in view is `fill`.
 
     Unlike `rrc` it also zooms out, for drawings that fill their frame more or less.
@@ -209,8 +250,8 @@ class RandomAffine(ImageOp):
         self.shift, self.stretch = checked_number("shift", shift, 0, 1), checked_number("stretch", stretch, 0, 10)
         self.fill = (int(checked_number("fill", fill, 0, 255)),) * 3
 
-    def _image(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        height, width = image.shape[:2]
+    def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        width, height = image.size
         angle = math.radians(self.degrees) * (2 * rng.random() - 1)
         low, high = map(math.log, self.scale)
         scale = math.exp(low + (high - low) * rng.random())
@@ -221,19 +262,17 @@ class RandomAffine(ImageOp):
         centre = np.array([width / 2, height / 2])
         offset = centre - inverse @ (centre + shift)
         (a, b), (d, e) = inverse.tolist()
-        return np.asarray(
-            Image.fromarray(image).transform(
-                (width, height),
-                Image.Transform.AFFINE,
-                (a, b, float(offset[0]), d, e, float(offset[1])),
-                Image.Resampling.BILINEAR,
-                fillcolor=self.fill,
-            )
+        return image.transform(
+            image.size,
+            Image.Transform.AFFINE,
+            (a, b, float(offset[0]), d, e, float(offset[1])),
+            Image.Resampling.BILINEAR,
+            fillcolor=self.fill,
         )
 
 
 @op("flip")
-class Flip(ImageOp):
+class Flip(PictureOp):
     """Mirrors left and right with probability `p`."""
 
     random = True
@@ -241,11 +280,8 @@ class Flip(ImageOp):
     def __init__(self, p: float = 0.5):
         self.p = checked_number("p", p, 0, 1)
 
-    def _image(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        if rng.random() >= self.p:
-            return image
-        mirrored = Image.fromarray(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(mirrored)
+    def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.p else image
 
 
 @op("jitter")
@@ -320,10 +356,6 @@ class Normalise(ImageOp):
 
     def _image(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return (image.astype(np.float32) / np.float32(255) - self.mean) / self.std
-
-
-def _resize(image: np.ndarray, height: int, width: int, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
 def _pad_to(image: np.ndarray, size: int, fill: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from florence_jax.data import image_ops as image_ops  # registers the image ops
+from florence_jax.data import image_ops
 from florence_jax.data.captions import normalise_caption
 from florence_jax.data.registry import OPS, Example, Op, checked_number, key_of, op
 from florence_jax.data.sources import BadRecord
@@ -46,7 +46,9 @@ def parse_ops(spec: str, context: Mapping[str, Any]) -> list[Op]:
         calls.append(node.right)
         node = node.left
     calls.append(node)
-    return [_make_op(call, spec, context) for call in reversed(calls)]
+    ops = [_make_op(call, spec, context) for call in reversed(calls)]
+    image_ops.link_pictures(ops)
+    return ops
 
 
 def _make_op(node: ast.expr, spec: str, context: Mapping[str, Any]) -> Op:
