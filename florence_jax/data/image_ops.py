@@ -1,7 +1,7 @@
 """Ops on images, uint8 (H, W, 3) from `decode` on; importing this module registers them.
 
 Between two ops that both work on PIL pictures the picture itself is handed on (`link_pictures`): an array made of it
-and a picture made of that again would take half as long as decoding.
+and a picture made of that again would be two copies for nothing.
 """
 
 import abc
