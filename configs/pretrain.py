@@ -19,7 +19,7 @@ from configs.common import common, model_overrides, parse_arg
 from florence_jax.errors import UserError
 from florence_jax.models.florence import VARIANTS
 
-TRAIN_IMAGE_OPS = "decode|rrc({res}, scale=(0.5, 1.0))|flip(0.5)|jitter(0.4, 0.4, 0.4)"
+TRAIN_IMAGE_OPS = "decode|rrc({res}, scale=(0.5, 1.0), interpolation=bilinear)|flip(0.5)|jitter(0.4, 0.4, 0.4)"
 # Of every variant under 'runlocal': minutes on a laptop, with the variant's own tokens, pooling and masks.
 RUNLOCAL_SIZES = {
     "res": 32,
@@ -79,7 +79,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "train": "emoji:train",  # sources joined by '|', each with an optional '*weight'
         "train_image_ops": TRAIN_IMAGE_OPS.format(res=res),
         "eval_image_ops": EVAL_IMAGE_OPS.format(res=res),
-        "captions": "caption=1",  # record fields that captions are drawn from, with weights
+        # Record fields that captions are drawn from, with weights; '|' between the fields of several texts a picture.
+        "captions": "caption=1",
         "workers": 8,
         "cache": False,  # keep decoded images in memory; for data much smaller than that
         "on_corrupt": "skip",  # or 'error'
@@ -122,14 +123,15 @@ def _shorten(config: ConfigDict, stage: Stage) -> None:
 def _laptop(config: ConfigDict, res: int) -> None:
     """Five minutes on two CPU cores, on the embedded emoji pairs."""
     config.batch_size = 128
-    config.total_steps = 1500
+    config.total_steps = 1400
     config.optim.learning_rate = 8e-4
     config.optim.warmup_steps = 100
     config.optim.ema_decay = 0.998  # the mean of about 500 steps: with far fewer steps set 0
     # Drawings fill their frame more or less: zoom out as well as in, and never cut much away.
     affine = "affine(8, scale=(0.85, 1.15), shift=0.05, stretch=0.2)"
     config.data.train_image_ops = f"decode|{affine}|resize({res})|flip(0.5)|jitter(0.3, 0.3, 0.3)"
-    config.data.captions = "caption=3,keywords_joined=1,keywords=1,group=2"
+    # Two texts a picture: its name, and one of the rest. With one it learns more slowly, with more no better.
+    config.data.captions = "caption=1|keywords_joined=1,keywords=1,group=2"
     config.text.subword_sampling = 0.2  # held-out names have words never seen: parts of words must mean something
     config.model.overrides.text_layers = 1
     config.model.overrides.text_length = 16  # names and keywords are short; longer captions of your own need more

@@ -10,7 +10,8 @@ import pytest
 
 from configs.pretrain import get_config
 from florence_jax.errors import UserError
-from florence_jax.tasks.pretrain import Pretrain
+from florence_jax.losses.unicl import unicl_reference
+from florence_jax.tasks.pretrain import Pretrain, normalise
 from florence_jax.train.sharding import batch_sharding, make_mesh, param_shardings, state_shardings
 from florence_jax.train.state import init_state
 from florence_jax.train.step import make_train_step
@@ -32,11 +33,12 @@ def task(micro_batch=0, towers="both", **sizes):
 
 
 def random_batch(size=BATCH):
+    """Two texts a picture, as get_config() asks for."""
     rng = np.random.default_rng(0)
     return {
         "image": jnp.asarray(rng.integers(0, 256, (size, 32, 32, 3)), jnp.uint8),
-        "text": jnp.asarray(rng.integers(4, 500, (size, 8)), jnp.int32),
-        "label": jnp.asarray(rng.integers(0, 20, size), jnp.int32),
+        "text": jnp.asarray(rng.integers(4, 500, (size, 2, 8)), jnp.int32),
+        "label": jnp.asarray(rng.integers(0, 20, (size, 2)), jnp.int32),
     }
 
 
@@ -75,10 +77,28 @@ def test_equals_the_whole_batch(whole, micro_batch, towers):
     np.testing.assert_allclose(got["logit_scale"], grads["logit_scale"], rtol=1e-5)
 
 
+def test_the_loss_of_several_texts_is_the_mean_of_unicl(whole):
+    params, value_and_grad = whole
+    pretrain, batch = task(), random_batch()
+    inputs = {"image": normalise(batch["image"]), "example": jnp.arange(BATCH)}
+    images = pretrain.model.apply(params, inputs, train=True, rngs={"drop_path": jax.random.key(7)})
+    losses = [
+        unicl_reference(
+            images["image/embedding"],
+            pretrain.predict["text"](params, {"text": batch["text"][:, k]}),
+            batch["label"][:, k],
+            images["logit_scale"],
+        )
+        for k in range(2)
+    ]
+    assert abs(sum(losses[0]) - sum(losses[1])) > 1e-3
+    np.testing.assert_allclose(value_and_grad(jax.random.key(7))[0], np.mean(losses), rtol=1e-5)
+
+
 def test_stochastic_depth_matters(whole):
     """Otherwise the equality above would say nothing about it."""
     _, value_and_grad = whole
-    assert abs(value_and_grad(jax.random.key(7))[0] - value_and_grad(jax.random.key(8))[0]) > 1e-3
+    assert np.ptp([value_and_grad(jax.random.key(i))[0] for i in (7, 8, 9)]) > 1e-3
 
 
 def sharded_step(data, fsdp, micro_batch):

@@ -98,6 +98,9 @@ def test_parse():
         ("rrc(32, scale=0.5)", "scale must be two numbers"),
         ("rrc(32, scale=(1, 0.5))", "scale must be two numbers"),
         ("rrc(32, ratio=(0, 1))", "ratio must be two numbers"),
+        ("rrc(32, interpolation=cubic)", "interpolation='cubic': choose one of bicubic, bilinear"),
+        ("texts()", "name the caption fields of each text"),
+        ("texts('caption=0')", "weight caption"),
         ("rrc(open('x'))", "neither a number, a tuple nor a name"),
         ("resize(True)", "positive whole number"),
         ("flip(1.5)", "p must be a number from 0 to 1"),
@@ -124,7 +127,7 @@ def test_every_op_can_be_pickled_and_leaves_its_input_alone():
     specs = (
         "decode resize(8) resize_exact(8,9) center_crop(8) crop(8,pad=2) rrc(8) flip(1) affine(9,shift=0.1) "
         "jitter(0.5,0.5,0.5,0.1) gray(1) normalise caption(caption=1,tags=1,tags_joined=1) label prompt tokenize "
-        "keep(image,text)"
+        "texts('caption=1','tags=1') keep(image,text)"
     ).split()
     assert {spec.split("(")[0] for spec in specs} == set(OPS) - {"class_label", "class_prompt"}  # in test_classes
     for spec in specs:
@@ -332,6 +335,13 @@ def test_jitter_joint_map_and_hue():
     assert np.abs(back.astype(int) - mild).max() <= 2
 
 
+def test_rrc_interpolation():
+    for name, filter in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
+        out = run(f"rrc(24, scale=(1, 1), ratio=(1, 1), interpolation={name})", {"image": noise()})["image"]
+        reference = Image.fromarray(noise()).resize((24, 24), filter, box=(5, 0, 25, 20))
+        np.testing.assert_array_equal(out, np.asarray(reference))
+
+
 def test_gray():
     out = run("gray(1)", {"image": noise()})["image"]
     reference = np.asarray(Image.fromarray(noise()).convert("L")).astype(int)
@@ -442,6 +452,23 @@ def test_tokenize_with_sampling():
     assert 45 < sum((text == plain).all() for text in texts) < 85  # half, and those that sampling splits the same way
     with pytest.raises(UserError, match=r"sampling must be a number from 0 to 1.*usage: tokenize\(sampling"):
         run("tokenize(sampling=2)", {"caption": "x"}, 0, context)
+
+
+def test_texts():
+    context = CONTEXT | {"caption_index": CaptionIndex.build(["red fox", "animals", "animal", "fur"])}
+    (op,) = parse_ops("texts('caption=1', 'group=1', 'caption=1,keywords=1')", context)
+    assert op.random and op.fields == {"caption", "group", "keywords"}
+    out = op(RECORD, rng(3))
+    assert out["text"].dtype == out["label"].dtype == np.int32 and out["text"].shape == (3, 4)
+    assert out["caption"] == RECORD["caption"]  # each text is drawn from the record, not from the text before it
+    generator = rng(3)
+    for k, fields in enumerate(("caption=1", "group=1", "caption=1,keywords=1")):
+        single = RECORD
+        for step in parse_ops(f"caption({fields})|label|prompt|tokenize", context):
+            single = step(single, generator)
+        np.testing.assert_array_equal(out["text"][k], single["text"])
+        assert out["label"][k] == single["label"]
+    assert not parse_ops("texts('caption=1')", context | {"templates": ()})[0].random
 
 
 def test_keep():

@@ -15,7 +15,7 @@ from absl import logging
 
 from florence_jax.data.registry import Op
 from florence_jax.data.sources import BadRecord, Record, Source
-from florence_jax.data.transforms import Caption, parse_ops
+from florence_jax.data.transforms import Caption, Texts, parse_ops
 from florence_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def check_caption_fields(sources: Sequence[Source], fields: Iterable[str]) -> No
 
 
 def _drawn_fields(ops: Sequence[Op]) -> set[str]:
-    return {name for op in ops if isinstance(op, Caption) for name in op.fields}
+    return {name for op in ops if isinstance(op, (Caption, Texts)) for name in op.fields}
 
 
 # -- making batches ---------------------------------------------------------------------------------------------------

@@ -221,6 +221,36 @@ class Tokenize(Op):
             raise BadRecord(key_of(example), str(error)) from error
 
 
+@op("texts")
+class Texts(Op):
+    """Several texts of one example: texts('caption=1', 'keywords=1,group=2', sampling=0.2) gives it two.
+
+    Each is made from the example as by `caption(<fields>)|label|prompt|tokenize(sampling=...)`. Adds "text", int32
+    (K, L), and "label", int32 (K,), for K sets of fields.
+
+    Attributes:
+      fields: the caption fields of all sets.
+    """
+
+    def __init__(self, *fields: str, context: Mapping[str, Any], sampling: float = 0.0):
+        if not fields:
+            raise UserError("name the caption fields of each text")
+        specs = [f"caption({names})|label|prompt|tokenize(sampling={sampling})" for names in fields]
+        self.chains = [parse_ops(spec, context) for spec in specs]
+        self.fields = {name for names in fields for name in parse_fields(names)}
+        self.random = any(op.random for chain in self.chains for op in chain)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Adds texts and labels."""
+        made = []
+        for chain in self.chains:
+            text = example
+            for step in chain:
+                text = step(text, rng)
+            made.append(text)
+        return example | {name: np.stack([text[name] for text in made]) for name in ("text", "label")}
+
+
 @op("keep")
 class Keep(Op):
     """Drops all fields but the named ones: keep(image, text, label)."""

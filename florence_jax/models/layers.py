@@ -6,7 +6,7 @@ statistics and softmax run in float32 whatever the compute dtype.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -119,48 +119,74 @@ class Dense(nn.Module):
         return checkpoint_name(constrain(add_bias(product, bias)), "dense")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """2-D convolution of (B, H, W, C) by (k, k, C, features) with symmetric zero padding."""
-    return _convolve(x, kernel, (stride, stride), ((padding, padding),) * 2)
+    """2-D convolution of (B, H, W, C) by (k, k, C, features) with symmetric zero padding: (B, h, w, features).
+
+    XLA's CPU compiler has no fast form of a convolution that is dilated (gradients), larger than its map, or inside a
+    loop, but fast matrix products: there it is written as one.
+    """
+    options = dict(stride=stride, padding=padding)
+    by_patches = functools.partial(convolve_patches, **options)
+    reference = functools.partial(convolve_reference, **options)
+    return jax.lax.platform_dependent(x, kernel, cpu=by_patches, default=reference)
 
 
-def _convolve(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: tuple[int, int],
-    padding: Sequence[tuple[int, int]],
-    dilation: tuple[int, int] = (1, 1),
-) -> jax.Array:
+def convolve_reference(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """`convolve` as XLA has it."""
     return jax.lax.conv_general_dilated(
-        x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, (stride, stride), ((padding, padding),) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolve_patches(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """`convolve` as the matrix of patches, (B h w, k k C), times the kernel."""
+    return jnp.matmul(_patches(_pad(x, padding, padding), len(kernel), stride), kernel.reshape(-1, kernel.shape[-1]))
+
+
+def _pad(x: jax.Array, low: int, *high: int) -> jax.Array:
+    """(B, H, W, C) with `low` zeros at the top and left, and `high` at the bottom and right."""
+    return jnp.pad(x, ((0, 0), (low, high[0]), (low, high[-1]), (0, 0)))
+
+
+def _patches(x: jax.Array, size: int, stride: int) -> jax.Array:
+    """(B, H, W, C) to all its size x size pieces, `stride` apart: (B, h, w, size * size * C)."""
+    bottom, right = (side - size + 1 for side in x.shape[1:3])
+    pieces = [x[:, i : i + bottom : stride, j : j + right : stride] for i in range(size) for j in range(size)]
+    return jnp.concatenate(pieces, axis=-1)
 
 
 def _convolve_forward(
     x: jax.Array, kernel: jax.Array, stride: int, padding: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return convolve(x, kernel, stride, padding), (x, kernel)
+    return convolve_patches(x, kernel, stride, padding), (x, kernel)
 
 
 def _convolve_backward(
     stride: int, padding: int, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of input and kernel; the kernel's is a convolution over the batch, dilated by the stride.
+    """Gradients of input and kernel, both as products of patches.
 
-    As JAX has it, but for the order of the axes, which is made the usual one by hand: XLA's CPU compiler does that only
-    outside loops, and inside (gradient cache) a convolution of another order takes up to 60 times as long.
+    A pixel at place a of its stride x stride cell has the gradient sum_u grad[cell - u] kernel[u stride + a]: all the
+    places of a cell are one product of a patch of `grad`. (The sum of the patches' own gradients, JAX's form, would be
+    recomputed by XLA in every fusion that reads it.)
     """
     x, kernel = residuals
-    (x_grad,) = jax.vjp(lambda x: _convolve(x, kernel, (stride, stride), ((padding, padding),) * 2), x)[1](grad)
-    ends = ((grad.shape[i] - 1) * stride + kernel.shape[0] - padding - x.shape[i] for i in (1, 2))
-    kernel_grad = _convolve(
-        x.transpose(3, 1, 2, 0), grad.transpose(1, 2, 0, 3), (1, 1), [(padding, end) for end in ends], (stride, stride)
-    )
-    return x_grad, kernel_grad.transpose(1, 2, 0, 3)
+    size, channels, features = len(kernel), x.shape[-1], kernel.shape[-1]
+    patches = _patches(_pad(x, padding, padding), size, stride)
+    kernel_grad = jnp.einsum("bhwp,bhwf->pf", patches, grad).reshape(kernel.shape)
+    taps = -(-size // stride)
+    cells = [-(-(side + 2 * padding) // stride) for side in x.shape[1:3]]
+    kernel = jnp.pad(kernel, (*((0, taps * stride - size),) * 2, (0, 0), (0, 0)))
+    kernel = kernel.reshape(taps, stride, taps, stride, channels, features)[::-1, :, ::-1]
+    kernel = kernel.transpose(0, 2, 5, 1, 3, 4).reshape(taps**2 * features, -1)
+    grad = _pad(grad, taps - 1, *(n - side for n, side in zip(cells, grad.shape[1:3], strict=True)))
+    x_grad = jnp.matmul(_patches(grad, taps, 1), kernel).reshape(-1, *cells, stride, stride, channels)
+    x_grad = x_grad.swapaxes(2, 3).reshape(-1, cells[0] * stride, cells[1] * stride, channels)
+    return x_grad[:, padding : padding + x.shape[1], padding : padding + x.shape[2]], kernel_grad
 
 
-convolve.defvjp(_convolve_forward, _convolve_backward)
+convolve_patches.defvjp(_convolve_forward, _convolve_backward)
 
 
 class Mlp(nn.Module):

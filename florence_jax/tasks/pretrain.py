@@ -71,7 +71,9 @@ class Pretrain:
             raise UserError(f"config.loss={config.loss!r} is unknown; choose 'unicl' or 'clip'")
         self.config = config
         self.tokenizer, self.model = build_model(config)
-        self.flops_per_example = 3.0 * sum(florence.forward_flops(self.model.config).values())
+        self._captions = config.data.captions.split("|")  # the fields of each text of a picture
+        flops = florence.forward_flops(self.model.config)
+        self.flops_per_example = 3.0 * (flops["image"] + len(self._captions) * flops["text"])
         self.predict = {"image": self._embed_image, "text": self._embed_text}
 
     # -- model ------------------------------------------------------------------------------------------------------
@@ -92,14 +94,19 @@ class Pretrain:
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """UniCL over the global batch; with `config.loss='clip'` every pair is its own class.
 
-        With `config.grad_cache.micro_batch` the towers run a micro-batch at a time: same value, same gradients.
+        With K texts a picture it is the mean of K losses, each of all pictures and one text of each: the image tower,
+        by far the larger part of a step, learns from K descriptions at once. With `config.grad_cache.micro_batch` the
+        towers run a micro-batch at a time: same value, same gradients.
         """
         axes, cache = ambient_batch_axes(), self.config.grad_cache
+        texts = batch["text"].shape[1]
 
         def encode(params: Any, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            inputs = {name: self._normalise(x) if name == "image" else x for name, x in inputs.items()}
+            change = {"image": self._normalise, "text": lambda ids: ids.reshape(-1, ids.shape[-1])}  # (b K, L)
+            inputs = {name: change[name](x) if name in change else x for name, x in inputs.items()}
             out = self.model.apply(params, inputs, train=True, rngs={"drop_path": key})
-            return {name: value for name, value in out.items() if name.endswith("/embedding")}
+            back = {"image/embedding": (-1,), "text/embedding": (-1, texts)}
+            return {name: out[name].reshape(*back[name], out[name].shape[-1]) for name in back if name in out}
 
         positions = jnp.arange(batch["label"].shape[0])
         out = encode_pairs(
@@ -113,9 +120,12 @@ class Pretrain:
             replicated=[axis for axis in axes if axis != "fsdp"],
         )
         scale = self.model.apply(params, {})["logit_scale"]
-        labels = positions if self.config.loss == "clip" else batch["label"]
         contrast = functools.partial(unicl_sharded, axes=axes) if axes else unicl
-        loss, metrics = contrast(out["image/embedding"], out["text/embedding"], labels, scale)
+        results = []
+        for k in range(texts):
+            labels = positions if self.config.loss == "clip" else batch["label"][:, k]
+            results.append(contrast(out["image/embedding"], out["text/embedding"][:, k], labels, scale))
+        loss, metrics = jax.tree.map(lambda *values: sum(values) / len(values), *results)
         return loss, metrics | {"logit_scale": scale}
 
     def project(self, params: Any) -> Any:
@@ -139,40 +149,40 @@ class Pretrain:
 
     def open_data(self) -> None:
         """Raises UserError for a missing source, an unknown caption field or op."""
-        check_caption_fields(self._mixture[0], parse_fields(self.config.data.captions))
+        check_caption_fields(self._mixture[0], {name for fields in self._captions for name in parse_fields(fields)})
         for ops in (self.config.data.train_image_ops, self.config.data.eval_image_ops):
             parse_ops(ops, {})
         if self.config.eval.source:
             open_source(self.config.eval.source)
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of the batches of `train_stream`, over all processes."""
-        size, model = self.config.batch_size, self.model.config
-        number = jax.ShapeDtypeStruct((size,), jnp.int32)
+        """Of the batches of `train_stream`, over all processes; K texts of each picture, "label" is of the text."""
+        size, texts, model = self.config.batch_size, len(self._captions), self.model.config
         return {
             "image": jax.ShapeDtypeStruct((size, model.res, model.res, 3), jnp.uint8),
-            "text": jax.ShapeDtypeStruct((size, model.text_length), jnp.int32),
-            "label": number,
-            "corrupt": number,
+            "text": jax.ShapeDtypeStruct((size, texts, model.text_length), jnp.int32),
+            "label": jax.ShapeDtypeStruct((size, texts), jnp.int32),
+            "corrupt": jax.ShapeDtypeStruct((size,), jnp.int32),
         }
 
     def train_stream(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """Local batches {"image" uint8, "text" int32, "label" int32, "corrupt" int32} from `start_step` on."""
+        """Local batches from `start_step` on, as `batch_shapes` has them."""
         config, data = self.config, self.config.data
         sources, weights = self._mixture
         index = CaptionIndex.build(
             text
             for source in sources
             for record in source.metadata()
-            for text in caption_strings(record, data.captions)
+            for fields in self._captions
+            for text in caption_strings(record, fields)
         )
         context = {
             "tokenizer": self.tokenizer,
             "caption_index": index,
             "templates": TEMPLATES if config.text.templates else (),
         }
-        text_ops = f"caption({data.captions})|label|prompt|tokenize(sampling={config.text.subword_sampling})"
-        ops = f"{data.train_image_ops}|{text_ops}|keep(image, text, label)"
+        texts = ", ".join(map(repr, self._captions))
+        ops = f"{data.train_image_ops}|texts({texts}, sampling={config.text.subword_sampling})|keep(image, text, label)"
         return train_stream(
             sources,
             weights,

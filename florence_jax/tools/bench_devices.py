@@ -106,10 +106,10 @@ class DeviceStep:
 def random_batch(shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
     """Random pairs, all of different captions."""
     rng = np.random.default_rng(0)
-    size = shapes["label"].shape[0]
+    size, texts = shapes["label"].shape
     return {
         "image": rng.integers(0, 256, shapes["image"].shape, np.uint8),
         "text": rng.integers(4, 500, shapes["text"].shape, np.int32),
-        "label": np.arange(size, dtype=np.int32),
+        "label": np.tile(np.arange(size, dtype=np.int32)[:, None], texts),
         "corrupt": np.zeros(size, np.int32),
     }
