@@ -469,6 +469,8 @@ def test_texts():
         np.testing.assert_array_equal(out["text"][k], single["text"])
         assert out["label"][k] == single["label"]
     assert not parse_ops("texts('caption=1')", context | {"templates": ()})[0].random
+    bare = run("texts('caption=1', 'group=1,none=1')", {"key": "k", "caption": "Red Fox", "none": ""}, context=context)
+    assert bare["label"].tolist() == [context["caption_index"].id("red fox")] * 2
 
 
 def test_keep():

@@ -226,7 +226,8 @@ class Texts(Op):
     """Several texts of one example: texts('caption=1', 'keywords=1,group=2', sampling=0.2) gives it two.
 
     Each is made from the example as by `caption(<fields>)|label|prompt|tokenize(sampling=...)`. Adds "text", int32
-    (K, L), and "label", int32 (K,), for K sets of fields.
+    (K, L), and "label", int32 (K,), for K sets of fields. A set of which an example has no field gives a text of the
+    first set instead, so that plain pairs can be mixed with ones that have keywords.
 
     Attributes:
       fields: the caption fields of all sets.
@@ -237,15 +238,16 @@ class Texts(Op):
             raise UserError("name the caption fields of each text")
         specs = [f"caption({names})|label|prompt|tokenize(sampling={sampling})" for names in fields]
         self.chains = [parse_ops(spec, context) for spec in specs]
-        self.fields = {name for names in fields for name in parse_fields(names)}
+        self.sets = [parse_fields(names) for names in fields]
+        self.fields = {name for names in self.sets for name in names}
         self.random = any(op.random for chain in self.chains for op in chain)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Adds texts and labels."""
         made = []
-        for chain in self.chains:
+        for names, chain in zip(self.sets, self.chains, strict=True):
             text = example
-            for step in chain:
+            for step in chain if any(_texts(example, name) for name in names) else self.chains[0]:
                 text = step(text, rng)
             made.append(text)
         return example | {name: np.stack([text[name] for text in made]) for name in ("text", "label")}
