@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from florence_jax.errors import UserError
 from florence_jax.models import florence
 from florence_jax.tools import bench, bench_data, bench_devices, bench_step, timing, timm_swin, torch_swin
 from florence_jax.train.optim import DECAY_RULES
@@ -178,6 +179,16 @@ def test_data_prints_one_line(capsys, workers):
     assert (result["cpu_ratio"] is None) == (workers > 0)
     for name in ("decode_images_per_s", "pipeline_images_per_s", "kilobytes_per_image"):
         assert result[name] > 0
+
+
+def test_records_of_the_benchmark_are_pictures_and_texts(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file": "a.png", "text": "x", "box": 1.5}\n')
+    (record,) = bench_data.take_records(str(tmp_path), 3)
+    assert record.keys() == {"key", "image", "caption"}
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="corrupt image"):
+        bench_data.take_records(str(tmp_path), 3)
 
 
 def test_enlarged_records_are_jpegs_of_the_size():

@@ -81,7 +81,12 @@ def test_templates_from_a_file(tmp_path):
 
 @pytest.mark.parametrize(
     "text,message",
-    [("", "names no class"), ("a\na\n", "'a' is there twice"), ("a = \n", "line 1"), ("# only\n", "names no class")],
+    [
+        ("", "names no class"),
+        ("a\nA_ = x\n", "'a' and 'A_' are the same class"),
+        ("a = \n", "line 1"),
+        ("# only\n", "names no class"),
+    ],
 )
 def test_broken_name_files(tmp_path, text, message):
     (tmp_path / "names.txt").write_text(text)
@@ -102,6 +107,26 @@ def test_labels_of_the_data_are_the_default():
     assert [int(classes.target({"caption": c})) for c in ("CAT", "dog")] == [0, 1]
     with pytest.raises(BadRecord, match="'cow' is none of the 2 classes"):
         classes.target({"key": "x", "caption": "cow"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(captions=["Sea Lion", "sea_lion"]), "'Sea Lion' and 'sea_lion' are the same class"),
+        (dict(captions=["x", "y"], labels=["cat;dog", "dog"]), "'labels' must be a list, not the text 'cat;dog'"),
+    ],
+)
+def test_labels_that_cannot_be_classes(fields, message):
+    with pytest.raises(UserError, match=message):
+        open_classes(folder(**fields))
+
+
+def test_a_record_without_labels_has_none_of_the_classes():
+    source = folder(["x", "y"], labels=[["cat", "dog"], None])
+    classes = open_classes(source)
+    assert classes.first_names == ["cat", "dog"] and classes.target(next(iter(source.metadata()))).tolist() == [1, 1]
+    with pytest.raises(BadRecord):
+        all_targets(source, classes)
 
 
 def test_names_join_by_text_whatever_the_order_and_extra_names_stay(tmp_path):

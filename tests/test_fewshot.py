@@ -200,6 +200,7 @@ def test_chestx_keeps_single_findings_of_the_benchmark(tmp_path):
     rows += ["d.png,Pneumonia,0", "e.png,Pneumothorax,1", "f.png,Hernia,0"]
     (tmp_path / "Data_Entry_2017.csv").write_text("\n".join(rows))
     picture(tmp_path / "images_001" / "images" / "a.png")
+    (tmp_path / "images_001.tar.gz").write_bytes(b"the archive it comes from")
     with pytest.raises(UserError, match="1 of 2 images are missing, the first: e.png"):
         open_labelled(f"chestx:{tmp_path}")
     picture(tmp_path / "images_002" / "images" / "e.png")

@@ -12,7 +12,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
 from florence_jax.data.captions import CaptionIndex
-from florence_jax.data.pipeline import MAX_BAD_IN_A_ROW, Stream, eval_stream, to_global, train_stream
+from florence_jax.data.pipeline import (
+    MAX_BAD_IN_A_ROW,
+    Stream,
+    check_caption_fields,
+    eval_stream,
+    to_global,
+    train_stream,
+)
 from florence_jax.data.sources import BadRecord, FolderSource, open_source, write_array_record
 from florence_jax.data.transforms import caption_strings
 from florence_jax.errors import UserError
@@ -211,6 +218,22 @@ def test_cache_reads_once():
     source = ListSource(pairs(6))
     take(train_stream([source], None, OPS, context(source), batch_size=6, seed=0, cache=True, prefetch=0), 4)
     assert source.reads == {i: 1 for i in range(6)}
+
+
+def test_cache_keeps_texts_random():
+    source = ListSource([{**record, "tags": ["a", "b", "c", "d"]} for record in pairs(6)])
+    ops = "decode|texts('tags=1', sampling=0.0)|keep(text)"
+    batches = take(train_stream([source], None, ops, context(source), batch_size=6, seed=0, cache=True, prefetch=0), 4)
+    plain = take(train_stream([source], None, ops, context(source), batch_size=6, seed=0, prefetch=0), 4)
+    assert len({text.tobytes() for batch in batches for text in batch["text"]}) >= 4  # tags, and prompts
+    assert all(np.array_equal(a["text"], b["text"]) for a, b in zip(batches, plain, strict=True))
+
+
+def test_caption_fields_are_looked_for_in_all_records():
+    sources = [ListSource(pairs(40)), ListSource([*pairs(40), {"key": "x", "caption": "x", "late": ["y"]}])]
+    check_caption_fields(sources, ["caption", "late", "late_joined"])
+    with pytest.raises(UserError, match="no record has the caption field 'gone'; fields: caption"):
+        check_caption_fields(sources, ["caption", "gone"])
 
 
 # -- bad records ------------------------------------------------------------------------------------------------------

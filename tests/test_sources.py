@@ -62,6 +62,8 @@ def test_array_record_file_folder_and_pattern(tmp_path):
         assert source[4] == records(3, "b")[2]
         assert [r["key"] for r in source.__getitems__([4, 0, 0])] == ["b2", "a0", "a0"]
         assert pickle.loads(pickle.dumps(source))[3]["key"] == "b1"
+    (tmp_path / "b.array_record.1f.tmp").write_bytes((tmp_path / "b.array_record").read_bytes())  # of a killed writer
+    assert [len(open_source(str(spec))) for spec in (tmp_path, tmp_path / "*.array_record*")] == [5, 5]
 
 
 def test_unreadable_records_are_bad_records_in_their_place(tmp_path):
@@ -135,11 +137,15 @@ def test_csv_folder(tmp_path, header):
 def test_jsonl_folder(tmp_path):
     image_folder(tmp_path, "a.png")
     lines = [{"file_name": "a.png", "text": "a cat", "tags": ["x", "y"]}, {"file_name": "gone.png", "text": "b"}]
+    lines.append({"file_name": "nul\0.png", "text": "c", "label": 3})
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     source = open_source(str(tmp_path))
     assert source[0] == {"key": "a.png", "image": png(0), "caption": "a cat", "tags": ["x", "y"]}
     with pytest.raises(BadRecord, match=r"gone.png.*cannot read the file"):
         source[1]
+    with pytest.raises(BadRecord, match="cannot read the file: embedded null"):
+        source[2]
+    assert [row.get("label") for row in source.metadata()] == [None, None, "3"]  # a class, not the id of a caption
 
 
 def test_class_folders(tmp_path):
@@ -157,6 +163,11 @@ def test_class_folders(tmp_path):
         ("captions.csv", "file,caption\n,x\n", "line 2: column 'file' must name a file"),
         ("captions.csv", 'file,caption\na.png,"x\n', "comma-separated UTF-8"),
         ("captions.csv", b"file,caption\na.png,\xff\xfe\n", "comma-separated UTF-8"),
+        (
+            "captions.csv",
+            "file,caption\na.png,x,\nb.png,a cat, asleep\n",
+            "line 3 has more cells than the header",
+        ),
         ("metadata.jsonl", "{bad\n", "one JSON object a line"),
         ("metadata.jsonl", "[1]\n", "line 1 is not a JSON object"),
         ("metadata.jsonl", "", "no rows"),
@@ -270,6 +281,29 @@ def test_tfds_texts(monkeypatch):
     source = open_source("tfds:coco:train")
     assert source[0]["caption"] == "big" and source[0]["captions"] == ["one", "zwei ü"]
     assert isinstance(source[0]["image"], bytes)
+
+
+def test_tfds_labels_that_are_no_class(monkeypatch):
+    rows = [{"image": png(), "label": np.int64(-1)}, {"image": png(), "label": b"cat"}]
+    fake_tfds(monkeypatch, rows, names=["red_fox", "dog"])
+    source = open_source("tfds:pets:train")
+    assert source[0] == {"key": "tfds:pets:train[0]", "image": png(), "class_id": -1}
+    assert source[1]["label"] == "cat" and "caption" not in source[1]
+
+
+def test_tfds_damaged_record_is_a_bad_record_in_its_place(monkeypatch):
+    class Rows(list):
+        def __getitem__(self, index):
+            if index == 1:
+                raise RuntimeError("checksum\nof a chunk")
+            return super().__getitem__(index)
+
+        def __getitems__(self, indices):
+            return [self[i] for i in indices]
+
+    fake_tfds(monkeypatch, Rows({"image": png(i)} for i in range(3)))
+    rows = open_source("tfds:pets:train").__getitems__([2, 1, 0])
+    assert [isinstance(row, BadRecord) for row in rows] == [False, True, False] and "checksum" in str(rows[1])
 
 
 def test_tfds_mistakes(monkeypatch):

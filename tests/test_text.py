@@ -283,7 +283,13 @@ def test_training_on_nothing_and_on_a_missing_source(tmp_path, capsys):
     assert train_tokenizer.main(["--source=emoji:gone", f"--out={tmp_path / 'x.model'}"]) == 2
     assert "emoji" in capsys.readouterr().err
     assert train_tokenizer.main(["--source=emoji:train", "--fields=gone", f"--out={tmp_path / 'x.model'}"]) == 2
-    assert "emoji:train, fields gone, has no text" in capsys.readouterr().err
+    assert "no record has the field 'gone'; fields: caption" in capsys.readouterr().err
+
+
+def test_texts_of_a_source_are_strings_only(tmp_path):
+    rows = [{"file": "a.png", "text": None}, {"file": "b.png", "text": "b", "group": 3, "keywords": ["k", 4]}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert list(train_tokenizer.source_texts(str(tmp_path))) == ["b", "k"]
 
 
 # -- prompts ---------------------------

@@ -93,8 +93,7 @@ def _parse(text: str, where: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...
         names.append(found)
     if not labels:
         raise UserError(f"class names {where}: the file names no class")
-    if twice := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
-        raise UserError(f"class names {where}: {twice[0]!r} is there twice")
+    _by_plain(labels, f"class names {where}")
     return tuple(labels), tuple(names)
 
 
@@ -115,6 +114,15 @@ def dataset_name(spec: str) -> str:
 def _plain(label: str) -> str:
     """Labels that differ in case, or in '_', '-', '/' and spaces only, are the same."""
     return re.sub(r"[\s_/-]+", " ", normalise_caption(label)).strip()
+
+
+def _by_plain(labels: Sequence[str], where: str) -> dict[str, int]:
+    """Place of each label by its plain form; raises UserError for two labels with the same one."""
+    places: dict[str, int] = {}
+    for i, label in enumerate(labels):
+        if (first := places.setdefault(_plain(label), i)) != i:
+            raise UserError(f"{where}: {labels[first]!r} and {label!r} are the same class; rename or remove one")
+    return places
 
 
 class ClassIndex:
@@ -167,7 +175,7 @@ class ClassIndex:
                 return np.asarray(self.number(value), np.int32)
             target = np.zeros(len(self), np.int8)
             target[[self.number(label) for label in value]] = UNSURE if CERTAIN_FIELD in record else 1
-            target[[self.number(label) for label in record.get(CERTAIN_FIELD, ())]] = 1
+            target[[self.number(label) for label in _several(record, CERTAIN_FIELD)]] = 1
             return target
         except (KeyError, TypeError) as error:
             raise BadRecord(key_of(record), f"its class {value!r} is none of the {len(self)} classes") from error
@@ -203,7 +211,7 @@ def open_classes(source: Source, spec: str = "", field: str = "") -> ClassIndex:
     if not field and "class_id" in first:
         return _by_number(source, given, own)
     if multi:
-        labels = _distinct(label for row in source.metadata() for label in row.get(MULTI_FIELD, ()))
+        labels = _distinct(label for row in source.metadata() for label in _several(row))
         if labels and all(isinstance(label, (int, np.integer)) for label in labels):
             return ClassIndex(_by_number(source, given, own, labels).names, {}, multi=True)
     else:
@@ -211,10 +219,19 @@ def open_classes(source: Source, spec: str = "", field: str = "") -> ClassIndex:
     if not labels:
         raise UserError(f"{source.name}: no record has a class in its field {field or 'caption'!r}")
     labels = sorted(map(str, labels))
+    places = _by_plain(labels, source.name)
     if given is None:
-        return ClassIndex([(label,) for label in labels], {_plain(x): i for i, x in enumerate(labels)}, field, multi)
+        return ClassIndex([(label,) for label in labels], places, field, multi)
     numbers, note = _join(labels, given, source.name, spec)
     return ClassIndex(given.names, numbers, field, multi, note)
+
+
+def _several(record: Mapping[str, Any], field: str = MULTI_FIELD) -> Sequence[Any]:
+    """The labels in a field of several, () where it is missing; raises UserError for a text, which has no parts."""
+    value = record.get(field)
+    if isinstance(value, str):
+        raise UserError(f"record {key_of(record)!r}: {field!r} must be a list, not the text {value!r}")
+    return () if value is None else value
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

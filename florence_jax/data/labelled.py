@@ -181,7 +181,7 @@ def chestx(folder: epath.Path) -> Labelled:
     if not chosen:
         raise UserError(f"{folder / CHEST_CSV} has no image with exactly one of {', '.join(CHEST_CLASSES)}")
     where = {}
-    for part in sorted(folder.glob("images*")):
+    for part in sorted(path for path in folder.glob("images*") if path.is_dir()):  # not the archives beside them
         inner = part / "images" if (part / "images").is_dir() else part
         where |= {file.name: f"{inner.relative_to(folder)}/{file.name}" for file in inner.iterdir()}
     missing = [row["Image Index"] for row in chosen if row["Image Index"] not in where]

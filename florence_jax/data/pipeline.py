@@ -26,7 +26,6 @@ Batch = dict[str, np.ndarray]
 POLICIES = ("skip", "error")
 # Bad neighbours tried for one example; more means that something is wrong with the source, not with single records.
 MAX_BAD_IN_A_ROW = 100
-FIELD_CHECK_RECORDS = 16
 STACKED = (np.ndarray, np.generic, int, float)
 
 
@@ -200,16 +199,17 @@ def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
 
 
 def check_caption_fields(sources: Sequence[Source], fields: Iterable[str]) -> None:
-    """Looks for each caption field in the first records: a mistyped one would only make captions rarer, silently.
+    """Looks for each caption field, as far as needed: a mistyped one would only make captions rarer, silently.
 
     Raises:
-      UserError: for a field that no source has.
+      UserError: for a field that no record has.
     """
     wanted = set(fields)
     known: set[str] = set()
-    for source in sources:
-        for record in itertools.islice(source.metadata(), FIELD_CHECK_RECORDS):
-            known |= record.keys() | {f"{name}_joined" for name, value in record.items() if isinstance(value, list)}
+    for record in itertools.chain.from_iterable(source.metadata() for source in sources):
+        known |= record.keys() | {f"{name}_joined" for name, value in record.items() if isinstance(value, list)}
+        if wanted <= known:
+            return
     if known and (missing := sorted(wanted - known)):
         raise UserError(f"no record has the caption field {missing[0]!r}; fields: {', '.join(sorted(known))}")
 
@@ -364,7 +364,7 @@ def _apply(ops: Sequence[Op], example: Record, rng: np.random.Generator) -> Reco
 
 def _split(ops: Sequence[Op]) -> tuple[list[Op], list[Op]]:
     """The ops before the first that is random (or draws a caption), and the rest."""
-    fixed = list(itertools.takewhile(lambda op: not op.random and not isinstance(op, Caption), ops))
+    fixed = list(itertools.takewhile(lambda op: not op.random and not isinstance(op, (Caption, Texts)), ops))
     return fixed, list(ops[len(fixed) :])
 
 

@@ -242,10 +242,13 @@ def _array_record_paths(spec: str) -> list[str]:
     if ".array_record" in path.name and path.exists() and not path.is_dir():
         return [spec]
     if path.is_dir():
-        return sorted(os.fspath(p) for p in path.glob("*.array_record*") if not p.name.endswith(".tmp"))
-    if any(c in path.name for c in "*?["):
-        return sorted(os.fspath(p) for p in path.parent.glob(path.name) if ".array_record" in p.name)
-    return []
+        found = path.glob("*")
+    elif any(c in path.name for c in "*?["):
+        found = path.parent.glob(path.name)
+    else:
+        return []
+    # Not the half-written ones of `write_array_record`.
+    return sorted(os.fspath(p) for p in found if ".array_record" in p.name and not p.name.endswith(".tmp"))
 
 
 def _open_emoji(spec: str) -> ArrayRecordSource:
@@ -281,8 +284,8 @@ class FolderSource(_Base):
         row = self._rows[index]
         try:
             return row | {"image": (epath.Path(self.name) / row["key"]).read_bytes()}
-        except OSError as error:
-            raise BadRecord(row["key"], f"cannot read the file: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+            raise BadRecord(row["key"], f"cannot read the file: {getattr(error, 'strerror', '') or error}") from error
 
     def metadata(self) -> Iterator[Record]:
         """All rows in order; the image files are not touched."""
@@ -311,7 +314,12 @@ def _open_folder(folder: str) -> FolderSource:
 def _csv_rows(path: epath.Path) -> list[Record]:
     try:
         reader = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
-        return [{"": reader.line_num, **{k: v for k, v in row.items() if k and v is not None}} for row in reader]
+        rows = []
+        for row in reader:
+            if any(cell.strip() for cell in row.pop(None, ())):
+                raise csv.Error(f"line {reader.line_num} has more cells than the header: quote texts with commas")
+            rows.append({"": reader.line_num, **{k: v for k, v in row.items() if k and v is not None}})
+        return rows
     except (csv.Error, UnicodeDecodeError, OSError) as error:
         raise UserError(f"cannot read {path}: {_first_line(error)}; it must be comma-separated UTF-8") from error
 
@@ -346,7 +354,9 @@ def _as_records(path: epath.Path, rows: Sequence[Record]) -> list[Record]:
         key, caption = row.get(names["key"]), row.get(names["caption"], "")
         if not isinstance(key, str) or not key.strip():
             raise UserError(f"{path} line {row['']}: column {names['key']!r} must name a file")
-        rest = {k: v for k, v in row.items() if k and k not in names.values() and k not in ("key", "label")}
+        rest = {k: v for k, v in row.items() if k and k not in names.values() and k != "key"}
+        if rest.get("label") is not None:
+            rest["label"] = str(rest["label"])  # a class; a number would be taken for the id of the caption
         records.append({**rest, "key": key.strip(), "caption": caption})
     return records
 
@@ -376,23 +386,29 @@ class TfdsSource(_Base):
         return len(self._data)
 
     def __getitem__(self, index: int) -> Record:
-        return self._record(index, self._data[index])
+        try:
+            row = self._data[index]
+        except Exception as error:  # a damaged chunk; the reader's exceptions have no common type
+            raise BadRecord(f"{self.name}[{index}]", f"unreadable ({_first_line(error)})") from error
+        return self._record(index, row)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
-        if not hasattr(self._data, "__getitems__"):
+        try:
+            rows = self._data.__getitems__(indices)
+        except Exception:  # no such method, or one damaged chunk fails the whole read: find it
             return super().__getitems__(indices)
-        return [self._record(i, row) for i, row in zip(indices, self._data.__getitems__(indices), strict=True)]
+        return [self._record(i, row) for i, row in zip(indices, rows, strict=True)]
 
     def _record(self, index: int, row: Record) -> Record:
-        record = {name: _as_text(value) for name, value in row.items() if name != "label"}
+        record = {name: _as_text(value) for name, value in row.items()}
         record["key"] = f"{self.name}[{index}]"
-        if "label" in row:
-            record["class_id"] = int(row["label"])
+        if isinstance(record.get("label"), (int, np.integer)):
+            record["class_id"] = int(record.pop("label"))
         names = [*CAPTION_COLUMNS, "captions"]
         texts = [value for name in names if isinstance(value := record.get(name), (str, list)) and value]
         if texts:
             record["caption"] = texts[0]
-        elif "class_id" in record and self.class_names:
+        elif 0 <= record.get("class_id", -1) < len(self.class_names):  # -1: without a class
             record["caption"] = self.class_names[record["class_id"]].replace("_", " ")
         return record
 

@@ -35,6 +35,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs.pretrain import get_config
+from florence_jax.data.image_ops import Decode
 from florence_jax.data.sources import open_source, write_array_record
 from florence_jax.data.transforms import parse_ops
 from florence_jax.errors import UserError
@@ -86,9 +87,16 @@ def parse_size(text: str) -> tuple[int, int] | None:
 
 
 def take_records(spec: str, count: int) -> list[dict[str, Any]]:
-    """Up to `count` records spread evenly over the source."""
-    source = open_source(spec)
-    return [source[int(i)] for i in np.linspace(0, len(source) - 1, min(count, len(source)))]
+    """Up to `count` records spread evenly over the source: pictures and texts.
+
+    Raises:
+      UserError: as `open_source`, and for a record that cannot be read or decoded.
+    """
+    source, decode = open_source(spec), Decode()
+    records = [source[int(i)] for i in np.linspace(0, len(source) - 1, min(count, len(source)))]
+    for record in records:
+        decode(record, np.random.default_rng(0))
+    return [{name: value for name, value in r.items() if isinstance(value, (bytes, str, list))} for r in records]
 
 
 def enlarge(record: dict[str, Any], size: tuple[int, int], seed: int) -> dict[str, Any]:

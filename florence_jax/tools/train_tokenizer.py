@@ -75,16 +75,24 @@ def file_texts(path: str) -> list[str]:
         raise UserError(f"cannot read the corpus {path}: {error}") from error
 
 
-def source_texts(spec: str, fields: Sequence[str] = FIELDS) -> Iterator[str]:
+def source_texts(spec: str, fields: Sequence[str] = ()) -> Iterator[str]:
     """The texts in the given record fields (str or list of str) of a source, where a record has them.
 
+    Without `fields`, in whichever of `FIELDS` there are.
+
     Raises:
-      UserError: for an unknown source.
+      UserError: for an unknown source, or a given field that none of its records has.
     """
+    known: set[str] = set()
     for record in open_source(spec).metadata():
-        for field in fields:
-            value = record.get(field, ())
-            yield from [value] if isinstance(value, str) else value
+        known |= record.keys()
+        for field in fields or FIELDS:
+            value = record.get(field)
+            for text in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(text, str):
+                    yield text
+    if missing := [field for field in fields if field not in known]:
+        raise UserError(f"{spec}: no record has the field {missing[0]!r}; fields: {', '.join(sorted(known))}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,16 +101,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--corpus", help="text file, one caption a line")
     what.add_argument("--source", help="data source, e.g. emoji:train")
-    parser.add_argument("--fields", default=",".join(FIELDS), help="record fields of --source to take texts from")
+    parser.add_argument("--fields", help=f"record fields of --source to take texts from ({','.join(FIELDS)})")
     parser.add_argument("--vocab_size", type=int, default=2000)
     parser.add_argument("--out", required=True, help="file to write, *.model")
     args = parser.parse_args(argv)
     try:
         if not args.out.endswith(".model"):
             raise UserError(f"--out={args.out}: the name must end in .model")
-        texts = list(file_texts(args.corpus) if args.corpus else source_texts(args.source, args.fields.split(",")))
+        fields = [field.strip() for field in args.fields.split(",")] if args.fields else ()
+        texts = list(file_texts(args.corpus) if args.corpus else source_texts(args.source, fields))
         if not any(map(normalise_caption, texts)):
-            raise UserError(f"{args.corpus or f'{args.source}, fields {args.fields},'} has no text")
+            raise UserError(f"{args.corpus or args.source} has no text")
         model = train([*texts, *(template.replace("{}", " ") for template in TEMPLATES)], args.vocab_size)
         epath.Path(args.out).write_bytes(model)
     except (UserError, OSError) as error:
