@@ -30,7 +30,6 @@ RUNLOCAL_SIZES = {
     "text_heads": 4,
     "text_layers": 2,
 }
-EVAL_IMAGE_OPS = "decode|resize({res})|center_crop({res})"
 
 
 class Stage(NamedTuple):
@@ -70,15 +69,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if given.runlocal:
         config.model.overrides.update(RUNLOCAL_SIZES)
     res = config.model.overrides.res or VARIANTS[given.variant]["res"]
+    if STAGES[given.stage].fine and not given.res and res not in FINE_RES:
+        raise UserError(f"stage {given.stage} after {res} pixels of {given.variant}: say its size, such as res=448")
     if res := given.res or (FINE_RES[res] if STAGES[given.stage].fine else 0):
         config.model.overrides.update(res=res, window=None)
         if given.runlocal:
             config.model.overrides.window = res // 8
-    res = config.model.overrides.res or VARIANTS[given.variant]["res"]
     config.data = {
         "train": "emoji:train",  # sources joined by '|', each with an optional '*weight'
-        "train_image_ops": TRAIN_IMAGE_OPS.format(res=res),
-        "eval_image_ops": EVAL_IMAGE_OPS.format(res=res),
+        "train_image_ops": TRAIN_IMAGE_OPS,  # {res}: of the model
+        "eval_image_ops": "decode|resize({res})|center_crop({res})",
         # Record fields that captions are drawn from, with weights; '|' between the fields of several texts a picture.
         "captions": "caption=1",
         "workers": 8,
@@ -104,7 +104,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.total_steps = STAGES[1].steps
     config.optim.warmup_steps = 2000
     if given.variant == "ti":
-        _laptop(config, res)
+        _laptop(config)
     _shorten(config, STAGES[given.stage])
     if given.runlocal:
         _runlocal(config)
@@ -120,7 +120,7 @@ def _shorten(config: ConfigDict, stage: Stage) -> None:
         config.optim.ema_decay = 0.0  # the average would be of the whole run, its start included
 
 
-def _laptop(config: ConfigDict, res: int) -> None:
+def _laptop(config: ConfigDict) -> None:
     """Five minutes on two CPU cores, on the embedded emoji pairs."""
     config.batch_size = 128
     config.total_steps = 1400
@@ -129,7 +129,8 @@ def _laptop(config: ConfigDict, res: int) -> None:
     config.optim.ema_decay = 0.998  # the mean of about 500 steps: with far fewer steps set 0
     # Drawings fill their frame more or less: zoom out as well as in, and never cut much away.
     affine = "affine(8, scale=(0.85, 1.15), shift=0.05, stretch=0.2)"
-    config.data.train_image_ops = f"decode|{affine}|resize({res})|flip(0.5)|jitter(0.3, 0.3, 0.3)"
+    square = "resize({res})|center_crop({res})"  # emoji are square already, your own pictures may not be
+    config.data.train_image_ops = f"decode|{affine}|{square}|flip(0.5)|jitter(0.3, 0.3, 0.3)"
     # Two texts a picture: its name, and one of the rest. With one it learns more slowly, with more no better.
     config.data.captions = "caption=1|keywords_joined=1,keywords=1,group=2"
     config.text.subword_sampling = 0.2  # held-out names have words never seen: parts of words must mean something

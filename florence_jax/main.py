@@ -1,8 +1,8 @@
 """Entry point: `python -m florence_jax.main --config=configs/pretrain.py[:args] [--workdir=DIR] [--config.x=y ...]`."""
 
 import contextlib
-import json
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -16,13 +16,12 @@ from florence_jax.train.hosts import joined
 from florence_jax.train.loop import checkpoint_directory, run
 
 
-def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Creates `workdir` and dumps the configuration; raises `UserError` if it cannot be written."""
+def make_workdir(workdir: Path) -> None:
+    """Creates `workdir`; raises `UserError` if it cannot be written."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        partial = workdir / "config.json.partial"
-        partial.write_text(json.dumps(config.to_dict(), indent=1, default=str) + "\n")
-        partial.replace(workdir / "config.json")
+        with tempfile.TemporaryFile(dir=workdir) as file:
+            file.write(b"space")
     except OSError as error:
         raise UserError(f"cannot write to --workdir={workdir}: {error}; choose a writable folder with space") from error
 
@@ -35,7 +34,7 @@ def work(config: ConfigDict, workdir: Path) -> int:
             task.open_data()
         fresh = config.mode != "eval" or (config.init and not checkpoint_directory(config, workdir).exists())
         if fresh and jax.process_index() == 0:
-            prepare_workdir(workdir, config)
+            make_workdir(workdir)
         return run(config, task, workdir)
     except UserError as error:
         fail(error)

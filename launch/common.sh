@@ -134,5 +134,6 @@ restart_until_done() {
       say "exit code $code; start $attempt of at most $max_restarts more in $delay s"
     fi
     sleep "$delay"
+    $stopping && return "$code"
   done
 }

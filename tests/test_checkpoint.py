@@ -97,6 +97,35 @@ def test_damage_is_one_message(damage, which, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionResetError("reset by peer"), OSError(24, "too many files"), ValueError("UNAVAILABLE: CURL")],
+)
+def test_storage_that_does_not_answer_is_not_damage(error, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    checkpoints.save(1, {"step": jnp.int32(1)})
+    checkpoints.wait()
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoints._manager, "restore", fail)
+    with pytest.raises(UserError, match="c/1 cannot be read now: .*run the same command again") as raised:
+        checkpoints.restore({"step": jnp.int32(0)})
+    assert not isinstance(raised.value, UnreadableCheckpoint)
+
+
+def test_restored_in_another_dtype(tmp_path):
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    checkpoints.save(1, {"mu": jnp.arange(8) / 7})
+    checkpoints.wait()
+    target = {"mu": jax.ShapeDtypeStruct((8,), jnp.bfloat16, sharding=NamedSharding(make_mesh(8, 1), PartitionSpec()))}
+    restored = checkpoints.restore(target)["mu"]
+    assert restored.sharding == target["mu"].sharding
+    np.testing.assert_array_equal(restored, (jnp.arange(8) / 7).astype(jnp.bfloat16))
+    checkpoints.close()
+
+
 def test_two_processes_may_set_the_same_checkpoint_aside(tmp_path):
     first = Checkpoints(str(tmp_path / "c"))
     for step in (1, 2):

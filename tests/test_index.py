@@ -2,17 +2,20 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from tiny_images import run_main, tiny_checkpoint, twenty_images
 
+from configs.retrieve import get_config
 from florence_jax.data.karpathy import open_karpathy
 from florence_jax.data.sources import open_source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.retrieval import CaptionRetrieval, open_retrieval
+from florence_jax.tasks import create_task
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.tools import index as tool
-from florence_jax.train.pretrained import save_pretrained
+from florence_jax.train.pretrained import load_parameters, save_pretrained
 from florence_jax.train.sharding import make_mesh
 
 
@@ -114,6 +117,17 @@ def test_zero_shot_retrieval_on_twenty_images(weights, pictures, tmp_path):
     found = json.loads((tmp_path / "run" / "result.json").read_text())
     assert found["eval/held_out/images"] == 20 and found["eval/held_out/i2t_r@10"] == 1.0
     assert "text to image" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_retrieval_starts_from_the_moving_average(weights, pictures):
+    config = get_config("mode=zeroshot")
+    config.init, config.eval.source = weights, pictures
+    task = create_task(config.lock())
+    fresh = jax.jit(task.init)(jax.random.key(1))
+    expected = load_parameters(weights, fresh)
+    jax.tree.map(np.testing.assert_array_equal, task.start(fresh), expected)
+    last = load_parameters(weights, fresh, average=False)
+    assert np.allclose(jax.tree.leaves(expected)[0], 1.5 * jax.tree.leaves(last)[0])
 
 
 def test_fine_tuned_retrieval_on_a_split_file(weights, pictures, tmp_path):

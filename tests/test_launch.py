@@ -251,6 +251,18 @@ def test_one_machine_saves_and_stops_when_asked(machine):
     assert machine.arguments() == TRAINING[1:]
 
 
+def test_a_stop_between_two_attempts_is_not_lost(machine):
+    machine.script("1", "0")
+    command = machine.command("gpu.sh", "--delay=2", *TRAINING)
+    process = subprocess.Popen(command, env=machine.environment, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "more in 2 s" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 1 and machine.attempts() == 1
+
+
 def test_hosts_are_told_who_they_are_and_stop_when_asked(machine):
     machine.script("wait wait")
     port = os.getpid() + 10000  # names the files of process ids in /tmp

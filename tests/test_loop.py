@@ -74,6 +74,15 @@ def test_a_finished_run_says_so_and_touches_nothing(finished, pairs, capsys):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_that_ended_in_its_evaluation_gets_its_result(finished, pairs, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    for name in ("result.json", "report.html"):
+        (workdir / name).unlink()
+    assert train(tiny_config(pairs, **{"optim.ema_decay": 0.5}), workdir) == 0
+    assert (workdir / "result.json").read_text() == (finished / "result.json").read_text()
+    assert (workdir / "report.html").exists()
+
+
 def test_evaluation_alone_gives_the_same_numbers(finished, pairs, capsys):
     expected = json.loads((finished / "result.json").read_text())
     assert train(tiny_config(pairs, mode="eval", **{"optim.ema_decay": 0.5}), finished) == 0
@@ -84,10 +93,34 @@ def test_evaluation_alone_gives_the_same_numbers(finished, pairs, capsys):
 
 def test_another_architecture_is_one_message_with_all_mismatches(finished, pairs):
     config = tiny_config(pairs, **{"optim.ema_decay": 0.5, "model.overrides.projection": 24})
+    before = (finished / "config.json").read_text()
     with pytest.raises(UserError, match="another architecture") as error:
         train(config, finished)
     for name in ("params/image_projection/kernel", "params/text_projection/kernel", "ema/text_projection/kernel"):
         assert name in str(error.value)
+    assert (finished / "config.json").read_text() == before  # what its checkpoints are of
+
+
+def test_other_data_in_the_same_workdir_is_one_message(finished, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    other = tiny_pairs(tmp_path / "other")
+    with pytest.raises(UserError, match=f"holds a run with config.data.train=.*resumed with '{other}'.*--workdir"):
+        train(tiny_config(other, **{"optim.ema_decay": 0.5, "total_steps": 12}), finished)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_mistake_in_the_evaluation_costs_no_training(pairs, tmp_path):
+    with pytest.raises(UserError, match="'gone' does not exist"):
+        train(tiny_config(pairs, **{"eval.source": "gone"}), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_first_moment_may_get_another_dtype(finished, pairs, tmp_path, capsys):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    config = tiny_config(pairs, **{"optim.ema_decay": 0.5, "optim.mu_dtype": "bfloat16", "total_steps": 9})
+    assert train(config, workdir) == 0
+    assert "resuming" in (said := capsys.readouterr()).out and "damaged" not in said.err
+    assert values(workdir)[8] == values(finished)[8] and 9 in values(workdir)
 
 
 def test_parameters_can_start_from_another_run(finished, pairs, tmp_path):
@@ -210,6 +243,7 @@ def test_the_only_checkpoint_damaged_is_one_message(finished, pairs, tmp_path):
 
 def test_checkpoints_can_be_elsewhere(pairs, tmp_path):
     elsewhere = {"checkpoint.directory": str(tmp_path / "elsewhere"), "total_steps": 4, "eval.source": ""}
+    elsewhere |= {"checkpoint.every": 0, "log.every": 0}  # only at the end
     assert train(tiny_config(pairs, **elsewhere), tmp_path / "run") == 0
     assert (tmp_path / "elsewhere" / "4").exists() and not (tmp_path / "run" / "checkpoints").exists()
     assert train(tiny_config(pairs, mode="eval", **elsewhere), tmp_path / "run") == 0
@@ -290,6 +324,9 @@ def test_corrupt_record_is_counted_and_skipped_or_an_error(tmp_path):
         ({"data.captions": "headline=1"}, "no record has the caption field 'headline'"),
         ({"data.train_image_ops": "decode|spin(3)"}, "unknown op 'spin'"),
         ({"optim.warmup_steps": 8}, "optim.warmup_steps=8"),
+        ({"checkpoint.keep": 0}, "config.checkpoint.keep=0 must be at least 1"),
+        ({"log.every": -1}, "config.log.every=-1 must be a number of steps"),
+        ({"optim.lr_rules": ("image/.*", 0.1)}, "write (('PATTERN', VALUE), ...)".replace(")", "[)]")),
         ({"profile.steps": (4, 2)}, "config.profile.steps=(4, 2"),
         ({"mesh.fsdp": 3}, "does not use the 8 devices"),
         ({"text.tokenizer": "no.model"}, "cannot read no.model"),

@@ -6,7 +6,7 @@ import pytest
 from tiny_images import run_main
 from tiny_run import TINY_FLAGS, tiny_pairs
 
-from florence_jax.train.loop import Trainer
+from florence_jax.train.loop import EXIT_PREEMPTED, Trainer
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,7 @@ from florence_jax.train.loop import Trainer
         (["--config=configs/pretrain.py:size=3"], "unknown config argument 'size'; known: "),
         (["--config=configs/pretrain.py:res=big"], "res takes int values"),
         (["--config=configs/pretrain.py:stage=4"], "unknown stage 4"),
+        (["--config=configs/pretrain.py:variant=ViT-L-14-336,stage=3"], "say its size, such as res=448"),
         (
             ["--config=configs/pretrain.py", "--config.total_step=3"],
             "unknown config key 'total_step' Did you mean",
@@ -59,8 +60,8 @@ def test_full_disk_is_one_line(capsys, tmp_path, monkeypatch):
 
 
 def test_config_is_dumped_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "train", lambda self: 0)
+    monkeypatch.setattr(Trainer, "_steps", lambda *_: False)
     pairs = tiny_pairs(tmp_path / "pairs")
-    assert run_main(*TINY_FLAGS, f"--config.data.train={pairs}", f"--workdir={tmp_path}/run") == 0
+    assert run_main(*TINY_FLAGS, f"--config.data.train={pairs}", f"--workdir={tmp_path}/run") == EXIT_PREEMPTED
     dumped = json.loads((tmp_path / "run" / "config.json").read_text())
     assert dumped["total_steps"] == 8 and dumped["data"]["train"] == pairs

@@ -3,6 +3,11 @@
 import collections
 import io
 import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -29,6 +34,7 @@ OPS = (
 )
 NUMBER_OPS = "keep(number)"
 FIELDS = "caption=2,tags=1"
+ROOT = Path(__file__).parents[1]
 
 
 class CharTokenizer:
@@ -234,6 +240,31 @@ def test_caption_fields_are_looked_for_in_all_records():
     check_caption_fields(sources, ["caption", "late", "late_joined"])
     with pytest.raises(UserError, match="no record has the caption field 'gone'; fields: caption"):
         check_caption_fields(sources, ["caption", "gone"])
+
+
+@pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_worker_processes_outlive_a_sigterm_but_not_the_trainer(tmp_path, end):
+    code = f"""
+import multiprocessing, os, signal
+from absl import flags
+from florence_jax.data.pipeline import train_stream
+from florence_jax.data.sources import open_source
+if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()  # grain reads one
+    stream = train_stream([open_source("emoji:new_names")], None, "keep(key)", {{}}, batch_size=4, seed=0, workers=1)
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    for _ in range(20):
+        next(stream)
+    print("ready", flush=True)
+    {end}
+"""
+    (tmp_path / "trainer.py").write_text(code)
+    command, environment = [sys.executable, tmp_path / "trainer.py"], os.environ | {"PYTHONPATH": str(ROOT)}
+    # Comes back only when the worker, which holds the pipe too, has ended.
+    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=60, env=environment)
+    assert done.returncode in (0, -signal.SIGKILL) and done.stdout
 
 
 # -- bad records ------------------------------------------------------------------------------------------------------

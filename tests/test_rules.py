@@ -24,6 +24,12 @@ def test_all_offenders_are_listed():
     assert "a/bias" in message and "'c/.*'" in message and "'a/kernel'" in message
 
 
+@pytest.mark.parametrize("rules", [((r"(", 1),), (r".*", 1), ((r".*",),)])
+def test_rules_of_another_form_are_one_message(rules):
+    with pytest.raises(UserError, match="test rules .*write "):
+        match_rules(rules, TREE, what="test")
+
+
 def test_spare_rules_may_decide_nothing_but_every_leaf_has_one():
     assert match_rules(((r"c", 0), (r".*", 1)), TREE, what="test", spare=True) == {
         "a": {"kernel": 1, "bias": 1},

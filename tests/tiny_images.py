@@ -14,6 +14,7 @@ from florence_jax import main as entry
 from florence_jax.command_line import parse_flags
 from florence_jax.tasks import create_task
 from florence_jax.train.checkpoint import Checkpoints
+from florence_jax.train.loop import write_config
 
 COLOURS = {"red_things": (220, 40, 30), "green_things": (40, 190, 60), "blue_things": (30, 60, 220), "grey": (128,) * 3}
 NAMES = "grey\nred_things = red\ngreen_things = green | lime\nblue_things = blue\nyellow\n"
@@ -45,7 +46,8 @@ def tiny_checkpoint(folder):
     """What a run leaves: config.json, and checkpoints/ with parameters and their average (half as large again)."""
     config = tiny_config(tiny_pairs(folder / "pairs"))
     params = jax.jit(create_task(config).init)(jax.random.key(0))
-    entry.prepare_workdir(folder / "run", config)
+    (folder / "run").mkdir()
+    write_config(config, folder / "run")
     checkpoints = Checkpoints(str(folder / "run" / "checkpoints"))
     checkpoints.save(2, {"params": params, "ema": jax.tree.map(lambda x: 1.5 * x, params)})
     checkpoints.close()

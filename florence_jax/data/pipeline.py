@@ -6,6 +6,10 @@ gives the same global batches, bit for bit, and a resumed run needs only its ste
 """
 
 import itertools
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +111,7 @@ def train_stream(
         return Stream(iter(batches.to_iter_dataset(options)))
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     ahead = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-max(prefetch, 1) // workers))
-    return Stream(iter(batches.to_iter_dataset(options).mp_prefetch(ahead)))
+    return Stream(iter(batches.to_iter_dataset(options).mp_prefetch(ahead, worker_init_fn=_stay_with_the_trainer)))
 
 
 def eval_stream(
@@ -216,6 +220,23 @@ def check_caption_fields(sources: Sequence[Source], fields: Iterable[str]) -> No
 
 def _drawn_fields(ops: Sequence[Op]) -> set[str]:
     return {name for op in ops if isinstance(op, (Caption, Texts)) for name in op.fields}
+
+
+def _stay_with_the_trainer(worker: int, workers: int) -> None:
+    """For a worker process: it ends when the trainer has, however that ended, and not before.
+
+    SIGTERM and Ctrl-C may come to the whole process group, while the trainer still needs batches up to the step at
+    which it saves. grain's own end is SIGKILL.
+    """
+    del worker, workers
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(0)
+
+    threading.Thread(target=follow, daemon=True, name="trainer").start()
 
 
 # -- making batches ---------------------------------------------------------------------------------------------------

@@ -71,6 +71,8 @@ class Pretrain:
             raise UserError(f"config.loss={config.loss!r} is unknown; choose 'unicl' or 'clip'")
         self.config = config
         self.tokenizer, self.model = build_model(config)
+        for name in ("train_image_ops", "eval_image_ops"):
+            config.data[name] = config.data[name].replace("{res}", str(self.model.config.res))
         self._captions = config.data.captions.split("|")  # the fields of each text of a picture
         flops = florence.forward_flops(self.model.config)
         self.flops_per_example = 3.0 * (flops["image"] + len(self._captions) * flops["text"])

@@ -1,6 +1,7 @@
 """Image-text retrieval with trained weights: the pretraining task, started from a checkpoint folder."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -11,6 +12,7 @@ from florence_jax.evaluators.base import Embedder, Evaluator
 from florence_jax.evaluators.retrieval import open_retrieval
 from florence_jax.tasks.encoder import Encoder, record_model, set_epochs
 from florence_jax.tasks.pretrain import Pretrain
+from florence_jax.train.pretrained import checkpoint_folder, load_parameters
 
 
 class Retrieve(Pretrain):
@@ -28,9 +30,6 @@ class Retrieve(Pretrain):
         if not config.eval.source:
             raise UserError("retrieval needs pairs to search: give them with --config.eval.source=DATA")
         record_model(config, encoder)
-        res = encoder.model.config.res
-        for name in ("train_image_ops", "eval_image_ops"):
-            config.data[name] = config.data[name].format(res=res)
         if config.mode == "train":
             sources, _ = open_mixture(config.data.train)
             config.data.captions = config.data.captions or _caption_field(sources[0])
@@ -39,6 +38,12 @@ class Retrieve(Pretrain):
             config.data.train = config.eval.source  # nothing is trained
             config.data.captions = config.data.captions or _caption_field(open_source(config.eval.source))
         super().__init__(config)
+
+    def start(self, params: Any) -> Any:
+        """The parameters of `config.init`: the moving average where that run kept one, as everywhere but in training
+        that goes on.
+        """
+        return load_parameters(checkpoint_folder(self.config.init), params)
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
         """Retrieval on `config.eval.source`."""

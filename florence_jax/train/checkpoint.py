@@ -8,6 +8,7 @@ of every leaf is saved too, under 'digest', because a byte changed on the disk w
 import contextlib
 import gc
 import logging as python_logging
+import re
 import sys
 import time
 import traceback
@@ -25,6 +26,8 @@ from florence_jax.train.digest import digests
 from florence_jax.train.rules import path_string
 
 DIGEST = "digest"
+# In messages of TensorStore and Orbax: the storage did not answer, which says nothing about what it holds.
+PASSING = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|UNAUTHENTICATED)\b")
 
 
 class UnreadableCheckpoint(UserError):
@@ -110,7 +113,8 @@ class Checkpoints:
           step: which checkpoint; default the newest.
 
         Raises:
-          UserError: if there is none, or if names or shapes differ; all differences are listed.
+          UserError: if there is none, if names or shapes differ (all differences are listed), or if the storage does
+            not answer.
           UnreadableCheckpoint: if it is truncated or corrupt.
         """
         step = self.latest_step() if step is None else step
@@ -119,10 +123,15 @@ class Checkpoints:
         try:
             with _quiet_failure():
                 return self._read(target, step)
-        except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+        except (UserError, MemoryError, jax.errors.JaxRuntimeError):
             raise  # none of them says that the files are damaged
         except Exception as error:  # TensorStore and Orbax raise every kind for damaged files
-            first = str(error).split("\n", 1)[0][:200]
+            first = (str(error) or type(error).__name__).split("\n", 1)[0][:200]
+            if PASSING.search(str(error)) or isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise UserError(
+                    f"checkpoint {self.directory}/{step} cannot be read now: {first}; nothing was changed, run the "
+                    "same command again"
+                ) from error
         raise UnreadableCheckpoint(f"checkpoint {self.directory}/{step} is damaged: {first}")
 
     def _read(self, target: Any, step: int) -> Any:
@@ -130,8 +139,11 @@ class Checkpoints:
         if not metadata:
             raise UnreadableCheckpoint(f"checkpoint {self.directory}/{step} is damaged: its list of arrays is missing")
         self._check_match(target, step)
-        args = ocp.checkpoint_utils.construct_restore_args(target)
-        wanted = dict(target)
+        kinds = {_name(path): leaf.dtype for path, leaf in _leaves(metadata)}
+        wanted = jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.ShapeDtypeStruct(x.shape, kinds[_name(path)], sharding=x.sharding), dict(target)
+        )
+        args = ocp.checkpoint_utils.construct_restore_args(wanted)
         if DIGEST in metadata:
             saved = {root: metadata[DIGEST][root] for root in target}
             wanted[DIGEST] = {root: np.zeros(leaf.shape, np.uint32) for root, leaf in saved.items()}
@@ -146,7 +158,7 @@ class Checkpoints:
                 f"checkpoint {self.directory}/{step} is damaged: the checksums of {', '.join(bad)} are not those of "
                 "what was saved"
             )
-        return state
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), state, dict(target))
 
     def set_aside(self, step: int) -> str:
         """Renames a damaged checkpoint, so that it is not found again; returns its new name.

@@ -7,13 +7,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
@@ -35,6 +36,8 @@ from florence_jax.train.trace import StepTrace
 from florence_jax.train.watchdog import Watchdog
 
 NO_EVALUATION = "no evaluation set for this data: give one with --config.eval.source=PATH"
+# What one run is of; everything else may change when it is resumed.
+IDENTITY = ("task", "protocol", "loss", "init", "data", "data.train", "test", "classes", "label_field")
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again to go on.
 
 
@@ -59,12 +62,61 @@ def run(config: ConfigDict, task: Task, workdir: Path) -> int:
     """
     trainer = Trainer(config, task, workdir)
     if config.mode == "eval":
-        trainer.restore_for_evaluation()
+        if trainer.restore_for_evaluation() and trainer.is_main:
+            write_config(config, workdir)
         trainer.finish()
         return 0
     if config.mode != "train":
         raise UserError(f"config.mode={config.mode!r} is unknown; choose 'train' or 'eval'")
     return trainer.train()
+
+
+def write_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes config.json, what the folder's checkpoints and results are of: only once it is known that they will be."""
+    partial = workdir / "config.json.partial"
+    partial.write_text(json.dumps(config.to_dict(), indent=1, default=str) + "\n")
+    partial.replace(workdir / "config.json")
+
+
+def check_same_run(config: ConfigDict, workdir: Path) -> None:
+    """Compares what a run is of (`IDENTITY`) with the config.json of the workdir, whose checkpoints it would resume.
+
+    Raises:
+      UserError: for a difference: the old checkpoints would pass for ones of the new data.
+    """
+    try:
+        before = json.loads((workdir / "config.json").read_text())
+    except FileNotFoundError:
+        return
+    for name in IDENTITY:
+        old, new = _text_at(before, name), _text_at(config.to_dict(), name)
+        if old is not None and old != new:
+            raise UserError(
+                f"{workdir} holds a run with config.{name}={old!r}, which would be resumed with {new!r}: choose "
+                f"another --workdir (to start from its weights, --config.init={checkpoint_directory(config, workdir)})"
+            )
+
+
+def _text_at(config: Mapping[str, Any], name: str) -> str | None:
+    value: Any = config
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) else None
+
+
+def _is_due(step: int, every: int) -> bool:
+    """Whether something done every so many steps (0: never) is to be done after `step`."""
+    return every > 0 and step % every == 0
+
+
+def _check_intervals(config: ConfigDict) -> None:
+    for name, key in (("checkpoint", "every"), ("checkpoint", "keep_every"), ("log", "every")):
+        if config[name][key] < 0:
+            raise UserError(f"config.{name}.{key}={config[name][key]} must be a number of steps, or 0 for none")
+    if config.checkpoint.keep < 1:
+        raise UserError(
+            f"config.checkpoint.keep={config.checkpoint.keep} must be at least 1: the newest is resumed from"
+        )
 
 
 class Trainer:
@@ -81,6 +133,7 @@ class Trainer:
         self.mesh = make_mesh(sizes.data, sizes.fsdp, devices, fsdp_across_slices=sizes.fsdp_across_slices)
         if config.batch_size % self.mesh.size:
             raise UserError(f"config.batch_size={config.batch_size} does not divide by the {self.mesh.size} devices")
+        _check_intervals(config)
         self.is_main = jax.process_index() == 0
         abstract = jax.eval_shape(task.init, jax.random.key(config.seed))
         self.optimizer, self.schedule = make_optimizer(config.optim, config.total_steps, abstract)
@@ -101,20 +154,27 @@ class Trainer:
 
     # -- starting ---------------------------------------------------------------------------------------------------
 
-    def restore_for_evaluation(self) -> None:
-        """Loads only the parameters to evaluate: of the newest checkpoint, or of `config.init` where there is none."""
+    def restore_for_evaluation(self) -> bool:
+        """Loads only the parameters to evaluate: of the newest checkpoint, or of `config.init` where there is none.
+
+        Returns:
+          Whether they are of `config.init`.
+        """
         part = "ema" if self.config.optim.ema_decay > 0 else "params"
         if self.config.init and not self.directory.exists():
             fresh = jax.jit(self.task.init, out_shardings=self._params_sharding)(jax.random.key(self.config.seed))
             self.state = {"step": jnp.zeros((), jnp.int32), "params": self.task.start(fresh)}
-            return
+            return True
         checkpoints = Checkpoints(str(self.directory), read_only=True)
         self.state = checkpoints.restore({"step": self.target["step"], part: self.target[part]})
         checkpoints.close()
+        return False
 
     def _start(self, checkpoints: Checkpoints) -> int:
         """Restores the newest checkpoint, or makes a fresh state; returns the step to continue from."""
         while (step := checkpoints.latest_step()) is not None:
+            if self.is_main:
+                check_same_run(self.config, self.workdir)
             try:
                 self.state = checkpoints.restore(self.target, step)
             except UnreadableCheckpoint as error:
@@ -150,12 +210,17 @@ class Trainer:
         )
         start = self._start(checkpoints)
         if start >= config.total_steps:
+            checkpoints.close()
             self._say(
                 f"{self.workdir} is finished: step {start} of {config.total_steps}, results in "
                 f"{self.workdir}/result.json. Choose another --workdir, or a larger --config.total_steps"
             )
-            checkpoints.close()
+            if not self._has_result():  # ended while it was evaluated
+                self.finish()
             return 0
+        self._evaluators = self.task.evaluators(self.mesh)  # now, so that their mistakes cost no training
+        if self.is_main:
+            write_config(config, self.workdir)
         self._describe()
         writer = MetricsWriter(self.workdir, resume_step=start, write=self.is_main)
         alone = jax.process_count() == 1  # else SIGTERM is JAX's, see `_stops`
@@ -172,6 +237,11 @@ class Trainer:
             return EXIT_PREEMPTED
         self.finish()
         return 0
+
+    def _has_result(self) -> bool:
+        """Whether process 0, which writes it, has a result.json: the same answer on every process."""
+        found = np.int32((self.workdir / "result.json").exists())
+        return bool(multihost_utils.broadcast_one_to_all(found))
 
     def make_step(self) -> Callable[..., Any]:
         """The jitted train step; see `step.make_train_step`."""
@@ -199,8 +269,8 @@ class Trainer:
                 stack.callback(user.close)
             for step in range(start, total + 1):
                 stop = self._stops(step)
-                evaluates = config.eval.every and step % config.eval.every == 0 and start < step < total
-                saves = step > start and (stop or step == total or step % config.checkpoint.every == 0)
+                evaluates = _is_due(step, config.eval.every) and start < step < total
+                saves = step > start and (stop or step == total or _is_due(step, config.checkpoint.every))
                 if evaluates or saves or stop:
                     late.drain()
                     watchdog.rest()
@@ -309,7 +379,7 @@ class LateMetrics:
                 f"the loss of step {step} is {loss}; nothing after step {step - 1} was saved. Lower "
                 "config.optim.learning_rate, set config.optim.clip_norm, or look for bad records in the data"
             )
-        if step % self._every == 0:
+        if _is_due(step, self._every):
             values = {f"train/{name}": float(value) for name, value in metrics.items()} | self._speed.read()
             self._writer.write(step, values)
             self._progress.log(step, values)

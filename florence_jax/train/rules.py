@@ -30,9 +30,13 @@ def match_rules(rules: Sequence[tuple[str, T]], params: Any, *, what: str, spare
       A tree shaped like `params` with a rule's value at every leaf.
 
     Raises:
-      UserError: if a leaf matches no rule, or a rule decides no leaf and `spare` is off; all offenders are listed.
+      UserError: if a leaf matches no rule, or a rule decides no leaf and `spare` is off; all offenders are listed. Also
+        for rules of another form.
     """
-    compiled = [(re.compile(pattern), value) for pattern, value in rules]
+    try:
+        compiled = [(re.compile(pattern), value) for pattern, value in rules]
+    except (re.error, TypeError, ValueError) as error:
+        raise UserError(f"{what} rules {rules!r}: {error}; write (('PATTERN', VALUE), ...)") from error
     used = [0] * len(compiled)
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     values, orphans = [], []
