@@ -13,6 +13,8 @@ from apache_beam.testing.util import assert_that, equal_to
 from curation_tools import pairs, picture, write_parquet
 
 from florence_jax.curation.inputs import DamagedInput, ReadPairs, list_splits, read_split
+from florence_jax.curation.opt_out import OptOutRules, decide_headers
+from florence_jax.curation.readers import make_pair
 from florence_jax.curation.table import read_bytes
 from florence_jax.data.sources import write_array_record
 from florence_jax.errors import UserError
@@ -97,6 +99,52 @@ def test_folders_with_tables_sidecars_and_subfolders(tmp_path):
     (files / "1.json").write_text('{"url": "https://c.example", "x_robots_tag": "noindex"}')
     (pair,) = read(tmp_path / "files")
     assert (pair["key"], pair["caption"], pair["headers"]) == ("00000/1.jpg", "side", ["X-Robots-Tag: noindex"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"headers": ["Server: x", "X-Robots-Tag: noai"]}, "x_robots"),
+        ({"headers": {"X-Robots-Tag": "noai"}}, "x_robots"),
+        ({"headers": {"X-Robots-Tag": ["nofollow", "noai"]}}, "x_robots"),
+        ({"headers": '{"X-Robots-Tag": ["noai"]}'}, "x_robots"),
+        ({"headers": {"x_robots_tag": "noai", "tdm_reservation": None}}, "x_robots"),  # a struct of a column
+        ({"headers": {"X-Robots-Tag": None, "tdm-reservation": 1}}, "tdm_reservation"),
+        ({"headers": [("Server", "x"), ("X-Robots-Tag", "noai")]}, "x_robots"),  # a map, as pyarrow gives it
+        ({"headers": [(b"X-Robots-Tag", b"noai")]}, "x_robots"),
+        ({"headers": '[["X-Robots-Tag", "noai"]]'}, "x_robots"),
+        ({"headers": [{"X-Robots-Tag": "noai"}]}, "x_robots"),
+        ({"headers": b"X-Robots-Tag: noai"}, "x_robots"),
+        ({"headers": [b"X-Robots-Tag: noai"]}, "x_robots"),
+        ({"headers": "tdm-reservation: 1"}, "tdm_reservation"),
+        ({"headers": "Content-Usage: train-ai=n"}, "content_usage"),
+        ({"headers": "HTTP/1.1 200 OK\r\nX-Robots-Tag: noai\r\nContent-Type: image/png\r\n\r\n"}, "x_robots"),
+        ({"headers": "Content-Type: image/png\nAccept-Ranges: none\nX-Other: none"}, None),
+        ({"headers": ["X-Other: none"]}, None),
+        ({"headers": ["noai"]}, "x_robots"),
+        ({"headers": "googlebot: noai"}, "x_robots"),
+        ({"x_robots_tag": "googlebot: noai"}, "x_robots"),
+        ({"x_robots_tag": ["googlebot: noai", "nofollow"]}, "x_robots"),
+        ({"x_robots_tag": '"noai"'}, "x_robots"),
+        ({"x_robots_tag": b"max-snippet: 5, noai"}, "x_robots"),
+        ({"x_robots_tag": "X-Robots-Tag: noai"}, "x_robots"),
+        ({"x_robots_tag": "max-snippet: 5\nnofollow"}, None),
+        ({"headers": [], "x_robots_tag": "noai"}, "x_robots"),
+        ({"headers": ["Server: x"], "response_headers": {"tdm-reservation": "1"}}, "tdm_reservation"),
+        ({"headers": None}, None),
+        ({"headers": 7}, None),
+    ],
+)
+def test_opt_outs_in_every_form_of_headers(fields, reason):
+    decision = decide_headers(make_pair(fields, "s", "k", "", 9)["headers"], OptOutRules())
+    assert (decision and decision[0]) == reason
+
+
+def test_a_map_of_parquet_gives_headers(tmp_path):
+    headers = pa.array([[("X-Robots-Tag", "noai")]], pa.map_(pa.string(), pa.string()))
+    pa.parquet.write_table(pa.table({"image": [picture(1)], "headers": headers}), tmp_path / "p.parquet")
+    (pair,) = read(tmp_path / "p.parquet")
+    assert pair["headers"] == ["X-Robots-Tag: noai"]
 
 
 def test_array_record_and_fsspec(tmp_path):

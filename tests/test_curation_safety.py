@@ -143,7 +143,7 @@ needs_protego = pytest.mark.skipif(opt_out.Protego is None, reason="protego is n
     ],
 )
 def test_robots_txt(url, agents, blocked):
-    sites = pickle.loads(pickle.dumps(SiteRules({"a.com": ROBOTS}, {})))
+    sites = pickle.loads(pickle.dumps(SiteRules({"A.com": ROBOTS}, {})))
     decision = sites.decide(url, OptOutRules(agents=agents))
     assert (decision is not None) == blocked
     if blocked:
@@ -166,6 +166,17 @@ def test_tdmrep_first_location_decides():
     for bad in ("not json", "[1]", "7"):
         with pytest.raises(UserError, match="tdmrep.json of c.com"):
             SiteRules({}, {"c.com": bad})
+
+
+@needs_protego
+def test_site_rules_that_cannot_be_meant():
+    for robots, tdmrep, message in (
+        ({"a.com": None}, {}, "robots.txt of a.com is NoneType"),
+        ({}, {"a.com": None}, "tdmrep.json of a.com is NoneType"),
+        ({"a.com": ROBOTS, "A.com": ""}, {}, "robots.txt of a.com is given twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SiteRules(robots, tdmrep)
 
 
 def test_site_rules_from_a_folder(tmp_path):

@@ -110,19 +110,19 @@ class SiteRules:
     """robots.txt and tdmrep.json of the sites that the images come from.
 
     Args:
-      robots: host (lower case) -> text of its robots.txt.
+      robots: host -> text of its robots.txt.
       tdmrep: host -> text of its /.well-known/tdmrep.json.
 
     Raises:
-      UserError: if there are robots.txt texts and Protego is not installed, or a tdmrep.json is not a JSON list of
-        objects (a file that cannot be read must not count as consent).
+      UserError: if there are robots.txt texts and Protego is not installed, a robots.txt is not text, a tdmrep.json is
+        not a JSON list of objects (a file that cannot be read must not count as consent), or a host occurs twice.
     """
 
     def __init__(self, robots: Mapping[str, str], tdmrep: Mapping[str, str]):
         if robots and Protego is None:
             raise UserError("robots.txt needs protego: pip install 'florence_jax[curation]'")
-        self._robots = dict(robots)
-        self._tdmrep = {host: _tdm_rules(host, text) for host, text in tdmrep.items()}
+        self._robots = _by_host("robots.txt", robots)
+        self._tdmrep = {host: _tdm_rules(host, text) for host, text in _by_host("tdmrep.json", tdmrep).items()}
         self._parsed: dict[str, Any] = {}
 
     @classmethod
@@ -135,7 +135,7 @@ class SiteRules:
         found: dict[str, dict[str, str]] = {"robots.txt": {}, "tdmrep.json": {}}
         for name, texts in found.items():
             for file in sorted(Path(folder).glob(f"*/{name}")):
-                texts[file.parent.name.lower()] = file.read_text("utf-8", "replace")
+                texts[file.parent.name] = file.read_text("utf-8", "replace")
         if not any(found.values()):
             raise UserError(f"site rules {folder}: no HOST/robots.txt or HOST/tdmrep.json in it")
         return cls(found["robots.txt"], found["tdmrep.json"])
@@ -160,6 +160,17 @@ class SiteRules:
             if _path_pattern(location).match(target):  # the first location that matches decides
                 return ("tdmrep", path, location) if reserved else None
         return None
+
+
+def _by_host(name: str, texts: Mapping[str, str]) -> dict[str, str]:
+    """The texts by host in lower case."""
+    found: dict[str, str] = {}
+    for host, text in texts.items():
+        if not isinstance(text, str):
+            raise UserError(f"{name} of {host} is {type(text).__name__}, not text: fix it or leave the site out")
+        if found.setdefault(host.lower().rstrip("."), text) != text:
+            raise UserError(f"{name} of {host.lower()} is given twice, with other texts: leave one of them out")
+    return found
 
 
 def _tdm_rules(host: str, text: str) -> list[tuple[str, bool]]:

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from florence_jax.curation.table import filesystem, read_bytes
@@ -19,8 +19,16 @@ PATHS = ("image_path", "path", "filepath", "file", "file_name", "filename")
 CAPTIONS = ("caption", "text", "txt", "title", "alt", "alt_text")
 URLS = ("url", "image_url")
 LICENCES = ("licence", "license")
-HEADERS = ("headers", "response_headers", "x_robots_tag")
+HEADERS = ("headers", "response_headers", "x_robots_tag")  # all that a record has count
 TABLES = ("captions.csv", "metadata.csv", "metadata.jsonl")
+# What tells 'name: value' from a value of X-Robots-Tag, in which a crawler's name may come first ('googlebot: noai').
+RESPONSE_HEADERS = frozenset(
+    "accept-ranges age alt-svc cache-control connection content-disposition content-encoding content-language "
+    "content-length content-location content-range content-security-policy content-type content-usage date etag "
+    "expires keep-alive last-modified link location nel p3p pragma referrer-policy report-to retry-after server "
+    "server-timing set-cookie strict-transport-security tdm-policy tdm-reservation timing-allow-origin "
+    "transfer-encoding upgrade vary via warning x-robots-tag".split()
+)
 
 
 def image_suffix(path: str) -> bool:
@@ -58,7 +66,9 @@ def make_pair(
         image, locator, problem = _read_image(path, folder, max_bytes)
     if isinstance(image, bytes) and len(image) > max_bytes:
         image, problem = None, "too_many_bytes"
-    caption, headers = _text(take(CAPTIONS)), _header_lines(take(HEADERS))
+    caption, headers = _text(take(CAPTIONS)), []
+    for name in HEADERS:
+        headers += _header_lines(left.pop(name, None), name == "x_robots_tag")
     return {
         "key": _text(given_key if given_key is not None else path if isinstance(path, str) else key) or key,
         "image": image if isinstance(image, bytes) else b"",
@@ -85,17 +95,52 @@ def _plain(value: Any) -> bool:
     return isinstance(value, (str, int, float))
 
 
-def _header_lines(value: Any) -> list[str]:
-    """Header lines from a list, a mapping, JSON of either, or the value of X-Robots-Tag."""
-    if isinstance(value, str):
+def _header_lines(value: Any, tag: bool) -> list[str]:
+    """Header lines from a text or list of lines, a mapping, (name, value) pairs, or JSON of these.
+
+    Args:
+      value: of a field; a value inside it may be a list. Text without the name of a response header, and lines without
+        a colon, are values of X-Robots-Tag.
+      tag: whether the field is X-Robots-Tag: any line without the name of a response header is then such a value.
+    """
+    if isinstance(value, (str, bytes)):
+        text = _text(value)
         try:
-            value = json.loads(value)
+            value = json.loads(text)
         except ValueError:
-            names_a_header = ":" in value and value.partition(":")[0].strip().lower() == "x-robots-tag"
-            value = [value] if names_a_header else [f"X-Robots-Tag: {value}"] if value.strip() else []
+            lines = text.splitlines()
+            return _named(lines, tag or not any(map(_response_header, lines)))
+        if isinstance(value, str):
+            return _header_lines(value, tag)
     if isinstance(value, Mapping):
-        value = [f"{name}: {line}" for name, line in value.items()]
-    return [_text(line) for line in value] if isinstance(value, (list, tuple)) else []
+        value = list(value.items())
+    return [line for item in value for line in _item_lines(item, tag)] if isinstance(value, (list, tuple)) else []
+
+
+def _item_lines(item: Any, tag: bool) -> list[str]:
+    """Header lines of an item of a list: a line, or a pair, as which pyarrow gives the entries of a map."""
+    if isinstance(item, (str, bytes)):
+        return _named(_text(item).splitlines(), tag)
+    if isinstance(item, (list, tuple)) and len(item) == 2 and ":" not in (name := _text(item[0])) and name:
+        values = item[1] if isinstance(item[1], (list, tuple)) else [item[1]]
+        lines = [line for value in values for line in _text(value).splitlines()]
+        return [f"{name.replace('_', '-')}: {line}" for line in lines]
+    return _header_lines(item, tag)
+
+
+def _named(lines: Iterable[str], tag: bool) -> list[str]:
+    """Lines with a name; `tag`: a line without the name of a response header is a value of X-Robots-Tag."""
+    found = []
+    for line in lines:
+        given = _response_header(line) or (":" in line and not tag)
+        if line.strip() and not line.startswith("HTTP/"):
+            found.append(line if given else f"X-Robots-Tag: {line}")
+    return found
+
+
+def _response_header(line: str) -> bool:
+    name, colon, _ = line.partition(":")
+    return bool(colon) and name.strip().lower() in RESPONSE_HEADERS
 
 
 def _read_image(path: str, folder: str, max_bytes: int) -> tuple[bytes | None, tuple | None, str]:
