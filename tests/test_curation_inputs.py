@@ -12,6 +12,7 @@ import pytest
 from apache_beam.testing.util import assert_that, equal_to
 from curation_tools import pairs, picture, write_parquet
 
+from florence_jax.curation import readers
 from florence_jax.curation.inputs import DamagedInput, ReadPairs, list_splits, read_split
 from florence_jax.curation.opt_out import OptOutRules, decide_headers
 from florence_jax.curation.readers import make_pair
@@ -55,7 +56,7 @@ def test_parquet_bytes_paths_and_struct(tmp_path):
     struct = [{"image": {"bytes": picture(2), "path": "a.png"}, "text": "blue", "similarity": 0.25, "tags": ["t"]}]
     write_parquet(tmp_path / "struct.parquet", struct)
     (pair,) = read(tmp_path / "struct.parquet")
-    assert (pair["image"], pair["key"]) == (picture(2), "a.png")
+    assert (pair["image"], pair["key"]) == (picture(2), "struct[0]")  # that path is often one name for all rows
     assert pair["extra"] == {"similarity": 0.25, "tags": ["t"]}
 
 
@@ -173,6 +174,48 @@ def test_large_images_are_not_read(tmp_path):
     for spec in ("f", "t.tar", "p.parquet"):
         (pair,) = read(tmp_path / spec, max_bytes=100)
         assert (pair["problem"], pair["image"]) == ("too_many_bytes", b"")
+
+
+def test_large_images_are_not_read_and_leave_the_next_sample_alone(tmp_path):
+    large = picture(1, (200, 200))
+    samples = [("a.jpg", large), ("b.jpg", picture(2)), ("b.txt", b"x"), ("c.md", b"?"), ("d.txt", b"y")]
+    samples += [("d.jpg", picture(3)), ("e.jpg", large)]
+    write_tar(tmp_path / "t.tar", samples)
+    found = [(p["key"], p["problem"]) for p in read(tmp_path / "t.tar", max_bytes=len(large) - 1)]
+    assert found == [("t/a", "too_many_bytes"), ("t/b", ""), ("t/d", ""), ("t/e", "too_many_bytes")]
+
+
+@pytest.mark.parametrize("size", [12345, "12345"])
+def test_a_size_in_bytes_is_not_the_picture(tmp_path, size):
+    (tmp_path / "x.png").write_bytes(picture(1))
+    write_parquet(tmp_path / "p.parquet", [{"bytes": size, "image_path": "x.png"}])
+    (pair,) = read(tmp_path / "p.parquet")
+    assert (pair["key"], pair["image"], pair["extra"]) == ("x.png", picture(1), {"bytes": size})
+    write_parquet(tmp_path / "q.parquet", [{"bytes": picture(2)}])
+    assert read(tmp_path / "q.parquet")[0]["image"] == picture(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "row"),
+    [
+        ("captions.csv", "\ufefffile,caption\n", '{}.png,"caf\u00e9\n{}"\r\n\n'),
+        ("metadata.jsonl", "\ufeff\n", '{{"file": "{}.png", "caption": "caf\u00e9\\n{}"}}\n \n'),
+    ],
+)
+def test_a_table_is_read_once_for_all_its_splits(tmp_path, monkeypatch, name, head, row):
+    text = head + "".join(row.format(i, i) for i in range(20))
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    splits = list_splits(f"x={tmp_path}", 3)
+    sizes = []
+
+    def read_some(*args):
+        sizes.append(len(data := read_bytes(*args)))
+        return data
+
+    monkeypatch.setattr(readers, "read_bytes", read_some)
+    found = [(p["key"], p["caption"]) for split in splits for p in read_split(split, 99)]
+    assert found == [(f"{i}.png", f"caf\u00e9\n{i}") for i in range(20)]
+    assert len(splits) == 7 and sum(sizes) <= (tmp_path / name).stat().st_size
 
 
 def test_damage_comes_after_the_good_pairs(tmp_path):

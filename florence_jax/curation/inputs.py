@@ -8,6 +8,7 @@ What img2dataset writes (webdataset, parquet, files) is read as it is.
 """
 
 import dataclasses
+import itertools
 import os
 import tarfile
 import zlib
@@ -48,7 +49,7 @@ class Split:
       source: name of the source.
       kind: 'parquet', 'tar', 'array_record', 'table' (csv or jsonl beside images) or 'folder'.
       path: of the file or folder.
-      start, stop: row groups of parquet, else rows; (0, -1) for all.
+      start, stop: row groups of parquet, bytes of a table, else rows; (0, -1) for all.
       stamp: stands for the content: size and time of change, or what the store says.
     """
 
@@ -153,9 +154,9 @@ def _folder_splits(name: str, path: str, rows: int) -> list[Split]:
     splits: list[Split] = []
     for table in folder_tables(path):
         fs, inner = filesystem(table)
-        count = sum(1 for _ in read_table_rows(table))
+        starts = [at for row, (at, _) in enumerate(read_table_rows(table)) if row % rows == 0]
         stamp = fs.ukey(inner)
-        splits += [Split(name, "table", table, i, min(i + rows, count), stamp) for i in range(0, count, rows)]
+        splits += [Split(name, "table", table, *ends, stamp) for ends in itertools.pairwise([*starts, -1])]
     if splits:
         return splits
     fs, inner = filesystem(path)
@@ -216,9 +217,8 @@ def _read_array_record(split: Split, max_bytes: int) -> Iterator[Pair]:
 
 def _read_table(split: Split, max_bytes: int) -> Iterator[Pair]:
     folder = os.path.dirname(split.path)
-    for row, fields in enumerate(read_table_rows(split.path)):
-        if split.start <= row < split.stop:
-            yield make_pair(fields, split.source, f"[{row}]", folder, max_bytes)
+    for at, fields in read_table_rows(split.path, split.start, split.stop):
+        yield make_pair(fields, split.source, f"[{at}]", folder, max_bytes)
 
 
 def _read_folder(split: Split, max_bytes: int) -> Iterator[Pair]:

@@ -1,5 +1,6 @@
 """What `inputs` needs to know of each format: field names, grouping of tar members, tables and files beside images."""
 
+import codecs
 import csv
 import io
 import json
@@ -56,9 +57,13 @@ def make_pair(
 
     locator = None
     given_key = take(KEYS)
-    image, path = take(IMAGES), None
+    # A number, or text under 'bytes', is about the picture: most often its size.
+    kinds = {name: bytes if name == "bytes" else (bytes, str, Mapping) for name in IMAGES}
+    image, path = next((left.pop(name) for name, kind in kinds.items() if isinstance(left.get(name), kind)), None), None
     if isinstance(image, Mapping):  # as Hugging Face data sets have them
         image, path = image.get("bytes"), image.get("path")
+        if isinstance(image, bytes):  # the path is then only a name, often the same in every row
+            path = None
     if isinstance(image, str):
         image, path = None, image
     path = path or take(PATHS)
@@ -185,10 +190,10 @@ def tar_samples(
             folder, _, name = member.name.rpartition("/")
             stem, _, suffix = name.partition(".")
             member_key, suffix = f"{folder}/{stem}".lstrip("./"), suffix.lower()
-            if member_key != key and fields:
-                yield key, fields, place, problem
-                fields, place, problem = {}, None, ""
-            key = member_key
+            if member_key != key:
+                if fields or problem:
+                    yield key, fields, place, problem
+                key, fields, place, problem = member_key, {}, None, ""
             if suffix in IMAGES:
                 place = member.offset_data, member.size
                 if member.size > max_bytes:
@@ -199,7 +204,7 @@ def tar_samples(
                 fields["caption"] = _content(tar, member, plain)
             elif suffix == "json":
                 fields = _json_fields(_content(tar, member, plain)) | fields
-        if fields:
+        if fields or problem:
             yield key, fields, place, problem
         # tarfile takes a header that it cannot read for the end.
         if plain and _block_at(tar) != bytes(tarfile.BLOCKSIZE):
@@ -243,26 +248,64 @@ def folder_tables(folder: str) -> list[str]:
     return [f"{folder.rstrip('/')}/{name}" for name in TABLES if fs.exists(f"{inner.rstrip('/')}/{name}")][:1]
 
 
-def read_table_rows(path: str) -> Iterator[dict[str, Any]]:
-    """The rows of a csv or jsonl file.
+class _Lines:
+    """The lines of a text; `at`: where the next one begins, in bytes of the file."""
+
+    def __init__(self, text: str, newline: str, at: int):
+        self._lines, self.at = io.StringIO(text, newline=newline), at
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._lines:
+            self.at += len(line.encode())
+            yield line
+
+
+def read_table_rows(path: str, start: int = 0, stop: int = -1) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(first byte, fields) of the rows of a csv or jsonl file.
+
+    Args:
+      path: of the file.
+      start, stop: bytes at which rows begin; 0 and -1 for the whole file.
 
     Raises:
       UserError: if it is not comma-separated UTF-8 with a heading, or not one JSON object a line.
     """
     try:
-        text = read_bytes(path).decode("utf-8-sig")
-        if path.endswith(".csv"):
-            for row in csv.DictReader(io.StringIO(text, newline=""), strict=True):
-                yield {name: value for name, value in row.items() if isinstance(name, str)}
-            return
-        for line in text.split("\n"):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("a line is not a JSON object")
-                yield row
+        data = read_bytes(path, start, stop - start if stop >= 0 else -1)
+        lines = _Lines(
+            data.decode("utf-8-sig"),
+            "" if path.endswith(".csv") else "\n",
+            start + len(codecs.BOM_UTF8) * data.startswith(codecs.BOM_UTF8),
+        )
+        yield from _csv_rows(path, lines, start) if path.endswith(".csv") else _json_rows(lines)
     except (ValueError, csv.Error, OSError) as error:
         raise UserError(f"cannot read {path}: {error}; it must be comma-separated UTF-8, or JSON lines") from error
+
+
+def _csv_rows(path: str, lines: _Lines, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = csv.reader(lines, strict=True)
+    if start:
+        fs, inner = filesystem(path)
+        with fs.open(inner, "rb") as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+            names = next(csv.reader(text, strict=True))
+    else:
+        names = next(rows, [])
+    at = lines.at
+    for values in rows:
+        if values:
+            yield at, dict(zip(names, values, strict=False))
+        at = lines.at
+
+
+def _json_rows(lines: _Lines) -> Iterator[tuple[int, dict[str, Any]]]:
+    at = lines.at
+    for line in lines:
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("a line is not a JSON object")
+            yield at, row
+        at = lines.at
 
 
 def folder_rows(folder: str) -> Iterator[dict[str, Any]]:
