@@ -274,6 +274,24 @@ def test_stamps_follow_the_content_and_splits_cover_every_row_once(tmp_path):
     assert not {s.identity() for s in list_splits(path, 10)} & {s.identity() for s in before}
 
 
+def test_files_and_folders_of_one_name_have_keys_of_their_own(tmp_path):
+    for place in ("col/p1", "col/p2"):
+        (tmp_path / place).mkdir(parents=True)
+        write_parquet(tmp_path / place / "part-0.parquet", [{"caption": place}, {"caption": "x"}])
+        write_tar(tmp_path / place / "0.tar", [("a.txt", b"x")])
+    write_tar(tmp_path / "col" / "p2" / "0.tgz", [("a.txt", b"x")], "w:gz")
+    write_parquet(tmp_path / "col" / "p2" / "other.parquet", [{"caption": "x"}])
+    keys = [pair["key"] for pair in read(f"x={tmp_path}/col/*/*")]
+    assert len(set(keys)) == len(keys) == 8
+    assert {"p1/part-0.parquet[0]", "p2/0.tgz/a", "other[0]"} <= set(keys)
+    assert [pair["key"] for pair in read(f"x={tmp_path}/col/p1/*.parquet")] == ["part-0[0]", "part-0[1]"]
+
+    for folder in (tmp_path / "f", tmp_path / "f" / "f", tmp_path / "f" / "g"):
+        folder.mkdir()
+        (folder / "x.png").write_bytes(picture(1))
+    assert [pair["key"] for pair in read(tmp_path / "f")] == ["f/x.png", "f/f/x.png", "g/x.png"]
+
+
 def test_beam_transform(tmp_path):
     path = write_parquet(tmp_path / "p.parquet", pairs(5))
     with beam.Pipeline(runner="FnApiRunner") as pipeline:

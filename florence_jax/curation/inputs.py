@@ -12,6 +12,7 @@ import itertools
 import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -49,6 +50,7 @@ class Split:
       source: name of the source.
       kind: 'parquet', 'tar', 'array_record', 'table' (csv or jsonl beside images) or 'folder'.
       path: of the file or folder.
+      name: stands for the file or folder in keys, where records have none of their own.
       start, stop: row groups of parquet, bytes of a table, else rows; (0, -1) for all.
       stamp: stands for the content: size and time of change, or what the store says.
     """
@@ -56,6 +58,7 @@ class Split:
     source: str
     kind: str
     path: str
+    name: str
     start: int
     stop: int
     stamp: str
@@ -106,18 +109,37 @@ def _splits_of(name: str, path: str, rows: int) -> list[Split]:
         files = [inner] if fs.exists(inner) else []
     files = [file for file in files if not os.path.basename(file).startswith((".", "_"))]
     tars = {_stem(file) for file in files if file.endswith(TAR_SUFFIXES)}
+    kinds = {file: kind for file in files if (kind := _kind(file))}
+    # img2dataset writes 00000.parquet with the metadata of 00000.tar beside it.
+    kinds = {file: kind for file, kind in kinds.items() if kind != "parquet" or _stem(file) not in tars}
     splits: list[Split] = []
-    for file in files:
-        # img2dataset writes 00000.parquet with the metadata of 00000.tar beside it.
-        if file.endswith(".parquet") and _stem(file) not in tars:
-            splits += _parquet_splits(name, fs.unstrip_protocol(file), fs.ukey(file), rows)
-        elif file.endswith(TAR_SUFFIXES):
-            splits.append(Split(name, "tar", fs.unstrip_protocol(file), 0, -1, fs.ukey(file)))
-        elif ".array_record" in os.path.basename(file):
-            splits += _array_record_splits(name, file, fs.ukey(file), rows)
+    for file, short in _short_names({file: os.path.basename(_stem(file)) for file in kinds}).items():
+        if kinds[file] == "parquet":
+            splits += _parquet_splits(name, fs.unstrip_protocol(file), short, fs.ukey(file), rows)
+        elif kinds[file] == "tar":
+            splits.append(Split(name, "tar", fs.unstrip_protocol(file), short, 0, -1, fs.ukey(file)))
+        else:
+            splits += _array_record_splits(name, file, short, fs.ukey(file), rows)
     if not splits and fs.isdir(inner):
         splits = _folder_splits(name, path, rows)
     return splits
+
+
+def _kind(file: str) -> str:
+    if file.endswith(".parquet"):
+        return "parquet"
+    if file.endswith(TAR_SUFFIXES):
+        return "tar"
+    return "array_record" if ".array_record" in os.path.basename(file) else ""
+
+
+def _short_names(names: Mapping[str, str]) -> dict[str, str]:
+    """{path: name}, with the path from the folder that all are in instead of a name that several share."""
+    times = Counter(names.values())
+    if len(times) == len(names):
+        return dict(names)
+    common = os.path.commonpath(list(map(os.path.dirname, names))).rstrip("/") + "/"
+    return {path: name if times[name] == 1 else path.removeprefix(common) for path, name in names.items()}
 
 
 def _stem(path: str) -> str:
@@ -126,7 +148,7 @@ def _stem(path: str) -> str:
     return path
 
 
-def _parquet_splits(name: str, path: str, stamp: str, rows: int) -> list[Split]:
+def _parquet_splits(name: str, path: str, short: str, stamp: str, rows: int) -> list[Split]:
     """Runs of row groups of about `rows` rows."""
     fs, inner = filesystem(path)
     try:
@@ -138,16 +160,17 @@ def _parquet_splits(name: str, path: str, stamp: str, rows: int) -> list[Split]:
     for group in range(footer.num_row_groups):
         total += footer.row_group(group).num_rows
         if total >= rows or group + 1 == footer.num_row_groups:
-            splits.append(Split(name, "parquet", path, start, group + 1, stamp))
+            splits.append(Split(name, "parquet", path, short, start, group + 1, stamp))
             start, total = group + 1, 0
     return splits
 
 
-def _array_record_splits(name: str, path: str, stamp: str, rows: int) -> list[Split]:
+def _array_record_splits(name: str, path: str, short: str, stamp: str, rows: int) -> list[Split]:
     if "://" in path or not os.path.exists(path):
         raise UserError(f"input {path}: ArrayRecord files are read from a local disk; copy them there first")
     count = len(ArrayRecordSource([path], path))
-    return [Split(name, "array_record", path, i, min(i + rows, count), stamp) for i in range(0, count, rows)]
+    starts = range(0, count, rows)
+    return [Split(name, "array_record", path, short, start, min(start + rows, count), stamp) for start in starts]
 
 
 def _folder_splits(name: str, path: str, rows: int) -> list[Split]:
@@ -156,14 +179,15 @@ def _folder_splits(name: str, path: str, rows: int) -> list[Split]:
         fs, inner = filesystem(table)
         starts = [at for row, (at, _) in enumerate(read_table_rows(table)) if row % rows == 0]
         stamp = fs.ukey(inner)
-        splits += [Split(name, "table", table, *ends, stamp) for ends in itertools.pairwise([*starts, -1])]
+        splits += [Split(name, "table", table, "", *ends, stamp) for ends in itertools.pairwise([*starts, -1])]
     if splits:
         return splits
     fs, inner = filesystem(path)
-    for folder in [inner, *sorted(p for p in fs.ls(inner, detail=False) if fs.isdir(p))]:
+    folders = [inner.rstrip("/"), *sorted(p for p in fs.ls(inner, detail=False) if fs.isdir(p))]
+    for folder, short in _short_names({folder: os.path.basename(folder) for folder in folders}).items():
         files = sorted((f["name"], f["size"]) for f in fs.ls(folder, detail=True) if f["type"] == "file")
         if any(image_suffix(file) for file, _ in files):
-            splits.append(Split(name, "folder", fs.unstrip_protocol(folder), 0, -1, json_digest(files)))
+            splits.append(Split(name, "folder", fs.unstrip_protocol(folder), short, 0, -1, json_digest(files)))
     return splits
 
 
@@ -185,24 +209,22 @@ def read_split(split: Split, max_bytes: int) -> Iterator[Pair]:
 
 def _read_parquet(split: Split, max_bytes: int) -> Iterator[Pair]:
     fs, inner = filesystem(split.path)
-    stem = os.path.basename(inner).removesuffix(".parquet")
     folder = os.path.dirname(split.path)
     with fs.open(inner, "rb") as file:
         parquet = pq.ParquetFile(file)
         row = sum(parquet.metadata.row_group(i).num_rows for i in range(split.start))
         for batch in parquet.iter_batches(READ_ROWS, row_groups=list(range(split.start, split.stop))):
             for fields in batch.to_pylist():
-                yield make_pair(fields, split.source, f"{stem}[{row}]", folder, max_bytes)
+                yield make_pair(fields, split.source, f"{split.name}[{row}]", folder, max_bytes)
                 row += 1
 
 
 def _read_tar(split: Split, max_bytes: int) -> Iterator[Pair]:
     fs, inner = filesystem(split.path)
-    stem = os.path.basename(_stem(inner))
     plain = split.path.endswith(".tar")
     with fs.open(inner, "rb") as file:
         for key, fields, place, problem in tar_samples(file, max_bytes, plain):
-            pair = make_pair(fields | {"key": f"{stem}/{key}"}, split.source, "", "", max_bytes, problem)
+            pair = make_pair(fields | {"key": f"{split.name}/{key}"}, split.source, "", "", max_bytes, problem)
             yield pair | {"locator": (split.path, *place) if plain and place else None}
 
 
@@ -212,7 +234,7 @@ def _read_array_record(split: Split, max_bytes: int) -> Iterator[Pair]:
         rows = range(start, min(start + READ_ROWS, split.stop))
         for row, record in zip(rows, source.__getitems__(rows), strict=True):
             fields, problem = ({}, "unreadable") if isinstance(record, BadRecord) else (record, "")
-            yield make_pair(fields, split.source, f"{source.name}[{row}]", "", max_bytes, problem)
+            yield make_pair(fields, split.source, f"{split.name}[{row}]", "", max_bytes, problem)
 
 
 def _read_table(split: Split, max_bytes: int) -> Iterator[Pair]:
@@ -222,7 +244,7 @@ def _read_table(split: Split, max_bytes: int) -> Iterator[Pair]:
 
 
 def _read_folder(split: Split, max_bytes: int) -> Iterator[Pair]:
-    for fields in folder_rows(split.path):
+    for fields in folder_rows(split.path, split.name):
         yield make_pair(fields, split.source, "", split.path, max_bytes)
 
 

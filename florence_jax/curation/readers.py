@@ -308,8 +308,11 @@ def _json_rows(lines: _Lines) -> Iterator[tuple[int, dict[str, Any]]]:
         at = lines.at
 
 
-def folder_rows(folder: str) -> Iterator[dict[str, Any]]:
-    """Fields of each image file of a folder; the caption is in a .txt or .json of the same name, else ''."""
+def folder_rows(folder: str, short: str) -> Iterator[dict[str, Any]]:
+    """Fields of each image file of a folder; the caption is in a .txt or .json of the same name, else ''.
+
+    `short` stands for the folder in keys.
+    """
     fs, inner = filesystem(folder)
     files = sorted(path for path in fs.ls(inner, detail=False) if fs.isfile(path))
     known = set(files)
@@ -321,4 +324,4 @@ def folder_rows(folder: str) -> Iterator[dict[str, Any]]:
         if f"{stem}.txt" in known:
             fields["caption"] = fs.cat_file(f"{stem}.txt")
         name = os.path.basename(file)
-        yield fields | {"key": f"{os.path.basename(inner.rstrip('/'))}/{name}", "image_path": name}
+        yield fields | {"key": f"{short}/{name}", "image_path": name}
