@@ -30,6 +30,7 @@ from florence_jax.curation.clusters import CandidateEdges, WriteEdges, labels_in
 from florence_jax.curation.dedup import BenchmarkIndex
 from florence_jax.curation.hashing import measure
 from florence_jax.curation.inputs import list_splits
+from florence_jax.curation.measure import repeat_order
 from florence_jax.curation.outputs import PLAN, Writer, WriteShards, by_shard, is_shard, shard_count, with_place
 from florence_jax.curation.pipeline import (
     Alive,
@@ -174,7 +175,7 @@ def build_table(run: Run) -> dict[str, Any]:
             _ = parts | "Damage" >> beam.FlatMap(_damage) | beam.combiners.ToList() | beam.Map(_write_damage, folder)
             numbers = functools.partial(by_identifier, column="uid", count=count)
             tables = parts | "Read" >> beam.Map(read_table) | Repartition(numbers)
-            _ = tables | "Write" >> beam.MapTuple(functools.partial(_write_part, folder=folder))
+            _ = tables | "Write" >> beam.MapTuple(functools.partial(write_part, folder=folder))
 
         run.beam(pipeline)
         parts = [_part_facts(folder, number) for number in range(count)]
@@ -196,13 +197,15 @@ def _write_damage(damage: Sequence[str], folder: str) -> None:
     write_json(f"{folder}/damage.json", sorted(damage))
 
 
-def _write_part(number: int, table: pa.Table, folder: str) -> None:
-    """Writes one part; of rows with one uid (a key that occurs twice in a source) the first in a fixed order stays."""
+def write_part(number: int, table: pa.Table, folder: str) -> None:
+    """Writes one part; of rows with one uid (a key that occurs twice in a source) one stays: see `repeat_order`."""
     table = table.replace_schema_metadata(None)
-    order = [("uid", "ascending"), ("image_id", "ascending"), ("caption", "ascending"), ("url", "ascending")]
-    table = table.sort_by(order).combine_chunks()
-    uids = np.array(table["uid"].to_pylist())
+    uids = np.array(table["uid"].to_pylist())  # sorted
     first = np.concatenate([[True], uids[1:] != uids[:-1]])
+    repeats = np.flatnonzero(~first | np.append(~first[1:], False))
+    order = np.arange(len(table))
+    order[repeats] = repeats[repeat_order(table.take(repeats).to_pylist())]
+    table = table.take(order).combine_chunks()
     _, sha256 = write_table(f"{folder}/part-{number:05d}.parquet", table.filter(pa.array(first)))
     facts = {"rows": int(first.sum()), "repeated": int((~first).sum()), "sha256": sha256}
     write_json(f"{folder}/part-{number:05d}.json", facts)

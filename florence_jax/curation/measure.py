@@ -7,6 +7,7 @@ beside the part, so that writing the output later needs one small read per pictu
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pyarrow as pa
 from florence_jax.curation.filters import text_scores
 from florence_jax.curation.hashing import Limits, measure
 from florence_jax.curation.inputs import DamagedInput, Pair, Split, read_split
+from florence_jax.curation.opt_out import OptOutRules, decide_headers
 from florence_jax.curation.safety import HashList, safety_scores
 from florence_jax.curation.table import SCORES, exists, join, read_bytes, read_table, uid_of, write_file, write_table
 from florence_jax.errors import UserError
@@ -131,6 +133,22 @@ def measure_caption(pair: Pair, rules: MeasureRules) -> dict[str, Any]:
 def _valid(text: str) -> str:
     """Lone surrogates, which parquet cannot hold, as U+FFFD."""
     return text if text.isascii() else text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def repeat_order(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Places of rows of the table by uid and, of one uid, opt-outs first; the order of the rows does not count.
+
+    Any opt-out in the headers is one, whatever the rules: the table is not made again when they change.
+    """
+
+    def place(number: int) -> tuple[Any, ...]:
+        row = dict(rows[number])
+        where = [row.pop(name) for name in ("path", "offset", "size")]
+        consents = decide_headers(row["headers"], OptOutRules()) is None
+        known = [row[name] for name in ("image_id", "caption", "url")]
+        return row["uid"], consents, known, -len(row["headers"]), json.dumps(row, default=bytes.hex), where
+
+    return sorted(range(len(rows)), key=place)
 
 
 def statuses(path: str) -> set[str]:
