@@ -17,7 +17,7 @@ from apache_beam.runners.portability.local_job_service import LocalJobServicer
 from curation_tools import ONE_PROCESS, pairs, picture, small_config, write_parquet
 from PIL import Image
 
-from florence_jax.curation import decide, driver, simulate
+from florence_jax.curation import decide, simulate
 from florence_jax.curation import measure as measure_module
 from florence_jax.curation.driver import curate, merkle_root, runner_trouble
 from florence_jax.curation.inputs import list_splits
@@ -103,25 +103,6 @@ def test_order_splits_parts_and_workers_do_not_matter(raw):
     assert log(tmp / "a") == log(tmp / "b")
     other_seed = curate(config | {"seed": 1}, str(tmp / "a"), ONE_PROCESS)["root"]
     assert other_seed != root
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_of_repeats_the_row_with_the_opt_out_stays(tmp_path, reverse):
-    rows = pairs(6)
-    for row in rows:
-        row |= {"headers": [], "license": "mit", "x": "a"}
-    rows += [rows[1] | {"headers": ["X-Robots-Tag: noai"]}, rows[2] | {"license": "cc0"}, rows[3] | {"x": "b"}]
-    rows += [rows[4] | {"image": picture(9), "headers": ["tdm-reservation: 1"]}]
-    rows = rows[::-1] if reverse else rows
-    (tmp_path / "table").mkdir()
-    rules = make_all(small_config("p", measure={"extra_fields": ("x",)})).measure
-    (split,) = list_splits("p=" + write_parquet(tmp_path / "p.parquet", rows), 99)
-    table = pq.read_table(measure_module.measure_split(split, str(tmp_path), rules))
-    driver.write_part(0, table.sort_by("uid"), str(tmp_path / "table"))
-    assert json.loads((tmp_path / "table" / "part-00000.json").read_text())["repeated"] == 4
-    kept = {row["key"]: row for row in pq.read_table(tmp_path / "table" / "part-00000.parquet").to_pylist()}
-    assert [kept[f"000{i}"]["headers"] for i in (0, 1, 4)] == [[], ["X-Robots-Tag: noai"], ["tdm-reservation: 1"]]
-    assert (kept["0002"]["licence"], kept["0003"]["extra"]) == ("cc0", '{"x": "a"}')
 
 
 def test_the_runner_does_not_matter(raw):

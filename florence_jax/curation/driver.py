@@ -30,7 +30,7 @@ from florence_jax.curation.clusters import CandidateEdges, WriteEdges, labels_in
 from florence_jax.curation.dedup import BenchmarkIndex
 from florence_jax.curation.hashing import measure
 from florence_jax.curation.inputs import list_splits
-from florence_jax.curation.measure import repeat_order
+from florence_jax.curation.measure import remove_other_parts, repeat_order
 from florence_jax.curation.outputs import PLAN, Writer, WriteShards, by_shard, is_shard, shard_count, with_place
 from florence_jax.curation.pipeline import (
     Alive,
@@ -112,15 +112,20 @@ class Run:
                 raise UserError(f"--runner={options.view_as(StandardOptions).runner}: {trouble}") from error
             raise
 
-    def phase(self, name: str, digest: str, build: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
-        """The manifest of a phase; `build` fills its folder anew unless it was finished for the same `digest`."""
+    def phase(
+        self, name: str, digest: str, build: Callable[[str], Mapping[str, Any]], again: bool = False
+    ) -> dict[str, Any]:
+        """The manifest of a phase; `build` fills its folder anew unless it was finished for the same `digest`.
+
+        `again`: it is filled anew in any case.
+        """
         folder = f"{self.workdir}/{name}"
         manifest = read_json(f"{folder}/manifest.json")
-        if manifest is not None and manifest["digest"] == digest:
+        if manifest is not None and manifest["digest"] == digest and not again:
             logging.info("%s: there already", name)
             return manifest
         begun = read_json(f"{folder}/begun.json")
-        if begun is None or begun["digest"] != digest:
+        if begun is None or begun["digest"] != digest or again:
             _remove(folder)
             write_json(f"{folder}/begun.json", {"digest": digest})
         logging.info("%s: working", name)
@@ -185,7 +190,9 @@ def build_table(run: Run) -> dict[str, Any]:
         repeated = sum(part["repeated"] for part in parts)
         return {"parts": parts, "rows": rows, "repeated": repeated, "damage": read_json(f"{folder}/damage.json")}
 
-    return run.phase("table", digest, build)
+    table = run.phase("table", digest, build, again=bool(rules.retry))
+    remove_other_parts(run.workdir, splits, rules.digest)
+    return table
 
 
 def _damage(path: str) -> list[str]:

@@ -7,7 +7,8 @@ beside the part, so that writing the output later needs one small read per pictu
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -17,11 +18,23 @@ from florence_jax.curation.hashing import Limits, measure
 from florence_jax.curation.inputs import DamagedInput, Pair, Split, read_split
 from florence_jax.curation.opt_out import OptOutRules, decide_headers
 from florence_jax.curation.safety import HashList, safety_scores
-from florence_jax.curation.table import SCORES, exists, join, read_bytes, read_table, uid_of, write_file, write_table
+from florence_jax.curation.table import (
+    SCORES,
+    exists,
+    filesystem,
+    join,
+    read_bytes,
+    read_table,
+    uid_of,
+    write_file,
+    write_table,
+)
 from florence_jax.errors import UserError
 
 COPY = "copy:"
 MAX_EXTRA = 4096  # characters of the further fields of one pair
+# A file in measured/: a part, the copies of its pictures, or either half written by a run that was killed.
+PART = re.compile(r"\.?([0-9a-f]{32}-[0-9a-f]{8})\.(?:parquet|images)(?:\.[0-9a-f]{32}\.tmp)?")
 QUARANTINED: Pair = {"key": "", "caption": "", "url": "", "licence": "", "headers": [], "extra": {}}
 
 
@@ -93,6 +106,19 @@ def measure_split(split: Split, workdir: str, rules: MeasureRules) -> str:
     return path
 
 
+def remove_other_parts(workdir: str, splits: Iterable[Split], settings: str) -> None:
+    """Removes the parts of other splits and settings, with their copies of pictures.
+
+    They may hold what has since been put on the hash list. Call it when nothing is being measured.
+    """
+    kept = {part_path(workdir, split, settings).rpartition("/")[2].removesuffix(".parquet") for split in splits}
+    fs, inner = filesystem(join(workdir, "measured"))
+    for path in fs.ls(inner, detail=False) if fs.exists(inner) else ():
+        name = PART.fullmatch(path.rpartition("/")[2])
+        if name and name[1] not in kept:
+            fs.rm_file(path)
+
+
 def measure_picture(pair: Pair, rules: MeasureRules) -> dict[str, Any]:
     """What the table of scores (`table.SCORES`) says of the picture of a raw pair, and which pair it is."""
     scores = measure(pair["image"], rules.limits)
@@ -106,9 +132,10 @@ def measure_picture(pair: Pair, rules: MeasureRules) -> dict[str, Any]:
         "listed_limit": None,
     }
     locator = pair["locator"]
-    if rules.hash_list is not None and row["status"] == "ok" and (found := rules.hash_list.decide(pair["image"])):
-        row |= {"listed": int(found[1]), "listed_limit": int(found[2])}
-        locator = None
+    if rules.hash_list is not None and pair["image"]:
+        if found := rules.hash_list.decide(pair["image"], decodes=row["status"] == "ok"):
+            row |= {"listed": int(found[1]), "listed_limit": int(found[2])}
+            locator = None
     row["path"], row["offset"], row["size"] = locator or ("", 0, 0)
     return row
 

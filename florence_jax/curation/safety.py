@@ -223,18 +223,19 @@ class HashList:
     def __repr__(self) -> str:
         return f"HashList({len(self)} hashes)"
 
-    def decide(self, data: bytes) -> Decision | None:
+    def decide(self, data: bytes, decodes: bool = True) -> Decision | None:
         """('hash_list', distance, largest distance) for a picture on the list, or None; distance 0 for a digest.
 
         Args:
-          data: the encoded image, which decodes (the validity stage has seen it).
+          data: the encoded image.
+          decodes: whether it can be decoded (the validity stage has seen it); if not, only digests are compared.
 
         Raises:
           UserError: if the list has PDQ hashes and pdqhash is not installed.
         """
         if self._digests and any(f(data).hexdigest() in self._digests for f in (_md5, _sha1, hashlib.sha256)):
             return "hash_list", 0, self._distance
-        if len(self._pdq):
+        if decodes and len(self._pdq):
             code, quality = pdq_hash(data)
             nearest = self.nearest(code) if quality >= PDQ_QUALITY else None
             if nearest is not None:
