@@ -267,13 +267,21 @@ def test_hosts(url, host):
 
 
 def test_domains_block_their_subdomains_only():
-    blocked = ("example.com", "xn--mnchen-3ya.de", ".tld.org")
+    blocked = SafetyRules(blocked_domains=("Example.com", "münchen.de", ".tld.org")).blocked_hosts
     assert blocking_domain("a.b.example.com", blocked) == "example.com"
     assert blocking_domain("example.com", blocked) == "example.com"
     assert blocking_domain(host_of("https://www.münchen.de"), blocked) == "xn--mnchen-3ya.de"
     assert blocking_domain("x.tld.org", blocked) == "tld.org"
     assert blocking_domain("notexample.com", blocked) == blocking_domain("example.com.org", blocked) == ""
     assert blocking_domain("", blocked) == ""
+
+
+def test_blocked_domains_are_brought_into_form_once(monkeypatch):
+    rules = SafetyRules(blocked_domains=("Example.com",))
+    scores = safety_scores({"caption": "", "url": "https://a.example.com/x"})
+    assert decide_safety(scores, rules) == ("domain", "a.example.com", "example.com")
+    monkeypatch.setattr(safety, "host_of", None)
+    assert decide_safety(scores, rules)
 
 
 # -- hash lists -------------------------------------------------------------------------------------------------------
@@ -357,6 +365,10 @@ def test_a_recompressed_picture_is_on_the_list():
         ("meet @ noon", None),
         ("card 4111 1111 1111 1111 expires", "card [card] expires"),
         ("4111111111111112", None),  # wrong check digit
+        ("card 4111 1111 1111 1111 12/25", "card [card] 12/25"),
+        ("card 4111-1111-1111-1111-12/25", "card [card]-12/25"),
+        ("2025 4111 1111 1111 1111 and 5555555555554444", "2025 [card] and [card]"),
+        ("４１１１\xa0１１１１ 1111\u20071111", "[card]"),
         ("amex 3782-822463-10005", "amex [card]"),
         ("mastercard 5555555555554444 / 2223003122003222", "mastercard [card] / [card]"),
         ("isbn 978-3-16-148410-0", None),
@@ -365,7 +377,12 @@ def test_a_recompressed_picture_is_on_the_list():
         ("0044 20 7946 0958", "[phone]"),
         ("(030) 1234567", "[phone]"),
         ("tel 030 1234567", "tel [phone]"),
+        ("+49\xa030\xa0901820110", "[phone]"),
+        ("+49&nbsp;30&nbsp;901820110", "[phone]"),
+        ("jane&#64;mail.example, jane&amp;#64;mail.example", "[mail], [mail]"),
         ("555-123-4567", "[phone]"),
+        ("555\u2011123\u20134567", "[phone]"),
+        ("1914\u20131918 \u2013 Café №\xa05", None),
         ("on 2020-01-12 and 01/02/2003", None),
         ("1920x1080 wallpaper 2019 2020", None),
         ("Nikon D850 24-70mm f/2.8", None),

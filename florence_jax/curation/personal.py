@@ -2,19 +2,25 @@
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-# (kind, start, end) in characters of the caption.
+from florence_jax.data.captions import normalise_caption
+
+# (kind, start, end) in characters of the text.
 Span = tuple[str, int, int]
 # uint8 RGB (H, W, 3) -> float (N, 4) boxes (x0, y0, x1, y1) in pixels.
 FaceDetector = Callable[[np.ndarray], np.ndarray]
 
-_AT, _DOT = r"(?:[@＠]|\s?[(\[]at[)\]]\s?)", r"(?:\.|\s?[(\[]dot[)\]]\s?)"
+_AT, _DOT = r"(?:@|\s?[(\[]at[)\]]\s?)", r"(?:\.|\s?[(\[]dot[)\]]\s?)"
 _MAIL = re.compile(rf"(?<![\w.+-])[\w.+-]{{1,64}}{_AT}(?:[\w-]{{1,63}}{_DOT}){{1,6}}[a-z]{{2,24}}\b", re.I)
-_CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])")
+# Digits among which a card number may be; its date may follow: 4111 1111 1111 1111 12/25.
+_DIGITS = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,}(?![\w-])")
+_GROUP = re.compile(r"\d+")
+CARD_DIGITS = 19  # at most
+_DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-"))
 # E.164 with a plus or 00, or national groups of digits with a bracketed or separated area code.
 _PHONE = re.compile(
     r"(?<![\w.+-])(?:(?:\+|00)\d(?:[ ./()-]{0,2}\d){6,14}|\(\d{2,5}\)[ .-]?\d(?:[ .-]?\d){4,9}"
@@ -34,19 +40,24 @@ def luhn(digits: str) -> bool:
     return sum(d - 9 if d > 9 else d for d in doubled) % 10 == 0
 
 
-def find_personal(caption: str) -> list[Span]:
+def readable(caption: str) -> str:
+    """A caption as `find_personal` searches it: normalised, as training will read it, with plain hyphens for dashes."""
+    return normalise_caption(caption).translate(_DASHES)
+
+
+def find_personal(text: str) -> list[Span]:
     """Mail addresses, card numbers (right network, length and check digit) and phone numbers, by position; no overlaps.
 
     Kinds: 'mail', 'card', 'phone'. A telephone number needs a country code, a bracketed or leading-zero area code, or
     the North American grouping: bare digits are more often a product number.
+
+    Args:
+      text: from `readable`.
     """
-    spans: list[Span] = [("mail", *match.span()) for match in _MAIL.finditer(caption)]
-    if any(map(str.isdigit, caption)):
-        for match in _CARD.finditer(caption):
-            digits = re.sub(r"\D", "", match[0])
-            if _NETWORK.fullmatch(digits) and luhn(digits):
-                spans.append(("card", *match.span()))
-        for match in _PHONE.finditer(caption):
+    spans: list[Span] = [("mail", *match.span()) for match in _MAIL.finditer(text)]
+    if any(map(str.isdigit, text)):
+        spans += [("card", *span) for span in _cards(text)]
+        for match in _PHONE.finditer(text):
             if not _DATE.fullmatch(match[0]):
                 spans.append(("phone", *match.span()))
     kept: list[Span] = []
@@ -56,11 +67,29 @@ def find_personal(caption: str) -> list[Span]:
     return kept
 
 
+def _cards(text: str) -> Iterator[tuple[int, int]]:
+    """Start and end of card numbers: runs of whole groups of digits, the longest from each group on."""
+    for run in _DIGITS.finditer(text):
+        groups, behind = list(_GROUP.finditer(text, *run.span())), 0
+        for first, group in enumerate(groups):
+            if group.start() < behind or (first and text[group.start() - 1] == "-"):
+                continue
+            digits = ""
+            for last in groups[first : first + CARD_DIGITS]:
+                digits += last[0]
+                if _NETWORK.fullmatch(digits) and luhn(digits):
+                    behind = last.end()
+            if behind > group.start():
+                yield group.start(), behind
+
+
 def redact(caption: str) -> str:
-    """The caption with each finding replaced by its kind in square brackets; before `filters.text_scores`."""
-    for kind, start, end in reversed(find_personal(caption)):
-        caption = f"{caption[:start]}[{kind}]{caption[end:]}"
-    return caption
+    """`readable`, with each finding replaced by its kind in square brackets; the caption itself if there is none."""
+    text = readable(caption)
+    spans = find_personal(text)
+    for kind, start, end in reversed(spans):
+        text = f"{text[:start]}[{kind}]{text[end:]}"
+    return text if spans else caption
 
 
 def blur_boxes(image: np.ndarray, boxes: np.ndarray, margin: float = 0.1) -> np.ndarray:
@@ -116,5 +145,5 @@ def blur_faces(data: bytes, detector: FaceDetector, margin: float = 0.1) -> tupl
 
 def personal_scores(caption: str) -> dict[str, int]:
     """Score columns: number of "mails", "cards" and "phones" in a caption."""
-    kinds: Sequence[str] = [kind for kind, _, _ in find_personal(caption)]
+    kinds: Sequence[str] = [kind for kind, _, _ in find_personal(readable(caption))]
     return {f"{kind}s": kinds.count(kind) for kind in ("mail", "card", "phone")}

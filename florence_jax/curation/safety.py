@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import io
 import re
@@ -58,6 +59,11 @@ class SafetyRules:
         if wrong := [d for d in self.blocked_domains if not d.strip(".") or "/" in d]:
             raise UserError(f"blocked domain {wrong[0]!r}: write a host name, such as example.com")
 
+    @functools.cached_property
+    def blocked_hosts(self) -> frozenset[str]:
+        """`blocked_domains` in the form of `host_of`."""
+        return frozenset(host_of(domain.strip(".")) for domain in self.blocked_domains)
+
 
 def safety_scores(record: Mapping[str, Any]) -> dict[str, Any]:
     """Score columns of a raw pair that need neither a model nor a list.
@@ -85,7 +91,7 @@ def decide_safety(scores: Mapping[str, Any], rules: SafetyRules) -> Decision | N
     licence = scores["licence"]
     if rules.licences and not any(fnmatch.fnmatchcase(licence, p.lower()) for p in rules.licences):
         return "licence", licence, ",".join(rules.licences)
-    if blocked := blocking_domain(scores["host"], rules.blocked_domains):
+    if blocked := blocking_domain(scores["host"], rules.blocked_hosts):
         return "domain", scores["host"], blocked
     if rules.max_nsfw is not None and not scores["nsfw"] <= rules.max_nsfw:  # NaN, a failed score, is dropped too
         return "nsfw", scores["nsfw"], rules.max_nsfw
@@ -150,9 +156,11 @@ def host_of(url: str) -> str:
         return ""
 
 
-def blocking_domain(host: str, blocked: Collection[str]) -> str:
-    """The blocked domain that a host is or lies under, or ''. 'notexample.com' does not lie under 'example.com'."""
-    domains = {host_of(domain.strip(".")) for domain in blocked}
+def blocking_domain(host: str, domains: Collection[str]) -> str:
+    """The one of the `domains`, from `host_of`, that a host is or lies under, or ''.
+
+    'notexample.com' does not lie under 'example.com'.
+    """
     labels = host.split(".")
     return next((d for i in range(len(labels)) if (d := ".".join(labels[i:])) in domains), "")
 
