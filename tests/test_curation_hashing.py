@@ -126,17 +126,19 @@ def test_transparency_is_white():
     assert result["has_alpha"] and distance(result, measure(encode(shown))) == (0, 0)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_applied(orientation):
+def test_orientation_is_applied(orientation, kind):
     image = scene()
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = image.transpose(hashing.TRANSPOSE[orientation]) if orientation > 1 else image
     undo = {6: 8, 8: 6}.get(orientation, orientation)
     exif[0x0112] = undo
-    result = measure(encode(stored, "PNG", exif=exif))
+    result = measure(encode(stored, kind, exif=exif))
     assert (result["width"], result["height"], result["orientation"]) == (320, 240, undo)
     assert distance(result, measure(encode(image)))[1] <= 6
+    assert result["aspect"] == pytest.approx(4 / 3)
 
 
 def test_half_of_the_bits_are_set_and_distances_even():

@@ -150,7 +150,8 @@ def _decode(data: bytes, limits: Limits, result: dict[str, Any]) -> Image.Image:
         raise Unusable("unsupported")
     with reader(io.BytesIO(data)) as image:
         orientation = _orientation(image)
-        width, height = image.size if orientation < 5 else image.size[::-1]
+        tiff = image.format == "TIFF"  # Pillow turns it when it decodes, and since version 12 gives its size upright
+        width, height = image.size[::-1] if orientation > 4 and not tiff else image.size
         alpha = image.has_transparency_data
         result.update(width=width, height=height, format=image.format, mode=image.mode)
         result.update(orientation=orientation, has_alpha=alpha)
@@ -161,7 +162,9 @@ def _decode(data: bytes, limits: Limits, result: dict[str, Any]) -> Image.Image:
         if not limits.animated and getattr(image, "is_animated", False):
             raise Unusable("animated")
         plane = _to_grey(image, alpha)
-    return plane.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else plane
+        if tiff:
+            result.update(width=image.width, height=image.height)
+    return plane.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE and not tiff else plane
 
 
 def _orientation(image: Image.Image) -> int:
