@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from apache_beam.runners.portability.local_job_service import LocalJobServicer
@@ -118,6 +119,14 @@ def test_the_runner_does_not_matter(raw):
     finally:
         server.stop()
     assert log(tmp / "a") == log(tmp / "b") == log(tmp / "c")
+
+
+def test_captions_of_a_cluster_begin_with_the_representatives():
+    texts = ["A red apple", "fruit", "A  RED apple", "a pear"]
+    rows = [{"text": " ".join(t.lower().split()), "caption": t, "text_decision": "", "clean": True} for t in texts]
+    block = pa.Table.from_pylist([row | {"uid": str(i), "flag": ""} for i, row in enumerate(rows)])
+    chosen, _ = decide.clusters(block, np.zeros(4, np.int64), [None] * 4)
+    assert chosen["captions"].to_pylist() == [["A red apple", "fruit", "a pear"], [], [], []]
 
 
 def test_a_new_threshold_opens_no_image(raw, monkeypatch):

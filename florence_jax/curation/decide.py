@@ -157,7 +157,10 @@ def _captions(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Distinct usable captions of a cluster, if possible without personal data; the first row's comes first."""
     usable = [row for row in rows if not row["text_decision"]]
     usable = [row for row in usable if row["clean"]] or usable[:1]
-    return list({row["text"]: row["caption"] for row in reversed(usable)}.values())[::-1]
+    found: dict[str, str] = {}
+    for row in usable:
+        found.setdefault(row["text"], row["caption"])
+    return list(found.values())
 
 
 def text(block: pa.Table, rules: Rules) -> tuple[pa.Table, Decisions]:
