@@ -129,6 +129,22 @@ def test_captions_of_a_cluster_begin_with_the_representatives():
     assert chosen["captions"].to_pylist() == [["A red apple", "fruit", "a pear"], [], [], []]
 
 
+def test_a_caption_that_is_dropped_for_its_length_costs_nothing_more():
+    rows = [
+        {"caption": caption, "captions": captions, "text": "", "text_id": "", "mails": 0, "phones": 0, "cards": 0}
+        | {"text_decision": '["many_characters", 80001, 1000]'}
+        for i, (caption, captions) in enumerate([("&" + "amp;" * 20_000, []), ("IMG_1", ["Mail a@b.org &amp; go"])])
+    ]
+    start = time.process_time()
+    block, decisions = decide.text(pa.Table.from_pylist(rows), None)
+    assert time.process_time() - start < 0.5
+    assert decisions == [("many_characters", 80001, 1000), None]
+    (chosen,) = block.slice(1).select(["caption", "text", "text_id", "mails", "phones"]).to_pylist()
+    caption = "Mail a@b.org &amp; go"
+    text = {"text": "mail a@b.org & go", "text_id": measure_module.text_scores(caption)["text_id"]}
+    assert chosen == {"caption": caption, "mails": 1, "phones": 0, **text}
+
+
 def test_a_new_threshold_opens_no_image(raw, monkeypatch):
     _, tmp = raw
     config = small_config(f"p={tmp}/raw", text={"cap": 0})

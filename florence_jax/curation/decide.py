@@ -165,20 +165,18 @@ def _captions(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def text(block: pa.Table, rules: Rules) -> tuple[pa.Table, Decisions]:
     """A pair without a usable caption goes for what is wrong with its own; else its caption is the first usable one."""
-    names = ("caption", "captions", "text_decision", "mails", "phones", "cards")
+    chosen = ("caption", "text", "text_id", "mails", "phones", "cards")
+    rows = rows_of(block, (*chosen, "captions", "text_decision"))
     decisions: Decisions = []
-    chosen: dict[str, list[Any]] = {"caption": [], "text": [], "text_id": [], "mails": [], "phones": [], "cards": []}
-    for row in rows_of(block, names):
+    for row in rows:
         decisions.append(None if row["captions"] else tuple(json.loads(row["text_decision"])))
-        caption = row["captions"][0] if row["captions"] else row["caption"]
-        personal = {name: row[name] for name in ("mails", "phones", "cards")}
-        if caption != row["caption"]:
-            personal = personal_scores(caption)
-        for name, value in (personal | {"caption": caption, "text": normalise_caption(caption)}).items():
-            chosen[name].append(value)
-        chosen["text_id"].append(text_id(caption))
-    for name, values in chosen.items():
-        block = with_column(block, name, values, block.schema.field(name).type)
+        if row["captions"]:  # usable, so no longer than `filters.MAX_CAPTION`: others cost too much to normalise
+            caption = row["captions"][0]
+            row |= personal_scores(caption) if caption != row["caption"] else {}
+            normalised = normalise_caption(caption)
+            row |= {"caption": caption, "text": normalised, "text_id": text_id(normalised)}
+    for name in chosen:
+        block = with_column(block, name, [row[name] for row in rows], block.schema.field(name).type)
     return block, decisions
 
 
