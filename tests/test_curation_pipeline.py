@@ -32,7 +32,7 @@ from florence_jax.errors import UserError
 def brightness(images, captions):
     """A relevance function: higher numbers in captions score higher; one pair makes it fail."""
     if any("number 3 " in caption for caption in captions):
-        raise ValueError("no score for number 3")
+        raise UserError("no score for number 3")
     return [float(caption.split()[2]) for caption in captions]
 
 

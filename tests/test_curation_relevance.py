@@ -98,7 +98,9 @@ def test_every_uid_is_scored_or_a_dead_letter_once():
 
 def length_ratio(images, captions):
     if "bad" in captions:
-        raise RuntimeError("out of cheese")
+        raise UserError("out of cheese")
+    if "lost" in captions:
+        raise ConnectionError("no server")
     return [len(c) / len(i) for i, c in zip(images, captions, strict=True)]
 
 
@@ -108,7 +110,14 @@ def test_any_callable_scores_and_the_bad_pair_alone_fails():
     with test_pipeline.TestPipeline() as pipeline:
         out = pipeline | beam.Create(pairs) | ScorePairs(CallableModelHandler(length_ratio, 8))
         assert_that(out["scores"], equal_to([("a", {"relevance": 0.5}), ("c", {"relevance": 0.25})]), "scores")
-        assert_that(out["failures"], equal_to([("b", "RuntimeError: out of cheese")]), "failures")
+        assert_that(out["failures"], equal_to([("b", "out of cheese")]), "failures")
+
+
+def test_what_is_no_fault_of_a_pair_is_raised():
+    handler = CallableModelHandler(length_ratio, 8)
+    for captions in (["x", "lost"], ["bad", "lost"]):
+        with pytest.raises(ConnectionError, match="no server"):
+            handler.run_inference([{"image": b"12", "caption": c} for c in captions], handler.load_model())
 
 
 def test_a_callable_with_the_wrong_number_of_scores_is_an_error():

@@ -129,7 +129,11 @@ def _prepared(model: JaxModel, example: Any) -> dict[str, np.ndarray] | Failure:
     try:
         return model.prepare(example)
     except UserError as error:
-        return Failure(error.reason if isinstance(error, BadRecord) else str(error))
+        return _failure(error)
+
+
+def _failure(error: UserError) -> Failure:
+    return Failure(error.reason if isinstance(error, BadRecord) else str(error))
 
 
 def _finite(outputs: Mapping[str, np.ndarray]) -> Scores | Failure:
@@ -143,8 +147,9 @@ class CallableModelHandler(ModelHandler[Pair, "Scores | Failure", Callable]):
     """Beam model handler for any function of images and captions.
 
     Args:
-      function: (list of encoded images, list of captions) -> (N,) scores, float32 after this. If it raises on several
-        pairs it is called again on each, to find the bad ones; a pair on which it raises alone is a dead letter.
+      function: (list of encoded images, list of captions) -> (N,) scores, float32 after this. If it raises UserError
+        (or BadRecord) on several pairs it is called again on each, to find the bad ones; a pair on which it does so
+        alone is a dead letter. Any other exception, such as that of a lost connection, is raised.
       batch_size: most pairs a call.
     """
 
@@ -162,9 +167,9 @@ class CallableModelHandler(ModelHandler[Pair, "Scores | Failure", Callable]):
         """One result for each pair, in order."""
         try:
             scores = np.asarray(model([p["image"] for p in batch], [p["caption"] for p in batch]), np.float32)
-        except Exception as error:  # of any type: the function is the user's
+        except UserError as error:
             if len(batch) == 1:
-                return [Failure(f"{type(error).__name__}: {error}"[:300])]
+                return [_failure(error)]
             return [self.run_inference([pair], model)[0] for pair in batch]
         if scores.shape != (len(batch),):
             raise UserError(
