@@ -292,23 +292,21 @@ def build_scores(run: Run, table: Mapping[str, Any]) -> str:
     """Folder of the scores of pictures, '' if the configuration asks for none."""
     if not run.rules.scorers:
         return ""
-    from florence_jax.curation.scoring import ScoreAlive, cluster_embeddings, fill_missing_parts  # loads JAX
+    from florence_jax.curation import scoring  # loads JAX
 
-    count = len(table["parts"])
+    count, step = len(table["parts"]), scoring.newest_step(run.rules)
     # Not in the digest: thresholds. Pairs that a new one lets live are scored, the others are known.
-    models = json_digest([table["digest"], run.rules.scorers, run.rules.select.cluster_t > 0])
+    models = json_digest([table["digest"], run.rules.scorers, run.rules.select.cluster_t > 0, step])
     folder = f"{run.workdir}/scores/{models}"
     parts = part_paths(f"{run.workdir}/table", count)
-    run.beam(
-        lambda root: (
-            root | beam.Create(parts) | ScoreAlive(run.workdir, run.rules, count, f"{run.workdir}/clusters", folder)
-        )
-    )
-    fill_missing_parts(folder, run.rules.scorers, count)
+    score = scoring.ScoreAlive(run.workdir, run.rules, count, f"{run.workdir}/clusters", folder, step)
+    run.beam(lambda root: root | beam.Create(parts) | score)
+    scoring.fill_missing_parts(folder, run.rules.scorers, count)
     if not run.rules.select.cluster_t:
         return folder
     clustered = f"{folder}/clustered"
-    cluster_embeddings([path for _, path in part_paths(folder, count)], run.rules.clusters, run.rules.seed, clustered)
+    paths = [path for _, path in part_paths(folder, count)]
+    scoring.cluster_embeddings(paths, run.rules.clusters, run.rules.seed, clustered)
     return clustered
 
 
@@ -336,7 +334,8 @@ def build_decisions(run: Run, table: Mapping[str, Any], scores: str, benchmarks:
     count = len(table["parts"])
     shards = run.config["output"]["shards"] or shard_count(table["rows"], run.config["output"]["records_per_shard"])
     contents = [part["sha256"] for part in table["parts"]]
-    digest = json_digest([contents, run.rules.digest, run.rules.measure.digest, scores, shards])
+    made = [hashlib.sha256(read_bytes(path)).hexdigest() for _, path in part_paths(scores, count)] if scores else []
+    digest = json_digest([contents, run.rules.digest, run.rules.measure.digest, made, shards])
 
     def build(folder: str) -> Mapping[str, Any]:
         run.beam(lambda root: _decide(root, run, count, shards, folder, scores, benchmarks))

@@ -6,6 +6,7 @@ Beam moves thousands of rows as one element. What the stages decide is in `decid
 `Measure` and `Score`.
 """
 
+import dataclasses
 import functools
 import io
 import json
@@ -155,7 +156,10 @@ def choose(block: pa.Table, rules: Rules) -> tuple[pa.Table, decide.Decisions]:
     """
     measured = measured_rows(block)
     rows = block.select(["uid", "image_id", "width", "height", "text_decision", "clean"]).to_pylist()
-    _, objections = decide.post_filter(with_column(block, "flag", [""] * len(block), pa.string()), rules)
+    # A score made from pictures is there for representatives only, so it has no say in who they are.
+    known = dataclasses.replace(rules.safety, max_nsfw=None) if "nsfw" in rules.scorers else rules.safety
+    unflagged = with_column(block, "flag", [""] * len(block), pa.string())
+    _, objections = decide.post_filter(unflagged, dataclasses.replace(rules, safety=known))
     ranks = total_order(
         np.array([objection is not None for objection in objections]),
         np.array([any(probe["kind"] == "trimmed" for probe in row["probes"]) for row in measured]),
@@ -346,9 +350,9 @@ def load_block(number_and_path: tuple[int, str], rules: Rules, clusters: str, sc
     if scores:
         made = read_table(f"{scores}/part-{number:05d}.parquet")
         places = pc.index_in(block["uid"], value_set=made["uid"].combine_chunks())
-        for name in made.column_names[1:]:
+        for name in made.column_names[2:]:  # the first two are "uid" and "text_id"
             block = with_column(block, name, made[name].take(places))
-        for name in set(rules.scorers) - {"embedding"}:
+        for name in rules.scorers:
             block = with_column(block, name, pc.fill_null(block[name], float("nan")))
     return block
 

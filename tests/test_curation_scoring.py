@@ -1,0 +1,78 @@
+"""Scores of pictures: which pairs are scored, what is kept of it, and clusters of the embeddings."""
+
+import numpy as np
+import pyarrow as pa
+from curation_tools import pairs, small_config, write_parquet
+
+from florence_jax.curation import decide, pipeline, scoring
+from florence_jax.curation.inputs import list_splits
+from florence_jax.curation.measure import measure_split
+from florence_jax.curation.rules import make_all
+from florence_jax.curation.table import read_table, uid_of, with_column
+
+NAMES = ("relevance", "nsfw")
+
+
+def rules_of(**changes):
+    return make_all(small_config("p", **changes))
+
+
+def scored(folder, *rows):
+    """Writes rows (uid, text_id, {score: value}) as a run does."""
+    scoring._write_scores(0, [((uid, text), scores) for uid, text, scores in rows], str(folder), NAMES)
+    return read_table(f"{folder}/part-00000.parquet")
+
+
+def missing(folder, *pairs):
+    block = pa.table({"uid": [uid for uid, _ in pairs], "text_id": [text for _, text in pairs]})
+    return scoring._missing(0, block, str(folder), NAMES)[1]["uid"].to_pylist()
+
+
+def test_a_pair_is_scored_again_only_if_its_caption_changed_or_it_failed(tmp_path):
+    assert missing(tmp_path, ("a", "x"), ("b", "x")) == ["a", "b"]
+    good = {"relevance": 0.5, "nsfw": 0.25}
+    scored(tmp_path, ("b", "x", {"relevance": 0.5}), ("a", "x", good), ("b", "x", {}), ("c", "x", good))
+    everything = [("a", "x"), ("b", "x"), ("c", "y"), ("d", "x")]
+    assert missing(tmp_path, *everything) == ["b", "c", "d"]
+    stamp = (tmp_path / "part-00000.parquet").stat()
+    scored(tmp_path, ("b", "x", {"relevance": 0.5}))  # fails once more
+    assert (tmp_path / "part-00000.parquet").stat() == stamp
+    table = scored(tmp_path, ("b", "x", good), ("c", "y", {**good, "embedding": [1.0]}), ("d", "x", good))
+    assert table["uid"].to_pylist() == ["a", "b", "c", "d"] and table["text_id"].to_pylist() == ["x", "x", "y", "x"]
+    assert table["nsfw"].to_pylist() == [0.25] * 4 and table["embedding"].to_pylist() == [None, None, [1.0], None]
+    assert missing(tmp_path, *everything) == []
+
+
+def test_the_newest_checkpoint_is_part_of_what_scores_stand_for(tmp_path):
+    rules = rules_of(scores={"relevance": f"checkpoint:{tmp_path}"})
+    assert scoring.newest_step(rules) is None
+    for name in ("9", "12", "13.orbax-checkpoint-tmp-1"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert scoring.newest_step(rules) == 12
+    assert scoring.newest_step(rules_of(scores={"relevance": "m:f"})) is None
+
+
+def test_clusters_where_a_part_has_no_embedding(tmp_path):
+    scored(tmp_path, ("a", "x", {"embedding": [1.0, 0.0]}), ("b", "x", {}), ("c", "x", {"embedding": [0.0, 1.0]}))
+    scoring.fill_missing_parts(str(tmp_path), NAMES, 2)
+    paths = [str(tmp_path / f"part-{i:05d}.parquet") for i in range(2)]
+    scoring.cluster_embeddings(paths, 2, 0, str(tmp_path / "clustered"))
+    first, second = (read_table(str(tmp_path / "clustered" / f"part-{i:05d}.parquet")) for i in range(2))
+    assert first["embedding_cluster"].to_pylist() in ([0, -1, 1], [1, -1, 0])
+    assert second.schema.equals(first.schema) and len(second) == 0
+    scoring.cluster_embeddings(paths[1:], 2, 0, str(tmp_path / "none"))
+    assert len(read_table(str(tmp_path / "none" / "part-00000.parquet"))) == 0
+
+
+def test_scores_of_pictures_do_not_choose_representatives(tmp_path):
+    """They are made for representatives only; scores that are fields of the input are there for all."""
+    rows = sorted(pairs(2), key=lambda row: uid_of("p", row["key"]))
+    rows = [row | {"unsafe": 0.9 - 0.8 * i} for i, row in enumerate(rows)]
+    (split,) = list_splits("p=" + write_parquet(tmp_path / "p.parquet", rows), 9)
+    how = {"measure": {"extra_fields": ("unsafe",)}, "post_filter": {"max_nsfw": 0.5}}
+    by_field = rules_of(scores={"nsfw": "field:unsafe"}, **how)
+    block = read_table(measure_split(split, str(tmp_path), by_field.measure)).sort_by("uid")
+    block = with_column(block, "cluster", np.zeros(2, np.int64))
+    for rules, chosen in ((by_field, [False, True]), (rules_of(scores={"nsfw": "m:f"}, **how), [True, False])):
+        ready = pipeline.with_fields(decide.caption_choice(block, rules), rules)
+        assert [reason is None for reason in pipeline.choose(ready, rules)[1]] == chosen
