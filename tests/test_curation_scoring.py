@@ -52,16 +52,21 @@ def test_the_newest_checkpoint_is_part_of_what_scores_stand_for(tmp_path):
     assert scoring.newest_step(rules_of(scores={"relevance": "m:f"})) is None
 
 
-def test_clusters_where_a_part_has_no_embedding(tmp_path):
-    scored(tmp_path, ("a", "x", {"embedding": [1.0, 0.0]}), ("b", "x", {}), ("c", "x", {"embedding": [0.0, 1.0]}))
-    scoring.fill_missing_parts(str(tmp_path), NAMES, 2)
-    paths = [str(tmp_path / f"part-{i:05d}.parquet") for i in range(2)]
-    scoring.cluster_embeddings(paths, 2, 0, str(tmp_path / "clustered"))
-    first, second = (read_table(str(tmp_path / "clustered" / f"part-{i:05d}.parquet")) for i in range(2))
-    assert first["embedding_cluster"].to_pylist() in ([0, -1, 1], [1, -1, 0])
-    assert second.schema.equals(first.schema) and len(second) == 0
-    scoring.cluster_embeddings(paths[1:], 2, 0, str(tmp_path / "none"))
-    assert len(read_table(str(tmp_path / "none" / "part-00000.parquet"))) == 0
+def test_clusters_of_what_is_alive(tmp_path):
+    """Also in a part where nothing is, or where nothing has an embedding."""
+    found = {"a": [1.0, 0.0], "c": [0.0, 1.0], "gone": [9.0, 9.0]}
+    scored(tmp_path, ("b", "x", {}), *((uid, "x", {"embedding": values}) for uid, values in found.items()))
+    scoring.fill_missing_parts(str(tmp_path), NAMES, 3)
+    for number, uids in enumerate(["abc", "d"]):
+        scoring._write_alive(number, pa.table({"uid": list(uids)}), str(tmp_path))
+    folder = scoring.cluster_embeddings(str(tmp_path), 3, 2, 0)
+    parts = [read_table(f"{folder}/part-{i:05d}.parquet") for i in range(3)]
+    assert parts[0]["uid"].to_pylist() == ["a", "b", "c"]
+    assert parts[0]["embedding_cluster"].to_pylist() in ([0, -1, 1], [1, -1, 0])
+    assert all(part.schema.equals(parts[0].schema) and len(part) == 0 for part in parts[1:])
+    scoring.fill_missing_parts(str(tmp_path / "none"), NAMES, 1)
+    folder = scoring.cluster_embeddings(str(tmp_path / "none"), 1, 2, 0)
+    assert len(read_table(f"{folder}/part-00000.parquet")) == 0
 
 
 def test_scores_of_pictures_do_not_choose_representatives(tmp_path):

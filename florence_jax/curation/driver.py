@@ -299,15 +299,13 @@ def build_scores(run: Run, table: Mapping[str, Any]) -> str:
     models = json_digest([table["digest"], run.rules.scorers, run.rules.select.cluster_t > 0, step])
     folder = f"{run.workdir}/scores/{models}"
     parts = part_paths(f"{run.workdir}/table", count)
+    _remove(f"{folder}/alive")  # of an earlier run
     score = scoring.ScoreAlive(run.workdir, run.rules, count, f"{run.workdir}/clusters", folder, step)
     run.beam(lambda root: root | beam.Create(parts) | score)
     scoring.fill_missing_parts(folder, run.rules.scorers, count)
     if not run.rules.select.cluster_t:
         return folder
-    clustered = f"{folder}/clustered"
-    paths = [path for _, path in part_paths(folder, count)]
-    scoring.cluster_embeddings(paths, run.rules.clusters, run.rules.seed, clustered)
-    return clustered
+    return scoring.cluster_embeddings(folder, count, run.rules.clusters, run.rules.seed)
 
 
 def build_benchmarks(run: Run) -> str:

@@ -31,7 +31,8 @@ ScoreRow = tuple[tuple[str, str], Mapping[str, Any]]
 
 
 class ScoreAlive(beam.PTransform):
-    """(number, path) of parts -> `part-00000.parquet`, ... of a folder, with "uid", "text_id" and each score.
+    """(number, path) of parts -> `part-00000.parquet`, ... of a folder, with "uid", "text_id" and each score, and the
+    uids that are alive in this run as `alive/part-00000.parquet`, ..., where clusters are made of them.
 
     Args:
       workdir: of the run.
@@ -52,9 +53,11 @@ class ScoreAlive(beam.PTransform):
         alive = parts | Alive(self._rules, self._count, self._clusters)
         names = tuple(self._rules.scorers)
         numbers = functools.partial(by_identifier, column="uid", count=self._count)
+        blocks = alive["blocks"] | "ByUid" >> Repartition(numbers)
+        if self._rules.select.cluster_t:
+            _ = blocks | "WriteAlive" >> beam.MapTuple(functools.partial(_write_alive, folder=self._folder))
         missing = (
-            alive["blocks"]
-            | "ByUid" >> Repartition(numbers)
+            blocks
             | "Missing" >> beam.MapTuple(functools.partial(_missing, folder=self._folder, names=names))
             | "Some" >> beam.Filter(lambda both: len(both[1]))
         )
@@ -87,6 +90,10 @@ def _handler(spec: str, rules: Rules, step: int | None) -> Any:
         loader = CheckpointLoader(spec.removeprefix(CHECKPOINT), step, embeddings=rules.select.cluster_t > 0)
         return JaxModelHandler(loader, BATCH)
     return CallableModelHandler(load_callable(spec), BATCH)
+
+
+def _write_alive(number: int, block: pa.Table, folder: str) -> None:
+    write_table(f"{folder}/alive/part-{number:05d}.parquet", block.select(["uid"]))
 
 
 def _missing(number: int, block: pa.Table, folder: str, names: Sequence[str]) -> tuple[int, pa.Table]:
@@ -146,12 +153,16 @@ def fill_missing_parts(folder: str, names: Iterable[str], count: int) -> None:
             write_table(path, empty.empty_table())
 
 
-def cluster_embeddings(paths: Iterable[str], clusters: int, seed: int, folder: str) -> None:
-    """Adds "embedding_cluster" to the scores: k-means of all image embeddings, in memory and in the order of uids.
+def cluster_embeddings(folder: str, count: int, clusters: int, seed: int) -> str:
+    """Adds "embedding_cluster" to the scores: k-means of the image embeddings, in memory and in the order of uids.
 
-    The new parts go to `folder`, without the embeddings. A pair without an embedding is in cluster -1.
+    Only of pairs that are alive in this run: scores of others, left by other thresholds, must not move the clusters. A
+    pair without an embedding is in cluster -1.
+
+    Returns:
+      Folder of the new parts, which have no embeddings.
     """
-    tables = [read_table(path) for path in paths]
+    tables = [_alive(folder, number) for number in range(count)]
     embeddings = [t["embedding"].to_pylist() if "embedding" in t.column_names else [None] * len(t) for t in tables]
     vectors = [np.array([e for e in part if e is not None], np.float32) for part in embeddings]
     vectors = [part for part in vectors if len(part)]
@@ -160,4 +171,14 @@ def cluster_embeddings(paths: Iterable[str], clusters: int, seed: int, folder: s
         table = table.select([name for name in table.column_names if name != "embedding"])
         found = [-1 if e is None else next(labels) for e in part]
         table = with_column(table, "embedding_cluster", found, pa.int64())
-        write_table(f"{folder}/part-{number:05d}.parquet", table)
+        write_table(f"{folder}/clustered/part-{number:05d}.parquet", table)
+    return f"{folder}/clustered"
+
+
+def _alive(folder: str, number: int) -> pa.Table:
+    """The scores of the pairs of a part that are alive in this run."""
+    table = read_table(f"{folder}/part-{number:05d}.parquet")
+    path = f"{folder}/alive/part-{number:05d}.parquet"
+    if not exists(path):
+        return table.slice(0, 0)
+    return table.filter(pc.is_in(table["uid"], value_set=read_table(path)["uid"].combine_chunks()))
