@@ -2,7 +2,8 @@
 
     python -m florence_jax.curation.main --config=configs/curate.py                # the project's own raw sample
     python -m florence_jax.curation.main --config=configs/curate.py:preset=florence --workdir=gs://bucket/fld \
-        --input='web=gs://bucket/crawl/*.tar' --runner=FlinkRunner --beam='--flink_master=host:8081'
+        --input='web=gs://bucket/crawl/*.tar' --config.scores.relevance=checkpoint:gs://bucket/pretrain \
+        --runner=FlinkRunner --beam='--flink_master=host:8081'
     python -m florence_jax.main --config=configs/pretrain.py --config.data.train=runs/curate/output
 
 Arguments: preset = sample | florence | coyo | datacomp_basic; runlocal = the sample. The first command takes under a
@@ -132,7 +133,7 @@ def _florence(config: ConfigDict) -> None:
     """Yuan et al. 2021, section 2.1: hash near-duplicates, small images, image-text relevance, balanced sampling.
 
     The paper gives no thresholds: those of ALIGN (Jia et al. 2021) stand in, as it says that it filters like ALIGN.
-    Set scores.relevance and selection.metadata.
+    Set scores.relevance, and for the balanced sampling selection.t and selection.metadata.
     """
     config.text.preset = "align"
     config.text.cap = 1000

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Curation on a cluster: launch/curate.sh flink|spark|dataflow WORKDIR INPUT [more options of curation.main]
+# CONFIG is configs/curate.py:preset=florence, which needs --config.scores.relevance=checkpoint:WORKDIR_OF_PRETRAINING.
 # Workers need florence_jax[curation] and access to WORKDIR; for Flink and Spark through a Beam worker pool or image.
 set -euo pipefail
-[[ $# -ge 3 ]] || { sed -n 2,3p "$0" >&2; exit 2; }
+[[ $# -ge 3 ]] || { sed -n 2,4p "$0" >&2; exit 2; }
 kind=$1 workdir=$2 input=$3
 shift 3
 case $kind in

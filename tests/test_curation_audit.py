@@ -10,8 +10,9 @@ import pytest
 from curation_tools import ONE_PROCESS, pairs, picture, small_config, write_parquet
 
 from florence_jax.curation import driver
-from florence_jax.curation.audit import AuditError, joined_parts
+from florence_jax.curation.audit import AuditError, Funnel, joined_parts
 from florence_jax.curation.driver import curate
+from florence_jax.curation.report import write_html
 from florence_jax.curation.table import DECISIONS, uid_of
 
 mlcroissant = pytest.importorskip("mlcroissant")
@@ -82,6 +83,18 @@ def test_report_shows_reasons_with_pictures_and_hides_what_it_must(run):
     assert "thing number 9 " not in page and summary["quarantined"] == 1
     assert (workdir / "report" / "quarantine.txt").read_text().split() == [uid_of("p", "0009")]
     assert summary["root"] in page and summary["config"] in page
+
+
+def test_a_report_without_examples(run, tmp_path):
+    workdir, summary = run
+    funnel = Funnel(0, examples=0)
+    for part in joined_parts(str(workdir), 3):
+        funnel.add(part)
+        funnel.find_partners(part)
+    assert funnel.stages() == summary["stages"]
+    write_html(str(tmp_path / "funnel.html"), str(workdir), summary, funnel)
+    text = (tmp_path / "funnel.html").read_text()
+    assert "near duplicate" in text and "base64" not in text
 
 
 def test_croissant_validates_and_reads_the_records(run):

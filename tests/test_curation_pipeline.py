@@ -259,12 +259,12 @@ def test_score_columns_of_the_input_decide(tmp_path):
     """NSFW scores and the losses of two models, given as fields: each a column with a switch."""
     rows = pairs(9)
     for i, row in enumerate(rows):
-        row |= {"unsafe": 0.9 if i == 2 else 0.1, "small": 4.0, "large": 3.9 if i in (4, 5) else 1.0}
+        row |= {"unsafe": "0.9" if i == 2 else "1e-1", "small": 4.0, "large": 3.9 if i in (4, 5) else 1.0}
     write_parquet(tmp_path / "raw" / "p.parquet", rows)
     fields = {"nsfw": "field:unsafe", "learner_loss": "field:small", "reference_loss": "field:large"}
     config = small_config(
         f"p={tmp_path}/raw",
-        measure={"extra_fields": ("unsafe", "small", "large")},
+        measure={"extra_fields": ("small",)},
         scores=fields,
         selection={"min_gap": 1.0},
         post_filter={"max_nsfw": 0.5},
@@ -329,6 +329,13 @@ def test_mistakes_are_one_message(tmp_path):
         ("scores", {"relevance": "model"}, "write field:NAME"),
         ("selection", {"t": 3}, "selection.metadata"),
         ("post_filter", {"max_nsfw": 0.5}, "scores.nsfw"),
+        ("relevance", {"min_score": 0.2}, r"relevance\.min_score needs a score: set scores\.relevance"),
+        ("relevance", {"keep": 0.3}, r"relevance\.keep needs a score: set scores\.relevance"),
+        ("relevance", {"keep": 2}, r"relevance\.keep=2 must be"),
+        ("measure", {"rows_per_split": 0}, r"measure\.rows_per_split=0 must be at least 1"),
+        ("output", {"records_per_shard": 0}, r"output\.records_per_shard=0"),
+        ("output", {"formats": ("parquets",)}, "formats='parquets' is unknown; known: array_record"),
+        ("report", {"examples": -1}, r"report\.examples=-1"),
         ("post_filter", {"takedown": "/none"}, "/none"),
     ):
         with pytest.raises(UserError, match=message):

@@ -77,7 +77,8 @@ class Funnel:
         copies = part.filter(pc.equal(part["stage"], "decontamination"))
         self.benchmarks.update(zip(copies["value"].to_pylist(), copies["reason"].to_pylist(), strict=True))
         self.listed += part.filter(pc.is_valid(part["listed"]))["uid"].to_pylist()
-        self._choose(part.filter(pc.is_null(part["listed"])))
+        if self._size:
+            self._choose(part.filter(pc.is_null(part["listed"])))
 
     def _choose(self, part: pa.Table) -> None:
         """Keeps the pairs with the smallest keyed hashes of each reason; none of what must be quarantined."""

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -23,7 +24,7 @@ from florence_jax.curation import decide
 from florence_jax.curation.dedup import BenchmarkIndex, Views, hash_rows, representatives, split_components, total_order
 from florence_jax.curation.inputs import Split
 from florence_jax.curation.measure import measure_split
-from florence_jax.curation.rules import Rules
+from florence_jax.curation.rules import FIELD, Rules
 from florence_jax.curation.select import cluster_scores, word_counts
 from florence_jax.curation.table import concatenate, partitions, read_bytes, read_table, split_by, with_column
 
@@ -217,10 +218,10 @@ class Relevance(beam.PTransform):
         """{"kept": blocks, "dropped": log rows}."""
         if not self._rules.scores.get("relevance"):
             return {"kept": blocks, "dropped": blocks | "None" >> beam.FlatMap(lambda _: ())}
-        from florence_jax.curation.relevance import RelevanceRules, RelevanceThreshold  # loads JAX
+        from florence_jax.curation.relevance import RelevanceThreshold  # loads JAX
 
-        rules = RelevanceRules(self._rules.relevance.min_score, self._rules.relevance.keep)
-        threshold = blocks | "Scores" >> beam.Map(decide.relevance_scores) | RelevanceThreshold(rules)
+        scores = blocks | "Scores" >> beam.Map(decide.relevance_scores)
+        threshold = scores | RelevanceThreshold(self._rules.relevance)
         side = beam.pvalue.AsSingleton(threshold)
         return blocks | "Threshold" >> Stage("relevance", _relevance, self._rules, side)
 
@@ -323,16 +324,25 @@ def benchmark_index(path: str) -> BenchmarkIndex:
 
 
 def with_fields(block: pa.Table, rules: Rules) -> pa.Table:
-    """Adds the scores that come from fields of the raw pairs ('field:NAME'); NaN where a pair has none."""
-    fields = {name: spec.removeprefix("field:") for name, spec in rules.scores.items() if spec.startswith("field:")}
+    """Adds the scores that come from fields of the raw pairs ('field:NAME'); NaN where a pair has none.
+
+    A number may be written as text, as csv files have it.
+    """
+    fields = {name: spec.removeprefix(FIELD) for name, spec in rules.scores.items() if spec.startswith(FIELD)}
     if not fields:
         return block
     extras = [json.loads(extra) for extra in block["extra"].to_pylist()]
     for name, field in fields.items():
-        values = [extra.get(field) for extra in extras]
-        numbers = [float(value) if isinstance(value, (int, float)) else float("nan") for value in values]
+        numbers = [_number(extra.get(field)) for extra in extras]
         block = with_column(block, name, numbers, pa.float32())
     return block
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def load_block(number_and_path: tuple[int, str], rules: Rules, clusters: str, scores: str) -> pa.Table:

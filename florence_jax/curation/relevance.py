@@ -22,6 +22,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from florence_jax.curation.filters import Decision
+from florence_jax.curation.rules import RelevanceRules
 from florence_jax.data.sources import BadRecord
 from florence_jax.data.transforms import parse_ops
 from florence_jax.errors import UserError
@@ -272,26 +273,6 @@ class CheckpointLoader:
 
 
 # -- thresholds -------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class RelevanceRules:
-    """What relevance a pair must have.
-
-    Attributes:
-      min_score: absolute threshold; None = none.
-      keep: share of the scored pairs to keep, the best ones, in (0, 1]; ties with the last one stay too.
-
-    Raises:
-      UserError: if keep is outside (0, 1].
-    """
-
-    min_score: float | None = None
-    keep: float = 1.0
-
-    def __post_init__(self):
-        if not 0 < self.keep <= 1:
-            raise UserError(f"relevance.keep={self.keep} must be above 0 and at most 1")
 
 
 def decide_relevance(score: float, threshold: float) -> Decision | None:

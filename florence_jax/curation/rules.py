@@ -17,6 +17,7 @@ from florence_jax.errors import UserError
 FORMS = ("cmyk", "alpha", "orientation")
 FORMATS = ("array_record", "parquet", "webdataset")
 SCORES = ("relevance", "nsfw", "learner_loss", "reference_loss")
+FIELD = "field:"
 # Parts of the configuration that decisions depend on; a change of anything else moves no pair.
 DECIDING = (
     "seed",
@@ -33,11 +34,23 @@ DECIDING = (
 
 
 @dataclasses.dataclass(frozen=True)
-class RelevanceConfig:
-    """Threshold of the relevance stage; see `relevance.RelevanceRules`, which is not imported where it is not used."""
+class RelevanceRules:
+    """What relevance a pair must have.
+
+    Attributes:
+      min_score: absolute threshold; None = none.
+      keep: share of the scored pairs to keep, the best ones, in (0, 1]; ties with the last one stay too.
+
+    Raises:
+      UserError: if keep is outside (0, 1].
+    """
 
     min_score: float | None = None
     keep: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.keep <= 1:
+            raise UserError(f"relevance.keep={self.keep} must be above 0 and at most 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +88,7 @@ class Rules:
     cap: int
     scores: Mapping[str, str]
     clusters: int
-    relevance: RelevanceConfig
+    relevance: RelevanceRules
     select: SelectRules
     metadata: Metadata | None
     safety: SafetyRules
@@ -89,7 +102,7 @@ class Rules:
     @property
     def scorers(self) -> dict[str, str]:
         """The scores that need pictures, a pass of their own."""
-        return {name: spec for name, spec in self.scores.items() if spec and not spec.startswith("field:")}
+        return {name: spec for name, spec in self.scores.items() if spec and not spec.startswith(FIELD)}
 
 
 def make_all(config: Mapping[str, Any]) -> Rules:
@@ -112,7 +125,9 @@ def make_all(config: Mapping[str, Any]) -> Rules:
         raise UserError(f"near_duplicates.k={near['k']} must be one of {', '.join(map(str, DESIGNS))}")
     metadata, clusters = select.pop("metadata"), select.pop("clusters")
     select_rules = make_rules(SelectRules, select)
-    _check_scores(config["scores"], select_rules, clusters, post["max_nsfw"])
+    relevance = make_rules(RelevanceRules, config["relevance"])
+    _check_scores(config["scores"], select_rules, relevance, clusters, post["max_nsfw"])
+    _check_output(config)
     if select_rules.t and not metadata:
         raise UserError("selection.t needs queries: give selection.metadata, a file with one query a line")
     takedown, robots, tdmrep = (post.pop(name) for name in ("takedown", "robots", "tdmrep"))
@@ -131,7 +146,7 @@ def make_all(config: Mapping[str, Any]) -> Rules:
         cap=cap,
         scores=dict(config["scores"]),
         clusters=clusters,
-        relevance=make_rules(RelevanceConfig, config["relevance"]),
+        relevance=relevance,
         select=select_rules,
         metadata=Metadata.from_file(metadata) if metadata else None,
         safety=make_rules(SafetyRules, post),
@@ -147,6 +162,8 @@ def make_all(config: Mapping[str, Any]) -> Rules:
 def _measure_rules(config: Mapping[str, Any]) -> MeasureRules:
     options = dict(config["measure"])
     retry, extra = tuple(options.pop("retry")), tuple(options.pop("extra_fields"))
+    fields = [spec.removeprefix(FIELD) for spec in config["scores"].values() if spec.startswith(FIELD)]
+    extra += tuple(sorted(set(fields) - set(extra)))
     options.pop("rows_per_split")
     hash_list = config["post_filter"]["hash_list"]
     return MeasureRules(
@@ -158,7 +175,24 @@ def _measure_rules(config: Mapping[str, Any]) -> MeasureRules:
     )
 
 
-def _check_scores(scores: Mapping[str, str], select: SelectRules, clusters: int, max_nsfw: float | None) -> None:
+def _check_output(config: Mapping[str, Any]) -> None:
+    """Raises UserError for what would fail after all the work."""
+    if unknown := sorted(set(config["output"]["formats"]) - set(FORMATS)):
+        raise UserError(f"output.formats={unknown[0]!r} is unknown; known: {', '.join(FORMATS)}")
+    least = {"measure.rows_per_split": 1, "output.records_per_shard": 1, "output.shards": 0, "report.examples": 0}
+    for option, low in least.items():
+        section, _, name = option.partition(".")
+        if config[section][name] < low:
+            raise UserError(f"{option}={config[section][name]} must be at least {low}")
+
+
+def _check_scores(
+    scores: Mapping[str, str],
+    select: SelectRules,
+    relevance: RelevanceRules,
+    clusters: int,
+    max_nsfw: float | None,
+) -> None:
     if unknown := set(scores) - set(SCORES):
         raise UserError(f"scores.{sorted(unknown)[0]} is unknown; known: {', '.join(SCORES)}")
     for name, spec in scores.items():
@@ -167,6 +201,8 @@ def _check_scores(scores: Mapping[str, str], select: SelectRules, clusters: int,
         if spec.startswith("checkpoint:") and name != "relevance":
             raise UserError(f"scores.{name}={spec!r}: a checkpoint gives 'relevance' only")
     needed = [("post_filter.max_nsfw", max_nsfw is not None, ("nsfw",))]
+    needed += [("relevance.min_score", relevance.min_score is not None, ("relevance",))]
+    needed += [("relevance.keep", relevance.keep < 1, ("relevance",))]
     needed += [("selection.min_gap", select.min_gap is not None, ("learner_loss", "reference_loss"))]
     for option, used, names in needed:
         if used and not all(scores.get(name) for name in names):
