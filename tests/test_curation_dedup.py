@@ -242,12 +242,16 @@ def test_command_mistakes(folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     pq.write_table(pa.table({"key": ["a"]}), tmp_path / "keys.parquet")
     pq.write_table(pa.table({"key": ["a", "a"], "image": [b"", b""]}), tmp_path / "twice.parquet")
+    pq.write_table(pa.table({"image": [{"path": "a.jpg"}]}), tmp_path / "struct.parquet")
+    pq.write_table(pa.table({"path": [3]}), tmp_path / "numbers.parquet")
     (tmp_path / "text.parquet").write_text("text")
     for arguments, message in (
         ((tmp_path / "nowhere",), "no such folder"),
         ((tmp_path / "empty",), "no pictures"),
         ((tmp_path / "keys.parquet",), "needs a column 'image' or 'path'"),
         ((tmp_path / "twice.parquet",), "occurs twice"),
+        ((tmp_path / "struct.parquet",), "column 'image' holds struct<path: string>, not bytes, a struct with 'bytes'"),
+        ((tmp_path / "numbers.parquet",), "column 'path' holds int64"),
         ((tmp_path / "text.parquet",), "neither a folder nor a parquet file"),
         ((folder, "--index", tmp_path / "text.parquet"), "not an index of an earlier run"),
         ((folder, "--workers", 0), "--workers"),

@@ -305,6 +305,36 @@ def test_openimages_mistakes(tmp_path):
         read_annotations(spec)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("class-descriptions-boxable.csv", b"/m/0bt4r4,Caf\xe9\n", "line 1: not a row of UTF-8"),
+        ("oidv6-train-annotations-bbox.csv", BBOX_HEADER.encode() + b"\xe9", "not a row of UTF-8"),
+        (
+            "oidv6-train-annotations-bbox.csv",
+            BBOX_HEADER.encode() + b"\n0a,xclick\n",
+            "line 2: not a complete row",
+        ),
+        ("bbox_labels_600_hierarchy.json", b'{"Subcategory": [', "is no class hierarchy"),
+        ("bbox_labels_600_hierarchy.json", b'{"Subcategory": [{}]}', "KeyError: 'LabelName'"),
+        ("bbox_labels_600_hierarchy.json", b"[]", "is no class hierarchy"),
+        ("bbox_labels_600_hierarchy.json", b'{"LabelName": "caf\xe9"}', "is no class hierarchy"),
+    ],
+)
+def test_openimages_damaged_files(tmp_path, name, content, message):
+    path = openimages_files(tmp_path, [("000026e7ee790996", "/m/0bt4r4", 0, 1, 0, 1, 0)], [])
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_annotations(SourceSpec("openimages", path, str(tmp_path)))
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_words_that_are_not_utf8(tmp_path):
+    (tmp_path / "words.txt").write_bytes(b"n01440764 tench\nn01443537 caf\xe9\n")
+    with pytest.raises(UserError, match=r"words\.txt is not UTF-8"):
+        read_synset_words(str(tmp_path / "words.txt"))
+
+
 def test_openimages_validation_file_is_evaluation(world, tmp_path, capsys):
     path = openimages_files(tmp_path / "oi", [("000026e7ee790996", "/m/0bt4r4", 0, 1, 0, 1, 0)], [], "validation")
     message = fails(capsys, f"--openimages={path}:{world['root']}/oi/train", f"--out={tmp_path / 'o'}")

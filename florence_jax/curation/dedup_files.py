@@ -120,11 +120,14 @@ def items_of(path: Path) -> Iterator[Item]:
     names = set(table.schema_arrow.names)
     if not names & {"image", "path"}:
         raise UserError(f"{path}: needs a column 'image' or 'path'; it has {', '.join(sorted(names))}")
-    count = 0
+    column, count = "image" if "image" in names else "path", 0
     for batch in table.iter_batches(CHUNK, columns=sorted(names & {"image", "path", "key"})):
         for row in batch.to_pylist():
-            image = row.get("image", row.get("path"))
-            image = image["bytes"] if isinstance(image, dict) else image
+            image = row[column]
+            image = image.get("bytes", image) if isinstance(image, dict) else image
+            if not isinstance(image, (bytes, str, type(None))):
+                kind = table.schema_arrow.field(column).type
+                raise UserError(f"{path}: column {column!r} holds {kind}, not bytes, a struct with 'bytes', or paths")
             key = str(row["key"]) if row.get("key") is not None else f"{path}#{count}"
             yield key, 0, path.parent / image if isinstance(image, str) else image or b""
             count += 1

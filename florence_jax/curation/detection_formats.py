@@ -287,19 +287,33 @@ LABEL_COLUMNS = ("ImageID", "LabelName", "Confidence")
 
 
 def csv_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """(line number, the values of `columns`) of a CSV file with a header. Raises UserError for a missing column."""
+    """(line number, the values of `columns`) of a CSV file with a header.
+
+    Raises:
+      UserError: for a missing column, or a line that is no complete row of UTF-8.
+    """
+    lines = _csv_lines(path)
+    _, header = next(lines, (0, []))
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise UserError(f"{path} has no column {', '.join(missing)}, only: {', '.join(header)[:200]}")
+    places = [header.index(name) for name in columns]
+    last = max(places)
+    for line, row in lines:
+        if len(row) <= last:
+            raise UserError(f"{path} line {line}: not a complete row, {len(row)} columns of {len(header)}")
+        yield line, [row[i] for i in places]
+
+
+def _csv_lines(path: str) -> Iterator[tuple[int, list[str]]]:
+    """(line number, fields) of a CSV file. Raises UserError for what is not CSV in UTF-8."""
     with io.TextIOWrapper(epath.Path(path).open("rb"), "utf-8-sig", newline="") as file:
         reader = csv.reader(file)
-        header = next(reader, [])
-        missing = [name for name in columns if name not in header]
-        if missing:
-            raise UserError(f"{path} has no column {', '.join(missing)}, only: {', '.join(header)[:200]}")
-        places = [header.index(name) for name in columns]
         try:
             for row in reader:
-                yield reader.line_num, [row[i] for i in places]
-        except (IndexError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path} line {reader.line_num}: not a complete row of UTF-8 ({error})") from error
+                yield reader.line_num, row
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path} line {reader.line_num + 1}: not a row of UTF-8 ({error})") from error
 
 
 def read_openimages(spec: SourceSpec) -> Annotations:
@@ -358,21 +372,30 @@ def read_openimages(spec: SourceSpec) -> Annotations:
 
 
 def _openimages_classes(path: str, hierarchy: str) -> list[Category]:
-    with io.TextIOWrapper(epath.Path(path).open("rb"), "utf-8-sig", newline="") as file:
-        rows = [row for row in csv.reader(file) if row and row[0] != "LabelName"]  # V4 to V6 have no header
+    rows = [row for _, row in _csv_lines(path) if row and row[0] != "LabelName"]  # V4 to V6 have no header
     if not rows or any(len(row) != 2 for row in rows):
         raise UserError(f"{path} must have two columns, label and name; get it from {PAGES['openimages']}")
     parents: dict[str, set[str]] = collections.defaultdict(set)
     if epath.Path(hierarchy).exists():
-        names = dict(rows)
-        todo = [json.loads(epath.Path(hierarchy).read_text())]
-        while todo:
-            node = todo.pop()
-            for child in node.get("Subcategory", ()):
-                if node["LabelName"] in names:  # the root, 'Entity', has no name
-                    parents[child["LabelName"]].add(names[node["LabelName"]])
-                todo.append(child)
+        try:
+            _add_parents(json.loads(epath.Path(hierarchy).read_bytes()), dict(rows), parents)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            detail = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{hierarchy} is no class hierarchy ({detail}); get it from {PAGES['openimages']} or remove it"
+            ) from error
     return [Category(label, name, (), tuple(sorted(parents[label]))) for label, name in rows]
+
+
+def _add_parents(root: dict, names: dict[str, str], parents: dict[str, set[str]]) -> None:
+    """Adds to each label the names of the labels that it stands below."""
+    todo = [root]
+    while todo:
+        node = todo.pop()
+        for child in node.get("Subcategory", ()):
+            if node["LabelName"] in names:  # the root, 'Entity', has no name
+                parents[child["LabelName"]].add(names[node["LabelName"]])
+            todo.append(child)
 
 
 def _verified_labels(

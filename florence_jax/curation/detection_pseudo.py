@@ -33,10 +33,14 @@ def read_synset_words(path: str) -> dict[str, tuple[str, ...]]:
     """Names of ImageNet classes by WordNet id, from `words.txt`, `synset_words.txt` or `LOC_synset_mapping.txt`.
 
     Raises:
-      UserError: for a line that is not 'n01440764 tench, Tinca tinca' (space or tab).
+      UserError: for a line that is not 'n01440764 tench, Tinca tinca' (space or tab), or a file that is not UTF-8.
     """
     words = {}
-    for number, line in enumerate(epath.Path(path).read_text().splitlines(), 1):
+    try:
+        lines = epath.Path(path).read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}); convert it, or get it anew") from error
+    for number, line in enumerate(lines, 1):
         synset, _, names = line.replace("\t", " ", 1).partition(" ")
         if not SYNSET.fullmatch(synset) or not names.strip():
             raise UserError(f"{path} line {number}: needs a WordNet id and names, as in 'n01440764 tench, Tinca tinca'")
