@@ -125,6 +125,23 @@ def test_a_workdir_on_another_file_system(tmp_path):
         assert "pairs-00000-of-00001.array_record" in file.read()
 
 
+def test_labels_are_those_of_the_decisions(tmp_path):
+    """Also where an earlier run in this process and this folder had others."""
+    path = str(tmp_path / "labels.npy")
+    for decisions, texts, label in (("one", ["a", "b", "c"], 2), ("two", ["c"], 0)):
+        np.save(path, np.array(texts, "S32"))
+        writer = outputs.Writer(str(tmp_path), str(tmp_path), path, decisions, ("parquet",), "", 1)
+        assert writer._label(["c"]).tolist() == [label]
+
+
+@pytest.mark.parametrize("values", [(3, "three"), ([1], "x"), (2**70, 1)])
+def test_a_field_of_two_types_has_no_parquet_column(tmp_path, values):
+    records = [{"key": str(i), "image": b"x", "size": value} for i, value in enumerate(values)]
+    with pytest.raises(UserError, match="field 'size' does not fit a parquet column: give it one type"):
+        outputs.WRITERS["parquet"](str(tmp_path / "x.parquet"), records)
+    outputs.WRITERS["parquet"](str(tmp_path / "x.parquet"), records[:1] if values[0] != 2**70 else records[1:])
+
+
 def test_webdataset_names(tmp_path):
     record = {"key": "k", "image": b"\xff\xd8x", "caption": "é", "label": 1}
     outputs.WRITERS["webdataset"](str(tmp_path / "x.tar"), [record])

@@ -97,7 +97,7 @@ class Run:
         self._beam_args = list(beam_args)
 
     def beam(self, build: Callable[[beam.Pipeline], Any]) -> None:
-        """Runs the pipeline that `build` adds to; a UserError in a worker is raised here as one."""
+        """Runs the pipeline that `build` adds to; a UserError or OSError in a worker is raised here as one."""
         options = PipelineOptions(self._beam_args)
         try:
             with beam.Pipeline(runner=_runner(options), options=options) as pipeline:
@@ -110,6 +110,9 @@ class Run:
                 raise UserError(message[1]) from error
             if trouble := runner_trouble(error):
                 raise UserError(f"--runner={options.view_as(StandardOptions).runner}: {trouble}") from error
+            message = re.search(r"(?:OS|Permission)Error: (\[Errno [^\\\n]*?) \[while running", str(error))
+            if message:
+                raise OSError(message[1]) from error
             raise
 
     def phase(
@@ -312,7 +315,8 @@ def build_benchmarks(run: Run) -> str:
     """Path of the index of the pictures that must not be trained on, '' if there are none."""
     if not run.rules.benchmarks:
         return ""
-    path = f"{run.workdir}/benchmarks-{run.rules.digest[:8]}.npz"
+    digest = json_digest([run.rules.digest, run.rules.measure.digest])
+    path = f"{run.workdir}/benchmarks-{digest[:8]}.npz"
     if not filesystem(path)[0].exists(filesystem(path)[1]):
         pictures = {name: _pictures(folder, run.rules) for name, folder in run.rules.benchmarks.items()}
         index = BenchmarkIndex.build(pictures, run.rules.join, run.rules.benchmark_detail)
@@ -410,6 +414,7 @@ def write_output(run: Run, decisions: Mapping[str, Any]) -> dict[str, Any]:
         run.workdir,
         folder,
         f"{folder}/labels.npy",
+        decisions["digest"],
         output["formats"],
         output["face_detector"],
         decisions["shards"],

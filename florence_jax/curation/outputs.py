@@ -66,13 +66,23 @@ class Writer:
       workdir: of the run.
       plans: folder of `plan-00000.parquet`, ..., the rows of each shard in order.
       labels: .npy file of the sorted text ids, 'S32'; the dense id of a caption is its place.
+      decisions: digest of the decisions that the plans and labels are from.
       formats: of `SUFFIXES`.
       face_detector: 'module:function' for `personal.blur_faces`, or ''.
       shards: their number.
     """
 
-    def __init__(self, workdir: str, plans: str, labels: str, formats: Sequence[str], face_detector: str, shards: int):
-        self._workdir, self._plans, self._labels = workdir, plans, labels
+    def __init__(
+        self,
+        workdir: str,
+        plans: str,
+        labels: str,
+        decisions: str,
+        formats: Sequence[str],
+        face_detector: str,
+        shards: int,
+    ):
+        self._workdir, self._plans, self._labels, self._decisions = workdir, plans, labels, decisions
         self._formats, self._face_detector, self._shards = tuple(formats), face_detector, shards
 
     def __call__(self, shard: int) -> bool:
@@ -103,7 +113,7 @@ class Writer:
         return json_digest([rows, labels.tolist(), self._formats, self._face_detector, self._shards])
 
     def _label(self, text_ids: Sequence[str]) -> np.ndarray:
-        return np.searchsorted(_labels(self._labels), np.array(text_ids, "S32"))
+        return np.searchsorted(_labels(self._labels, self._decisions), np.array(text_ids, "S32"))
 
     def _records(self, plan: pa.Table, labels: np.ndarray) -> Iterator[Record]:
         rows = plan.to_pylist()
@@ -132,7 +142,8 @@ class Writer:
 
 
 @lru_cache(1)
-def _labels(path: str) -> np.ndarray:
+def _labels(path: str, decisions: str) -> np.ndarray:
+    """The file of one run of the decisions, once a process: the next one writes another file of this name."""
     return load_array(path)
 
 
@@ -141,8 +152,16 @@ def _write_array_record(path: str, records: Sequence[Record]) -> tuple[int, str]
 
 
 def _write_parquet(path: str, records: Sequence[Record]) -> tuple[int, str]:
-    names = sorted({name for record in records for name in record})
-    table = pa.table({name: [record.get(name) for record in records] for name in names})
+    columns = {}
+    for name in sorted({name for record in records for name in record}):
+        try:
+            columns[name] = pa.array([record.get(name) for record in records])
+        except (pa.ArrowException, OverflowError) as error:
+            raise UserError(
+                f"field {name!r} does not fit a parquet column: give it one type in all inputs, take it out of "
+                f"measure.extra_fields, or take 'parquet' out of output.formats ({error})"
+            ) from error
+    table = pa.table(columns)
     return write_file(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
 
 
