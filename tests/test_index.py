@@ -9,7 +9,7 @@ from tiny_images import run_main, tiny_checkpoint, twenty_images
 
 from configs.retrieve import get_config
 from florence_jax.data.karpathy import open_karpathy
-from florence_jax.data.sources import open_source
+from florence_jax.data.sources import FolderSource, open_source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.retrieval import CaptionRetrieval, open_retrieval
 from florence_jax.tasks import create_task
@@ -102,6 +102,15 @@ def test_five_captions_an_image_and_equal_captions_of_others_are_wrong(pictures,
     )
     partly = CaptionRetrieval("coco", source, "decode", Known(eye, shifted)).run(None)
     assert partly["t2i_r@1"] == pytest.approx(0.2) and partly["i2t_r@1"] == 0.0 and partly["i2t_r@5"] == 1.0
+
+
+@pytest.mark.parametrize("field", ["captions", "caption"])
+def test_several_captions_in_either_field(field):
+    rows = [{"key": "a.png", field: ["x", "y"]}, {"key": "b.png", field: ["z"]}]
+    evaluator = open_retrieval("own", FolderSource("", rows), "decode", Known(np.eye(2), np.eye(3)[:, :2]))
+    assert isinstance(evaluator, CaptionRetrieval)
+    evaluator.run(None)
+    assert evaluator._embedder.asked == ["x", "y", "z"]
 
 
 # -- by one command ---------------------------------------------------------------------------------------------------

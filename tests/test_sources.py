@@ -148,6 +148,11 @@ def test_jsonl_folder(tmp_path):
     assert [row.get("label") for row in source.metadata()] == [None, None, "3"]  # a class, not the id of a caption
 
 
+def test_jsonl_with_lists_of_captions_alone(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file": "a.png", "captions": ["x", "y"]}\n')
+    assert list(open_source(str(tmp_path)).metadata()) == [{"key": "a.png", "captions": ["x", "y"]}]
+
+
 def test_class_folders(tmp_path):
     image_folder(tmp_path, "red_fox/1.PNG", "red_fox/notes.txt", "cat/2.png")
     source = open_source(str(tmp_path))

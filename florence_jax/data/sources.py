@@ -346,18 +346,19 @@ def _as_records(path: epath.Path, rows: Sequence[Record]) -> list[Record]:
     names = {}
     for field, known in (("key", FILE_COLUMNS), ("caption", CAPTION_COLUMNS)):
         names[field] = next((columns[name] for name in known if name in columns), None)
-        if names[field] is None:
+        if names[field] is None and not (field == "caption" and "captions" in columns):
             given = ", ".join(filter(None, columns.values()))
             raise UserError(f"{path} has no column {' or '.join(map(repr, known))}, only: {given}; rename one")
     records = []
     for row in rows:
-        key, caption = row.get(names["key"]), row.get(names["caption"], "")
+        key = row.get(names["key"])
         if not isinstance(key, str) or not key.strip():
             raise UserError(f"{path} line {row['']}: column {names['key']!r} must name a file")
         rest = {k: v for k, v in row.items() if k and k not in names.values() and k != "key"}
         if rest.get("label") is not None:
             rest["label"] = str(rest["label"])  # a class; a number would be taken for the id of the caption
-        records.append({**rest, "key": key.strip(), "caption": caption})
+        caption = {"caption": row.get(names["caption"], "")} if names["caption"] else {}  # else a list, "captions"
+        records.append({**rest, "key": key.strip(), **caption})
     return records
 
 

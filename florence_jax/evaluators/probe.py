@@ -218,7 +218,7 @@ class LinearProbe:
         try:
             from sklearn.linear_model import LogisticRegression as Theirs
         except ImportError as error:
-            raise UserError("config.probe.sklearn needs scikit-learn: pip install 'florence_jax[eval]'") from error
+            raise UserError("config.probe.sklearn needs scikit-learn: pip install '.[eval]'") from error
         c = float(ours.cs[0])
         began = time.perf_counter()
         fit = Theirs(C=c, tol=SKLEARN_TOLERANCE, max_iter=10_000).fit(train[0].astype(np.float64), train[1])

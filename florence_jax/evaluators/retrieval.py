@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from florence_jax.data.captions import CaptionIndex, normalise_caption
-from florence_jax.data.sources import Source
+from florence_jax.data.sources import Record, Source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Embedder
 from florence_jax.evaluators.report import Example, matches_html, thumbnail
@@ -189,6 +189,11 @@ class Retrieval:
         return self._report
 
 
+def _captions(row: Record) -> list[str]:
+    value = row.get("captions") or row.get("caption") or ()
+    return [value] if isinstance(value, str) else list(value)
+
+
 class CaptionRetrieval:
     """Retrieval where each image has several captions of its own: the protocols of Flickr30k 1K and COCO 5K.
 
@@ -197,7 +202,7 @@ class CaptionRetrieval:
 
     Args:
       name: prefix of the results.
-      source: records with the list field "captions", see `data.karpathy`.
+      source: records with the list field "captions" (see `data.karpathy`), or several captions in "caption".
       ops, embedder, on_corrupt: as for `Retrieval`.
       per_image: captions used of each image, the first ones; five in both protocols (some COCO images have more).
 
@@ -216,7 +221,7 @@ class CaptionRetrieval:
     ):
         self.name = name
         self._source, self._embedder, self._on_corrupt = source, embedder, on_corrupt
-        lists = [list(row.get("captions") or ())[:per_image] for row in source.metadata()]
+        lists = [_captions(row)[:per_image] for row in source.metadata()]
         if len(lists) != len(source) or not all(lists):
             raise UserError(f"{source.name}: every record needs readable captions in the list field 'captions'")
         self._captions = [caption for captions in lists for caption in captions]
@@ -246,8 +251,9 @@ class CaptionRetrieval:
 
 
 def open_retrieval(name: str, source: Source, ops: str, embedder: Embedder, on_corrupt: str = "skip") -> Any:
-    """`CaptionRetrieval` for a source whose records have the list field "captions", else `Retrieval`."""
-    several = isinstance(next(iter(source.metadata()), {}).get("captions"), list)
+    """`CaptionRetrieval` for a source whose records have a list of captions (see there), else `Retrieval`."""
+    first = next(iter(source.metadata()), {})
+    several = any(isinstance(first.get(field), list) for field in ("captions", "caption"))
     return (CaptionRetrieval if several else Retrieval)(name, source, ops, embedder, on_corrupt)
 
 

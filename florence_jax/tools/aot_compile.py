@@ -8,7 +8,7 @@
 
 Takes the configuration, with its --config.x= options, that would be trained. A table goes to stderr and one JSON line
 to stdout; the exit code is 0 where the step fits, 1 where it does not. The compiler is the one a TPU would use: it
-fails where the chip's memory would not be enough. It needs libtpu (pip install 'florence_jax[aot]').
+fails where the chip's memory would not be enough. It needs libtpu (pip install '.[aot]').
 
 The FLOPs come from the model (the compiler's own count takes the body of a scan once), and the expected step time is
 those at a given --mfu, not a measurement.

@@ -10,7 +10,7 @@ At its default tolerance of 1e-4 it is faster (`speedup_default`) but stops shor
 `objective_diff` is the largest relative difference of the objectives over the sweep, recomputed in float64 from the
 weights of both; `accuracy_diff` the largest difference of the test accuracies, in percentage points.
 
-Needs scikit-learn: pip install 'florence_jax[eval]'.
+Needs scikit-learn: pip install '.[eval]'.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def _sklearn() -> Any:
     try:
         from sklearn.linear_model import LogisticRegression as Theirs
     except ImportError as error:
-        raise UserError("bench probe needs scikit-learn: pip install 'florence_jax[eval]'") from error
+        raise UserError("bench probe needs scikit-learn: pip install '.[eval]'") from error
     return Theirs
 
 

@@ -96,9 +96,7 @@ def devices(topology: Topology) -> list[Any]:
       UserError: if the TPU compiler is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "the TPU compiler is not installed: pip install 'florence_jax[aot]' (or libtpu); no TPU is needed"
-        )
+        raise UserError("the TPU compiler is not installed: pip install '.[aot]' (or libtpu); no TPU is needed")
     # Keeps libtpu from looking for a TPU and its metadata server, and from locking other compilations out.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -67,7 +67,7 @@ def _read_pickle(file: Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError as error:
         raise UserError(
-            f"reading {file.name} needs PyTorch: pip install 'florence_jax[torch]', or give a .safetensors file"
+            f"reading {file.name} needs PyTorch: pip install '.[torch]', or give a .safetensors file"
         ) from error
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
