@@ -256,6 +256,30 @@ def test_window_and_resolution():
         convert(swin_state(), "swin", res=64, window=6)
 
 
+@pytest.mark.parametrize("width,heads", [(1280, 16), (1408, 16), (1664, 16), (1280, 20)])
+def test_heads_of_a_wide_tower_stay_as_they_are(width, heads):
+    """OpenCLIP's ViT-H, ViT-g and ViT-bigG have 16 heads, as the row that is nearest to them."""
+    deep = ("visual.transformer.resblocks.1.", "visual.transformer.resblocks.2.")
+    sizes = {16: width, 48: 3 * width, 64: 4 * width}
+    state = {
+        name: np.zeros([sizes.get(n, n) for n in shape] if name.startswith("visual.") else shape, np.float32)
+        for name, shape in clip_shapes().items()
+        if not name.startswith(deep)
+    }
+    options = {"text_heads": 2} | ({} if heads == 16 else {"heads": (heads,)})
+    config, _, _ = convert(state, "openclip", options=options)
+    assert (config.image_width, config.heads) == (width, (heads,))
+
+
+def test_another_resolution_keeps_a_window_that_fits():
+    """7 tokens at 448 pixels: the window of the row, though not at this size of image."""
+    state = swin_state()
+    state |= {name: np.zeros((169, len(table[0]))) for name, table in state.items() if name.endswith(TABLE)}
+    config, params, _ = convert(state, "swin", res=448, window=7)
+    assert (config.res, config.window) == (448, 7)
+    assert params["image"]["stage0_pair0"]["plain"]["attention"]["relative_position_bias_table"].shape == (169, 2)
+
+
 def test_mismatches_are_listed_together():
     state = microsoft_extras(swin_state())
     del state["layers.0.blocks.1.mlp.fc2.bias"], state["norm.weight"]

@@ -204,8 +204,14 @@ def _vit_sizes(found: _Shapes) -> dict[str, Any]:
 
 
 def _differences(config: ModelConfig, variant: str) -> dict[str, Any]:
+    """The options that make `config` of the row `variant`."""
     row = resolve_config(variant)
-    return {name: value for name, value in config.items() if name != "variant" and value != row[name]}
+    found = {name: value for name, value in config.items() if name != "variant" and value != row[name]}
+    # What the row leaves open follows another field, and would not stay as it is beside a new value of that field.
+    for name, followed in (("heads", "image_width"), ("window", "res")):
+        if followed in found and name not in VARIANTS[variant]:
+            found[name] = config[name]
+    return found
 
 
 def _nearest_variant(config: ModelConfig) -> ModelConfig:
