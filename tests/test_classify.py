@@ -194,7 +194,7 @@ def test_metric_must_fit(pictures):
 def test_broken_weights_are_named(pictures):
     source = open_source(pictures)
     broken = Classification("b", source, open_classes(source), OPS, embedder(24), colours())
-    with pytest.raises(UserError, match="20 of 20 images have features that are not finite"):
+    with pytest.raises(UserError, match="pictures: 20 of 20 images have embeddings that are not finite"):
         broken.run(PARAMS | {"scale": jnp.asarray(jnp.nan)})
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from florence_jax.data.labelled import ArraySource
 from florence_jax.data.sources import FolderSource, open_source
 from florence_jax.data.text import load_tokenizer
+from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Embedder, chance_levels, evaluate
 from florence_jax.evaluators.emoji import EmojiSplit
 from florence_jax.evaluators.report import curve, results_table, thumbnail, write_report
@@ -52,6 +53,15 @@ def test_embedding_covers_every_record_whatever_the_batch():
     np.testing.assert_allclose(parts["embedding"], whole["embedding"], atol=1e-6)
     texts = [f"{i} spiders" for i in range(19)]
     np.testing.assert_allclose(embedder(8).texts(PARAMS, texts), embedder(32).texts(PARAMS, texts), atol=1e-6)
+
+
+def test_embeddings_of_broken_weights_are_an_error():
+    """Every rank among numbers that are not finite would be the best one."""
+    broken = PARAMS.at[0, 0].set(jnp.nan)
+    with pytest.raises(UserError, match="new_names: 217 of 217 images have embeddings that are not finite"):
+        evaluate([EmojiSplit("new_names", OPS, embedder(256))], broken)
+    with pytest.raises(UserError, match="captions: 3 of 3 texts have embeddings that are not finite"):
+        embedder(8).texts(broken, ["cat", "dog", "bird"], "captions")
 
 
 def test_class_embeddings_are_means_of_unit_prompts_made_unit():

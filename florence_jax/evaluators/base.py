@@ -13,6 +13,7 @@ from tqdm import tqdm
 from florence_jax.data.pipeline import eval_stream, to_global
 from florence_jax.data.sources import Source
 from florence_jax.data.text import Tokenizer
+from florence_jax.errors import UserError
 from florence_jax.train.sharding import batch_sharding, replicated
 
 COMPILED = " with compilation"  # said of a speed that could not be measured without it
@@ -84,6 +85,9 @@ class Embedder:
         Returns:
           "embedding" float32 (N, D), "index" int32 (N,), row in the source, and "label" (N,) where the ops leave one;
           N is the number of readable records.
+
+        Raises:
+          UserError: for embeddings that are not finite, or as `eval_stream`.
         """
         stream = eval_stream(
             source,
@@ -101,7 +105,7 @@ class Embedder:
         """Embeds texts: float32 (len(texts), D). `what` names them on the progress bar.
 
         Raises:
-          UserError: for a text without tokens.
+          UserError: for a text without tokens, or embeddings that are not finite.
         """
         batches = self._text_batches(texts, -(-len(texts) // self.batch_size))
         return self._gather("text", params, batches, what, len(texts))["embedding"]
@@ -140,4 +144,11 @@ class Embedder:
             print(f"{what}: {total} images, {count / (time.perf_counter() - since):.0f} img/s{note}", flush=True)
         # On a TPU slice the devices of a host need not be neighbours in the mesh: then the rows come in its order.
         order = np.argsort(np.concatenate([out["index"] for out in outputs]), kind="stable")
-        return {name: np.concatenate([out[name] for out in outputs])[order] for name in outputs[0]}
+        found = {name: np.concatenate([out[name] for out in outputs])[order] for name in outputs[0]}
+        # What is not a number is never larger than anything: ranks and metrics would call it right.
+        if bad := int((~np.isfinite(found["embedding"])).reshape(len(order), -1).any(1).sum()):
+            raise UserError(
+                f"{what}: {bad} of {len(order)} {tower}s have embeddings that are not finite: the weights are broken, "
+                "take an earlier checkpoint or import them again"
+            )
+        return found
