@@ -1,16 +1,22 @@
 """Retrieval on one's own images: Karpathy's split files, zero-shot and fine-tuned by one command, the index on disk."""
 
+import io
 import json
+import struct
+import zlib
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_images import run_main, tiny_checkpoint, twenty_images
 
 from configs.retrieve import get_config
 from florence_jax.data.karpathy import open_karpathy
 from florence_jax.data.sources import FolderSource, open_source
 from florence_jax.errors import UserError
+from florence_jax.evaluators.report import Example, thumbnail
 from florence_jax.evaluators.retrieval import CaptionRetrieval, open_retrieval
 from florence_jax.tasks import create_task
 from florence_jax.tasks.encoder import Encoder
@@ -191,6 +197,34 @@ def test_a_picture_finds_itself_and_a_page_shows_it(made, pictures, tmp_path, ca
     assert "&lt;red&gt; things" in text and text.count("<img") == 9 and "grey/3.png (1.000)" in text
 
 
+def test_the_page_shows_pictures_by_name_whatever_came_and_went(tmp_path):
+    for name, colour in (("b", "red"), ("c", "green"), ("d", "blue")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+    keys = [f"{name}.png" for name in "bcd"]
+    index = tool.Index(np.eye(3, dtype=np.float32), keys, {"images": str(tmp_path), "rows": [0, 1, 2]})
+    source = FolderSource(str(tmp_path), [{"key": key, "caption": ""} for key in keys])
+    red, blue = thumbnail(source, 0), thumbnail(source, 2)
+    Image.new("RGB", (64, 64), "black").save(tmp_path / "a.png")
+    (tmp_path / "c.png").unlink()
+    query = [Example("x", None, True)]
+    page = tool.results_html(index, query, np.array([[0, 1, 2]]), np.ones((1, 3)))
+    assert [f'src="{red}"' in page, f'src="{blue}"' in page, page.count("<img")] == [True, True, 2]
+    first = next(iter(open_source("emoji:new_names").metadata()))["key"]
+    for row in (1, 9999):  # another record, none at all
+        index = tool.Index(np.eye(2), [first, "gone"], {"images": "emoji:new_names", "rows": [0, row]})
+        assert tool.results_html(index, query, np.array([[0, 1]]), np.ones((1, 2))).count("<img") == 1
+
+
+def test_an_index_remembers_weights_in_a_bucket(pictures, tmp_path):
+    description = SimpleNamespace(folder="gs://b/run/checkpoints")
+    searcher = SimpleNamespace(
+        encoder=SimpleNamespace(description=description, tokenizer_spec="", speaks=False),
+        images=lambda source: {"embedding": np.eye(20, dtype=np.float32), "index": np.arange(20)},
+    )
+    made = tool.write_index(str(tmp_path / "index"), searcher, pictures)
+    assert made.info["init"] == "gs://b/run/checkpoints"
+
+
 def test_weights_without_a_text_tower_are_searched_by_picture(weights, pictures, tmp_path, capsys):
     encoder = Encoder(weights)
     tower = {"image": encoder.load_on(make_mesh(-1, 1))["image"]}
@@ -203,6 +237,9 @@ def test_weights_without_a_text_tower_are_searched_by_picture(weights, pictures,
     assert capsys.readouterr().out.split() == ["3.png", "1.000", "grey/3.png"]
     assert tool.main([*query, "--text=grey"]) == 2
     assert "holds no text tower" in capsys.readouterr().err
+    np.save(tmp_path / "index" / "embeddings.npy", np.eye(20, 9, dtype=np.float32))
+    assert tool.main([*query, f"--image={pictures}/grey/3.png"]) == 2
+    assert "has vectors of 9 numbers, the weights give" in capsys.readouterr().err
 
 
 def test_an_index_is_whole_or_not_there(made, weights, pictures, tmp_path, capsys):
@@ -211,6 +248,15 @@ def test_an_index_is_whole_or_not_there(made, weights, pictures, tmp_path, capsy
     assert index.embeddings.shape == (20, 16) and index.keys[0] == "blue_things/0.png"
     np.testing.assert_allclose(np.linalg.norm(index.embeddings, axis=1), 1, atol=1e-5)
     assert not list(made.parent.glob("*.partial"))
+
+
+def huge_png(path):
+    """The first bytes of a picture of 20,000 x 20,000 pixels."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    header = b"IHDR" + struct.pack(">II", 20000, 20000) + file.getvalue()[24:29]
+    path.write_bytes(file.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + file.getvalue()[33:])
+    return path
 
 
 @pytest.mark.parametrize(
@@ -222,10 +268,12 @@ def test_an_index_is_whole_or_not_there(made, weights, pictures, tmp_path, capsy
         (["query", "--index={made}", "--text=x", "--k=0"], "--k=0 must be at least 1"),
         (["query", "--index={empty}", "--text=x"], "is not an index"),
         (["query", "--index={made}", "--image=gone.png"], "gone.png"),
+        (["query", "--index={made}", "--image={huge}"], "DecompressionBombError"),
     ],
 )
 def test_mistakes_of_the_index(made, weights, pictures, tmp_path, capsys, arguments, message):
-    given = [a.format(made=made, pictures=pictures, empty=tmp_path) for a in arguments]
+    huge = huge_png(tmp_path / "no_pictures_here")
+    given = [a.format(made=made, pictures=pictures, empty=tmp_path, huge=huge) for a in arguments]
     given += [f"--init={weights}"] if given[0] == "embed" else []
     assert tool.main(given) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

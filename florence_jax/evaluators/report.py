@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from florence_jax.data.sources import BadRecord, Source
 
@@ -53,11 +53,14 @@ def thumbnail(source: Source, index: int) -> str:
     """Data URI of a source's image, its longer side 48 to 96 pixels; '' for one that cannot be read."""
     try:
         data = source[index]["image"]
+    except BadRecord:
+        return ""
+    try:
         image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else Image.fromarray(np.squeeze(data))
         if isinstance(data, bytes) and TINY <= max(image.size) <= THUMBNAIL and image.format in Image.MIME:
             return data_uri(data, Image.MIME[image.format])
         image = image.convert("RGB")
-    except (BadRecord, OSError, UnidentifiedImageError, ValueError):
+    except Exception:  # PIL's decoders raise a dozen unrelated types on corrupt data and for too many pixels
         return ""
     if (times := TINY // max(image.size)) > 1:
         image = image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)

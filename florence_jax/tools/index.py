@@ -14,14 +14,14 @@ import json
 import shutil
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
-from florence_jax.data.sources import IMAGE_SUFFIXES, FolderSource, Source, open_source
+from florence_jax.data.sources import IMAGE_SUFFIXES, BadRecord, FolderSource, Source, open_source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Embedder
 from florence_jax.evaluators.report import Example, matches_html, thumbnail, write_page
@@ -50,13 +50,17 @@ def open_images(spec: str) -> Source:
     Raises:
       UserError: for a folder without images, or as `open_source`.
     """
-    folder = Path(spec)
-    if not folder.is_dir() or list(folder.glob("*.array_record*")):
+    if not _is_picture_folder(spec):
         return open_source(spec)
+    folder = Path(spec)
     files = sorted(f for f in folder.rglob("*") if f.name.lower().endswith(IMAGE_SUFFIXES) and f.is_file())
     if not files:
         raise UserError(f"--images={spec}: no image files there ({', '.join(IMAGE_SUFFIXES)})")
     return FolderSource(str(folder), [{"key": str(f.relative_to(folder)), "caption": ""} for f in files])
+
+
+def _is_picture_folder(spec: str) -> bool:
+    return Path(spec).is_dir() and not list(Path(spec).glob("*.array_record*"))
 
 
 class Searcher:
@@ -95,8 +99,9 @@ def write_index(out: str, searcher: Searcher, images: str, dtype: str = "float32
     keys = [row["key"] for row in source.metadata()]
     if len(keys) != len(source):  # unreadable records have no key
         keys = [str(i) for i in range(len(source))]
+    folder = searcher.encoder.description.folder
     info = {
-        "init": str(Path(searcher.encoder.description.folder).absolute()),
+        "init": folder if "://" in folder else str(Path(folder).absolute()),
         "tokenizer": searcher.encoder.tokenizer_spec,
         "images": str(Path(images).absolute()) if Path(images).exists() else images,
         "rows": found["index"].tolist(),
@@ -131,15 +136,18 @@ def open_index(folder: str) -> Index:
 
 def check_weights(index: Index, searcher: Searcher) -> None:
     """Raises `UserError` if the weights are not those that the index was made with, as far as it can tell."""
-    width = searcher.encoder.model.config.projection
-    if searcher.encoder.has_text and index.embeddings.shape[1] != width:
+    encoder = searcher.encoder
+    config = encoder.model.config
+    projected = "image_projection" in encoder.description.towers
+    width = config.projection if projected else config.image_width * 2 ** (len(config.depths) - 1)
+    if index.embeddings.shape[1] != width:
         raise UserError(f"the index has vectors of {index.embeddings.shape[1]} numbers, the weights give {width}")
     mark = index.info.get("mark")
-    if mark and searcher.encoder.speaks:
+    if mark and encoder.speaks:
         off = np.abs(searcher.texts([MARK])[0] - np.asarray(mark)).max()
         if off > MARK_TOLERANCE:
             raise UserError(
-                f"the weights at {searcher.encoder.description.folder} are not those the index was made with: make the "
+                f"the weights at {encoder.description.folder} are not those the index was made with: make the "
                 "index again, or give the right ones with --init"
             )
 
@@ -168,13 +176,30 @@ def search(embeddings: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndar
     return rows, cosines
 
 
+def _pictures(index: Index) -> Callable[[int], str]:
+    """Thumbnails by row of the index; '' for a picture that is no longer where it was."""
+    images, rows = index.info["images"], index.info["rows"]
+    if _is_picture_folder(images):  # by name: files may have come and gone
+        source = FolderSource(images, [{"key": key, "caption": ""} for key in index.keys])
+        return lambda i: thumbnail(source, i)
+    source = open_source(images)
+    return lambda i: thumbnail(source, rows[i]) if _is_record(source, rows[i], index.keys[i]) else ""
+
+
+def _is_record(source: Source, row: int, key: str) -> bool:
+    try:
+        return row < len(source) and key in (source[row]["key"], str(row))  # its number, see `write_index`
+    except BadRecord:
+        return False
+
+
 def results_html(index: Index, queries: Sequence[Example], rows: np.ndarray, cosines: np.ndarray) -> str:
     """A line of pictures for each query, with names and cosines."""
-    source = open_images(index.info["images"])
+    pictures = _pictures(index)
     lines = []
     for query, found, values in zip(queries, rows, cosines, strict=True):
         cells = [
-            Example(f"{index.keys[i]} ({value:.3f})", thumbnail(source, index.info["rows"][i]) or None, right=False)
+            Example(f"{index.keys[i]} ({value:.3f})", pictures(i) or None, right=False)
             for i, value in zip(found, values, strict=True)
         ]
         lines.append((query, cells))
