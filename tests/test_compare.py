@@ -9,25 +9,51 @@ from florence_jax.errors import UserError
 from florence_jax.tools import compare
 
 
-def test_runs_every_setting_with_every_seed_and_prints_the_spread(tmp_path, monkeypatch, capsys):
-    calls = []
+@pytest.fixture
+def calls(monkeypatch):
+    """Runs that only write a result; the list of their (loss, seed, total_steps)."""
+    made = []
 
     def fake_run(command, **kwargs):
         flags = dict(flag.lstrip("-").split("=", 1) for flag in command[3:])
         workdir = Path(flags["workdir"])
-        workdir.mkdir(parents=True)
-        calls.append((flags["config.loss"], flags["config.seed"], flags["config.total_steps"]))
+        made.append((flags["config.loss"], flags["config.seed"], flags["config.total_steps"]))
         value = (0.5 if flags["config.loss"] == "unicl" else 0.25) + int(flags["config.seed"]) / 10
+        (workdir / "config.json").write_text("{}")
         (workdir / "result.json").write_text(json.dumps({"eval/x": value, "step": 3}))
         return type("Done", (), {"returncode": 0})()
 
     monkeypatch.setattr(compare.subprocess, "run", fake_run)
+    return made
+
+
+def test_runs_every_setting_with_every_seed_and_prints_the_spread(tmp_path, calls, capsys):
     arguments = ["--seeds=0,2", "--vary=loss=unicl,clip", f"--workdir={tmp_path}", "--config.total_steps=3"]
     assert compare.main(arguments) == 0
     assert calls == [("unicl", "0", "3"), ("clip", "0", "3"), ("unicl", "2", "3"), ("clip", "2", "3")]
     header, row = capsys.readouterr().out.splitlines()[1:]
     assert header.split() == ["metric", "loss=unicl", "loss=clip"]
     assert row.split()[1:] == ["0.600", "(0.500", "to", "0.700)", "0.350", "(0.250", "to", "0.450)"]
+
+
+@pytest.mark.parametrize("other", [["--config.total_steps=4"], ["--config.total_steps=3", "--config=other.py"]])
+def test_a_folder_of_other_runs_is_left_alone(tmp_path, calls, capsys, other):
+    arguments = ["--seeds=0", "--vary=loss=unicl", f"--workdir={tmp_path}"]
+    assert compare.main([*arguments, "--config.total_steps=3"]) == 0
+    assert compare.main([*arguments, "--config.total_steps=3"]) == 0  # the same again: continues
+    assert compare.main([*arguments, *other]) == 2
+    assert "holds a run that was started with {" in capsys.readouterr().err and len(calls) == 2
+    (tmp_path / "loss_unicl_seed0" / "compare.json").unlink()
+    assert compare.main([*arguments, "--config.total_steps=3"]) == 2
+    assert "started with unknown settings" in capsys.readouterr().err
+
+
+def test_table_of_runs_with_different_metrics():
+    text = compare.table({"a": [{"eval/x": 0.5, "step": 1}], "b": [{"eval/y": 0.25}, {"eval/y": None}]})
+    assert [line.split() for line in text.splitlines()[1:]] == [
+        ["eval/x", "0.500", "(0.500", "to", "0.500)", "-"],
+        ["eval/y", "-", "0.250", "(0.250", "to", "0.250)"],
+    ]
 
 
 def test_a_failed_run_ends_the_comparison(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,8 @@
     python -m florence_jax.tools.compare --config=configs/pretrain.py:runlocal --vary=optim.weight_decay=0.1,0.3
 
 Each run is `python -m florence_jax.main` in a folder of its own below --workdir, so that an interrupted comparison
-continues where it was, and a finished run is not repeated. The table has mean and lowest to highest over the seeds.
+continues where it was, and a finished run is not repeated; `compare.json` there says what the run was started with, and
+another comparison does not take the folder. The table has mean and lowest to highest over the seeds.
 """
 
 import argparse
@@ -14,10 +15,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from florence_jax.errors import UserError
+
+SETTINGS_FILE = "compare.json"
 
 
 def parse_vary(text: str) -> list[tuple[str, str]]:
@@ -43,33 +47,60 @@ def parse_seeds(text: str) -> list[int]:
         raise UserError(f"--seeds={text!r}: write whole numbers, such as 0,1,2") from error
 
 
-def train(config: str, workdir: Path, seed: int, name: str, value: str, extra: Sequence[str]) -> dict[str, float]:
+def claim(workdir: Path, settings: Mapping[str, Any]) -> None:
+    """Creates the folder of a run and writes into it what the run is started with.
+
+    Raises:
+      UserError: if the folder holds a run that was started with something else, or not by a comparison.
+    """
+    path, partial = workdir / SETTINGS_FILE, workdir / f"{SETTINGS_FILE}.partial"
+    if path.exists() or (workdir / "config.json").exists():
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError):
+            found = None
+        if found != settings:
+            other = json.dumps(found) if found else "unknown settings"
+            raise UserError(
+                f"{workdir} holds a run that was started with {other}, not with {json.dumps(settings)}: choose another "
+                "--workdir, or remove the folder"
+            )
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(settings) + "\n")
+    partial.replace(path)
+
+
+def train(workdir: Path, settings: Mapping[str, Any]) -> dict[str, float | None]:
     """One run in `workdir`, or its results where it is finished.
 
     Raises:
       UserError: if the run fails; its own message is on stderr.
     """
-    command = [sys.executable, "-m", "florence_jax.main", f"--config={config}", f"--workdir={workdir}"]
-    command += [f"--config.seed={seed}", *([f"--config.{name}={value}"] if name else []), *extra]
+    command = [sys.executable, "-m", "florence_jax.main", f"--config={settings['config']}", f"--workdir={workdir}"]
+    varied = [f"--config.{settings['name']}={settings['value']}"] if settings["name"] else []
+    command += [f"--config.seed={settings['seed']}", *varied, *settings["extra"]]
     done = subprocess.run(command, stdout=sys.stderr, check=False)
     if done.returncode:
         raise UserError(f"the run in {workdir} ended with exit code {done.returncode}; see its message above")
     return json.loads((workdir / "result.json").read_text())
 
 
-def table(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """One column for each setting: 'mean (lowest to highest)' over its runs."""
-    metrics = [name for name in next(iter(results.values()))[0] if name.startswith("eval/")]
+def table(results: Mapping[str, Sequence[Mapping[str, float | None]]]) -> str:
+    """One column for each setting: 'mean (lowest to highest)' over its runs, '-' where none has the metric."""
+    every = [name for runs in results.values() for run in runs for name in run if name.startswith("eval/")]
+    metrics = list(dict.fromkeys(every))
     width = max(map(len, metrics), default=6)
     columns = [max(len(label), 22) for label in results]
     lines = [f"{'metric':<{width}}" + "".join(f"  {label:>{w}}" for label, w in zip(results, columns, strict=True))]
     for metric in metrics:
-        cells = []
-        for runs in results.values():
-            values = np.array([run[metric] for run in runs])
-            cells.append(f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})")
+        cells = [_cell([run[metric] for run in runs if run.get(metric) is not None]) for runs in results.values()]
         lines.append(f"{metric:<{width}}" + "".join(f"  {c:>{w}}" for c, w in zip(cells, columns, strict=True)))
     return "\n".join(lines)
+
+
+def _cell(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "-"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,14 +114,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if unknown := [option for option in extra if not option.startswith("--config.")]:
             raise UserError(f"unknown option {unknown[0]!r}; settings of the runs are written --config.name=value")
-        settings, seeds = parse_vary(args.vary), parse_seeds(args.seeds)
-        results: dict[str, list[dict[str, float]]] = {}
-        for seed in seeds:  # seed by seed, so that an interrupted comparison has whole rows
-            for name, value in settings:
-                label = f"{name}={value}" if name else "as configured"
+        varied, runs = parse_vary(args.vary), []
+        for seed in parse_seeds(args.seeds):  # seed by seed, so that an interrupted comparison has whole rows
+            for name, value in varied:
                 folder = f"{name}_{value}" if name else "default"
                 workdir = Path(args.workdir) / f"{folder.replace('/', '_')}_seed{seed}"
-                results.setdefault(label, []).append(train(args.config, workdir, seed, name, value, extra))
+                runs.append((workdir, dict(config=args.config, seed=seed, name=name, value=value, extra=extra)))
+                claim(*runs[-1])
+        results: dict[str, list[dict[str, float | None]]] = {}
+        for workdir, settings in runs:
+            label = f"{settings['name']}={settings['value']}" if settings["name"] else "as configured"
+            results.setdefault(label, []).append(train(workdir, settings))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
