@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 
 import jax.numpy as jnp
@@ -158,9 +159,11 @@ def test_ticks_of_a_curve_differ():
 
 
 def test_table_shows_chance_beside_each_number():
-    lines = results_table({"eval/a": 0.5, "step": 1500.0, "diff": -2.7e-5, "c": 0.0}, {"eval/a": 0.125}).splitlines()
+    results = {"eval/a": 0.5, "step": 1500.0, "diff": -2.7e-5, "c": 0.0, "d": math.nan, "e": -math.inf}
+    lines = results_table(results, {"eval/a": 0.125}).splitlines()
     assert lines[1].split() == ["eval/a", "0.500", "0.125"] and lines[2].split() == ["step", "1500"]
     assert lines[3].split() == ["diff", "-3e-05"] and lines[4].split() == ["c", "0.000"]
+    assert lines[5].split() == ["d", "nan"] and lines[6].split() == ["e", "-inf"]
 
 
 def test_thumbnails_of_tiny_pictures_are_enlarged():

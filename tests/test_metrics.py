@@ -1,7 +1,13 @@
 """metrics.jsonl: one line a step, rewritten tails after a resume, cut-off lines ignored."""
 
 import json
+import math
+from types import SimpleNamespace
 
+import pytest
+from ml_collections import ConfigDict
+
+from florence_jax.train.loop import Trainer
 from florence_jax.train.metrics import MetricsWriter, peak_memory, read_metrics
 
 
@@ -22,6 +28,22 @@ def test_resume_replaces_later_lines(tmp_path):
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_what_is_not_finite_is_null_in_valid_files(tmp_path):
+    """The ROC AUC of a set with one class: the run ends with its result and its report."""
+    results = {"eval/roc_auc": math.nan, "eval/large": math.inf, "eval/top1": 0.5}
+    writer = MetricsWriter(tmp_path, resume_step=0, write=True)
+    writer.write(1, results)
+    writer.close()
+    config = ConfigDict({"task": "classify"})
+    run = SimpleNamespace(workdir=tmp_path, config=config, state={"step": 1}, is_main=True, _evaluators=[])
+    run._evaluate = lambda: results
+    Trainer.finish(run)
+    written = [(tmp_path / name).read_text() for name in ("metrics.jsonl", "result.json")]
+    expected = {"eval/roc_auc": None, "eval/large": None, "eval/top1": 0.5, "step": 1}
+    assert [json.loads(text, parse_constant=pytest.fail) for text in written] == [expected, expected]
+    assert '<td class="n">nan</td>' in (tmp_path / "report.html").read_text()
 
 
 def test_other_processes_write_nothing(tmp_path):

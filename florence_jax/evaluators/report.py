@@ -102,6 +102,8 @@ def results_table(results: Mapping[str, float], chance: Mapping[str, float]) -> 
 
 
 def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return str(float(value))
     if 0 < abs(value) < SMALLEST:
         return f"{value:.0e}"
     return f"{value:.0f}" if abs(value) >= 1000 or value == int(value) and abs(value) > 1 else f"{value:.3f}"

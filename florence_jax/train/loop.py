@@ -26,7 +26,7 @@ from florence_jax.evaluators.report import results_table, write_report
 from florence_jax.tasks.base import Task
 from florence_jax.train.checkpoint import Checkpoints, UnreadableCheckpoint
 from florence_jax.train.hosts import EXIT_LOST, meet
-from florence_jax.train.metrics import MetricsWriter, Progress, Speedometer, read_metrics
+from florence_jax.train.metrics import MetricsWriter, Progress, Speedometer, finite, read_metrics
 from florence_jax.train.optim import make_optimizer
 from florence_jax.train.pretrained import load_optimizer
 from florence_jax.train.sharding import batch_sharding, make_mesh, param_shardings, state_shardings
@@ -325,7 +325,7 @@ class Trainer:
         step, chance = int(self.state["step"]), chance_levels(self._evaluators)
         print(results_table(results, chance) if results else NO_EVALUATION, flush=True)
         partial = self.workdir / "result.json.partial"
-        partial.write_text(json.dumps(results | {"step": step}, indent=1) + "\n")
+        partial.write_text(json.dumps(finite(results) | {"step": step}, indent=1) + "\n")
         partial.replace(self.workdir / "result.json")
         write_report(
             self.workdir / "report.html",

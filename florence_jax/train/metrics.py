@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,8 +24,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """None in place of numbers that are not finite, such as the ROC AUC of a set with one class: JSON has no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
 class MetricsWriter:
     """Writes `{"step": n, "<split>/<name>": value, ...}` lines and the same scalars as TensorBoard events.
+
+    What is not finite is null in the lines, and no event.
 
     On construction, lines of steps after `resume_step` are removed: the run is about to write them again. Only the
     process with `write=True` touches files.
@@ -48,7 +55,7 @@ class MetricsWriter:
         """Appends one line; flushed at once so that a killed run loses nothing."""
         if self._file is None or self._events is None:
             return
-        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.write(json.dumps({"step": step} | finite(values)) + "\n")
         self._file.flush()
         for name, value in values.items():
             if math.isfinite(value):
