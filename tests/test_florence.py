@@ -147,6 +147,7 @@ def test_every_variant_resolves(variant):
         ("ti", dict(widht=3), "unknown model option widht: known are res, projection"),
         ("ti", dict(dtype="int8"), "dtype"),
         ("ti", dict(dtype="half-ish"), "dtype"),
+        ("ti", dict(dtype=16), "dtype=16: choose one of float32"),
         ("ti", dict(remat="all"), "remat"),
         ("ti", dict(text_pooling="cls"), "text_pooling"),
         ("ti", dict(drop_path=1.0), "drop_path"),
@@ -156,11 +157,35 @@ def test_every_variant_resolves(variant):
         ("ti", dict(res=40, window=4), "res=40"),
         ("T", dict(res=200), "res=200"),
         ("ti", dict(text_heads=3), "text_heads"),
+        ("ti", dict(heads=16), r"heads=16: must be whole numbers, such as \(2, 2, 6, 2\)"),
+        ("ti", dict(depths=[2, 2.0, 2, 2]), "depths"),
+        ("ti", dict(depths=()), r"depths=\(\): must be above 0"),
+        ("ti", dict(image_mean=0.5), "image_mean=0.5: must be numbers"),
+        ("ti", dict(text_heads="abc"), "text_heads='abc': must be a whole number"),
+        ("ti", dict(text_heads=True), "text_heads=True: must be a whole number"),
+        ("ti", dict(mlp_ratio="4"), "mlp_ratio='4': must be a number"),
+        ("ti", dict(text_causal="false"), "text_causal='false': must be True or False"),
+        ("ti", dict(remat=1), "remat=1: must be a word"),
+        ("ti", dict(res="abc"), "res='abc'"),
+        ("ti", dict(res=0), "res=0: must be above 0"),
+        ("ti", dict(res=2), "res=2: no token is left"),
+        ("ti", dict(window=0), "window=0: must be above 0"),
+        ("ti", dict(window=0, size_mode="detection"), "window=0: must be above 0"),
+        ("ti", dict(text_heads=0), "text_heads=0: must be above 0"),
+        ("ti", dict(heads=(1, 2, 0, 4)), "heads"),
+        ("ViT-B-32", dict(heads=(0,)), "heads"),
+        ("ti", dict(logit_scale_init=0), "logit_scale_init"),
     ],
 )
 def test_user_errors(variant, options, message):
     with pytest.raises(UserError, match=message):
         build(variant, **options)
+
+
+def test_numbers_of_numpy_and_types_of_jax_are_welcome():
+    options = dict(res=np.int64(64), heads=np.array([1, 2, 4, 8]), drop_path=np.float32(0.1), dtype=jnp.bfloat16)
+    config = build("ti", **options).config
+    assert (config.res, config.heads, config.dtype) == (64, (1, 2, 4, 8), "bfloat16")
 
 
 def test_missing_drop_path_key():

@@ -7,7 +7,8 @@ The only names the rest of the project needs are `build`, `Model`, `VARIANTS`, `
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import flax.linen as nn
@@ -102,6 +103,22 @@ class ModelConfig(Mapping):
         return tuple(field.name for field in dataclasses.fields(cls))
 
 
+# What a value of each type of field looks like, for the message about one that does not.
+KINDS: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    tuple[int, ...]: "whole numbers, such as (2, 2, 6, 2)",
+    tuple[float, ...]: "numbers, such as (0.5, 0.5, 0.5)",
+}
+# Fields whose numbers are above 0 (and the window of CoSwin: a ViT has 0).
+POSITIVE = (
+    "res", "projection", "image_width", "depths", "heads", "patch_size", "text_width", "text_layers", "text_heads",
+    "text_length", "vocab_size", "mlp_ratio", "logit_scale_init",
+)  # fmt: skip
+
+
 # T to L: Swin's widths and depths with UniCL's text tower. H: Florence gives only 637M + 256M parameters; C=256 with
 # depths (2,2,24,6) is the choice that also meets the compute published for this encoder (about 88 GMAC at 224 px), and
 # width 1152 with a vocabulary of 56,320 is our choice for 12 layers and 256M (it covers CLIP's 49,408 ids). ti is ours:
@@ -150,7 +167,9 @@ def resolve_config(variant: str, **overrides: Any) -> ModelConfig:
     known = [name for name in ModelConfig._names() if name != "variant"]
     if unknown := sorted(set(overrides) - set(known)):
         raise UserError(f"unknown model option {', '.join(unknown)}: known are {', '.join(known)}")
-    sizes = {**VARIANTS[variant], **{name: value for name, value in overrides.items() if value is not None}}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    _check_given(given)
+    sizes = {**VARIANTS[variant], **given}
     divisor = sizes.pop("window_divisor", 32)
     sizes.setdefault("window", max(sizes["res"] // divisor, 1))
     widths = [sizes["image_width"] * 2**i for i in range(len(sizes["depths"]))]
@@ -160,10 +179,36 @@ def resolve_config(variant: str, **overrides: Any) -> ModelConfig:
     for name in ("depths", "heads", "out_stages", *({"image_mean", "image_std"} & sizes.keys())):
         sizes[name] = tuple(sizes[name])
     if not isinstance(sizes.setdefault("dtype", "float32"), str):
-        sizes["dtype"] = jnp.dtype(sizes["dtype"]).name
+        try:
+            sizes["dtype"] = jnp.dtype(sizes["dtype"]).name
+        except TypeError as error:
+            raise UserError(f"dtype={sizes['dtype']!r}: choose one of {', '.join(DTYPES)}") from error
     config = ModelConfig(variant=variant, **sizes)
     _check(config)
     return config
+
+
+def _check_given(given: Mapping[str, Any]) -> None:
+    """Raises `UserError` for a field of another type, or a size that is not positive."""
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in given or field.name == "dtype":  # which may be a type of numpy or JAX
+            continue
+        value = given[field.name]
+        if not _fits(value, field.type):
+            raise UserError(f"{field.name}={value!r}: must be {KINDS[field.type]}")
+        numbers = value if isinstance(value, Collection) else (value,)
+        if field.name in POSITIVE and not (len(numbers) and all(number > 0 for number in numbers)):
+            raise UserError(f"{field.name}={value!r}: must be above 0")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether `value` is of a type of `KINDS`; True is no number."""
+    if kind in (bool, str):
+        return isinstance(value, kind)
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    (entry, _) = kind.__args__
+    return isinstance(value, Collection) and not isinstance(value, str) and all(_fits(v, entry) for v in value)
 
 
 def _check(config: ModelConfig) -> None:
@@ -184,14 +229,17 @@ def _check(config: ModelConfig) -> None:
         _check_vit(config)
         return
     check_stages(config.image_width, config.depths, config.heads)
-    if config.size_mode == "classification":
-        side = config.res
-        for i in range(len(config.depths)):
-            side = embedded_size(side, i, config.embedding)
-            try:
-                stage_window(side, side, config.window, config.size_mode)
-            except UserError as error:
-                raise UserError(f"res={config.res}: {error}") from None
+    if config.window < 1:
+        raise UserError(f"window={config.window}: must be above 0")
+    side = config.res
+    for i in range(len(config.depths)):
+        side = embedded_size(side, i, config.embedding)
+        if side < 1:
+            raise UserError(f"res={config.res}: no token is left of so small an image")
+        try:
+            stage_window(side, side, config.window, config.size_mode)
+        except UserError as error:
+            raise UserError(f"res={config.res}: {error}") from None
 
 
 def _check_vit(config: ModelConfig) -> None:
@@ -330,7 +378,8 @@ def build(variant: str, **overrides: Any) -> Model:
         follows `res`, and `heads` follows `image_width` (32 channels a head).
 
     Raises:
-      UserError: unknown variant, option or choice; the message lists the known ones.
+      UserError: unknown variant, option or choice (the message lists the known ones), a value of another type, sizes
+        that do not fit together.
     """
     return Model(resolve_config(variant, **overrides))
 
