@@ -323,12 +323,28 @@ def test_mistakes_on_the_command_line(tmp_path, capsys):
         ([f"--file={tmp_path}/bad.safetensors"], "not a safetensors file"),
         ([good, "--set", "text_heads"], "write NAME=VALUE"),
         ([good, "--set", "haeds=3"], "unknown model option haeds"),
+        ([good, "--set", "heads=16"], "heads=16: must be whole numbers"),
+        ([good, "--set", "text_causal=false"], "text_causal='false': must be True or False"),
+        ([good, "--res=64", "--window=0"], "window=0: must be above 0"),
     ):
         assert run("--from=swin", f"--out={tmp_path}/out", *args) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"model\.json"):
         model_config(str(tmp_path))
+
+
+class Tensor:
+    """The little of `torch.Tensor` that the import needs."""
+
+    def is_floating_point(self):
+        return True
+
+    def float(self):
+        return self
+
+    def numpy(self):
+        return np.full(2, 0.5, np.float32)
 
 
 def test_pickles_need_torch_and_are_weights_only(tmp_path, monkeypatch):
@@ -340,16 +356,6 @@ def test_pickles_need_torch_and_are_weights_only(tmp_path, monkeypatch):
             read_state_dict(str(path))
 
     calls = []
-
-    class Tensor:
-        def is_floating_point(self):
-            return True
-
-        def float(self):
-            return self
-
-        def numpy(self):
-            return np.full(2, 0.5, np.float32)
 
     def load(file, **options):
         calls.append(options)
@@ -364,6 +370,27 @@ def test_pickles_need_torch_and_are_weights_only(tmp_path, monkeypatch):
     path.rename(tmp_path / "bad.pth")
     with pytest.raises(UserError, match="other than tensors"):
         read_state_dict(str(tmp_path / "bad.pth"))
+
+
+@pytest.mark.parametrize(
+    "content,expected",
+    [
+        ({"model_ema": {"w": Tensor()}, "epoch": 3}, {"w"}),
+        ({"student": {"v": Tensor()}, "teacher": {"w": Tensor()}}, {"w"}),
+        ({"model_ema": {"v": Tensor()}, "model": {"w": Tensor()}}, {"w"}),
+        ({"a": Tensor(), "name": "vit", "extra": None}, r"other things than tensors: name \(str\), extra \(NoneType\)"),
+        ({"weights": {"w": Tensor()}, "epoch": 3}, r"other things than tensors: weights \(dict\)"),
+    ],
+)
+def test_what_lies_beside_the_tensors_of_a_pickle(content, expected, tmp_path, monkeypatch):
+    (tmp_path / "x.pth").write_bytes(b"")
+    stand_in = types.SimpleNamespace(load=lambda file, **options: content, Tensor=Tensor)
+    monkeypatch.setitem(sys.modules, "torch", stand_in)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            read_state_dict(str(tmp_path / "x.pth"))
+    else:
+        assert set(read_state_dict(str(tmp_path / "x.pth"))) == expected
 
 
 class _Rebuilt:

@@ -8,6 +8,7 @@ import collections
 import pickle
 import zipfile
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import safetensors.numpy
 
 from florence_jax.errors import UserError
 
-# Names under which training scripts keep the weights beside the optimizer and the epoch.
-WRAPPERS = ("state_dict", "model", "module")
+# Names under which training scripts keep the weights beside the optimizer and the epoch, in the order of preference:
+# averages, and a teacher's, where there are no others.
+WRAPPERS = ("state_dict", "model", "module", "state_dict_ema", "model_ema", "teacher")
 STORAGE_DTYPES = {
     "FloatStorage": np.float32,
     "HalfStorage": np.float16,
@@ -37,10 +39,11 @@ def read_state_dict(path: str) -> dict[str, np.ndarray]:
 
     Args:
       path: a .safetensors file; a TorchScript archive; or what `torch.save` wrote (.pth, .pt, .bin, .ckpt), a state
-        dict itself or under 'model', 'state_dict' or 'module'.
+        dict itself or under one of `WRAPPERS`.
 
     Raises:
-      UserError: a missing or damaged file, an unknown format, or a pickle without PyTorch installed.
+      UserError: a missing or damaged file, an unknown format, one that holds other things than tensors and numbers, or
+        a pickle without PyTorch installed.
     """
     file = Path(path)
     if not file.is_file():
@@ -81,6 +84,12 @@ def _read_pickle(file: Path) -> dict[str, np.ndarray]:
         content = content[wrapper]
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds a {type(content).__name__}, not a state dict")
+    others = [f"{name} ({type(v).__name__})" for name, v in content.items() if not isinstance(v, (torch.Tensor, Real))]
+    if others:
+        some = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        raise UserError(
+            f"{file} holds other things than tensors: {some}; save the state dict alone, or under 'state_dict'"
+        )
     tensors = {}
     for name, value in content.items():
         if isinstance(value, torch.Tensor):
