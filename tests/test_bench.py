@@ -16,7 +16,16 @@ from PIL import Image
 
 from florence_jax.errors import UserError
 from florence_jax.models import florence
-from florence_jax.tools import bench, bench_data, bench_devices, bench_step, timing, timm_swin, torch_swin
+from florence_jax.tools import (
+    bench,
+    bench_data,
+    bench_devices,
+    bench_grad_cache,
+    bench_step,
+    timing,
+    timm_swin,
+    torch_swin,
+)
 from florence_jax.train.optim import DECAY_RULES
 from florence_jax.train.rules import match_rules
 
@@ -102,6 +111,16 @@ def test_missing_timm_says_how_to_install_it(capsys, monkeypatch, tower):
     assert rival is details["rival"] is None and "pip install torch torchvision timm" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("variant", ["ViT-B-32", "Swin-T"])
+def test_towers_that_no_rival_has_are_timed_alone(capsys, variant):
+    config = florence.resolve_config(variant)
+    assert bench_step.make_rival("auto", config, {}, None, None)[0] is None
+    assert f"no comparison: the rivals have no image tower like that of variant {variant}" in capsys.readouterr().err
+    assert bench_step.make_rival("none", config, {}, None, None)[0] is None and not capsys.readouterr().err
+    with pytest.raises(UserError, match="--rival=eager: the rivals have no image tower"):
+        bench_step.make_rival("eager", config, {}, None, None)
+
+
 @needs_torch
 def test_timm_takes_the_same_step(capsys, monkeypatch, tiny):
     """With a stand-in of timm's interface and an identity for `torch.compile`, which are of use on a GPU only."""
@@ -130,6 +149,19 @@ def test_timm_takes_the_same_step(capsys, monkeypatch, tiny):
     assert asked == dict(name="swin_of_tests", num_classes=0, img_size=32, window_size=4, drop_path_rate=0.0)
     assert result["rival"] == "timm" and result["rival_description"] == "swin_of_tests, timm 1.0, torch.compile"
     assert result["ratio"] == pytest.approx(result["torch_seconds"] / result["image_tower_seconds"], rel=1e-3)
+
+
+@pytest.mark.parametrize("variant,drop_path", [("ViT-B-32", 0.0), ("T", 0.1)])
+def test_the_gradient_cache_is_timed_with_the_stochastic_depth_that_the_tower_has(monkeypatch, variant, drop_path):
+    class Built(Exception):
+        pass
+
+    def make_loss(model, *_):
+        raise Built(model.config.drop_path)
+
+    monkeypatch.setattr(bench_grad_cache, "make_loss", make_loss)
+    with pytest.raises(Built, match=str(drop_path)):
+        bench.main(["grad_cache", "--variant", variant])
 
 
 def test_the_default_devices_benchmark_starts():

@@ -6,7 +6,7 @@ least. The second forward pass bounds it by 4/3 where a backward pass costs two 
 compiler's figure for working memory (`memory_analysis().temp_size_in_bytes`) of loss and gradients at four global
 batches and one micro-batch; `logits_and_embeddings_bytes` is the part that the method itself lets grow: one B x B
 matrix and two B x D. `gradient_error` is the largest difference of a gradient entry over the largest entry of its
-tensor, all tensors and the temperature included, with stochastic depth.
+tensor, all tensors and the temperature included, with stochastic depth (which a ViT lacks).
 
 Needs jax, flax and optax only.
 """
@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures; see the module's docstring for the keys."""
     if min(args.batch, args.micro_batch, args.steps) < 1 or args.batch % (2 * args.micro_batch):
         raise UserError("--batch, --micro_batch and --steps must be positive, and 2 * micro_batch must divide batch")
-    options = dict(res=args.res, dtype=args.dtype, remat=args.remat, drop_path=DROP_PATH)
+    drop_path = 0.0 if florence.VARIANTS[args.variant].get("image_tower") == "vit" else DROP_PATH
+    options = dict(res=args.res, dtype=args.dtype, remat=args.remat, drop_path=drop_path)
     model = florence.build(args.variant, **options)
     losses = {"cached": make_loss(model, args.micro_batch, args.towers), "uncached": make_loss(model, 0, args.towers)}
     params = jax.jit(model.init)(jax.random.key(0))

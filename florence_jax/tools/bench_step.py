@@ -7,7 +7,8 @@ image tower alone under a mean-square loss on its pooled features, forward, back
 depth in both. `ratio` is PyTorch's time over ours. The data is random; reading is timed by `bench data`.
 
 The --rival is by default, on a CPU, 'eager': the same tower, with the same weights, in plain eager PyTorch; on a GPU,
-'timm': timm's Swin of the same size under torch.compile, and autocast where --dtype is bfloat16.
+'timm': timm's Swin of the same size under torch.compile, and autocast where --dtype is bfloat16. Variants with another
+tower than CoSwin (Swin-*, ViT-*) are timed alone.
 
 `mfu` is the model's FLOPs (three times the forward pass) of `seconds` over the device's bf16 peak: known for the
 devices in train/hardware.py, else given by --peak_tflops. `peak_memory_bytes` is what the device's allocator has seen
@@ -208,11 +209,20 @@ def make_rival(
     Args:
       name: of `RIVALS`.
       config, params, images, target: of our step.
+
+    Raises:
+      UserError: for a rival that is asked for by name and has no such tower.
     """
     platform = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
+    nothing = {"rival": None, "rival_description": None, "torch": None}
+    if name != "none" and (config.image_tower, config.embedding) != ("coswin", "conv"):
+        reason = f"the rivals have no image tower like that of variant {config.variant}"
+        if name != "auto":
+            raise UserError(f"--rival={name}: {reason}; take --rival=none or a variant of CoSwin")
+        print(f"no comparison: {reason}", file=sys.stderr)
+        return None, nothing
     if name == "auto":
         name = "timm" if platform == "cuda" else "eager"
-    nothing = {"rival": None, "rival_description": None, "torch": None}
     missing = {"eager": "torch", "timm": "torch torchvision timm"}.get(name)
     if missing is None:
         return None, nothing
