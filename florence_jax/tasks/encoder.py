@@ -45,7 +45,7 @@ class Encoder:
         self.description = describe(init)
         given = {name: value for name, value in (overrides or {}).items() if value is not None}
         base = dict(self.description.overrides)
-        if "res" in given and given["res"] != base.get("res"):
+        if "res" in given and given["res"] != base.get("res", florence.VARIANTS[self.description.variant]["res"]):
             base.pop("window", None)
         self.overrides = base | given
         self.tokenizer_spec = tokenizer or self.description.tokenizer
