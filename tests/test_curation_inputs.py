@@ -84,6 +84,9 @@ def test_folders_with_tables_sidecars_and_subfolders(tmp_path):
         csv.writer(file).writerows([["File", "caption", "headers"], ["a.png", "one, two", '["X-Robots-Tag: noai"]']])
     (pair,) = read(table)
     assert (pair["caption"], pair["headers"], pair["image"]) == ("one, two", ["X-Robots-Tag: noai"], picture(1))
+    (table / "captions.csv").write_text("file,caption\na.png,a cat, asleep\n")
+    with pytest.raises(UserError, match=r"more cells than the heading \(a.png,a cat, asleep\)"):
+        read(table)
     (table / "captions.csv").unlink()
     (table / "metadata.jsonl").write_text(
         '{"file_name": "a.png", "text": "x"}\n\n{"file_name": "b.png", "text": "y"}\n'

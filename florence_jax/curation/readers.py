@@ -292,6 +292,10 @@ def _csv_rows(path: str, lines: _Lines, start: int) -> Iterator[tuple[int, dict[
         names = next(rows, [])
     at = lines.at
     for values in rows:
+        if any(cell.strip() for cell in values[len(names) :]):
+            raise csv.Error(
+                f"a row has more cells than the heading ({','.join(values)[:100]}): quote texts with commas"
+            )
         if values:
             yield at, dict(zip(names, values, strict=False))
         at = lines.at

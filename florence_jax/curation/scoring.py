@@ -66,9 +66,7 @@ class ScoreAlive(beam.PTransform):
         for name, spec in self._rules.scorers.items():
             scored = pairs | name >> ScorePairs(_handler(spec, self._rules, self._step))
             results.append(scored["scores"] | f"{name}Row" >> beam.MapTuple(functools.partial(_score_row, name=name)))
-            results.append(
-                scored["failures"] | f"{name}Failed" >> beam.MapTuple(lambda key, _: (key[0], (key[1:], {})))
-            )
+            results.append(scored["failures"] | f"{name}Failed" >> beam.MapTuple(_failed_row))
         write = functools.partial(_write_scores, folder=self._folder, names=names)
         return results | beam.Flatten() | beam.GroupByKey() | "WriteScores" >> beam.MapTuple(write)
 
