@@ -352,7 +352,7 @@ def test_pickles_need_torch_and_are_weights_only(tmp_path, monkeypatch):
     path.write_bytes(pickle.dumps({}))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch", None)
-        with pytest.raises(UserError, match=r"florence_jax\[torch\]"):
+        with pytest.raises(UserError, match=r"'\.\[torch\]'"):
             read_state_dict(str(path))
 
     calls = []
