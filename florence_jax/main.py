@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from florence_jax.command_line import CONFIG, WORKDIR, fail, no_more_arguments, parse_flags
 from florence_jax.errors import UserError
 from florence_jax.tasks import create_task
+from florence_jax.train.host_memory import keep_freed_memory
 from florence_jax.train.hosts import joined
 from florence_jax.train.loop import checkpoint_directory, run
 
@@ -45,6 +46,7 @@ def work(config: ConfigDict, workdir: Path) -> int:
 def main(argv: list[str]) -> None:
     """Runs the configured task, alone or as one process of a job."""
     no_more_arguments(argv)
+    keep_freed_memory()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every phase of a save at INFO
     config = CONFIG.value

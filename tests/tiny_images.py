@@ -34,6 +34,7 @@ def twenty_images(folder):
 def run_main(*arguments):
     """`python -m florence_jax.main ARGUMENTS` in this process; returns its exit code."""
     with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
+        patch.setattr(entry, "keep_freed_memory", lambda: False)  # of this process, which other tests use
         patch.setattr(sys, "argv", ["main", *arguments])  # ml_collections looks for its flags there
         flags.FLAGS.unparse_flags()
         with pytest.raises(SystemExit) as stop:

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 
 from florence_jax.errors import UserError
+from florence_jax.train.host_memory import keep_freed_memory
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "step": ("florence_jax.tools.bench_step", "seconds of a training step, compared with PyTorch if installed"),
@@ -36,6 +37,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark named first in `argv`; returns the exit code (2 for a user's mistake)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    keep_freed_memory()  # as training does
     parser = argparse.ArgumentParser(prog="python -m florence_jax.tools.bench", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="benchmark", required=True)
     chosen = None
