@@ -14,10 +14,6 @@ tower than CoSwin (Swin-*, ViT-*) are timed alone.
 devices in train/hardware.py, else given by --peak_tflops. `peak_memory_bytes` is what the device's allocator has seen
 at most after a whole step (null on a CPU, which keeps no count), `compiled_bytes` what the compiler reckons for it.
 
-On a Linux CPU a good part of the step can be page faults, because XLA takes its working memory from the system anew
-each time; where huge pages are on request (/sys/kernel/mm/transparent_hugepage/enabled says madvise), the environment
-variable GLIBC_TUNABLES=glibc.malloc.hugetlb=1 avoids most of them.
-
 Needs jax, flax and optax only; for the comparison, `pip install torch`, on a GPU also `torchvision timm`.
 """
 
