@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image, ImageOps
 
-from florence_jax.curation.filters import Decision
+from florence_jax.curation.filters import MAX_CAPTION, Decision
 from florence_jax.curation.opt_out import OptOutRules, SiteRules, decide_headers
 from florence_jax.curation.personal import personal_scores
 from florence_jax.errors import UserError
@@ -75,7 +75,7 @@ def safety_scores(record: Mapping[str, Any]) -> dict[str, Any]:
       "mails", "phones", "cards" (counts), "licence" (normalised), "host" ('' without a URL).
     """
     return {
-        **personal_scores(record["caption"]),
+        **personal_scores(record["caption"][:MAX_CAPTION]),  # longer ones are dropped, and slow to normalise
         "licence": normalise_licence(record.get("licence") or ""),
         "host": host_of(record.get("url") or ""),
     }
