@@ -34,7 +34,7 @@ from florence_jax.tasks.classify import PROTOCOLS, TRAINED, Classify
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.train.layer_decay import layer_decay_rules
 from florence_jax.train.optim import scale_by_tree
-from florence_jax.train.pretrained import describe, load_pretrained, save_pretrained
+from florence_jax.train.pretrained import describe, save_pretrained
 from florence_jax.train.rules import match_rules
 from florence_jax.train.sharding import make_mesh, replicated
 
@@ -395,8 +395,8 @@ def test_weights_of_an_import_and_another_resolution(weights, tmp_path):
     np.testing.assert_array_equal(params["image"]["norm"]["scale"], 1.5)
     folder = str(tmp_path / "imported")
     save_pretrained(folder, params, "ti", encoder.overrides, {"from": "a test"})
-    assert load_pretrained(folder)[0].config.image_width == 8
     imported = Encoder(folder, {"res": 64})
+    assert imported.model.config.image_width == 8
     assert imported.model.config.window == 2 * encoder.model.config.window
     resized = imported.load_on(mesh)
     tables = [

@@ -1,5 +1,6 @@
 """Every training and evaluation command that the documents give is understood by the command line."""
 
+import json
 import re
 import shlex
 import sys
@@ -16,7 +17,11 @@ START = "python -m florence_jax.main "
 
 
 def commands():
-    """(file, arguments) of all commands of the documents, continued lines joined."""
+    """(file, arguments) of all commands of the documents and the notebook, continued lines joined."""
+    for file in (ROOT / "docs").glob("*.ipynb"):
+        for cell in json.loads(file.read_text())["cells"]:
+            for line in re.findall(rf"^!{START}(.*)$", "".join(cell["source"]), re.MULTILINE):
+                yield file.name, shlex.split(line)
     for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = file.read_text().replace("\\\n", " ")
         for line in re.findall(rf"^    (?:.*&& )?{START}(.*)$", text, re.MULTILINE):
@@ -27,7 +32,7 @@ FOUND = list(commands())
 
 
 def test_the_documents_have_commands():
-    assert {"README.md", "classification.md"} <= {name for name, _ in FOUND} and len(FOUND) > 20
+    assert {"README.md", "classification.md", "colab.ipynb"} <= {name for name, _ in FOUND} and len(FOUND) > 20
 
 
 @pytest.mark.parametrize("arguments", [pytest.param(a, id=f"{name}-{i}") for i, (name, a) in enumerate(FOUND)])

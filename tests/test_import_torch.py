@@ -18,10 +18,11 @@ from safetensors.numpy import save_file
 from florence_jax.errors import UserError
 from florence_jax.models import coswin
 from florence_jax.models.florence import VARIANTS, build, parameter_count, resolve_config
+from florence_jax.tasks.encoder import Encoder
 from florence_jax.tools.import_torch import convert, main
 from florence_jax.tools.torch_files import read_state_dict
 from florence_jax.train.checkpoint import Checkpoints
-from florence_jax.train.pretrained import load_pretrained, model_config
+from florence_jax.train.sharding import make_mesh
 
 POOLED = [
     0.63590381, -0.92559892, -1.47075678, 0.45316875, 1.73793879, 0.10269688, -1.57032031, -0.42661424, 1.32338115,
@@ -83,12 +84,18 @@ def test_swin_golden_through_files(naming, tmp_path, capsys):
     content = json.loads((folder / "model.json").read_text())
     assert content["source"]["from"] == "swin" and content["overrides"]["depths"] == [2, 2]
     assert not list(folder.glob("*.partial"))
-    model, params = load_pretrained(str(folder))
+    model, params = load(folder)
     assert set(params) == {"image"}
     tower = coswin.CoSwin(8, (2, 2), (2, 4), 4, embedding="patch")
     assert (model.config.res, model.config.heads, model.config.embedding) == (64, (2, 4), "patch")
     pooled = jax.jit(tower.apply)({"params": params["image"]}, IMAGE)["pooled"]
     np.testing.assert_allclose(pooled[0], POOLED, atol=1e-5)
+
+
+def load(folder):
+    """The model of a folder, and its parameters on one device."""
+    encoder = Encoder(str(folder))
+    return encoder.model, jax.tree.map(jnp.asarray, jax.device_get(encoder.load_on(make_mesh(-1, 1))))
 
 
 def test_patch_merging_golden():
@@ -125,7 +132,7 @@ def test_unicl_golden(tmp_path):
     save(unicl_state(), tmp_path / "unicl.safetensors")
     args = ["--set", "text_heads=2", "--res=64", "--window=4"]
     assert run("--from=unicl", f"--file={tmp_path}/unicl.safetensors", f"--out={tmp_path}/out", *args) == 0
-    model, params = load_pretrained(str(tmp_path / "out"))
+    model, params = load(tmp_path / "out")
     assert (model.config.text_eps, model.config.text_causal, model.config.text_pooling) == (1e-12, True, "eot")
     out = jax.jit(model.apply)(params, {"image": IMAGE, "text": IDS})
     np.testing.assert_allclose(out["image/pooled"][0], POOLED, atol=1e-5)
@@ -226,10 +233,10 @@ def test_open_clip_configuration_and_half_precision(tmp_path, capsys):
     path.write_text(json.dumps(dict(model_cfg=model_cfg, preprocess_cfg=preprocess_cfg)))
     args = ("--from=openclip", f"--file={tmp_path}/open_clip_model.safetensors", f"--out={tmp_path}/out")
     assert run(*args) == 0
-    config = model_config(str(tmp_path / "out"), dtype="bfloat16")
+    config = Encoder(str(tmp_path / "out"), precision="bfloat16").model.config
     assert (config.heads, config.text_heads, config.image_mean) == ((2,), 2, (0.5, 0.5, 0.5))
     assert (config.image_activation, config.text_activation, config.dtype) == ("quick_gelu", "quick_gelu", "bfloat16")
-    params = load_pretrained(str(tmp_path / "out"))[1]
+    params = load(tmp_path / "out")[1]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     want = np.float16(state["visual.conv1.weight"]).transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(params["image"]["patch_embed"]["kernel"], want)
@@ -331,7 +338,7 @@ def test_mistakes_on_the_command_line(tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"model\.json"):
-        model_config(str(tmp_path))
+        Encoder(str(tmp_path))
 
 
 class Tensor:

@@ -217,11 +217,11 @@ def test_the_page_shows_pictures_by_name_whatever_came_and_went(tmp_path):
 
 def test_an_index_remembers_weights_in_a_bucket(pictures, tmp_path):
     description = SimpleNamespace(folder="gs://b/run/checkpoints")
-    searcher = SimpleNamespace(
+    model = SimpleNamespace(
         encoder=SimpleNamespace(description=description, tokenizer_spec="", speaks=False),
-        images=lambda source: {"embedding": np.eye(20, dtype=np.float32), "index": np.arange(20)},
+        embed_source=lambda source: {"embedding": np.eye(20, dtype=np.float32), "index": np.arange(20)},
     )
-    made = tool.write_index(str(tmp_path / "index"), searcher, pictures)
+    made = tool.write_index(str(tmp_path / "index"), model, pictures)
     assert made.info["init"] == "gs://b/run/checkpoints"
 
 

@@ -5,6 +5,7 @@ and a picture made of that again would be two copies for nothing.
 """
 
 import abc
+import contextlib
 import io
 import itertools
 import math
@@ -32,7 +33,7 @@ MAGIC = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"RI": "WEBP"}
 
 @op("decode")
 class Decode(Op):
-    """Encoded bytes (JPEG, PNG, WebP, ...) or uint8 (H, W[, 1 or 3]) -> uint8 (H, W, 3), RGB.
+    """Encoded bytes (JPEG, PNG, WebP, ...), a PIL picture or uint8 (H, W[, 1 or 3]) -> uint8 (H, W, 3), RGB.
 
     EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled, of animations the first frame is
     taken. Corrupt images and those narrower than 1:100 are bad records.
@@ -48,11 +49,10 @@ class Decode(Op):
         data = example.get("image")
         if isinstance(data, np.ndarray):
             return example | {"image": self._from_array(example, data)}
-        if not isinstance(data, bytes):
+        if not isinstance(data, (bytes, Image.Image)):
             raise BadRecord(key_of(example), f"its image is {type(data).__name__}, not bytes")
         try:
-            known = MAGIC.get(data[:2])
-            with Image.open(io.BytesIO(data), formats=[known] if known else None) as image:
+            with _opened(data) as image:
                 if max(image.size) > MAX_ASPECT * min(image.size):
                     raise ValueError(f"{image.width} x {image.height} pixels are too narrow")
                 picture = _to_rgb(image)
@@ -66,6 +66,13 @@ class Decode(Op):
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] not in (1, 3) or not data.size:
             raise BadRecord(key_of(example), f"its image is {data.dtype} {data.shape}, not uint8 (H, W, 1 or 3)")
         return np.repeat(data, 3, axis=2) if data.shape[2] == 1 else data
+
+
+def _opened(data: bytes | Image.Image) -> contextlib.AbstractContextManager[Image.Image]:
+    if isinstance(data, Image.Image):
+        return contextlib.nullcontext(data)  # its owner closes it
+    known = MAGIC.get(data[:2])
+    return Image.open(io.BytesIO(data), formats=[known] if known else None)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

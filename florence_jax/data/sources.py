@@ -292,6 +292,27 @@ class FolderSource(_Base):
         return map(dict, self._rows)
 
 
+class ListSource(_Base):
+    """Pictures that a caller has at hand, without captions.
+
+    Args:
+      name: for messages.
+      images: paths, PIL pictures or uint8 arrays, see op 'decode'. The key of a path is the path, of others the number.
+    """
+
+    def __init__(self, name: str, images: Sequence[Any]):
+        self.name, self._images = name, images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Record:
+        image = self._images[index]
+        if isinstance(image, (str, os.PathLike)):
+            return FolderSource("", [{"key": os.fspath(image)}])[0]
+        return {"key": f"number {index}", "image": image}
+
+
 def _open_folder(folder: str) -> FolderSource:
     path = epath.Path(folder)
     for name, read in (("captions.csv", _csv_rows), ("metadata.csv", _csv_rows), ("metadata.jsonl", _jsonl_rows)):

@@ -74,13 +74,20 @@ class Embedder:
         return jax.jit(run, out_shardings=replicated(self.mesh))
 
     def images(
-        self, params: Any, source: Source, ops: str, context: dict[str, Any] | None = None, on_corrupt: str = "error"
+        self,
+        params: Any,
+        source: Source,
+        ops: str,
+        context: dict[str, Any] | None = None,
+        on_corrupt: str = "error",
+        quiet: bool = False,
     ) -> dict[str, np.ndarray]:
         """Embeds every image of a source.
 
         Args:
           params: of the model.
           source, ops, context, on_corrupt: see `data.pipeline.eval_stream`; the ops leave "image" and perhaps "label".
+          quiet: do not print images per second.
 
         Returns:
           "embedding" float32 (N, D), "index" int32 (N,), row in the source, and "label" (N,) where the ops leave one;
@@ -99,7 +106,7 @@ class Embedder:
             on_corrupt=on_corrupt,
         )
         with stream:
-            return self._gather("image", params, stream, source.name, len(source))
+            return self._gather("image", params, stream, source.name, len(source), quiet)
 
     def texts(self, params: Any, texts: Sequence[str], what: str = "texts") -> np.ndarray:
         """Embeds texts: float32 (len(texts), D). `what` names them on the progress bar.
@@ -108,7 +115,7 @@ class Embedder:
           UserError: for a text without tokens, or embeddings that are not finite.
         """
         batches = self._text_batches(texts, -(-len(texts) // self.batch_size))
-        return self._gather("text", params, batches, what, len(texts))["embedding"]
+        return self._gather("text", params, batches, what, len(texts), quiet=True)["embedding"]
 
     def _text_batches(self, texts: Sequence[str], steps: int) -> Iterator[dict[str, np.ndarray]]:
         local = self.batch_size // jax.process_count()
@@ -123,7 +130,7 @@ class Embedder:
             }
 
     def _gather(
-        self, tower: str, params: Any, batches: Iterator[dict[str, np.ndarray]], what: str, total: int
+        self, tower: str, params: Any, batches: Iterator[dict[str, np.ndarray]], what: str, total: int, quiet: bool
     ) -> dict[str, np.ndarray]:
         sharding, outputs = batch_sharding(self.mesh), []
         hidden = not sys.stderr.isatty() or jax.process_index() > 0
@@ -138,7 +145,7 @@ class Embedder:
                 if tower not in self._compiled_towers:
                     self._compiled_towers.add(tower)
                     began, counted = time.perf_counter(), int(mask.sum())
-        if tower == "image" and what and jax.process_index() == 0:
+        if not quiet and jax.process_index() == 0:
             rest = total - counted
             count, since, note = (rest, began, "") if rest > 0 else (total, started, COMPILED)
             print(f"{what}: {total} images, {count / (time.perf_counter() - since):.0f} img/s{note}", flush=True)

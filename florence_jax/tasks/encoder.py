@@ -78,8 +78,8 @@ class Encoder:
         if self.has_text and self._tokenizer is None:
             raise UserError(
                 f"{self.description.folder} does not say which tokenizer it was trained with: give it with "
-                "--config.text.tokenizer=FILE (CLIP, OpenCLIP and UniCL: bpe_simple_vocab_16e6.txt.gz of the "
-                "open-clip-torch package)"
+                "--config.text.tokenizer=FILE, from Python Florence(..., tokenizer=FILE) (CLIP, OpenCLIP and UniCL: "
+                "bpe_simple_vocab_16e6.txt.gz of the open-clip-torch package)"
             )
         return self._tokenizer
 

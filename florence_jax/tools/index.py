@@ -21,12 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from florence_jax.data.sources import IMAGE_SUFFIXES, BadRecord, FolderSource, Source, open_source
+from florence_jax.data.sources import IMAGE_SUFFIXES, BadRecord, FolderSource, ListSource, Source, open_source
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Embedder
 from florence_jax.evaluators.report import Example, matches_html, thumbnail, write_page
-from florence_jax.tasks.encoder import Encoder
-from florence_jax.train.sharding import make_mesh
+from florence_jax.inference import Florence
 
 INDEX_FILE, EMBEDDINGS_FILE, KEYS_FILE = "index.json", "embeddings.npy", "keys.json"
 ROWS = 65536  # searched at once
@@ -63,30 +61,7 @@ def _is_picture_folder(spec: str) -> bool:
     return Path(spec).is_dir() and not list(Path(spec).glob("*.array_record*"))
 
 
-class Searcher:
-    """Weights on all devices, ready to embed. Arguments as for `Encoder`; `batch_size` images or texts a call."""
-
-    def __init__(self, init: str, tokenizer: str = "", batch_size: int = 256):
-        self.encoder = Encoder(init, tokenizer=tokenizer)
-        mesh = make_mesh(-1, 1)
-        spoken = self.encoder.tokenizer if self.encoder.speaks else None
-        self._embedder = Embedder(self.encoder.predict, spoken, mesh, batch_size)
-        self._params = self.encoder.load_on(mesh)
-
-    def images(self, source: Source, on_corrupt: str = "skip") -> dict[str, np.ndarray]:
-        """Gives "embedding", float32 (n, D) unit vectors, and "index" (n,), rows of the n readable images."""
-        ops = f"{self.encoder.eval_ops}|keep(image)"
-        return self._embedder.images(self._params, source, ops, on_corrupt=on_corrupt)
-
-    def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 (n, D) of unit vectors; raises `UserError` for weights without a text tower."""
-        if not self.encoder.has_text:
-            raise UserError(f"{self.encoder.description.folder} holds no text tower: query with --image")
-        _ = self.encoder.tokenizer  # raises where nobody named it
-        return self._embedder.texts(self._params, texts)
-
-
-def write_index(out: str, searcher: Searcher, images: str, dtype: str = "float32") -> Index:
+def write_index(out: str, model: Florence, images: str, dtype: str = "float32") -> Index:
     """Embeds all readable images and writes the folder `out`, which appears only when it is complete.
 
     Raises:
@@ -95,17 +70,17 @@ def write_index(out: str, searcher: Searcher, images: str, dtype: str = "float32
     if Path(out).exists():
         raise UserError(f"--out={out} exists already: choose another folder, or remove it")
     source = open_images(images)
-    found = searcher.images(source)
+    found = model.embed_source(source)
     keys = [row["key"] for row in source.metadata()]
     if len(keys) != len(source):  # unreadable records have no key
         keys = [str(i) for i in range(len(source))]
-    folder = searcher.encoder.description.folder
+    folder = model.encoder.description.folder
     info = {
         "init": folder if "://" in folder else str(Path(folder).absolute()),
-        "tokenizer": searcher.encoder.tokenizer_spec,
+        "tokenizer": model.encoder.tokenizer_spec,
         "images": str(Path(images).absolute()) if Path(images).exists() else images,
         "rows": found["index"].tolist(),
-        "mark": searcher.texts([MARK])[0].tolist() if searcher.encoder.speaks else None,
+        "mark": model.embed_texts([MARK])[0].tolist() if model.encoder.speaks else None,
     }
     partial = Path(f"{out}.{uuid.uuid4().hex}.partial")
     try:
@@ -134,9 +109,9 @@ def open_index(folder: str) -> Index:
     return Index(embeddings, keys, info)
 
 
-def check_weights(index: Index, searcher: Searcher) -> None:
+def check_weights(index: Index, model: Florence) -> None:
     """Raises `UserError` if the weights are not those that the index was made with, as far as it can tell."""
-    encoder = searcher.encoder
+    encoder = model.encoder
     config = encoder.model.config
     projected = "image_projection" in encoder.description.towers
     width = config.projection if projected else config.image_width * 2 ** (len(config.depths) - 1)
@@ -144,7 +119,7 @@ def check_weights(index: Index, searcher: Searcher) -> None:
         raise UserError(f"the index has vectors of {index.embeddings.shape[1]} numbers, the weights give {width}")
     mark = index.info.get("mark")
     if mark and encoder.speaks:
-        off = np.abs(searcher.texts([MARK])[0] - np.asarray(mark)).max()
+        off = np.abs(model.embed_texts([MARK])[0] - np.asarray(mark)).max()
         if off > MARK_TOLERANCE:
             raise UserError(
                 f"the weights at {encoder.description.folder} are not those the index was made with: make the "
@@ -207,8 +182,8 @@ def results_html(index: Index, queries: Sequence[Example], rows: np.ndarray, cos
 
 
 def _embed(args: argparse.Namespace) -> None:
-    searcher = Searcher(args.init, args.tokenizer, args.batch_size)
-    index = write_index(args.out, searcher, args.images, args.dtype)
+    model = Florence(args.init, tokenizer=args.tokenizer, batch_size=args.batch_size)
+    index = write_index(args.out, model, args.images, args.dtype)
     print(f"{len(index.keys)} images in {args.out}, {index.embeddings.nbytes / 1e6:.1f} MB of vectors")
 
 
@@ -218,16 +193,16 @@ def _query(args: argparse.Namespace) -> None:
     if args.k < 1:
         raise UserError(f"--k={args.k} must be at least 1")
     index = open_index(args.index)
-    searcher = Searcher(args.init or index.info["init"], args.tokenizer or index.info["tokenizer"], 1)
-    check_weights(index, searcher)
+    model = Florence(args.init or index.info["init"], tokenizer=args.tokenizer or index.info["tokenizer"])
+    check_weights(index, model)
     queries, vectors = [], []
     if args.text:
         queries += [Example(text, None, True) for text in args.text]
-        vectors.append(searcher.texts(args.text))
+        vectors.append(model.embed_texts(args.text))
     if args.image:
-        source = FolderSource("", [{"key": str(Path(file).absolute()), "caption": ""} for file in args.image])
+        source = ListSource("--image", [str(Path(file).absolute()) for file in args.image])
         queries += [Example(Path(f).name, thumbnail(source, i) or None, True) for i, f in enumerate(args.image)]
-        vectors.append(searcher.images(source, on_corrupt="error")["embedding"])
+        vectors.append(model.embed_source(source, on_corrupt="error", quiet=True)["embedding"])
     rows, cosines = search(index.embeddings, np.concatenate(vectors), args.k)
     for query, found, values in zip(queries, rows, cosines, strict=True):
         print(query.text)
