@@ -20,7 +20,7 @@ from florence_jax.data.sources import open_source, write_array_record
 from florence_jax.errors import UserError
 from florence_jax.tasks import create_task
 from florence_jax.tasks.pretrain import Pretrain
-from florence_jax.train.loop import EXIT_PREEMPTED, run
+from florence_jax.train.loop import EXIT_PREEMPTED, check_same_run, run
 from florence_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +107,12 @@ def test_other_data_in_the_same_workdir_is_one_message(finished, tmp_path):
     with pytest.raises(UserError, match=f"holds a run with config.data.train=.*resumed with '{other}'.*--workdir"):
         train(tiny_config(other, **{"optim.ema_decay": 0.5, "total_steps": 12}), finished)
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_config_json_that_cannot_be_read_is_one_message(pairs, tmp_path):
+    (tmp_path / "config.json").write_text('{"task": "pre')
+    with pytest.raises(UserError, match=r"cannot read .*config\.json.*--workdir"):
+        check_same_run(tiny_config(pairs), tmp_path)
 
 
 def test_a_mistake_in_the_evaluation_costs_no_training(pairs, tmp_path):

@@ -82,12 +82,17 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
     """Compares what a run is of (`IDENTITY`) with the config.json of the workdir, whose checkpoints it would resume.
 
     Raises:
-      UserError: for a difference: the old checkpoints would pass for ones of the new data.
+      UserError: for a difference: the old checkpoints would pass for ones of the new data; for an unreadable file.
     """
     try:
         before = json.loads((workdir / "config.json").read_text())
     except FileNotFoundError:
         return
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read {workdir / 'config.json'}, which says what the run there is of: {error}; choose another "
+            "--workdir, or remove that file to resume with this configuration"
+        ) from error
     for name in IDENTITY:
         old, new = _text_at(before, name), _text_at(config.to_dict(), name)
         if old is not None and old != new:
