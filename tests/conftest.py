@@ -4,6 +4,7 @@ import os
 import tempfile
 
 import jax
+import pytest
 from absl import flags
 
 # Programs compiled by one test are found by the others, by worker processes and by commands that tests start.
@@ -18,3 +19,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # grain's worker processes read absl flags; outside an absl app they must be marked as parsed.
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Folder of twenty pictures in four sub-folders."""
+    from tiny_images import twenty_images  # it imports what must be imported after the settings above
+
+    return twenty_images(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Checkpoints of a tiny run, its config.json beside them."""
+    from tiny_images import tiny_checkpoint
+
+    return tiny_checkpoint(tmp_path_factory.mktemp("weights"))

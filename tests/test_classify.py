@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_images import NAMES, run_main, tiny_checkpoint, twenty_images
+from tiny_images import NAMES, run_main, twenty_images
 
 from configs.classify import get_config
 from florence_jax.data.classes import ClassIndex, open_classes
@@ -109,11 +109,6 @@ PARAMS = {"scale": jnp.ones(()), "text": jnp.asarray(np.random.default_rng(1).no
 def embedder(batch_size, devices=8):
     mesh = make_mesh(-1, 1, jax.devices()[:devices])
     return Embedder({"image": predict_image, "text": predict_text}, TOKENIZER, mesh, batch_size)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return twenty_images(tmp_path_factory.mktemp("data") / "pictures")
 
 
 @pytest.fixture(scope="module")
@@ -265,11 +260,6 @@ def test_stacked_layers_get_their_own_factor():
 
 
 # -- by one command ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("weights"))
 
 
 def classify(mode, workdir, weights, pictures, *options):

@@ -90,7 +90,9 @@ def assert_close(workdir, reference):
 
 
 def wait_for_step(workdir, step, job):
-    while max(losses(workdir), default=0) < step:
+    """Until that step is logged and a checkpoint is complete: it is written while the training goes on."""
+    checkpoints = workdir / "checkpoints"
+    while max(losses(workdir), default=0) < step or not any(path.name.isdigit() for path in checkpoints.glob("*")):
         assert all(process.poll() is None for process in job.processes), job.output(0) + job.output(1)
         time.sleep(0.02)
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_images import run_main, tiny_checkpoint, twenty_images
+from tiny_images import run_main
 
 from configs.retrieve import get_config
 from florence_jax.data.karpathy import open_karpathy
@@ -23,16 +23,6 @@ from florence_jax.tasks.encoder import Encoder
 from florence_jax.tools import index as tool
 from florence_jax.train.pretrained import load_parameters, save_pretrained
 from florence_jax.train.sharding import make_mesh
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return twenty_images(tmp_path_factory.mktemp("data") / "pictures")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("weights"))
 
 
 def split_file(path, sentences=6):

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_images import tiny_checkpoint, twenty_images
 
 from florence_jax.data.sources import open_source
 from florence_jax.errors import UserError
@@ -20,16 +19,6 @@ from florence_jax.train.pretrained import save_pretrained
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "colab.ipynb"
 NAMES = ["a red thing", "something blue", "grey"]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return twenty_images(tmp_path_factory.mktemp("data") / "pictures")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")
