@@ -5,7 +5,7 @@ from typing import Any, get_origin, get_type_hints
 from ml_collections import ConfigDict, config_dict
 
 from florence_jax.errors import UserError
-from florence_jax.models.florence import ModelConfig
+from florence_jax.models.sizes import ModelConfig
 
 
 def parse_arg(arg: str | None, **defaults: str | int | bool) -> ConfigDict:

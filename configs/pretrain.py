@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from configs.common import common, model_overrides, parse_arg
 from florence_jax.errors import UserError
-from florence_jax.models.florence import VARIANTS
+from florence_jax.models.sizes import VARIANTS
 
 TRAIN_IMAGE_OPS = "decode|rrc({res}, scale=(0.5, 1.0), interpolation=bilinear)|flip(0.5)|jitter(0.4, 0.4, 0.4)"
 # Of every variant under 'runlocal': minutes on a laptop, with the variant's own tokens, pooling and masks.

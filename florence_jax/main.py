@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from florence_jax.command_line import CONFIG, WORKDIR, fail, no_more_arguments, parse_flags
 from florence_jax.errors import UserError
+from florence_jax.jobs.host_memory import keep_freed_memory
+from florence_jax.jobs.hosts import joined
 from florence_jax.tasks import create_task
-from florence_jax.train.host_memory import keep_freed_memory
-from florence_jax.train.hosts import joined
 from florence_jax.train.loop import checkpoint_directory, run
 
 

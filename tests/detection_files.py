@@ -4,8 +4,8 @@ import json
 
 from PIL import Image, ImageDraw
 
-from florence_jax.curation import detection
-from florence_jax.data.sources import open_source
+from florence_jax.curation.detection import __main__ as detection
+from florence_jax.data.sources.catalog import open_source
 
 WIDTH, HEIGHT = 96, 64
 EXIF_ORIENTATION = 274

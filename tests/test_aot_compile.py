@@ -17,10 +17,11 @@ from jax.sharding import PartitionSpec
 
 from configs.pretrain import get_config
 from florence_jax.errors import UserError
+from florence_jax.params.rules import path_string
+from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks import create_task
-from florence_jax.tools import aot_compile, aot_report, topologies
-from florence_jax.train.rules import path_string
-from florence_jax.train.sharding import make_mesh
+from florence_jax.tools.aot_compile import __main__ as aot_compile
+from florence_jax.tools.aot_compile import report, topologies
 from tests.tiny_run import TINY_MODEL, tiny_config, tiny_pairs
 
 GOLDEN = Path(__file__).parent / "golden" / "flagship_shardings.json"
@@ -54,6 +55,7 @@ def run(*arguments):
 
 
 # -- reading what the compiler wrote ----------------------------------------------------------------------------------
+
 
 # Shortened from programs for v5e: a scan of 3 iterations over a gather spread over two fusions and a fused
 # reduce-scatter, a loop whose trips the compiler noted, and in the entry an all-reduce, a permutation, a gather that
@@ -112,7 +114,7 @@ ENTRY %main (a: f32[8,128]) -> f32[] {
 
 
 def test_collectives_of_a_program_with_a_scan():
-    assert aot_report.collectives(HLO) == {
+    assert report.collectives(HLO) == {
         "all-gather": {"count": 3 + 5 + 1, "bytes": (3 + 1) * 8 * 128 * 2 + 5 * 8 * 8 * 2},
         "all-reduce": {"count": 1, "bytes": 4 + 20},
         "reduce-scatter": {"count": 4, "bytes": 4 * 8 * 128 * 4},
@@ -131,7 +133,7 @@ def test_collectives_of_a_compiled_program():
     place = lambda spec: jax.sharding.NamedSharding(mesh, spec)  # noqa: E731
     w = jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=place(weights))
     x = jax.ShapeDtypeStruct((32, 16), jnp.float32, sharding=place(batch))
-    found = aot_report.collectives(jax.jit(step).lower(w, x).compile().as_text())
+    found = report.collectives(jax.jit(step).lower(w, x).compile().as_text())
     assert found["all-gather"]["bytes"] == found["all-gather"]["count"] * 16 * 16 * 4
     assert found["all-gather"]["count"] in (1, 5)  # the partitioner may gather before the loop
     assert found["all-reduce"] == {"count": 1, "bytes": 4}
@@ -139,12 +141,12 @@ def test_collectives_of_a_compiled_program():
 
 def test_messages_of_a_full_memory():
     used = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 20.50G of 15.75G hbm. Exceeded hbm capacity."
-    assert aot_report.hbm_of_failure(used) == {"peak": int(20.5 * 2**30)}
+    assert report.hbm_of_failure(used) == {"peak": int(20.5 * 2**30)}
     other = (
         "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (800.00G) exceeds available HBM (15.75G)."
     )
-    assert aot_report.hbm_of_failure(other) == {"peak": 800 * 2**30}
-    assert aot_report.hbm_of_failure("INTERNAL: something else") is None
+    assert report.hbm_of_failure(other) == {"peak": 800 * 2**30}
+    assert report.hbm_of_failure("INTERNAL: something else") is None
 
 
 # -- topologies -------------------------------------------------------------------------------------------------------
@@ -188,7 +190,7 @@ def test_preflight_compiles_the_real_step():
     assert 0 < hbm["arguments"] < 12 * report["parameters"] + 2 * (32 * 32 * 3 + 4 * 64 + 8)
     expected = report["model_flops"] / (8 * 197e12 * 0.5)
     assert report["expected"]["step_seconds"] == pytest.approx(expected)
-    text = aot_report.table(report)
+    text = report.table(report)
     assert "v5e:2x4, 8 chips, mesh data=2 fsdp=4" in text and text.endswith("fits")
     json.dumps(report)
 
@@ -204,6 +206,7 @@ def test_batch_shapes_are_those_of_the_stream(tmp_path):
 
 
 # -- the search -------------------------------------------------------------------------------------------------------
+
 
 MEMORY = {"none": 10.0, "attention": 8.0, "dots": 6.0, "block": 3.0}
 

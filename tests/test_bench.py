@@ -16,18 +16,11 @@ from PIL import Image
 
 from florence_jax.errors import UserError
 from florence_jax.models import florence
-from florence_jax.tools import (
-    bench,
-    bench_data,
-    bench_devices,
-    bench_grad_cache,
-    bench_step,
-    timing,
-    timm_swin,
-    torch_swin,
-)
+from florence_jax.models.sizes import VARIANTS, resolve_config
+from florence_jax.params.rules import match_rules
+from florence_jax.tools.bench import __main__ as bench
+from florence_jax.tools.bench import data, devices, grad_cache, step, timing, timm_swin, torch_swin
 from florence_jax.train.optim import DECAY_RULES
-from florence_jax.train.rules import match_rules
 
 needs_torch = pytest.mark.skipif(not torch_swin.available(), reason="PyTorch is not installed (pip install torch)")
 STEP = ["step", "--variant", "tiny", "--res", "32", "--batch", "2", "--steps", "2", "--image_only"]
@@ -36,8 +29,8 @@ STEP = ["step", "--variant", "tiny", "--res", "32", "--batch", "2", "--steps", "
 @pytest.fixture
 def tiny(monkeypatch):
     """A variant that compiles in a second or two."""
-    sizes = dict(florence.VARIANTS["ti"], depths=(2,), image_width=16, text_layers=1, window=4)
-    monkeypatch.setitem(florence.VARIANTS, "tiny", sizes)
+    sizes = dict(VARIANTS["ti"], depths=(2,), image_width=16, text_layers=1, window=4)
+    monkeypatch.setitem(VARIANTS, "tiny", sizes)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +65,9 @@ def test_torch_tower_computes_the_same_features(tower):
 @needs_torch
 def test_torch_step_follows_the_same_trajectory(tower):
     model, params = tower
-    images, target = bench_step.image_batch(model.config, 2)
-    ours = bench_step.image_step(model, params, images, target)
-    theirs, details = bench_step.make_rival("auto", model.config, params, images, target)
+    images, target = step.image_batch(model.config, 2)
+    ours = step.image_step(model, params, images, target)
+    theirs, details = step.make_rival("auto", model.config, params, images, target)
     assert details["rival"] == "eager"
     losses = np.array([(ours(), theirs()) for _ in range(4)])
     np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-4)
@@ -83,7 +76,7 @@ def test_torch_step_follows_the_same_trajectory(tower):
 
 def test_decays_what_the_trainer_decays(tower):
     _, params = tower
-    assert bench_step.decay_mask(params) == match_rules(DECAY_RULES, params, what="weight decay")
+    assert step.decay_mask(params) == match_rules(DECAY_RULES, params, what="weight decay")
 
 
 def test_step_prints_one_line(capsys, monkeypatch, tiny):
@@ -106,19 +99,19 @@ def test_mfu_is_of_the_given_peak(capsys, tiny):
 def test_missing_timm_says_how_to_install_it(capsys, monkeypatch, tower):
     model, params = tower
     monkeypatch.setattr(timm_swin, "available", lambda: False)
-    images, target = bench_step.image_batch(model.config, 2)
-    rival, details = bench_step.make_rival("timm", model.config, params, images, target)
+    images, target = step.image_batch(model.config, 2)
+    rival, details = step.make_rival("timm", model.config, params, images, target)
     assert rival is details["rival"] is None and "pip install torch torchvision timm" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variant", ["ViT-B-32", "Swin-T"])
 def test_towers_that_no_rival_has_are_timed_alone(capsys, variant):
-    config = florence.resolve_config(variant)
-    assert bench_step.make_rival("auto", config, {}, None, None)[0] is None
+    config = resolve_config(variant)
+    assert step.make_rival("auto", config, {}, None, None)[0] is None
     assert f"no comparison: the rivals have no image tower like that of variant {variant}" in capsys.readouterr().err
-    assert bench_step.make_rival("none", config, {}, None, None)[0] is None and not capsys.readouterr().err
+    assert step.make_rival("none", config, {}, None, None)[0] is None and not capsys.readouterr().err
     with pytest.raises(UserError, match="--rival=eager: the rivals have no image tower"):
-        bench_step.make_rival("eager", config, {}, None, None)
+        step.make_rival("eager", config, {}, None, None)
 
 
 @needs_torch
@@ -159,7 +152,7 @@ def test_the_gradient_cache_is_timed_with_the_stochastic_depth_that_the_tower_ha
     def make_loss(model, *_):
         raise Built(model.config.drop_path)
 
-    monkeypatch.setattr(bench_grad_cache, "make_loss", make_loss)
+    monkeypatch.setattr(grad_cache, "make_loss", make_loss)
     with pytest.raises(Built, match=str(drop_path)):
         bench.main(["grad_cache", "--variant", variant])
 
@@ -167,7 +160,7 @@ def test_the_gradient_cache_is_timed_with_the_stochastic_depth_that_the_tower_ha
 def test_the_default_devices_benchmark_starts():
     """Size ti has an average of the parameters, the tiny one of these tests none."""
     args = argparse.Namespace(variant="ti", batch=2, zero=False)
-    bench_devices.DeviceStep(args, 1, jax.devices()[:1])
+    devices.DeviceStep(args, 1, jax.devices()[:1])
 
 
 def test_devices_are_compared_with_one_that_does_the_same_work(capsys, tiny):
@@ -188,17 +181,17 @@ def test_step_with_torch(capsys, tiny):
 
 def test_whole_step_trains_both_towers(tower):
     model, params = tower
-    step = bench_step.pretrain_step(model, params, 4)
-    losses = [step() for _ in range(6)]
+    one = step.pretrain_step(model, params, 4)
+    losses = [one() for _ in range(6)]
     assert losses[-1] < losses[0]
 
 
 def test_disagreeing_losses_are_an_error():
-    assert bench_step.check_losses(1.0, 1.0, "float32") == 0
+    assert step.check_losses(1.0, 1.0, "float32") == 0
     with pytest.raises(RuntimeError, match="disagree"):
-        bench_step.check_losses(1.0, 1.01, "float32")
+        step.check_losses(1.0, 1.01, "float32")
     with pytest.raises(RuntimeError, match="disagree"):
-        bench_step.check_losses(float("nan"), 1.0, "float32")
+        step.check_losses(float("nan"), 1.0, "float32")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -216,16 +209,16 @@ def test_data_prints_one_line(capsys, workers):
 def test_records_of_the_benchmark_are_pictures_and_texts(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file": "a.png", "text": "x", "box": 1.5}\n')
-    (record,) = bench_data.take_records(str(tmp_path), 3)
+    (record,) = data.take_records(str(tmp_path), 3)
     assert record.keys() == {"key", "image", "caption"}
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="corrupt image"):
-        bench_data.take_records(str(tmp_path), 3)
+        data.take_records(str(tmp_path), 3)
 
 
 def test_enlarged_records_are_jpegs_of_the_size():
-    record = bench_data.take_records("emoji:train", 1)[0]
-    made = bench_data.enlarge(record, (500, 375), 0)
+    record = data.take_records("emoji:train", 1)[0]
+    made = data.enlarge(record, (500, 375), 0)
     image = Image.open(io.BytesIO(made["image"]))
     assert (image.format, image.size) == ("JPEG", (500, 375))
     assert made["caption"] == record["caption"]
@@ -269,6 +262,6 @@ def test_registered_benchmarks_exist(name):
 
 def test_step_needs_neither_torch_nor_the_data_packages():
     forbidden = ("torch", "timm", "grain", "tensorboardX", "array_record", "ml_collections", "orbax", "PIL")
-    code = f"import sys, florence_jax.tools.bench_step; print([m for m in {forbidden} if m in sys.modules])"
+    code = f"import sys, florence_jax.tools.bench.step; print([m for m in {forbidden} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr

@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from florence_jax.errors import UserError
-from florence_jax.train.checkpoint import Checkpoints, UnreadableCheckpoint
-from florence_jax.train.digest import digests
-from florence_jax.train.sharding import make_mesh
+from florence_jax.params.checkpoint import Checkpoints, UnreadableCheckpoint
+from florence_jax.params.digest import digests
+from florence_jax.params.sharding import make_mesh
 from florence_jax.train.state import init_state
 
 

@@ -16,9 +16,11 @@ from florence_jax.data.classes import (
     open_images,
     shipped_class_names,
 )
-from florence_jax.data.sources import BadRecord, FolderSource, TfdsSource
-from florence_jax.data.templates import TEMPLATE_SETS, template_set
-from florence_jax.data.transforms import parse_ops
+from florence_jax.data.ops.parse import parse_ops
+from florence_jax.data.prompts import TEMPLATE_SETS, template_set
+from florence_jax.data.records import BadRecord
+from florence_jax.data.sources.folder import FolderSource
+from florence_jax.data.sources.tfds import TfdsSource
 from florence_jax.errors import UserError
 
 COUNTS = {

@@ -12,31 +12,22 @@ from tiny_images import NAMES, run_main, twenty_images
 
 from configs.classify import get_config
 from florence_jax.data.classes import ClassIndex, open_classes
-from florence_jax.data.sources import open_source
-from florence_jax.data.text import load_tokenizer
+from florence_jax.data.sources.catalog import open_source
+from florence_jax.data.tokenizers import load_tokenizer
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Embedder
-from florence_jax.evaluators.classification import (
-    Classification,
-    Forgetting,
-    Interpolated,
-    Score,
-    answers,
-    confusion_html,
-    confusion_matrix,
-    mean_per_class,
-    roc_auc,
-    voc_average_precision,
-)
+from florence_jax.evaluators.classification import Classification, Score, confusion_html
+from florence_jax.evaluators.finetuning import Forgetting, Interpolated
+from florence_jax.evaluators.metrics import answers, confusion_matrix, mean_per_class, roc_auc, voc_average_precision
+from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.zero_shot import ZeroShot
 from florence_jax.models import florence
+from florence_jax.params.layer_decay import layer_decay_rules
+from florence_jax.params.rules import match_rules
+from florence_jax.params.sharding import make_mesh, replicated
+from florence_jax.params.weights import describe, save_pretrained
 from florence_jax.tasks.classify import PROTOCOLS, TRAINED, Classify
 from florence_jax.tasks.encoder import Encoder
-from florence_jax.train.layer_decay import layer_decay_rules
 from florence_jax.train.optim import scale_by_tree
-from florence_jax.train.pretrained import describe, save_pretrained
-from florence_jax.train.rules import match_rules
-from florence_jax.train.sharding import make_mesh, replicated
 
 OPS = "decode|resize(8)|center_crop(8)"
 
@@ -88,6 +79,7 @@ def test_confusion_of_many_classes_is_a_picture():
 
 
 # -- the evaluators on known embeddings -------------------------------------------------------------------------------
+
 
 TOKENIZER = load_tokenizer("sentencepiece", 16)
 

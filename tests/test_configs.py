@@ -9,7 +9,7 @@ from tiny_run import tiny_pairs
 from configs.common import parse_arg
 from configs.pretrain import get_config
 from florence_jax.errors import UserError
-from florence_jax.models.florence import VARIANTS
+from florence_jax.models.sizes import VARIANTS
 from florence_jax.tasks import create_task
 from florence_jax.train.loop import run
 from florence_jax.train.metrics import read_metrics

@@ -1,6 +1,5 @@
 """CoSwin against the reference modules' numbers, and its options against their definitions."""
 
-import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +9,8 @@ from golden import block_shapes, convert, coswin_params, cosx, embed_shapes, fil
 from florence_jax.errors import UserError
 from florence_jax.models import coswin
 from florence_jax.models.layers import convolve, convolve_reference, gelu, scale_branch, survival
+from florence_jax.models.resize import bicubic_matrix, resize_bias_tables
+from florence_jax.models.windows import SwinBlock, WindowAttention, _partition, relative_position_index, shift_mask
 
 TINY = dict(width=8, depths=(2, 2), heads=(2, 4), window=4)
 
@@ -33,18 +34,18 @@ def test_relative_position_index():
         [13, 12, 11, 8, 7, 6],
         [14, 13, 12, 9, 8, 7],
     ]
-    np.testing.assert_array_equal(coswin.relative_position_index(2, 3), expected)
+    np.testing.assert_array_equal(relative_position_index(2, 3), expected)
 
 
 def test_shift_mask():
     open_pairs = [np.ones((4, 4)), *[np.equal.outer(ids, ids) for ids in ([0, 1, 0, 1], [0, 0, 1, 1])], np.eye(4)]
-    np.testing.assert_array_equal(coswin.shift_mask(4, 4, 2, 1), np.where(open_pairs, 0, -100))
+    np.testing.assert_array_equal(shift_mask(4, 4, 2, 1), np.where(open_pairs, 0, -100))
 
 
 def test_window_attention_golden():
     shapes = {name[5:]: s for name, s in block_shapes(8, 2, 2).items() if name.startswith("attn.")}
     shapes["relative_position_bias_table"] = (15, 2)
-    y = apply(coswin.WindowAttention(heads=2, window=(2, 3)), convert(fill(shapes, 0.5)), cosx(2, 6, 8)[:, None])
+    y = apply(WindowAttention(heads=2, window=(2, 3)), convert(fill(shapes, 0.5)), cosx(2, 6, 8)[:, None])
     first = [0.29024737, 0.32429879, 0.36367760, 0.67636105, 0.21383551, 0.74469240, -0.15260326, 0.55950421]
     np.testing.assert_allclose(y[0, 0, 0], first, atol=1e-5)
     assert_sums(y, 39.32546944, 55.61472391)
@@ -52,7 +53,7 @@ def test_window_attention_golden():
 
 def test_block_golden():
     params = convert(fill(block_shapes(8, 2, 2), 0.3), ((r"^attn\.", "attention."),))
-    y = apply(coswin.SwinBlock(heads=2, window=2, shift=1), params, cosx(1, 4, 4, 8))
+    y = apply(SwinBlock(heads=2, window=2, shift=1), params, cosx(1, 4, 4, 8))
     first = [0.05370901, -0.21070657, 0.51468390, 1.51771960, 2.50698446, 2.82391190, 2.19822526, 1.00562574]
     np.testing.assert_allclose(y[0, 0, 0], first, atol=1e-5)
     assert_sums(y, 69.07122041, 173.42517637)
@@ -95,7 +96,7 @@ def test_coswin_golden(size, window, mode, pooled, total, magnitude):
 
 
 def test_bicubic_ramp():
-    ramp = coswin.bicubic_matrix(13, 23) @ np.arange(13)
+    ramp = bicubic_matrix(13, 23) @ np.arange(13)
     expected = [-0.09986, 0.27139, 0.87507, 1.48368, 2.06246, 2.58281, 3.22076, 3.69302, 4.34577, 4.82765, 5.45081, 6.0]
     np.testing.assert_allclose(ramp[:12], expected, atol=1e-5)
     np.testing.assert_allclose(ramp + ramp[::-1], 12, atol=1e-12)
@@ -106,13 +107,13 @@ def test_resize_bias_tables():
     params = random_params(small, jnp.zeros((1, 56, 56, 3)))
     ramp = np.broadcast_to(np.repeat(np.arange(13.0), 13)[:, None], (169, 2))  # varies with dy only
     params["stage0_pair0"]["plain"]["attention"]["relative_position_bias_table"] = ramp
-    resized = coswin.resize_bias_tables({"image": params}, (12, 6))["image"]
+    resized = resize_bias_tables({"image": params}, (12, 6))["image"]
     table = resized["stage0_pair0"]["plain"]["attention"]["relative_position_bias_table"].reshape(23, 23, 2)
     np.testing.assert_allclose(table, np.broadcast_to(table[:, :1, :1], table.shape), atol=1e-6)
     np.testing.assert_allclose(table[1, 0], 0.27139, atol=1e-5)
     large = coswin.CoSwin(**TINY | dict(window=12))
     shapes = jax.eval_shape(large.init, jax.random.key(0), jnp.zeros((1, 96, 96, 3)))["params"]
-    resized = coswin.resize_bias_tables(params, 12)
+    resized = resize_bias_tables(params, 12)
     assert jax.tree.map(jnp.shape, resized) == jax.tree.map(lambda leaf: leaf.shape, shapes)
     assert resized["stage0_embed"]["kernel"] is params["stage0_embed"]["kernel"]
 
@@ -138,25 +139,25 @@ def test_scan_equals_unrolled(remat):
 def test_mask_padding_equals_attention_over_real_tokens():
     """A 4 x 3 map in a 4 x 4 window: with the flag, the same as a 4 x 3 window with the matching part of the table."""
     x = jnp.asarray(cosx(2, 4, 3, 8))
-    params = random_params(coswin.SwinBlock(heads=2, window=4), x, scale=0.3)
+    params = random_params(SwinBlock(heads=2, window=4), x, scale=0.3)
     params["mlp"]["fc2"] = jax.tree.map(jnp.zeros_like, params["mlp"]["fc2"])  # the attention branch alone
     table = params["attention"]["relative_position_bias_table"].reshape(7, 7, 2)[:, 1:6].reshape(35, 2)
     cropped = params["attention"] | {"relative_position_bias_table": table}
     tokens = apply(coswin.LayerNorm(), params["norm1"], x).reshape(2, 1, 12, 8)
-    want = x + apply(coswin.WindowAttention(heads=2, window=(4, 3)), cropped, tokens).reshape(x.shape)
+    want = x + apply(WindowAttention(heads=2, window=(4, 3)), cropped, tokens).reshape(x.shape)
     error = {
-        flag: jnp.abs(apply(coswin.SwinBlock(heads=2, window=4, mask_padding=flag), params, x) - want).max()
+        flag: jnp.abs(apply(SwinBlock(heads=2, window=4, mask_padding=flag), params, x) - want).max()
         for flag in (True, False)
     }
     assert error[True] < 1e-5 < 1e-2 < error[False]
 
 
 def test_mask_of_shifted_padded_map():
-    mask = np.asarray(coswin.SwinBlock(heads=2, window=4, shift=2, mask_padding=True)._mask(6, 7, 2, 1))
+    mask = np.asarray(SwinBlock(heads=2, window=4, shift=2, mask_padding=True)._mask(6, 7, 2, 1))
     real = np.zeros((8, 8), bool)
     real[:6, :7] = True
-    keys = coswin._partition(np.roll(real, (-2, -2), (0, 1))[None, :, :, None], 4)[0, :, None, :, 0]
-    np.testing.assert_array_equal(mask, np.where(keys, coswin.shift_mask(8, 8, 4, 2), -100))
+    keys = _partition(np.roll(real, (-2, -2), (0, 1))[None, :, :, None], 4)[0, :, None, :, 0]
+    np.testing.assert_array_equal(mask, np.where(keys, shift_mask(8, 8, 4, 2), -100))
 
 
 def test_stochastic_depth():

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from curation_tools import ONE_PROCESS, pairs, picture, small_config, write_parquet
 
-from florence_jax.curation import driver
-from florence_jax.curation.audit import AuditError, Funnel, joined_parts
 from florence_jax.curation.driver import curate
-from florence_jax.curation.report import write_html
+from florence_jax.curation.output.funnel import AuditError, Funnel, joined_parts
+from florence_jax.curation.output.funnel_page import write_html
+from florence_jax.curation.run import Run
 from florence_jax.curation.table import DECISIONS, uid_of
 
 mlcroissant = pytest.importorskip("mlcroissant")
@@ -122,6 +122,6 @@ def test_phases_are_not_repeated(run, monkeypatch):
     workdir, summary = run
     config = json.loads(json.dumps(summary))  # the summary is plain JSON
     assert config == summary
-    assert driver.Run.phase is not None
+    assert Run.phase is not None
     manifest = json.loads((workdir / "table" / "manifest.json").read_text())
     assert manifest["rows"] == 40 and len(manifest["parts"]) == 3

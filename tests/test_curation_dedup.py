@@ -8,13 +8,17 @@ import pytest
 from PIL import Image, ImageOps
 from test_curation_hashing import encode, scene
 
-from florence_jax.curation import contact_sheet, dedup, dedup_files, hash_index, perturb
-from florence_jax.curation.components import union_find
-from florence_jax.curation.dedup import BenchmarkIndex, Views, hash_rows, representatives, split_components, total_order
-from florence_jax.curation.hashing import measure
-from florence_jax.curation.join import HashRows
+from florence_jax.curation.dedup import __main__ as dedup_files
+from florence_jax.curation.dedup import clusters, hash_index, perturb
+from florence_jax.curation.dedup.benchmarks import BenchmarkIndex
+from florence_jax.curation.dedup.clusters import Views, hash_rows, representatives, split_components, total_order
+from florence_jax.curation.dedup.components import union_find
+from florence_jax.curation.dedup.join import HashRows
+from florence_jax.curation.ingest.hashing import measure
 from florence_jax.errors import UserError
-from florence_jax.tools import bench
+from florence_jax.page import contact_sheet
+from florence_jax.pictures import thumbnail
+from florence_jax.tools.bench import __main__ as bench
 
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
 
@@ -55,7 +59,7 @@ def measured(collection):
 
 
 def test_clusters_are_the_planted_ones(collection, measured):
-    labels, _, counts = dedup.cluster(measured, np.arange(len(measured)))
+    labels, _, counts = clusters.cluster(measured, np.arange(len(measured)))
     groups = [name.split("/")[0] if name[0] == "s" else name for name in collection]
     expected = [groups.index(group) for group in groups]
     assert labels.tolist() == expected
@@ -64,23 +68,23 @@ def test_clusters_are_the_planted_ones(collection, measured):
 
 def test_order_does_not_change_the_clusters(measured):
     order = np.random.default_rng(0).permutation(len(measured))
-    labels, _, _ = dedup.cluster(measured, np.arange(len(measured)))
-    shuffled, _, _ = dedup.cluster([measured[i] for i in order], np.argsort(np.arange(len(measured)))[order])
+    labels, _, _ = clusters.cluster(measured, np.arange(len(measured)))
+    shuffled, _, _ = clusters.cluster([measured[i] for i in order], np.argsort(np.arange(len(measured)))[order])
     together = labels[order][:, None] == labels[order]
     assert (together == (shuffled[:, None] == shuffled)).all()
 
 
 def test_flat_pictures_are_equal_only_if_their_files_are():
     files = [encode(Image.new("RGB", (64, 64), (level,) * 3)) for level in (10, 10, 200)]
-    labels, _, counts = dedup.cluster([measure(data) for data in files], np.arange(3))
+    labels, _, counts = clusters.cluster([measure(data) for data in files], np.arange(3))
     assert labels.tolist() == [0, 0, 2] and counts["low_detail"] == 3
 
 
 def test_exact_edges():
     rids = np.array([7, 3, 9, 4, 1])
-    edges = dedup.exact_edges(rids, np.array([[1, 2], [1, 2], [1, 3], [1, 2], [1, 3]]), np.array([0, 0, 5, 1, 5]))
+    edges = clusters.exact_edges(rids, np.array([[1, 2], [1, 2], [1, 3], [1, 2], [1, 3]]), np.array([0, 0, 5, 1, 5]))
     assert sorted(map(tuple, edges.tolist())) == [(1, 9), (3, 7)]
-    assert dedup.exact_edges(np.zeros(0, np.int64)).shape == (0, 2)
+    assert clusters.exact_edges(np.zeros(0, np.int64)).shape == (0, 2)
 
 
 def test_hash_rows_of_tuples_and_of_a_table(measured):
@@ -273,11 +277,9 @@ def test_index_round_trip(measured, tmp_path):
 
 
 def test_contact_sheet_escapes_and_shows_what_it_can():
-    page = contact_sheet.render(
-        "<t>", "&", [("g", [(contact_sheet.thumbnail(encode(scene(20, 20))), "<b>"), ("", "x")])]
-    )
+    page = contact_sheet("<t>", "&", [("g", [(thumbnail(encode(scene(20, 20))), "<b>"), ("", "x")])])
     assert "&lt;t&gt;" in page and "&lt;b&gt;" in page and page.count("<img") == 1
-    assert contact_sheet.thumbnail(b"broken") == ""
+    assert thumbnail(b"broken") == ""
 
 
 def test_perturbation_table_tells_recall_from_failure(monkeypatch):
@@ -320,9 +322,9 @@ def test_recall_on_photographs():
 
 
 def test_bench_prints_one_line(capsys, monkeypatch):
-    from florence_jax.tools import bench_curate
+    from florence_jax.tools.bench import curate
 
-    monkeypatch.setattr(bench_curate, "beam_seconds", lambda folder, files, count: (None, None))
+    monkeypatch.setattr(curate, "beam_seconds", lambda folder, files, count: (None, None))
     arguments = "curate --image_size 200x150 --records 4 --images 8 --rounds 1 --block 20000"
     assert bench.main(arguments.split()) == 0
     result = json.loads(capsys.readouterr().out)
@@ -332,6 +334,6 @@ def test_bench_prints_one_line(capsys, monkeypatch):
 
 
 def test_union_find_is_what_cluster_uses(measured):
-    edges, _ = dedup.near_edges(np.arange(len(measured)), measured)
-    labels, same, _ = dedup.cluster(measured, np.arange(len(measured)))
+    edges, _ = clusters.near_edges(np.arange(len(measured)), measured)
+    labels, same, _ = clusters.cluster(measured, np.arange(len(measured)))
     assert (labels == union_find(edges, len(measured))).all() and (same == edges).all()

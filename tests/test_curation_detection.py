@@ -27,12 +27,12 @@ from detection_files import (
 )
 from PIL import Image, ImageOps
 
-from florence_jax.curation import detection
-from florence_jax.curation.detection_formats import SourceSpec
-from florence_jax.curation.detection_images import file_paths, turn_boxes
-from florence_jax.curation.detection_sheet import COLOURS, draw_boxes
-from florence_jax.curation.detection_write import detection_arrays, shard_digest
-from florence_jax.data.sources import open_source
+from florence_jax.curation.detection import __main__ as detection
+from florence_jax.curation.detection.images import file_paths, turn_boxes
+from florence_jax.curation.detection.sheet import COLOURS, _drawn
+from florence_jax.curation.detection.write import detection_arrays, shard_digest
+from florence_jax.data.annotations import SourceSpec
+from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 
 
@@ -186,7 +186,7 @@ def test_boxes_are_drawn_where_they_are():
         "is_group_of": [False],
         "scores": [None],
     }
-    canvas = np.asarray(draw_boxes(np.zeros((100, 200, 3), np.uint8), record, side=400))
+    canvas = np.asarray(_drawn(np.zeros((100, 200, 3), np.uint8), record, side=400))
     red = tuple(int(COLOURS["coco"][i : i + 2], 16) for i in (1, 3, 5))
     rows, columns = np.nonzero((canvas == red).all(-1))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (60, 119, 20, 99)

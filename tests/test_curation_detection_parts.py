@@ -23,12 +23,13 @@ from detection_files import (
     run,
 )
 
-from florence_jax.curation import detection_formats, detection_merge, json_stream
-from florence_jax.curation.detection_formats import Annotations, Category, SourceSpec, parse_spec, read_annotations
-from florence_jax.curation.detection_labels import RULES, LabelSpace, class_text, read_rules
-from florence_jax.curation.detection_merge import clean_boxes, double_boxes, group_rows, overlapping_pairs
-from florence_jax.curation.detection_pseudo import read_imagenet, read_synset_words
-from florence_jax.curation.json_stream import json_items
+from florence_jax.curation.detection import boxes as boxes_module
+from florence_jax.curation.detection.boxes import clean_boxes, double_boxes, group_rows, overlapping_pairs
+from florence_jax.curation.detection.labels import RULES, LabelSpace, class_text, read_rules
+from florence_jax.curation.detection.pseudo import read_imagenet, read_synset_words
+from florence_jax.data import annotations, json_stream
+from florence_jax.data.annotations import Annotations, Category, SourceSpec, parse_spec, read_annotations
+from florence_jax.data.json_stream import json_items
 from florence_jax.errors import UserError
 
 
@@ -58,14 +59,14 @@ def world(tmp_path_factory):
 )
 def test_clean_boxes(box, reason, clipped):
     out, code, moved = clean_boxes(np.array([box], float), np.array([[96, 64]]))
-    assert detection_merge.REASONS[code[0]] == reason and out.dtype == np.float32
+    assert boxes_module.REASONS[code[0]] == reason and out.dtype == np.float32
     if reason == "ok":
         np.testing.assert_array_equal(out[0], np.float32(clipped or box))
         assert moved[0] == (box[0] == -10)
 
 
 def test_overlapping_pairs_equal_the_definition(monkeypatch):
-    monkeypatch.setattr(detection_merge, "TILE", 7)
+    monkeypatch.setattr(boxes_module, "TILE", 7)
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 20, (40, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(5, 20, (40, 2))], 1)
@@ -369,7 +370,7 @@ def test_mistakes(world, tmp_path, capsys, args, message):
 
 def test_spec_of_a_bucket(monkeypatch):
     folder = types.SimpleNamespace(is_dir=lambda: True)
-    monkeypatch.setattr(detection_formats, "need_file", lambda spec, path: path)
-    monkeypatch.setattr(detection_formats, "epath", types.SimpleNamespace(Path=lambda path: folder))
+    monkeypatch.setattr(annotations, "need_file", lambda spec, path: path)
+    monkeypatch.setattr(annotations, "epath", types.SimpleNamespace(Path=lambda path: folder))
     spec = parse_spec("lvis", "gs://b/x.json:gs://b/images:validation")
     assert spec == SourceSpec("lvis", "gs://b/x.json", "gs://b/images", "validation")

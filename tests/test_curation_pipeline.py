@@ -18,14 +18,19 @@ from apache_beam.runners.portability.local_job_service import LocalJobServicer
 from curation_tools import ONE_PROCESS, pairs, picture, small_config, write_parquet
 from PIL import Image
 
-from florence_jax.curation import decide, simulate
-from florence_jax.curation import measure as measure_module
-from florence_jax.curation.driver import curate, merkle_root, runner_trouble
-from florence_jax.curation.inputs import list_splits
+from florence_jax.curation.dedup.stage import cluster_decisions
+from florence_jax.curation.driver import curate
+from florence_jax.curation.filters.captions import text_decisions
+from florence_jax.curation.filters.sizes import validity_decisions
+from florence_jax.curation.ingest import measure as measure_module
+from florence_jax.curation.ingest.inputs import list_splits
 from florence_jax.curation.main import beam_options, lines_of, with_sample
-from florence_jax.curation.rules import make_all
+from florence_jax.curation.output.phase import merkle_root
+from florence_jax.curation.plan import make_all
+from florence_jax.curation.run import runner_trouble
+from florence_jax.curation.select import simulate
 from florence_jax.curation.table import uid_of
-from florence_jax.data.sources import open_source
+from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 
 
@@ -125,7 +130,7 @@ def test_captions_of_a_cluster_begin_with_the_representatives():
     texts = ["A red apple", "fruit", "A  RED apple", "a pear"]
     rows = [{"text": " ".join(t.lower().split()), "caption": t, "text_decision": "", "clean": True} for t in texts]
     block = pa.Table.from_pylist([row | {"uid": str(i), "flag": ""} for i, row in enumerate(rows)])
-    chosen, _ = decide.clusters(block, np.zeros(4, np.int64), [None] * 4)
+    chosen, _ = cluster_decisions(block, np.zeros(4, np.int64), [None] * 4)
     assert chosen["captions"].to_pylist() == [["A red apple", "fruit", "a pear"], [], [], []]
 
 
@@ -136,7 +141,7 @@ def test_a_caption_that_is_dropped_for_its_length_costs_nothing_more():
         for i, (caption, captions) in enumerate([("&" + "amp;" * 20_000, []), ("IMG_1", ["Mail a@b.org &amp; go"])])
     ]
     start = time.process_time()
-    block, decisions = decide.text(pa.Table.from_pylist(rows), None)
+    block, decisions = text_decisions(pa.Table.from_pylist(rows), None)
     assert time.process_time() - start < 0.5
     assert decisions == [("many_characters", 80001, 1000), None]
     (chosen,) = block.slice(1).select(["caption", "text", "text_id", "mails", "phones"]).to_pylist()
@@ -291,9 +296,9 @@ def test_forms_of_pictures_are_dropped_where_asked(tmp_path):
     splits = list_splits("p=" + write_parquet(tmp_path / "p.parquet", rows), 9)
     rules = make_all(small_config("p", validity={"drop": ("cmyk", "alpha", "orientation")}))
     part = measure_module.measure_split(splits[0], str(tmp_path), rules.measure)
-    _, decisions = decide.validity(pq.read_table(part), rules)
+    _, decisions = validity_decisions(pq.read_table(part), rules)
     assert [decision and decision[0] for decision in decisions] == [None, "cmyk", "alpha", "orientation"]
-    _, kept = decide.validity(pq.read_table(part), make_all(small_config("p")))
+    _, kept = validity_decisions(pq.read_table(part), make_all(small_config("p")))
     assert kept == [None] * 4
 
 

@@ -4,36 +4,35 @@ import dataclasses
 import io
 import json
 
+import apache_beam as beam
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from apache_beam.testing import test_pipeline
+from apache_beam.testing.util import assert_that, equal_to
 from PIL import Image
 
 from configs.pretrain import get_config
-from florence_jax.errors import UserError
-from florence_jax.tasks.pretrain import Pretrain
-from florence_jax.train.checkpoint import Checkpoints
-
-beam = pytest.importorskip("apache_beam")
-
-from apache_beam.testing import test_pipeline  # noqa: E402
-from apache_beam.testing.util import assert_that, equal_to  # noqa: E402
-
-from florence_jax.curation import relevance  # noqa: E402
-from florence_jax.curation.relevance import (  # noqa: E402
+from florence_jax.curation.scores.models import (
     CallableModelHandler,
     CheckpointLoader,
     Failure,
     JaxModelHandler,
     PairModel,
+    ScorePairs,
+)
+from florence_jax.curation.select.relevance import (
     RelevanceRules,
     RelevanceThreshold,
-    ScorePairs,
     decide_relevance,
     kept_count,
     relevance_threshold,
+    score_histogram,
 )
+from florence_jax.errors import UserError
+from florence_jax.params.checkpoint import Checkpoints
+from florence_jax.tasks.pretrain import Pretrain
 
 
 def png(seed, size=(40, 36)):
@@ -257,8 +256,6 @@ def test_absolute_threshold_and_edges():
 
 def test_histograms_of_parts_add_up():
     scores = np.random.default_rng(3).normal(size=500).astype(np.float32)
-    whole = relevance.score_histogram(scores)
+    whole = score_histogram(scores)
     assert whole.sum() == 500
-    np.testing.assert_array_equal(
-        whole, relevance.score_histogram(scores[:123]) + relevance.score_histogram(scores[123:])
-    )
+    np.testing.assert_array_equal(whole, score_histogram(scores[:123]) + score_histogram(scores[123:]))

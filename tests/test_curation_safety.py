@@ -9,25 +9,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from florence_jax.curation import opt_out, safety
-from florence_jax.curation.opt_out import OptOutRules, SiteRules, decide_headers, parse_content_usage, parse_x_robots
-from florence_jax.curation.personal import blur_boxes, blur_faces, find_personal, luhn, redact
-from florence_jax.curation.safety import (
-    HashList,
-    SafetyRules,
-    Takedown,
-    blocking_domain,
-    canonical_url,
-    decide_opt_out,
-    decide_safety,
-    host_of,
-    normalise_licence,
-    safety_scores,
-    takedown_clusters,
+from florence_jax.curation.filters import licences, opt_out
+from florence_jax.curation.filters.known_pictures import PDQ_QUALITY, QUARANTINE_REASONS, HashList, pdq_hash, pdqhash
+from florence_jax.curation.filters.licences import blocking_domain, host_of, normalise_licence, takedown_clusters
+from florence_jax.curation.filters.opt_out import (
+    OptOutRules,
+    SiteRules,
+    decide_headers,
+    parse_content_usage,
+    parse_x_robots,
 )
+from florence_jax.curation.filters.personal import blur_boxes, blur_faces, find_personal, luhn, redact
+from florence_jax.curation.filters.post_filter import SafetyRules, decide_opt_out, decide_safety, safety_scores
+from florence_jax.curation.filters.takedown import Takedown, canonical_url
 from florence_jax.errors import UserError
 
 # -- headers ----------------------------------------------------------------------------------------------------------
+
 
 DATE = "unavailable_after: 25 Jun 2010 15:00:00 PST"
 # Header line -> the directive (or None) that opts out under the default rules.
@@ -115,6 +113,7 @@ def test_long_headers_cost_little():
 
 
 # -- sites ------------------------------------------------------------------------------------------------------------
+
 
 ROBOTS = """User-agent: *
 Disallow: /private/
@@ -281,7 +280,7 @@ def test_blocked_domains_are_brought_into_form_once(monkeypatch):
     rules = SafetyRules(blocked_domains=("Example.com",))
     scores = safety_scores({"caption": "", "url": "https://a.example.com/x"})
     assert decide_safety(scores, rules) == ("domain", "a.example.com", "example.com")
-    monkeypatch.setattr(safety, "host_of", None)
+    monkeypatch.setattr(licences, "host_of", None)
     assert decide_safety(scores, rules)
 
 
@@ -318,7 +317,7 @@ def test_digests_match_exactly_and_the_list_stays_private(tmp_path):
     for known in (data, b"2", b"3"):
         assert hashes.decide(known) == ("hash_list", 0, 31)
     assert hashes.decide(b"another") is None
-    assert "hash_list" in safety.QUARANTINE_REASONS
+    assert "hash_list" in QUARANTINE_REASONS
     (tmp_path / "bad").write_text("\nsecret-but-wrong\n")
     with pytest.raises(UserError, match="line 2") as caught:
         HashList.from_file(str(tmp_path / "bad"))
@@ -334,17 +333,17 @@ def png(pixels):
 
 
 def test_pdq_needs_its_library(monkeypatch):
-    monkeypatch.setattr(safety, "pdqhash", None)
+    monkeypatch.setattr(licences, "pdqhash", None)
     with pytest.raises(UserError, match="pip install pdqhash"):
         HashList(pdq=np.zeros((1, 32), np.uint8)).decide(png(np.zeros((8, 8, 3), np.uint8)))
 
 
-@pytest.mark.skipif(safety.pdqhash is None, reason="pdqhash is not installed")
+@pytest.mark.skipif(pdqhash is None, reason="pdqhash is not installed")
 def test_a_recompressed_picture_is_on_the_list():
     coarse = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     pixels = np.asarray(Image.fromarray(coarse).resize((256, 256), Image.Resampling.BICUBIC))
-    code, quality = safety.pdq_hash(png(pixels))
-    assert quality >= safety.PDQ_QUALITY
+    code, quality = pdq_hash(png(pixels))
+    assert quality >= PDQ_QUALITY
     out = io.BytesIO()
     Image.fromarray(pixels).resize((200, 200)).save(out, "JPEG", quality=60)
     reason, distance, limit = HashList(pdq=code[None]).decide(out.getvalue())

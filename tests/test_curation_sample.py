@@ -9,20 +9,19 @@ from curation_tools import ONE_PROCESS
 from configs.curate import PRESETS, get_config
 from configs.pretrain import get_config as pretrain_config
 from florence_jax.curation import sample
-from florence_jax.curation.audit import joined_parts
+from florence_jax.curation.dedup.join import DEFAULT_JOIN
 from florence_jax.curation.driver import curate
-from florence_jax.curation.filters import text_id
-from florence_jax.curation.join import DEFAULT_JOIN
+from florence_jax.curation.filters.captions import text_id
 from florence_jax.curation.main import beam_options, with_sample
-from florence_jax.curation.rules import make_all
+from florence_jax.curation.output.funnel import joined_parts
+from florence_jax.curation.plan import make_all
 from florence_jax.curation.table import uid_of
-from florence_jax.data.sources import open_source
+from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 from florence_jax.tasks import create_task
 from florence_jax.train.loop import run as train
 
 TINY_MODEL = {"image_width": 8, "depths": (2,), "text_width": 16, "text_layers": 1, "text_heads": 2, "projection": 16}
-
 # What must become of each fault that is not a copy: (stage, reason).
 EXPECTED = {
     **{name: ("validity", name) for name in ("truncated", "corrupt", "unsupported", "missing", "animated")},

@@ -4,10 +4,13 @@ import numpy as np
 import pyarrow as pa
 from curation_tools import pairs, small_config, write_parquet
 
-from florence_jax.curation import decide, pipeline, scoring
-from florence_jax.curation.inputs import list_splits
-from florence_jax.curation.measure import measure_split
-from florence_jax.curation.rules import make_all
+from florence_jax.curation import stages
+from florence_jax.curation.dedup.stage import caption_choice, choose
+from florence_jax.curation.ingest.inputs import list_splits
+from florence_jax.curation.ingest.measure import measure_split
+from florence_jax.curation.plan import make_all
+from florence_jax.curation.scores import phase
+from florence_jax.curation.scores.clusters import cluster_embeddings
 from florence_jax.curation.table import read_table, uid_of, with_column
 
 NAMES = ("relevance", "nsfw")
@@ -19,13 +22,13 @@ def rules_of(**changes):
 
 def scored(folder, *rows):
     """Writes rows (uid, text_id, {score: value}) as a run does."""
-    scoring._write_scores(0, [((uid, text), scores) for uid, text, scores in rows], str(folder), NAMES)
+    phase._write_scores(0, [((uid, text), scores) for uid, text, scores in rows], str(folder), NAMES)
     return read_table(f"{folder}/part-00000.parquet")
 
 
 def missing(folder, *pairs):
     block = pa.table({"uid": [uid for uid, _ in pairs], "text_id": [text for _, text in pairs]})
-    return scoring._missing(0, block, str(folder), NAMES)[1]["uid"].to_pylist()
+    return phase._missing(0, block, str(folder), NAMES)[1]["uid"].to_pylist()
 
 
 def test_a_pair_is_scored_again_only_if_its_caption_changed_or_it_failed(tmp_path):
@@ -45,27 +48,27 @@ def test_a_pair_is_scored_again_only_if_its_caption_changed_or_it_failed(tmp_pat
 
 def test_the_newest_checkpoint_is_part_of_what_scores_stand_for(tmp_path):
     rules = rules_of(scores={"relevance": f"checkpoint:{tmp_path}"})
-    assert scoring.newest_step(rules) is None
+    assert phase.newest_step(rules) is None
     for name in ("9", "12", "13.orbax-checkpoint-tmp-1"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert scoring.newest_step(rules) == 12
-    assert scoring.newest_step(rules_of(scores={"relevance": "m:f"})) is None
+    assert phase.newest_step(rules) == 12
+    assert phase.newest_step(rules_of(scores={"relevance": "m:f"})) is None
 
 
 def test_clusters_of_what_is_alive(tmp_path):
     """Also in a part where nothing is, or where nothing has an embedding."""
     found = {"a": [1.0, 0.0], "c": [0.0, 1.0], "gone": [9.0, 9.0]}
     scored(tmp_path, ("b", "x", {}), *((uid, "x", {"embedding": values}) for uid, values in found.items()))
-    scoring.fill_missing_parts(str(tmp_path), NAMES, 3)
+    phase.fill_missing_parts(str(tmp_path), NAMES, 3)
     for number, uids in enumerate(["abc", "d"]):
-        scoring._write_alive(number, pa.table({"uid": list(uids)}), str(tmp_path))
-    folder = scoring.cluster_embeddings(str(tmp_path), 3, 2, 0)
+        phase._write_alive(number, pa.table({"uid": list(uids)}), str(tmp_path))
+    folder = cluster_embeddings(str(tmp_path), 3, 2, 0)
     parts = [read_table(f"{folder}/part-{i:05d}.parquet") for i in range(3)]
     assert parts[0]["uid"].to_pylist() == ["a", "b", "c"]
     assert parts[0]["embedding_cluster"].to_pylist() in ([0, -1, 1], [1, -1, 0])
     assert all(part.schema.equals(parts[0].schema) and len(part) == 0 for part in parts[1:])
-    scoring.fill_missing_parts(str(tmp_path / "none"), NAMES, 1)
-    folder = scoring.cluster_embeddings(str(tmp_path / "none"), 1, 2, 0)
+    phase.fill_missing_parts(str(tmp_path / "none"), NAMES, 1)
+    folder = cluster_embeddings(str(tmp_path / "none"), 1, 2, 0)
     assert len(read_table(f"{folder}/part-00000.parquet")) == 0
 
 
@@ -79,5 +82,5 @@ def test_scores_of_pictures_do_not_choose_representatives(tmp_path):
     block = read_table(measure_split(split, str(tmp_path), by_field.measure)).sort_by("uid")
     block = with_column(block, "cluster", np.zeros(2, np.int64))
     for rules, chosen in ((by_field, [False, True]), (rules_of(scores={"nsfw": "m:f"}, **how), [True, False])):
-        ready = pipeline.with_fields(decide.caption_choice(block, rules), rules)
-        assert [reason is None for reason in pipeline.choose(ready, rules)[1]] == chosen
+        ready = stages.with_fields(caption_choice(block, rules), rules)
+        assert [reason is None for reason in choose(ready, rules)[1]] == chosen

@@ -6,27 +6,31 @@ import re
 import numpy as np
 import pytest
 
-from florence_jax.curation import select
-from florence_jax.curation.select import (
+from florence_jax.curation.scores.clusters import kmeans
+from florence_jax.curation.select import rules
+from florence_jax.curation.select.queries import (
     Matches,
+    Metadata,
+    ahocorasick,
+    predict_size,
+    t_for_size,
+    t_for_tail_share,
+    tail_share,
+)
+from florence_jax.curation.select.rules import (
     SelectRules,
     balance_scores,
     cluster_scores,
     decide_selection,
     information,
-    kmeans,
     learnability,
-    predict_size,
-    t_for_size,
-    t_for_tail_share,
-    tail_share,
     word_counts,
 )
 from florence_jax.errors import UserError
 
-needs_automaton = pytest.mark.skipif(select.ahocorasick is None, reason="pyahocorasick is not installed")
-
+needs_automaton = pytest.mark.skipif(ahocorasick is None, reason="pyahocorasick is not installed")
 ENTRIES = ["photo", "red car", "car", "dog", "new york", "犬", "T-shirt", "étude"]
+
 
 # -- metadata queries -------------------------------------------------------------------------------------------------
 
@@ -47,7 +51,7 @@ ENTRIES = ["photo", "red car", "car", "dog", "new york", "犬", "T-shirt", "étu
     ],
 )
 def test_whole_words_in_any_writing(caption, expected):
-    metadata = select.Metadata(ENTRIES)
+    metadata = Metadata(ENTRIES)
     assert [ENTRIES[i] for i in metadata.match(caption)] == expected
     assert [ENTRIES[i] for i in pickle.loads(pickle.dumps(metadata)).match(caption)] == expected
 
@@ -56,7 +60,7 @@ def test_whole_words_in_any_writing(caption, expected):
 def test_equal_to_a_search_entry_by_entry():
     rng = np.random.default_rng(0)
     entries = sorted({" ".join(rng.choice(list("abcd"), rng.integers(1, 4))) for _ in range(40)})
-    metadata = select.Metadata(entries)
+    metadata = Metadata(entries)
     for _ in range(300):
         caption = " ".join(rng.choice(list("abcde"), rng.integers(0, 9)))
         naive = [i for i, e in enumerate(entries) if re.search(rf"(?<!\w){re.escape(e)}(?!\w)", caption)]
@@ -66,18 +70,18 @@ def test_equal_to_a_search_entry_by_entry():
 @needs_automaton
 def test_metadata_file_and_its_errors(tmp_path):
     (tmp_path / "m.txt").write_text("dog\n\n cat \nDOG\n", "utf-8")
-    metadata = select.Metadata.from_file(str(tmp_path / "m.txt"))
+    metadata = Metadata.from_file(str(tmp_path / "m.txt"))
     assert metadata.entries == ("dog", "cat", "DOG") and metadata.match("a dog and a cat") == [0, 1]
     with pytest.raises(UserError, match="cannot read"):
-        select.Metadata.from_file(str(tmp_path / "none.txt"))
+        Metadata.from_file(str(tmp_path / "none.txt"))
     with pytest.raises(UserError, match="no queries"):
-        select.Metadata(["  ", "--"])
+        Metadata(["  ", "--"])
 
 
 def test_the_library_is_named_when_missing(monkeypatch):
-    monkeypatch.setattr(select, "ahocorasick", None)
+    monkeypatch.setattr(rules, "ahocorasick", None)
     with pytest.raises(UserError, match="pyahocorasick"):
-        select.Metadata(["dog"])
+        Metadata(["dog"])
 
 
 # -- balance ----------------------------------------------------------------------------------------------------------

@@ -10,15 +10,17 @@ import pytest
 from curation_tools import ONE_PROCESS, pairs, picture, small_config, write_parquet
 from PIL import Image
 
-from florence_jax.curation import driver, measure
-from florence_jax.curation.hashing import Limits
-from florence_jax.curation.inputs import list_splits
-from florence_jax.curation.rules import make_all
-from florence_jax.curation.safety import HashList
+from florence_jax.curation.filters.known_pictures import HashList
+from florence_jax.curation.ingest import measure
+from florence_jax.curation.ingest.hashing import Limits
+from florence_jax.curation.ingest.inputs import list_splits
+from florence_jax.curation.ingest.phase import build_table, write_part
+from florence_jax.curation.plan import make_all
+from florence_jax.curation.run import Run
 
 
 def statuses(workdir, config):
-    driver.build_table(driver.Run(config, str(workdir), ONE_PROCESS))
+    build_table(Run(config, str(workdir), ONE_PROCESS))
     return sorted(pq.read_table(workdir / "table" / "part-00000.parquet")["status"].to_pylist())
 
 
@@ -34,7 +36,7 @@ def test_of_repeats_the_row_with_the_opt_out_stays(tmp_path, reverse):
     rules = make_all(small_config("p", measure={"extra_fields": ("x",)})).measure
     (split,) = list_splits("p=" + write_parquet(tmp_path / "p.parquet", rows), 99)
     table = pq.read_table(measure.measure_split(split, str(tmp_path), rules))
-    driver.write_part(0, table.sort_by("uid"), str(tmp_path / "table"))
+    write_part(0, table.sort_by("uid"), str(tmp_path / "table"))
     assert json.loads((tmp_path / "table" / "part-00000.json").read_text())["repeated"] == 4
     kept = {row["key"]: row for row in pq.read_table(tmp_path / "table" / "part-00000.parquet").to_pylist()}
     assert [kept[f"000{i}"]["headers"] for i in (0, 1, 4)] == [[], ["X-Robots-Tag: noai"], ["tdm-reservation: 1"]]

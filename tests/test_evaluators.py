@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from florence_jax.data.labelled import ArraySource
-from florence_jax.data.sources import FolderSource, open_source
-from florence_jax.data.text import load_tokenizer
+from florence_jax.data.records import ArraySource, record_thumbnail
+from florence_jax.data.sources.catalog import open_source
+from florence_jax.data.sources.folder import FolderSource
+from florence_jax.data.tokenizers import load_tokenizer
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Embedder, chance_levels, evaluate
+from florence_jax.evaluators.base import chance_levels, evaluate
 from florence_jax.evaluators.emoji import EmojiSplit
-from florence_jax.evaluators.report import curve, results_table, thumbnail, write_report
+from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.retrieval import Retrieval
 from florence_jax.evaluators.zero_shot import class_embeddings
-from florence_jax.train.sharding import make_mesh
+from florence_jax.page import curve
+from florence_jax.params.sharding import make_mesh
+from florence_jax.train.report import results_table, write_report
 
 TOKENIZER = load_tokenizer("sentencepiece", 16)
 OPS = "decode|resize(8)|center_crop(8)"
@@ -169,9 +172,9 @@ def test_table_shows_chance_beside_each_number():
 def test_thumbnails_of_tiny_pictures_are_enlarged():
     for size, shown in ((8, 48), (30, 30), (200, 96)):
         source = ArraySource("s", np.zeros((1, size, size), np.uint8), ["x"])
-        data = base64.b64decode(thumbnail(source, 0).split(",")[1])
+        data = base64.b64decode(record_thumbnail(source, 0).split(",")[1])
         assert Image.open(io.BytesIO(data)).size == (shown, shown)
 
 
 def test_thumbnail_of_an_unreadable_image_is_empty(tmp_path):
-    assert thumbnail(FolderSource(str(tmp_path), [{"key": "none.png", "caption": "x"}]), 0) == ""
+    assert record_thumbnail(FolderSource(str(tmp_path), [{"key": "none.png", "caption": "x"}]), 0) == ""

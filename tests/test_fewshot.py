@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from florence_jax.data.labelled import open_labelled
-from florence_jax.data.sources import BadRecord
+from florence_jax.data.records import BadRecord
+from florence_jax.data.sources.labelled import open_labelled
 from florence_jax.errors import UserError
-from florence_jax.evaluators.adapt import Recipe, adapt_and_classify, embed_cached
-from florence_jax.evaluators.base import Embedder
 from florence_jax.evaluators.fewshot import EpisodeSampler, FewShot, flip_pair
-from florence_jax.train.sharding import make_mesh
+from florence_jax.evaluators.predictor import Embedder
+from florence_jax.evaluators.solvers.adapt import Recipe, adapt_and_classify, embed_cached
+from florence_jax.params.sharding import make_mesh
 
 MESH = make_mesh(-1, 1)
 LABELS = np.repeat(np.arange(7), [40, 9, 40, 40, 40, 40, 40])

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from florence_jax.errors import UserError
-from florence_jax.models.florence import VARIANTS, build, forward_flops, parameter_count
+from florence_jax.models.flops import forward_flops
+from florence_jax.models.florence import build, parameter_count
+from florence_jax.models.sizes import VARIANTS
 
 SMALL = dict(depths=(2, 2), image_width=16, heads=(2, 4), text_width=32, vocab_size=50, text_length=8, projection=12)
 

@@ -11,8 +11,9 @@ import pytest
 from configs.pretrain import get_config
 from florence_jax.errors import UserError
 from florence_jax.losses.unicl import unicl_reference
-from florence_jax.tasks.pretrain import Pretrain, normalise
-from florence_jax.train.sharding import batch_sharding, make_mesh, param_shardings, state_shardings
+from florence_jax.params.sharding import batch_sharding, make_mesh, param_shardings, state_shardings
+from florence_jax.tasks.encoder import normalise
+from florence_jax.tasks.pretrain import Pretrain
 from florence_jax.train.state import init_state
 from florence_jax.train.step import make_train_step
 

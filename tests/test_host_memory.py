@@ -1,6 +1,5 @@
 """Freed memory stays with the process on a machine without an accelerator."""
 
-import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -9,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from florence_jax.train import host_memory
+from florence_jax.jobs import host_memory
 
 TOUCH = """
 import ctypes, resource, sys, threading
-from florence_jax.train.host_memory import keep_freed_memory
+from florence_jax.jobs.host_memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 libc = ctypes.CDLL(None)

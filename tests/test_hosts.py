@@ -18,8 +18,8 @@ from test_roll_call import free_port
 from tiny_run import TINY_FLAGS, tiny_config, tiny_pairs
 
 from florence_jax.errors import UserError
+from florence_jax.jobs.hosts import EXIT_LOST, Place, find_place
 from florence_jax.tasks import create_task
-from florence_jax.train.hosts import EXIT_LOST, Place, find_place
 from florence_jax.train.loop import EXIT_PREEMPTED, Trainer
 from florence_jax.train.metrics import read_metrics
 
@@ -130,10 +130,10 @@ ROWS = """
 import json, sys
 import jax, numpy as np
 from ml_collections import ConfigDict
-from florence_jax.data.sources import open_source
+from florence_jax.data.sources.catalog import open_source
 from florence_jax.evaluators.base import Embedder
-from florence_jax.train.hosts import joined
-from florence_jax.train.sharding import BATCH_AXES
+from florence_jax.jobs.hosts import joined
+from florence_jax.params.sharding import BATCH_AXES
 
 class Lengths:
     def encode_batch(self, texts):
@@ -248,7 +248,7 @@ def test_sigterm_on_one_process_stops_all_at_one_step_and_resumes_bit_for_bit(un
 WAITING = """
 import time
 from ml_collections import ConfigDict
-from florence_jax.train.hosts import joined
+from florence_jax.jobs.hosts import joined
 
 with joined(ConfigDict({"start_timeout": 60.0, "lost_after": 20.0, "port": 0})):
     print("up", flush=True)

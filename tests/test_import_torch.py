@@ -17,12 +17,14 @@ from safetensors.numpy import save_file
 
 from florence_jax.errors import UserError
 from florence_jax.models import coswin
-from florence_jax.models.florence import VARIANTS, build, parameter_count, resolve_config
+from florence_jax.models.florence import build, parameter_count
+from florence_jax.models.resize import bicubic_matrix
+from florence_jax.models.sizes import VARIANTS, resolve_config
+from florence_jax.params.checkpoint import Checkpoints
+from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks.encoder import Encoder
-from florence_jax.tools.import_torch import convert, main
-from florence_jax.tools.torch_files import read_state_dict
-from florence_jax.train.checkpoint import Checkpoints
-from florence_jax.train.sharding import make_mesh
+from florence_jax.tools.import_torch.__main__ import convert, main
+from florence_jax.tools.import_torch.files import read_state_dict
 
 POOLED = [
     0.63590381, -0.92559892, -1.47075678, 0.45316875, 1.73793879, 0.10269688, -1.57032031, -0.42661424, 1.32338115,
@@ -252,7 +254,7 @@ def test_window_and_resolution():
     assert (config.res, config.window) == (256, 8)
     name = "relative_position_bias_table"
     table = params["image"]["stage0_pair0"]["plain"]["attention"][name]
-    matrix = coswin.bicubic_matrix(7, 15)
+    matrix = bicubic_matrix(7, 15)
     source = swin_state()[f"layers.0.blocks.0.{TABLE}"][:, 0].reshape(7, 7)
     np.testing.assert_allclose(table[:, 0].reshape(15, 15), matrix @ source @ matrix.T, atol=1e-6)
     config, params, _ = convert(swin_state(), "swin", res=32, window=8)

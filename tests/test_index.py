@@ -13,16 +13,18 @@ from PIL import Image
 from tiny_images import run_main
 
 from configs.retrieve import get_config
-from florence_jax.data.karpathy import open_karpathy
-from florence_jax.data.sources import FolderSource, open_source
+from florence_jax.data.records import record_thumbnail
+from florence_jax.data.sources.catalog import open_source
+from florence_jax.data.sources.folder import FolderSource
+from florence_jax.data.sources.karpathy import open_karpathy
 from florence_jax.errors import UserError
-from florence_jax.evaluators.report import Example, thumbnail
 from florence_jax.evaluators.retrieval import CaptionRetrieval, open_retrieval
+from florence_jax.page import Example
+from florence_jax.params.sharding import make_mesh
+from florence_jax.params.weights import load_parameters, save_pretrained
 from florence_jax.tasks import create_task
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.tools import index as tool
-from florence_jax.train.pretrained import load_parameters, save_pretrained
-from florence_jax.train.sharding import make_mesh
 
 
 def split_file(path, sentences=6):
@@ -193,7 +195,7 @@ def test_the_page_shows_pictures_by_name_whatever_came_and_went(tmp_path):
     keys = [f"{name}.png" for name in "bcd"]
     index = tool.Index(np.eye(3, dtype=np.float32), keys, {"images": str(tmp_path), "rows": [0, 1, 2]})
     source = FolderSource(str(tmp_path), [{"key": key, "caption": ""} for key in keys])
-    red, blue = thumbnail(source, 0), thumbnail(source, 2)
+    red, blue = record_thumbnail(source, 0), record_thumbnail(source, 2)
     Image.new("RGB", (64, 64), "black").save(tmp_path / "a.png")
     (tmp_path / "c.png").unlink()
     query = [Example("x", None, True)]

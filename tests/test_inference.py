@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from florence_jax.data.sources import open_source
+from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
-from florence_jax.inference import Florence
+from florence_jax.inference.florence import Florence
+from florence_jax.params.weights import save_pretrained
 from florence_jax.tasks.encoder import Encoder
-from florence_jax.train.pretrained import save_pretrained
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "colab.ipynb"
 NAMES = ["a red thing", "something blue", "grey"]

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from tiny_run import TINY_FLAGS, tiny_config, tiny_pairs
 
-from florence_jax.data.sources import open_source, write_array_record
+from florence_jax.data.sources.array_record import write_array_record
+from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 from florence_jax.tasks import create_task
 from florence_jax.tasks.pretrain import Pretrain
@@ -136,7 +137,7 @@ def test_parameters_can_start_from_another_run(finished, pairs, tmp_path):
     task = create_task(config)
     assert run(config, task, tmp_path) == 0
     # Without a learning rate the run ends where it began: at the other run's last parameters.
-    from florence_jax.train.checkpoint import Checkpoints
+    from florence_jax.params.checkpoint import Checkpoints
 
     target = {"params": jax.eval_shape(task.init, jax.random.key(0))}
     target = jax.tree.map(

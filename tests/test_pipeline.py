@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
 from florence_jax.data.captions import CaptionIndex
+from florence_jax.data.ops.captions import caption_strings
 from florence_jax.data.pipeline import (
     MAX_BAD_IN_A_ROW,
     Stream,
@@ -25,8 +26,10 @@ from florence_jax.data.pipeline import (
     to_global,
     train_stream,
 )
-from florence_jax.data.sources import BadRecord, FolderSource, open_source, write_array_record
-from florence_jax.data.transforms import caption_strings
+from florence_jax.data.records import BadRecord
+from florence_jax.data.sources.array_record import write_array_record
+from florence_jax.data.sources.catalog import open_source
+from florence_jax.data.sources.folder import FolderSource
 from florence_jax.errors import UserError
 
 OPS = (
@@ -248,7 +251,7 @@ def test_worker_processes_outlive_a_sigterm_but_not_the_trainer(tmp_path, end):
 import multiprocessing, os, signal
 from absl import flags
 from florence_jax.data.pipeline import train_stream
-from florence_jax.data.sources import open_source
+from florence_jax.data.sources.catalog import open_source
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()  # grain reads one
     stream = train_stream([open_source("emoji:new_names")], None, "keep(key)", {{}}, batch_size=4, seed=0, workers=1)
@@ -325,6 +328,7 @@ def test_missing_files_of_a_folder(tmp_path):
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------
+
 
 EVAL_OPS = "decode|resize(8)|center_crop(8)|caption|label|tokenize"
 

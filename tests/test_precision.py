@@ -10,9 +10,9 @@ from configs.pretrain import get_config
 from florence_jax.errors import UserError
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import layers
+from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks import pretrain
 from florence_jax.train.optim import make_optimizer
-from florence_jax.train.sharding import make_mesh
 
 SIZES = dict(
     res=32, image_width=16, depths=(2, 4), heads=(1, 2), window=4, drop_path=0.2, text_width=16, text_layers=3,

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression as Theirs
 
-from florence_jax.data.labelled import ArraySource, Labelled, open_labelled
+from florence_jax.data.records import ArraySource
+from florence_jax.data.sources.labelled import Labelled, open_labelled
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Embedder
-from florence_jax.evaluators.logistic import Fits, LogisticRegression, objective, sklearn_weights
+from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.probe import LinearProbe, grid_c, hold_out, score, search_c
-from florence_jax.tools import bench
-from florence_jax.train.sharding import make_mesh
+from florence_jax.evaluators.solvers.logistic import Fits, LogisticRegression, objective, sklearn_weights
+from florence_jax.params.sharding import make_mesh
+from florence_jax.tools.bench import __main__ as bench
 
 CS = [1e2, 1e-6, 1e-2, 1.0]
 MESH = make_mesh(-1, 1)

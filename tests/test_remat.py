@@ -7,6 +7,7 @@ import pytest
 
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import florence
+from florence_jax.models.layers import REMATS
 
 # A scanned stage and an unrolled text tower; many heads, so that attention's weights outweigh its inputs.
 SIZES = dict(
@@ -42,7 +43,7 @@ def plain():
     return compiled, params, compiled(params, *inputs())
 
 
-@pytest.mark.parametrize("remat", [name for name in florence.REMATS if name != "none"])
+@pytest.mark.parametrize("remat", [name for name in REMATS if name != "none"])
 def test_same_numbers_and_less_memory(plain, remat):
     compiled, params, (loss, grads) = plain
     rematerialised, _ = compile_gradient(remat)

@@ -7,14 +7,8 @@ import pytest
 
 from florence_jax.errors import UserError
 from florence_jax.evaluators import retrieval
-from florence_jax.evaluators.retrieval import (
-    positive_ranks,
-    positive_ranks_reference,
-    recall_chance,
-    recalls,
-    retrieval_chance,
-    two_way_recalls,
-)
+from florence_jax.evaluators.metrics import recall_chance, recalls, retrieval_chance
+from florence_jax.evaluators.retrieval import positive_ranks, positive_ranks_reference, two_way_recalls
 
 
 def unit(rng, *shape):

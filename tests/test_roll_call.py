@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Stands for a training process: starts its watcher, prints what it says, leaves with 69 when told.
 TRAINER = """
 import os, subprocess, sys
-command = [sys.executable, "-m", "florence_jax.train.roll_call", *sys.argv[1:]]
+command = [sys.executable, "-m", "florence_jax.jobs.roll_call", *sys.argv[1:]]
 watcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 print(watcher.pid, flush=True)
 for word in watcher.stdout:

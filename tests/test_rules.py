@@ -6,8 +6,8 @@ import pytest
 
 from florence_jax.errors import UserError
 from florence_jax.models import florence
+from florence_jax.params.rules import match_rules, path_string
 from florence_jax.train.optim import DECAY_RULES
-from florence_jax.train.rules import match_rules, path_string
 
 TREE = {"a": {"kernel": 1, "bias": 2}, "b": {"kernel": 3}}
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from florence_jax.errors import UserError
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import florence
-from florence_jax.train.sharding import (
+from florence_jax.params.sharding import (
     batch_sharding,
     make_mesh,
     param_shardings,

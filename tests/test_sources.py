@@ -12,7 +12,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from florence_jax.data.sources import BadRecord, open_mixture, open_source, write_array_record
+from florence_jax.data.records import BadRecord
+from florence_jax.data.sources.array_record import write_array_record
+from florence_jax.data.sources.catalog import open_mixture, open_source
 from florence_jax.errors import UserError
 
 

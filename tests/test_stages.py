@@ -9,13 +9,13 @@ from tiny_run import TINY_MODEL, tiny_pairs
 
 from configs.pretrain import STAGES, get_config
 from florence_jax.errors import UserError
-from florence_jax.models.coswin import resize_bias_tables
-from florence_jax.models.florence import VARIANTS
+from florence_jax.models.resize import resize_bias_tables
+from florence_jax.models.sizes import VARIANTS
+from florence_jax.params.checkpoint import Checkpoints
+from florence_jax.params.rules import path_string
+from florence_jax.params.weights import load_optimizer
 from florence_jax.tasks import create_task
-from florence_jax.train.checkpoint import Checkpoints
 from florence_jax.train.loop import Trainer, run
-from florence_jax.train.pretrained import load_optimizer
-from florence_jax.train.rules import path_string
 
 
 def stage_config(stage, data, **changes):

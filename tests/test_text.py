@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from florence_jax.data.sources import open_source
-from florence_jax.data.templates import TEMPLATE_SETS, TEMPLATES, template_set
-from florence_jax.data.text import ClipTokenizer, apply_prompt, class_prompts, load_tokenizer
+from florence_jax.data.prompts import TEMPLATE_SETS, TEMPLATES, apply_prompt, class_prompts, template_set
+from florence_jax.data.sources.catalog import open_source
+from florence_jax.data.tokenizers import ClipTokenizer, load_tokenizer
 from florence_jax.errors import UserError
 from florence_jax.tools import train_tokenizer
 
@@ -237,6 +237,7 @@ def test_shipped_model_is_reproducible(shipped, tmp_path):
 
 
 # -- training ---------------------------
+
 
 LINES = [f"{a} {b}" for a in ("red", "green", "blue", "Small", "large") for b in ("circle", "square", "cat", "dog")]
 

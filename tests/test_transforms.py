@@ -9,10 +9,11 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from florence_jax.data.captions import CaptionIndex
-from florence_jax.data.registry import OPS
-from florence_jax.data.sources import BadRecord
-from florence_jax.data.text import load_tokenizer
-from florence_jax.data.transforms import caption_strings, parse_ops
+from florence_jax.data.ops.captions import caption_strings
+from florence_jax.data.ops.parse import parse_ops
+from florence_jax.data.ops.registry import OPS
+from florence_jax.data.records import BadRecord
+from florence_jax.data.tokenizers import load_tokenizer
 from florence_jax.errors import UserError
 
 TEMPLATES = ("a photo of a {}.", "the {}")
@@ -354,6 +355,7 @@ def test_image_op_before_decode():
 
 
 # -- captions ---------------------------------------------------------------------------------------------------------
+
 
 RECORD = {
     "key": "k",

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from florence_jax.losses.unicl import unicl, unicl_sharded
-from florence_jax.train.sharding import BATCH_AXES, make_mesh
+from florence_jax.params.sharding import BATCH_AXES, make_mesh
 
 
 def problem(size, dim, classes, seed=0):

@@ -9,9 +9,11 @@ import pytest
 from golden import clip_shapes, fill, random_params, sinx
 
 from florence_jax.errors import UserError
-from florence_jax.models.florence import build, forward_flops, parameter_count
-from florence_jax.models.vit import ViT, resize_position_embedding
-from florence_jax.tools.import_torch import convert
+from florence_jax.models.flops import forward_flops
+from florence_jax.models.florence import build, parameter_count
+from florence_jax.models.resize import resize_position_embedding
+from florence_jax.models.vit import ViT
+from florence_jax.tools.import_torch.__main__ import convert
 
 IMAGE = sinx(0.013, 1, 3, 24, 24).transpose(0, 2, 3, 1)
 IDS = jnp.array([[18, 5, 7, 19, 0, 0], [18, 3, 19, 19, 19, 19]])

@@ -12,8 +12,8 @@ from tiny_run import tiny_config, tiny_pairs
 
 from florence_jax import main as entry
 from florence_jax.command_line import parse_flags
+from florence_jax.params.checkpoint import Checkpoints
 from florence_jax.tasks import create_task
-from florence_jax.train.checkpoint import Checkpoints
 from florence_jax.train.loop import write_config
 
 COLOURS = {"red_things": (220, 40, 30), "green_things": (40, 190, 60), "blue_things": (30, 60, 220), "grey": (128,) * 3}

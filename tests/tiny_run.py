@@ -1,7 +1,8 @@
 """The smallest real run of configs/pretrain.py: one stage, one text layer, a slice of the embedded pairs."""
 
 from configs.pretrain import get_config
-from florence_jax.data.sources import open_source, write_array_record
+from florence_jax.data.sources.array_record import write_array_record
+from florence_jax.data.sources.catalog import open_source
 
 TINY_MODEL = {"image_width": 8, "depths": (2,), "text_width": 16, "text_layers": 1, "text_heads": 2, "projection": 16}
 TINY_FLAGS = [

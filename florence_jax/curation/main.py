@@ -15,8 +15,8 @@ from absl import app, flags, logging
 from florence_jax.command_line import CONFIG, WORKDIR, fail, no_more_arguments, parse_flags
 from florence_jax.curation.driver import curate
 from florence_jax.curation.sample import SOURCES, build_sample
-from florence_jax.curation.table import read_json, write_json
 from florence_jax.errors import UserError
+from florence_jax.files import read_json, write_json
 
 _INPUT = flags.DEFINE_string("input", None, "Raw pairs: NAME=PATH, several joined by '|'; default: config.inputs.")
 _RUNNER = flags.DEFINE_string("runner", "DirectRunner", "Beam runner.")

@@ -30,12 +30,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from florence_jax.curation.table import write_bytes, write_file, write_json
-from florence_jax.data.sources import open_source, write_array_record
+from florence_jax.data.sources.array_record import write_array_record
+from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
+from florence_jax.files import write_bytes, write_file, write_json
 
 Row = dict[str, Any]
-
 SOURCES = ("web", "crawl", "folder", "records")
 GOOD = 1100  # pairs without a fault
 BENCHMARK = 24  # pictures of the benchmark

@@ -7,18 +7,18 @@ where the data set's own label is fit for a prompt; lines that start with '#' ar
 
 import importlib.resources
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from florence_jax.data.captions import normalise_caption
-from florence_jax.data.labelled import READERS, Labelled, NearestVehicle, open_labelled
-from florence_jax.data.registry import Example, Op, key_of, op
-from florence_jax.data.sources import BadRecord, Record, Source, open_source
-from florence_jax.data.templates import TEMPLATE_SETS, template_set
-from florence_jax.data.text import class_prompts
+from florence_jax.data.ops.registry import key_of
+from florence_jax.data.prompts import TEMPLATE_SETS, class_prompts, template_set
+from florence_jax.data.records import BadRecord, Source, Subset
+from florence_jax.data.sources.catalog import open_source
+from florence_jax.data.sources.labelled import READERS, Labelled, NearestVehicle, open_labelled
 from florence_jax.errors import UserError
 
 # What a data set is scored by, where that is not the share of right answers (CLIP, Radford et al. 2021, table 9).
@@ -284,72 +284,6 @@ def choose_templates(spec: str, dataset: str) -> tuple[str, ...]:
     lines = [line.strip() for line in epath.Path(spec).read_text().splitlines() if line.strip()]
     class_prompts("name", lines)  # raises for a template without its slot
     return tuple(lines)
-
-
-@op("class_label")
-class ClassLabel(Op):
-    """Adds "label": the class number by context["classes"] (a `ClassIndex`), see `ClassIndex.target`."""
-
-    def __init__(self, context: Mapping[str, Any]):
-        if context.get("classes") is None:
-            raise UserError("needs 'classes' in the context")
-        self.classes = context["classes"]
-
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Replaces the label."""
-        return example | {"label": self.classes.target(example)}
-
-
-@op("class_prompt")
-class ClassPrompt(Op):
-    """Replaces the caption by a random one of context["templates"] around a random name of the example's class.
-
-    Goes after `class_label`. Unlike `prompt`, it is for names of any length (UniCL; Florence section 4.3).
-    """
-
-    random = True
-
-    def __init__(self, context: Mapping[str, Any]):
-        if context.get("classes") is None or not context.get("templates"):
-            raise UserError("needs 'classes' and 'templates' in the context")
-        self.names, self.templates = context["classes"].names, tuple(context["templates"])
-
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Replaces the caption."""
-        names = self.names[int(example["label"])]
-        template = self.templates[int(rng.integers(len(self.templates)))]
-        (prompt,) = class_prompts(names[int(rng.integers(len(names)))], (template,))
-        return example | {"caption": prompt}
-
-
-# -- parts of a source ------------------------------------------------------------------------------------------------
-
-
-class Subset:
-    """Some records of a source, in the given order; a `Source`.
-
-    Args:
-      source: random access. rows: of the source. name: for messages.
-    """
-
-    def __init__(self, source: Source, rows: np.ndarray, name: str):
-        self.name = name
-        self._source, self._rows = source, np.asarray(rows, np.int64)
-        self.class_names = tuple(getattr(source, "class_names", ()))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Record:
-        return self._source[int(self._rows[index])]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
-        return self._source.__getitems__([int(self._rows[i]) for i in indices])
-
-    def metadata(self) -> Iterator[Record]:
-        """Of the chosen records, in their order."""
-        rows = list(self._source.metadata())
-        return (rows[i] for i in self._rows)
 
 
 def all_targets(source: Source, classes: ClassIndex) -> np.ndarray:

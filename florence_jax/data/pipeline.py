@@ -17,16 +17,15 @@ import grain
 import numpy as np
 from absl import logging
 
-from florence_jax.data.registry import Op
-from florence_jax.data.sources import BadRecord, Record, Source
-from florence_jax.data.transforms import Caption, Texts, parse_ops
+from florence_jax.data.ops.captions import Caption, Texts
+from florence_jax.data.ops.parse import parse_ops
+from florence_jax.data.ops.registry import Op
+from florence_jax.data.records import BadRecord, Record, Source
 from florence_jax.errors import UserError
 
 if TYPE_CHECKING:
     import jax
-
 Batch = dict[str, np.ndarray]
-
 POLICIES = ("skip", "error")
 # Bad neighbours tried for one example; more means that something is wrong with the source, not with single records.
 MAX_BAD_IN_A_ROW = 100

@@ -3,22 +3,31 @@
 import html
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
 from absl import logging
 from PIL import Image
 
 from florence_jax.data.classes import ClassIndex
-from florence_jax.data.sources import Source
+from florence_jax.data.records import Source, record_thumbnail
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Embedder
-from florence_jax.evaluators.report import Example, data_uri, matches_html, thumbnail
+from florence_jax.evaluators.metrics import (
+    METRIC_NAMES,
+    TOP,
+    Answers,
+    answers,
+    average_precisions,
+    class_targets,
+    confusion_matrix,
+    mean_per_class,
+    roc_auc,
+)
+from florence_jax.evaluators.predictor import Embedder
+from florence_jax.page import Example, matches_html
+from florence_jax.pictures import data_uri
 
-METRIC_NAMES = ("top1", "mean_per_class", "voc_map", "roc_auc")
-TOP = 5
 SCORE_ROWS = 4096
 # Below this many standard errors above chance, a number is called near chance.
 NEAR_CHANCE = 2.0
@@ -28,106 +37,6 @@ HINT = (
     "that the class names belong to the labels, the weights and the tokenizer to each other, and that --config.init is "
     "of a trained model"
 )
-
-
-class Answers(NamedTuple):
-    """What a classifier answered; N images, K classes.
-
-    Attributes:
-      labels: int (N,), the right classes.
-      ranks: int (N,), wrong classes scored at least as high as the right one.
-      top: int (N, min(5, K)), classes by score, best first; the right one stands at its rank.
-    """
-
-    labels: np.ndarray
-    ranks: np.ndarray
-    top: np.ndarray
-
-
-def answers(score_chunks: Iterable[np.ndarray], labels: np.ndarray) -> Answers:
-    """Ranks the classes of each image.
-
-    Ties count against the classifier, as in `retrieval.positive_ranks`: one that scores all classes alike is never
-    right.
-
-    Args:
-      score_chunks: float (n, K) arrays, N rows together.
-      labels: int (N,).
-    """
-    ranks, tops, start = [], [], 0
-    for scores in score_chunks:
-        rows = np.arange(len(scores))
-        right = labels[start : start + len(scores)]
-        own = scores[rows, right]
-        rank = (scores >= own[:, None]).sum(1) - 1
-        # The right class goes behind all that tie with it.
-        order = np.argsort(
-            -np.where(np.arange(scores.shape[1])[None] == right[:, None], -np.inf, scores), kind="stable"
-        )
-        place = np.arange(min(TOP, scores.shape[1]))[None]
-        behind = np.take_along_axis(order, np.maximum(place - (place > rank[:, None]), 0), axis=1)
-        tops.append(np.where(place == rank[:, None], right[:, None], behind))
-        ranks.append(rank)
-        start += len(scores)
-    return Answers(labels, np.concatenate(ranks), np.concatenate(tops))
-
-
-def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
-    """int (K, K): how many images of class (row) were called class (column)."""
-    flat = np.bincount(labels.astype(np.int64) * classes + predictions, minlength=classes * classes)
-    return flat.reshape(classes, classes)
-
-
-def mean_per_class(confusion: np.ndarray) -> float:
-    """Mean over the classes that have images of the share of them that was recognised."""
-    counts = confusion.sum(1)
-    return float((np.diag(confusion)[counts > 0] / counts[counts > 0]).mean())
-
-
-def voc_average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
-    """11-point interpolated average precision of one class (VOC 2007; Everingham et al. 2010, section 4.2).
-
-    Equal scores are one step of the curve, so that the order of the images does not matter.
-
-    Args:
-      scores: float (N,).
-      targets: int (N,), 1, 0, or negative for images that are not judged.
-
-    Returns:
-      The mean over recall 0, 0.1, ... 1 of the highest precision at that recall or more; nan without a positive.
-    """
-    judged = targets >= 0
-    scores, targets = scores[judged], targets[judged] > 0
-    if not targets.any():
-        return math.nan
-    order = np.argsort(-scores, kind="stable")
-    found = np.cumsum(targets[order])
-    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # the end of each group of equal scores
-    recall, precision = found[last] / found[-1], found[last] / (last + 1)
-    points = np.arange(11)[:, None] / 10
-    return float(np.where(recall[None] >= points - 1e-12, precision[None], 0).max(1).mean())
-
-
-def class_targets(labels: np.ndarray, classes: int) -> np.ndarray:
-    """int8 (N, K) of 1, 0 and -1 (not judged), from class numbers (N,) or what is in that form already."""
-    if labels.ndim == 2:
-        return labels
-    return (labels[:, None] == np.arange(classes)[None]).astype(np.int8)
-
-
-def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """`voc_average_precision` of every class: float64 (K,); nan for a class without a positive."""
-    return np.array([voc_average_precision(scores[:, k], targets[:, k]) for k in range(targets.shape[1])])
-
-
-def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Chance that a positive scores above a negative, ties counting half; nan if either is missing."""
-    positives, negatives = int(positive.sum()), int((~positive).sum())
-    if not positives or not negatives:
-        return math.nan
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    middle = np.cumsum(counts) - (counts - 1) / 2  # mean rank, from 1, of each distinct score
-    return float((middle[place][positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 class Score(NamedTuple):
@@ -320,12 +229,6 @@ class Classification:
         return self._judge.report
 
 
-def softmax(scores: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
-    powers = np.exp(scores - scores.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
-
-
 # -- report -----------------------------------------------------------------------------------------------------------
 
 
@@ -398,84 +301,7 @@ def examples_html(
         lines = []
         for i in chosen:
             right = int(given.labels[i])
-            query = Example(names[right], thumbnail(source, int(index[i])) or None, True)
+            query = Example(names[right], record_thumbnail(source, int(index[i])) or None, True)
             lines.append((query, [Example(names[k], None, bool(k == right)) for k in given.top[i]]))
         body += matches_html(f"{title}: {what} answers", lines)
     return body
-
-
-class Interpolated:
-    """Weight-space ensembling (WiSE-FT, Wortsman et al. 2022): evaluates (1 - alpha) initial + alpha fine-tuned.
-
-    Args:
-      evaluator: what to run on the interpolated parameters.
-      initial: called with the fine-tuned parameters, gives the initial ones on the same devices.
-      alpha: share of the fine-tuned parameters.
-    """
-
-    def __init__(self, evaluator: Any, initial: Callable[[Any], Any], alpha: float):
-        self.name = evaluator.name
-        self._evaluator, self._initial, self._alpha = evaluator, initial, alpha
-
-    @property
-    def chance(self) -> Mapping[str, float]:
-        """Of the evaluator."""
-        return self._evaluator.chance
-
-    def run(self, params: Any) -> dict[str, float]:
-        """The evaluator's results on the interpolated parameters."""
-        return self._evaluator.run(interpolate(self._initial(params), params, self._alpha))
-
-    def report(self) -> list[str]:
-        """The evaluator's."""
-        return self._evaluator.report()
-
-
-def interpolate(start: Any, end: Any, alpha: float) -> Any:
-    """(1 - alpha) start + alpha end, leaf by leaf."""
-    return jax.tree.map(lambda a, b: (1 - alpha) * a + alpha * b, start, end)
-
-
-class Forgetting:
-    """Zero-shot accuracy on another set before and after fine-tuning: warns where it dropped.
-
-    Results: 'before', 'now' and 'drop' of the inner evaluator's metric.
-
-    Args:
-      evaluator: zero-shot classification on a set that is not fine-tuned on.
-      initial: as for `Interpolated`; evaluated once.
-      threshold: drop above which it warns.
-    """
-
-    def __init__(self, evaluator: Classification, initial: Callable[[Any], Any], threshold: float):
-        self.name = evaluator.name
-        self._evaluator, self._initial, self._threshold = evaluator, initial, threshold
-        self._before: float | None = None
-        self._warning = ""
-
-    @property
-    def chance(self) -> Mapping[str, float]:
-        """Of the numbers before and now."""
-        level = self._evaluator.chance.get(self._evaluator.metric)
-        return {} if level is None else {"before": level, "now": level}
-
-    def run(self, params: Any) -> dict[str, float]:
-        """See the class."""
-        metric = self._evaluator.metric
-        if self._before is None:
-            self._before = self._evaluator.run(self._initial(params))[metric]
-        now = self._evaluator.run(params)[metric]
-        drop = self._before - now
-        self._warning = ""
-        if drop > self._threshold:
-            self._warning = (
-                f"{self.name}: zero-shot {metric} fell from {self._before:.3f} to {now:.3f}, more than "
-                f"{self._threshold:g}: fine-tuning forgets. Lower the learning rate or the number of epochs, lower "
-                "config.optim.layer_decay, or interpolate with the initial weights (config.wise_ft)"
-            )
-            logging.warning("%s", self._warning)
-        return {"before": self._before, "now": now, "drop": drop}
-
-    def report(self) -> list[str]:
-        """The warning, if there is one."""
-        return [f'<p class="warning">{html.escape(self._warning)}</p>'] if self._warning else []

@@ -4,18 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from florence_jax.data.sources import EMOJI_SPLITS, open_source
-from florence_jax.data.templates import TEMPLATES
-from florence_jax.evaluators.base import Embedder
-from florence_jax.evaluators.report import thumbnail
-from florence_jax.evaluators.retrieval import (
-    matches_report,
-    positive_ranks,
-    recall_chance,
-    recalls,
-    retrieval_chance,
-    two_way_recalls,
-)
+from florence_jax.data.prompts import TEMPLATES
+from florence_jax.data.records import record_thumbnail
+from florence_jax.data.sources.catalog import EMOJI_SPLITS, open_source
+from florence_jax.evaluators.metrics import recall_chance, recalls, retrieval_chance
+from florence_jax.evaluators.predictor import Embedder
+from florence_jax.evaluators.retrieval import matches_report, positive_ranks, two_way_recalls
 from florence_jax.evaluators.zero_shot import class_embeddings
 
 # Names have few words each but there are many of them: seven prompts a name, chosen before any was tried.
@@ -78,7 +72,7 @@ class EmojiSplit:
         results = {"group_top1": float((group_ranks == 0).mean()), "name_top1": float((name_ranks == 0).mean())}
         results |= recalls(name_ranks, "name_", (5, 10))
         results |= two_way_recalls(images, texts, self._name_ids, present)
-        pictures = [thumbnail(self._source, i) for i in range(len(self._source))]
+        pictures = [record_thumbnail(self._source, i) for i in range(len(self._source))]
         self._report = [matches_report(self.name, images, pictures, self._name_ids, names, self._names)]
         return results
 

@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from florence_jax.data.labelled import Labelled
+from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.pipeline import to_global
-from florence_jax.data.sources import BadRecord
-from florence_jax.data.transforms import parse_ops
+from florence_jax.data.records import BadRecord, record_thumbnail
+from florence_jax.data.sources.labelled import Labelled
 from florence_jax.errors import UserError
-from florence_jax.evaluators.adapt import Recipe, adapt_and_classify, embed_cached, embed_images
-from florence_jax.evaluators.base import COMPILED, Embedder, Predict
-from florence_jax.evaluators.report import Example, curve, matches_html, thumbnail
-from florence_jax.train.sharding import batch_sharding, place, replicated
+from florence_jax.evaluators.predictor import COMPILED, Embedder, Predict
+from florence_jax.evaluators.solvers.adapt import Recipe, adapt_and_classify, embed_cached, embed_images
+from florence_jax.page import Example, curve, matches_html
+from florence_jax.params.sharding import batch_sharding, place, replicated
 
 MODES = ("head", "backbone")
 HEAD_LANES = 64
@@ -278,6 +278,6 @@ class FewShot:
         episode, source = next(iter(self._samplers.values()))(0), self._data.source
         lines = []
         for k, rows in zip(episode.classes, episode.support, strict=True):
-            pictures = [Example("", thumbnail(source, int(row)) or None, True) for row in rows[:PICTURES]]
+            pictures = [Example("", record_thumbnail(source, int(row)) or None, True) for row in rows[:PICTURES]]
             lines.append((Example(self._data.names[int(k)], None, True), pictures))
         return matches_html(f"{self.name}: examples of the first episode", lines, judged=False)

@@ -16,19 +16,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from florence_jax.data.labelled import Labelled
+from florence_jax.data.sources.labelled import Labelled
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Embedder
-from florence_jax.evaluators.classification import (
-    Judge,
-    average_precisions,
-    class_targets,
-    confusion_matrix,
-    mean_per_class,
-    roc_auc,
-)
-from florence_jax.evaluators.logistic import Fits, LogisticRegression, objective, sklearn_weights
-from florence_jax.evaluators.report import curve
+from florence_jax.evaluators.classification import Judge
+from florence_jax.evaluators.metrics import average_precisions, class_targets, confusion_matrix, mean_per_class, roc_auc
+from florence_jax.evaluators.predictor import Embedder
+from florence_jax.evaluators.solvers.logistic import Fits, LogisticRegression, objective, sklearn_weights
+from florence_jax.page import curve
 
 STEPS_PER_DECADE, DECADES = 8, 6
 COARSE = 2 * STEPS_PER_DECADE

@@ -12,13 +12,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from florence_jax.data.captions import CaptionIndex, normalise_caption
-from florence_jax.data.sources import Record, Source
+from florence_jax.data.records import Record, Source, record_thumbnail
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Embedder
-from florence_jax.evaluators.report import Example, matches_html, thumbnail
-from florence_jax.train.sharding import place
+from florence_jax.evaluators.metrics import recalls, retrieval_chance
+from florence_jax.evaluators.predictor import Embedder
+from florence_jax.page import Example, matches_html
+from florence_jax.params.sharding import place
 
-KS = (1, 5, 10)
 QUERY_CHUNK = 1024
 TARGET_TILE = 16384
 CAPTIONS_PER_IMAGE = 5
@@ -106,34 +106,6 @@ def positive_ranks(
     return np.concatenate(ranks)
 
 
-def recalls(ranks: np.ndarray, prefix: str, ks: Sequence[int] = KS) -> dict[str, float]:
-    """{'<prefix>r@<k>': share of queries with rank < k}."""
-    return {f"{prefix}r@{k}": float((ranks < k).mean()) for k in ks}
-
-
-def recall_chance(right: np.ndarray, total: int, k: int) -> float:
-    """Expected recall@k of a random order, mean over queries with `right[q]` right ones among `total` targets.
-
-    One minus the chance that k draws without replacement are all wrong.
-    """
-    wrong = total - right.astype(np.float64)
-    missed = np.ones_like(wrong)
-    for i in range(min(k, total)):
-        missed *= np.maximum(wrong - i, 0) / (total - i)
-    return float((1 - missed).mean())
-
-
-def retrieval_chance(image_ids: np.ndarray, text_ids: np.ndarray) -> dict[str, float]:
-    """Chance levels of `two_way_recalls` for the ids of its images and texts."""
-    chance = {}
-    for prefix, queries, targets in (("i2t_", image_ids, text_ids), ("t2i_", text_ids, image_ids)):
-        values, counts = np.unique(targets, return_counts=True)
-        place = np.searchsorted(values, queries).clip(max=len(values) - 1)
-        right = np.where(values[place] == queries, counts[place], 0)
-        chance |= {f"{prefix}r@{k}": recall_chance(right, len(targets), k) for k in KS}
-    return chance
-
-
 def two_way_recalls(
     images: np.ndarray, texts: np.ndarray, image_ids: np.ndarray, text_ids: np.ndarray
 ) -> dict[str, float]:
@@ -176,7 +148,7 @@ class Retrieval:
         present = np.unique(images["label"])
         results = two_way_recalls(images["embedding"], texts[present], images["label"], present)
         self.chance = retrieval_chance(images["label"], present)
-        pictures = [thumbnail(self._source, int(i)) for i in images["index"][:MAX_PICTURES]]
+        pictures = [record_thumbnail(self._source, int(i)) for i in images["index"][:MAX_PICTURES]]
         self._report = [
             matches_report(
                 self.name, images["embedding"][: len(pictures)], pictures, images["label"], texts, self._captions
@@ -237,7 +209,7 @@ class CaptionRetrieval:
         used = np.isin(self._owners, images["index"])
         results = two_way_recalls(images["embedding"], texts[used], images["index"], self._owners[used])
         self.chance = retrieval_chance(images["index"], self._owners[used])
-        pictures = [thumbnail(self._source, int(i)) for i in images["index"][:MAX_PICTURES]]
+        pictures = [record_thumbnail(self._source, int(i)) for i in images["index"][:MAX_PICTURES]]
         # In the grids each image stands for its first caption.
         first = np.searchsorted(self._owners, images["index"][: len(pictures)])
         names, ids = [self._captions[i] for i in first], np.arange(len(first))

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from florence_jax.data.classes import ClassIndex
-from florence_jax.data.sources import Source
-from florence_jax.data.text import class_prompts
-from florence_jax.evaluators.base import Embedder
-from florence_jax.evaluators.classification import Classification, softmax
+from florence_jax.data.prompts import class_prompts
+from florence_jax.data.records import Source
+from florence_jax.evaluators.classification import Classification
+from florence_jax.evaluators.metrics import softmax
+from florence_jax.evaluators.predictor import Embedder
 
 # Of the softmax behind VOC's ranking of images by class (CLIP's learned maximum); no other metric depends on it.
 LOGIT_SCALE = 100.0

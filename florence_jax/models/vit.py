@@ -7,10 +7,8 @@ LayerNorm before the first block, and the class token's state after a last Layer
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from florence_jax.errors import UserError
-from florence_jax.models.coswin import bicubic_matrix
 from florence_jax.models.layers import Dtype, LayerNorm, attention_core, constrain, convolve, remat_module
 from florence_jax.models.text import TextBlock
 
@@ -125,28 +123,3 @@ def check_patches(res: int, patch_size: int) -> None:
     """Raises `UserError` unless `res` divides by `patch_size`."""
     if patch_size < 1 or res < 1 or res % patch_size:
         raise UserError(f"res={res} does not divide by patch_size={patch_size}: choose a multiple of it")
-
-
-def resize_position_embedding(table: np.ndarray, side: int) -> np.ndarray:
-    """Position embeddings of a ViT for another number of patches.
-
-    The class token's row is kept; the others, a square map, are resized by PyTorch's bicubic interpolation without
-    antialiasing.
-
-    Args:
-      table: (1 + n * n, W).
-      side: new patches per side.
-
-    Returns:
-      float32 (1 + side * side, W).
-
-    Raises:
-      UserError: a table that is not a class token and a square map.
-    """
-    old = round(max(len(table) - 1, 0) ** 0.5)
-    if old < 1 or old * old != len(table) - 1:
-        raise UserError(f"position embeddings of shape {table.shape} are not a class token and a square map")
-    grid = np.asarray(table[1:], np.float64).reshape(old, old, -1)
-    matrix = bicubic_matrix(old, side)
-    grid = np.einsum("iy,jx,yxc->ijc", matrix, matrix, grid).reshape(side * side, -1)
-    return np.concatenate([table[:1], grid]).astype(np.float32)

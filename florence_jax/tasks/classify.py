@@ -23,20 +23,22 @@ from florence_jax.data.classes import (
     open_images,
     shipped_class_names,
 )
+from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.pipeline import train_stream
-from florence_jax.data.sources import Source
-from florence_jax.data.transforms import parse_ops
+from florence_jax.data.records import Source
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Embedder, Evaluator
-from florence_jax.evaluators.classification import Classification, Forgetting, Interpolated, check_metric
+from florence_jax.evaluators.base import Evaluator
+from florence_jax.evaluators.classification import Classification, check_metric
 from florence_jax.evaluators.fewshot import FewShot, flip_pair
+from florence_jax.evaluators.finetuning import Forgetting, Interpolated
+from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.probe import LinearProbe
 from florence_jax.evaluators.zero_shot import ZeroShot, class_embeddings
 from florence_jax.losses.unicl import unicl
-from florence_jax.models import florence
+from florence_jax.models.flops import forward_flops
+from florence_jax.params.layer_decay import layer_decay_rules
 from florence_jax.tasks.encoder import Encoder, record_model, set_epochs
 from florence_jax.tasks.pretrain import LOGIT_SCALE_RANGE
-from florence_jax.train.layer_decay import layer_decay_rules
 
 TRAINED = ("finetune_unicl", "finetune_linear")
 PROTOCOLS = ("zeroshot", "probe", "fewshot", *TRAINED)
@@ -64,7 +66,7 @@ class Classify:
         if self.linear:
             self.predict["logits"] = self._logits
         self._embedders: dict[str, Embedder] = {}
-        flops = florence.forward_flops(self.encoder.model.config)
+        flops = forward_flops(self.encoder.model.config)
         self.flops_per_example = 3.0 * (flops["image"] + (0 if self.linear else flops["text"]))
         if self.trains:
             self._set_schedule()

@@ -1,21 +1,26 @@
 """The towers of a checkpoint folder, for tasks and tools that start from trained weights."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from florence_jax.data.text import Tokenizer
+from florence_jax.data.tokenizers import Tokenizer, load_tokenizer
 from florence_jax.errors import UserError
 from florence_jax.models import florence
 from florence_jax.models.layers import unit_norm
-from florence_jax.tasks.pretrain import build_model, normalise
-from florence_jax.train.pretrained import describe, load_parameters
-from florence_jax.train.sharding import param_shardings
+from florence_jax.models.sizes import VARIANTS, resolve_config
+from florence_jax.params.sharding import param_shardings
+from florence_jax.params.weights import describe, load_parameters
 
+# Channel statistics of ImageNet, in units of a full-scale pixel.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 WARMUP_SHARE = 0.1
 
 
@@ -23,10 +28,10 @@ class Encoder:
     """Image tower, and text tower where there is one, of a checkpoint folder.
 
     Args:
-      init: the folder, see `train.pretrained.describe`.
+      init: the folder, see `params.weights.describe`.
       overrides: fields of the model on top of the folder's, such as `res`; None leaves a field alone. Another `res`
         brings the variant's window for it.
-      tokenizer: see `data.text.load_tokenizer`; '' takes the one that the folder was trained with.
+      tokenizer: see `data.tokenizers.load_tokenizer`; '' takes the one that the folder was trained with.
       precision: compute dtype.
 
     Attributes:
@@ -45,7 +50,7 @@ class Encoder:
         self.description = describe(init)
         given = {name: value for name, value in (overrides or {}).items() if value is not None}
         base = dict(self.description.overrides)
-        if "res" in given and given["res"] != base.get("res", florence.VARIANTS[self.description.variant]["res"]):
+        if "res" in given and given["res"] != base.get("res", VARIANTS[self.description.variant]["res"]):
             base.pop("window", None)
         self.overrides = base | given
         self.tokenizer_spec = tokenizer or self.description.tokenizer
@@ -89,7 +94,7 @@ class Encoder:
         return {name: params[name] for name in self.description.towers if name in params}
 
     def load(self, like: Mapping[str, Any], new: tuple[str, ...] = ()) -> dict[str, Any]:
-        """The folder's parameters on the devices of `like`, see `train.pretrained.load_parameters`."""
+        """The folder's parameters on the devices of `like`, see `params.weights.load_parameters`."""
         return load_parameters(self.description.folder, like, (*new, *(() if "head" in like else ("head",))))
 
     def load_on(self, mesh: Mesh) -> dict[str, Any]:
@@ -145,3 +150,29 @@ def set_epochs(config: ConfigDict, count: int) -> None:
         config.eval.every = epoch
     config.log.every = max(min(config.log.every, config.total_steps // 10), 1)
     config.optim.warmup_steps = min(config.optim.warmup_steps, int(config.total_steps * WARMUP_SHARE))
+
+
+def normalise(image: jax.Array, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> jax.Array:
+    """uint8 (B, H, W, 3) on the device to float32 with mean 0 and deviation 1 per channel (default: of ImageNet)."""
+    scale = 1.0 / (255.0 * np.asarray(std, np.float32))
+    shift = -np.asarray(mean, np.float32) / np.asarray(std, np.float32)
+    return image.astype(jnp.float32) * scale[None, None, None] + shift[None, None, None]
+
+
+def build_model(config: ConfigDict) -> tuple[Tokenizer, florence.Model]:
+    """The tokenizer of `config.text` and the model of `config.model` that fits it.
+
+    The token embedding has the variant's number of rows, or the tokenizer's if that is larger. Where the end token is
+    not the largest id of the vocabulary (SentencePiece), 'eot' pooling becomes 'eos', which looks for its id.
+
+    Raises:
+      UserError: for an unknown variant, option or tokenizer.
+    """
+    sizes = {**config.model.overrides, "dtype": config.precision}
+    base = resolve_config(config.model.variant, **sizes)
+    tokenizer = load_tokenizer(config.text.tokenizer, base.text_length)
+    sizes["vocab_size"] = max(base.vocab_size, tokenizer.vocab_size)
+    sizes |= {"text_pad_id": tokenizer.pad_id, "text_eot_id": tokenizer.eot_id}
+    if base.text_pooling == "eot" and tokenizer.eot_id != tokenizer.vocab_size - 1:
+        sizes["text_pooling"] = "eos"
+    return tokenizer, florence.build(config.model.variant, **sizes)

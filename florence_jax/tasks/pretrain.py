@@ -11,52 +11,26 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from florence_jax.data.captions import CaptionIndex
+from florence_jax.data.ops.captions import caption_strings, parse_fields
+from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.pipeline import check_caption_fields, train_stream
-from florence_jax.data.sources import Source, open_mixture, open_source
-from florence_jax.data.templates import TEMPLATES
-from florence_jax.data.text import Tokenizer, load_tokenizer
-from florence_jax.data.transforms import caption_strings, parse_fields, parse_ops
+from florence_jax.data.prompts import TEMPLATES
+from florence_jax.data.records import Source
+from florence_jax.data.sources.catalog import open_mixture, open_source
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Embedder, Evaluator
+from florence_jax.evaluators.base import Evaluator
 from florence_jax.evaluators.emoji import EmojiSplit
+from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.retrieval import open_retrieval
 from florence_jax.losses.grad_cache import encode_pairs
 from florence_jax.losses.unicl import unicl, unicl_sharded
-from florence_jax.models import florence
-from florence_jax.train.pretrained import checkpoint_folder, load_parameters
-from florence_jax.train.sharding import ambient_batch_axes
+from florence_jax.models.flops import forward_flops
+from florence_jax.params.sharding import ambient_batch_axes
+from florence_jax.params.weights import checkpoint_folder, load_parameters
+from florence_jax.tasks.encoder import build_model, normalise
 
-# Channel statistics of ImageNet, in units of a full-scale pixel.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 # CLIP's bounds of the learned logit scale (the logarithm of the multiplier), applied after each update.
 LOGIT_SCALE_RANGE = (0.0, float(np.log(100.0)))
-
-
-def normalise(image: jax.Array, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> jax.Array:
-    """uint8 (B, H, W, 3) on the device to float32 with mean 0 and deviation 1 per channel (default: of ImageNet)."""
-    scale = 1.0 / (255.0 * np.asarray(std, np.float32))
-    shift = -np.asarray(mean, np.float32) / np.asarray(std, np.float32)
-    return image.astype(jnp.float32) * scale[None, None, None] + shift[None, None, None]
-
-
-def build_model(config: ConfigDict) -> tuple[Tokenizer, florence.Model]:
-    """The tokenizer of `config.text` and the model of `config.model` that fits it.
-
-    The token embedding has the variant's number of rows, or the tokenizer's if that is larger. Where the end token is
-    not the largest id of the vocabulary (SentencePiece), 'eot' pooling becomes 'eos', which looks for its id.
-
-    Raises:
-      UserError: for an unknown variant, option or tokenizer.
-    """
-    sizes = {**config.model.overrides, "dtype": config.precision}
-    base = florence.resolve_config(config.model.variant, **sizes)
-    tokenizer = load_tokenizer(config.text.tokenizer, base.text_length)
-    sizes["vocab_size"] = max(base.vocab_size, tokenizer.vocab_size)
-    sizes |= {"text_pad_id": tokenizer.pad_id, "text_eot_id": tokenizer.eot_id}
-    if base.text_pooling == "eot" and tokenizer.eot_id != tokenizer.vocab_size - 1:
-        sizes["text_pooling"] = "eos"
-    return tokenizer, florence.build(config.model.variant, **sizes)
 
 
 class Pretrain:
@@ -74,7 +48,7 @@ class Pretrain:
         for name in ("train_image_ops", "eval_image_ops"):
             config.data[name] = config.data[name].replace("{res}", str(self.model.config.res))
         self._captions = config.data.captions.split("|")  # the fields of each text of a picture
-        flops = florence.forward_flops(self.model.config)
+        flops = forward_flops(self.model.config)
         self.flops_per_example = 3.0 * (flops["image"] + len(self._captions) * flops["text"])
         self.predict = {"image": self._embed_image, "text": self._embed_text}
 

@@ -6,13 +6,15 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from florence_jax.data.sources import Source, open_mixture, open_source
+from florence_jax.data.records import Source
+from florence_jax.data.sources.catalog import open_mixture, open_source
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Embedder, Evaluator
+from florence_jax.evaluators.base import Evaluator
+from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.retrieval import open_retrieval
+from florence_jax.params.weights import checkpoint_folder, load_parameters
 from florence_jax.tasks.encoder import Encoder, record_model, set_epochs
 from florence_jax.tasks.pretrain import Pretrain
-from florence_jax.train.pretrained import checkpoint_folder, load_parameters
 
 
 class Retrieve(Pretrain):

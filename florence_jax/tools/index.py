@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from florence_jax.data.sources import IMAGE_SUFFIXES, BadRecord, FolderSource, ListSource, Source, open_source
+from florence_jax.data.records import BadRecord, ListSource, Source, record_thumbnail
+from florence_jax.data.sources.catalog import open_source
+from florence_jax.data.sources.folder import IMAGE_SUFFIXES, FolderSource
 from florence_jax.errors import UserError
-from florence_jax.evaluators.report import Example, matches_html, thumbnail, write_page
-from florence_jax.inference import Florence
+from florence_jax.inference.florence import Florence
+from florence_jax.page import Example, matches_html, write_page
 
 INDEX_FILE, EMBEDDINGS_FILE, KEYS_FILE = "index.json", "embeddings.npy", "keys.json"
 ROWS = 65536  # searched at once
@@ -156,9 +158,9 @@ def _pictures(index: Index) -> Callable[[int], str]:
     images, rows = index.info["images"], index.info["rows"]
     if _is_picture_folder(images):  # by name: files may have come and gone
         source = FolderSource(images, [{"key": key, "caption": ""} for key in index.keys])
-        return lambda i: thumbnail(source, i)
+        return lambda i: record_thumbnail(source, i)
     source = open_source(images)
-    return lambda i: thumbnail(source, rows[i]) if _is_record(source, rows[i], index.keys[i]) else ""
+    return lambda i: record_thumbnail(source, rows[i]) if _is_record(source, rows[i], index.keys[i]) else ""
 
 
 def _is_record(source: Source, row: int, key: str) -> bool:
@@ -201,7 +203,7 @@ def _query(args: argparse.Namespace) -> None:
         vectors.append(model.embed_texts(args.text))
     if args.image:
         source = ListSource("--image", [str(Path(file).absolute()) for file in args.image])
-        queries += [Example(Path(f).name, thumbnail(source, i) or None, True) for i, f in enumerate(args.image)]
+        queries += [Example(Path(f).name, record_thumbnail(source, i) or None, True) for i, f in enumerate(args.image)]
         vectors.append(model.embed_source(source, on_corrupt="error", quiet=True)["embedding"])
     rows, cosines = search(index.embeddings, np.concatenate(vectors), args.k)
     for query, found, values in zip(queries, rows, cosines, strict=True):

@@ -22,9 +22,9 @@ import sentencepiece
 from etils import epath
 
 from florence_jax.data.captions import normalise_caption
-from florence_jax.data.sources import open_source
-from florence_jax.data.templates import TEMPLATES
-from florence_jax.data.text import SENTENCEPIECE_IDS
+from florence_jax.data.prompts import TEMPLATES
+from florence_jax.data.sources.catalog import open_source
+from florence_jax.data.tokenizers import SENTENCEPIECE_IDS
 from florence_jax.errors import UserError
 
 FIELDS = ("caption", "keywords", "group")

@@ -22,18 +22,18 @@ from ml_collections import ConfigDict
 from florence_jax.data.pipeline import to_global
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import chance_levels, evaluate
-from florence_jax.evaluators.report import results_table, write_report
+from florence_jax.jobs.hosts import EXIT_LOST, meet
+from florence_jax.jobs.trace import StepTrace
+from florence_jax.jobs.watchdog import Watchdog
+from florence_jax.params.checkpoint import Checkpoints, UnreadableCheckpoint
+from florence_jax.params.sharding import batch_sharding, make_mesh, param_shardings, state_shardings
+from florence_jax.params.weights import load_optimizer
 from florence_jax.tasks.base import Task
-from florence_jax.train.checkpoint import Checkpoints, UnreadableCheckpoint
-from florence_jax.train.hosts import EXIT_LOST, meet
 from florence_jax.train.metrics import MetricsWriter, Progress, Speedometer, finite, read_metrics
 from florence_jax.train.optim import make_optimizer
-from florence_jax.train.pretrained import load_optimizer
-from florence_jax.train.sharding import batch_sharding, make_mesh, param_shardings, state_shardings
+from florence_jax.train.report import results_table, write_report
 from florence_jax.train.state import eval_params, init_state
 from florence_jax.train.step import make_train_step
-from florence_jax.train.trace import StepTrace
-from florence_jax.train.watchdog import Watchdog
 
 NO_EVALUATION = "no evaluation set for this data: give one with --config.eval.source=PATH"
 # What one run is of; everything else may change when it is resumed.

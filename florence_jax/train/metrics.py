@@ -13,7 +13,7 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from florence_jax.train.hardware import PEAK_FLOPS
+from florence_jax.jobs.hardware import PEAK_FLOPS
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import optax
 from ml_collections import ConfigDict
 
 from florence_jax.errors import UserError
-from florence_jax.train.rules import match_rules
+from florence_jax.params.rules import match_rules
 
 # Vectors (norm scales, biases), the bias tables, embeddings and the logit scale are not decayed (UniCL's intent).
 DECAY_RULES = (
@@ -17,7 +17,6 @@ DECAY_RULES = (
     (r"logit_scale", False),
     (r".*", True),
 )
-
 MU_DTYPES = ("float32", "bfloat16")
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from florence_jax.params.sharding import batch_sharding, replicated
 from florence_jax.tasks.base import Task
-from florence_jax.train.sharding import batch_sharding, replicated
 
 
 def make_train_step(

@@ -1,0 +1,1 @@
+"""Near-duplicates: hashes, their join, components, representatives."""

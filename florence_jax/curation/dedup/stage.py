@@ -1,0 +1,170 @@
+"""The stages near_duplicates and decontamination on blocks."""
+
+import dataclasses
+import functools
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from florence_jax.curation.blocks import Decisions, Repartition, Stage, rows_of
+from florence_jax.curation.dedup.benchmarks import BenchmarkIndex
+from florence_jax.curation.dedup.clusters import (
+    Views,
+    hash_rows,
+    measured_rows,
+    representatives,
+    split_components,
+    total_order,
+)
+from florence_jax.curation.filters.captions import TEXT_SCORES, decide_text
+from florence_jax.curation.filters.post_filter import post_filter_decisions
+from florence_jax.curation.table import with_column
+from florence_jax.files import read_bytes
+
+
+def caption_choice(block: pa.Table, rules: Any) -> pa.Table:
+    """Adds what the stages after this one need of every member of a cluster.
+
+    "text_decision" (JSON of the decision on its own caption, or ''), "clean" (no personal data in the caption),
+    "flag" ('takedown' or ''): why the whole cluster must go.
+    """
+    decisions, clean, flags = [], [], []
+    names = ("uid", "url", "image_id", "mails", "phones", "cards", *TEXT_SCORES)
+    for row in rows_of(block, names):
+        decision = decide_text(row, rules.text)
+        decisions.append(json.dumps(decision) if decision else "")
+        clean.append(not any(row[f"{kind}s"] for kind in rules.safety.personal))
+        taken = rules.takedown and rules.takedown.decide(row["uid"], row["url"], row["image_id"])
+        flags.append("takedown" if taken else "")
+    block = with_column(block, "text_decision", decisions, pa.string())
+    return with_column(with_column(block, "clean", clean, pa.bool_()), "flag", flags, pa.string())
+
+
+def singletons(block: pa.Table) -> pa.Table:
+    """Pairs without a near-duplicate, with the columns that `clusters` adds to representatives."""
+    captions = [
+        [] if decision else [caption]
+        for caption, decision in zip(block["caption"].to_pylist(), block["text_decision"].to_pylist(), strict=True)
+    ]
+    block = with_column(block, "captions", captions, pa.list_(pa.string()))
+    return with_column(block, "members", [1] * len(block), pa.int32())
+
+
+def cluster_decisions(block: pa.Table, places: np.ndarray, reasons: Decisions) -> tuple[pa.Table, Decisions]:
+    """Gives each representative the captions of its cluster, their number, and the flag of any member.
+
+    Args:
+      block: whole clusters, after `caption_choice`.
+      places: int64 (N,), row of the representative of each row.
+      reasons: why each row goes; None for representatives.
+    """
+    rows = rows_of(block, ("uid", "caption", "text", "text_decision", "clean", "flag"))
+    captions: list[list[str]] = [[] for _ in rows]
+    members, flags = [0] * len(rows), [""] * len(rows)
+    for place in np.unique(places).tolist():
+        inside = np.flatnonzero(places == place).tolist()
+        captions[place] = _captions([rows[place], *(rows[i] for i in inside if i != place)])
+        members[place] = len(inside)
+        flags[place] = max(rows[i]["flag"] for i in inside)
+    block = with_column(block, "captions", captions, pa.list_(pa.string()))
+    block = with_column(block, "members", members, pa.int32())
+    return with_column(block, "flag", flags, pa.string()), reasons
+
+
+def _captions(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Distinct usable captions of a cluster, if possible without personal data; the first row's comes first."""
+    usable = [row for row in rows if not row["text_decision"]]
+    usable = [row for row in usable if row["clean"]] or usable[:1]
+    found: dict[str, str] = {}
+    for row in usable:
+        found.setdefault(row["text"], row["caption"])
+    return list(found.values())
+
+
+class NearDuplicates(beam.PTransform):
+    """One representative of each cluster goes on, with the captions of all.
+
+    Blocks need the column "cluster": a number, -1 for pairs without a near-duplicate, which are not shuffled.
+    """
+
+    def __init__(self, rules: Any, count: int):
+        super().__init__("near_duplicates")
+        self._rules, self._count = rules, count
+
+    def expand(self, blocks: beam.PCollection[pa.Table]) -> Any:
+        """{"kept": blocks, "dropped": log rows}."""
+        chosen = blocks | "Captions" >> beam.Map(caption_choice, self._rules)
+        single = chosen | "Single" >> beam.Map(_single) | "SomeSingle" >> beam.Filter(len)
+        members = (
+            chosen
+            | "Members" >> beam.Map(_members)
+            | "SomeMembers" >> beam.Filter(len)
+            | "Clusters" >> Repartition(functools.partial(_by_cluster, count=self._count))
+            | "Blocks" >> beam.Values()
+        )
+        decided = members | "Choose" >> Stage("near_duplicates", choose, self._rules)
+        return {"kept": (single, decided["kept"]) | "Both" >> beam.Flatten(), "dropped": decided["dropped"]}
+
+
+def _single(block: pa.Table) -> pa.Table:
+    return singletons(block.filter(pc.less(block["cluster"], 0)))
+
+
+def _members(block: pa.Table) -> pa.Table:
+    return block.filter(pc.greater_equal(block["cluster"], 0))
+
+
+def _by_cluster(block: pa.Table, count: int) -> np.ndarray:
+    return block["cluster"].to_numpy() % count
+
+
+def choose(block: pa.Table, rules: Any) -> tuple[pa.Table, Decisions]:
+    """Representatives of whole clusters, by a total order: none of the post-filter's objections, not letterboxed, more
+    pixels, a usable caption, smallest uid. Clusters above `star_above` are split around their representatives first.
+    """
+    measured = measured_rows(block)
+    rows = block.select(["uid", "image_id", "width", "height", "text_decision", "clean"]).to_pylist()
+    # A score made from pictures is there for representatives only, so it has no say in who they are.
+    known = dataclasses.replace(rules.safety, max_nsfw=None) if "nsfw" in rules.scorers else rules.safety
+    unflagged = with_column(block, "flag", [""] * len(block), pa.string())
+    _, objections = post_filter_decisions(unflagged, dataclasses.replace(rules, safety=known))
+    ranks = total_order(
+        np.array([objection is not None for objection in objections]),
+        np.array([any(probe["kind"] == "trimmed" for probe in row["probes"]) for row in measured]),
+        np.array([-row["width"] * row["height"] for row in rows]),
+        np.array([bool(row["text_decision"]) or not row["clean"] for row in rows]),
+        np.arange(len(rows)),  # the block is sorted by uid
+    )
+    _, same = np.unique([row["image_id"] for row in rows], return_inverse=True)
+    same = np.unique(same, return_index=True)[1][same]
+    labels = np.unique(block["cluster"].to_numpy(), return_inverse=True)[1]
+    labels = np.unique(labels, return_index=True)[1][labels]
+    views = Views.of(hash_rows(range(len(rows)), measured), len(rows))
+    labels = split_components(labels, ranks, views, same, rules.join.max_d256, rules.star_above)
+    places, _ = representatives(labels, ranks)
+    limits = f"d64<={rules.join.k}, d256<={rules.join.max_d256}"
+    reasons: Decisions = []
+    for i, place in enumerate(places.tolist()):
+        kind = "exact_copy" if rows[i]["image_id"] == rows[place]["image_id"] else "near_duplicate"
+        threshold = "" if kind == "exact_copy" else limits
+        reasons.append(None if place == i else (kind, rows[place]["uid"], threshold))
+    return cluster_decisions(block, places, reasons)
+
+
+def decontaminate(block: pa.Table, rules: Any, index: str) -> tuple[pa.Table, Decisions]:
+    """Copies of benchmark pictures, exact and resized; the value is the benchmark's name."""
+    names = {"exact": "benchmark_exact", "near": "benchmark_near"}
+    found = benchmark_index(index).query(measured_rows(block), rules.benchmark_detail)
+    return block, [match and (names[match["kind"]], match["benchmark"], match["d256"]) for match in found]
+
+
+@functools.lru_cache(1)
+def benchmark_index(path: str) -> BenchmarkIndex:
+    """The index of a file, once a process."""
+    return BenchmarkIndex.load(io.BytesIO(read_bytes(path)))

@@ -1,0 +1,1 @@
+"""FLOD-9M: detection sets merged, with pseudo boxes."""

@@ -1,0 +1,142 @@
+"""A page to look at: sampled records with their boxes drawn, and the counts of the build; one HTML file."""
+
+import base64
+import collections
+import html
+import io
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from florence_jax.curation.detection.join import Merged
+from florence_jax.curation.detection.labels import write_text
+from florence_jax.curation.detection.write import read_picture, shard_digest
+from florence_jax.data.ops.image import Decode
+from florence_jax.data.records import BadRecord
+from florence_jax.pictures import draw_boxes
+
+SAMPLES = 24
+SIDE = 420  # pixels of the longer side, as shown
+COLOURS = {
+    "coco": "#e6194b",
+    "lvis": "#0082c8",
+    "objects365": "#2e9e3f",
+    "openimages": "#f58231",
+    "imagenet": "#911eb4",
+}
+LABEL_ROWS = 24  # names written into one picture
+STYLE = """
+body { font: 14px/1.4 system-ui, sans-serif; margin: 24px; color: #222; max-width: 1340px }
+h1 { font-size: 20px } h2 { font-size: 16px; margin-top: 28px }
+table { border-collapse: collapse } td, th { padding: 2px 10px; border-bottom: 1px solid #ddd; text-align: right }
+table.text td, table.text th { text-align: left }
+td:first-child, th:first-child { text-align: left }
+.grid { display: flex; flex-wrap: wrap; gap: 18px } figure { margin: 0; width: 420px }
+figcaption { font-size: 12px; overflow-wrap: anywhere } img { display: block; max-width: 100% }
+.key { display: inline-block; padding: 0 8px; margin-right: 8px; color: #fff; border-radius: 3px }
+"""
+NAMED_LABELS = ("negative", "not_exhaustive", "positive")
+
+
+def sample_records(merged: Merged, count: int = SAMPLES) -> list[int]:
+    """Records to look at: in turn from each kind there is (each combination of sets, crowds, pseudo boxes, ...)."""
+    boxes = merged.boxes
+    kinds = collections.defaultdict(list)
+    order = sorted(range(len(merged)), key=lambda record: shard_digest(merged.key(record)))
+    special = np.zeros(len(merged), np.int8)
+    np.bitwise_or.at(special, boxes.record, (boxes.crowd + 2 * boxes.group_of).astype(np.int8))
+    for record in order:
+        rows = boxes.table[merged.offsets[record] : merged.offsets[record + 1]]
+        kinds[(*np.unique(rows).tolist(), "flags", int(special[record]))].append(record)
+    turns = itertools.zip_longest(*(kinds[kind] for kind in sorted(kinds, key=repr)))
+    return list(itertools.islice((r for turn in turns for r in turn if r is not None), count))
+
+
+def write_sheet(merged: Merged, report: dict[str, Any], path: str, count: int = SAMPLES) -> None:
+    """Writes the page, self-contained, with `count` sampled records."""
+    figures = [_figure(merged, record) for record in sample_records(merged, count)]
+    used = {table.spec.kind for table in merged.rows.tables}
+    key = "".join(f'<span class="key" style="background:{c}">{k}</span>' for k, c in COLOURS.items() if k in used)
+    merges = collections.defaultdict(list)
+    for row in merged.space.merge_table():
+        merges[row["text"]].append(f"{row['source']}: {row['category']} ({row['how']})")
+    joined = [[text, "; ".join(names)] for text, names in merges.items() if len(names) > 1]
+    apart = [[a, b, why] for a, b, why in merged.space.kept_apart]
+    split_rows = [[split, *totals.values()] for split, totals in report["totals"].items()]
+    source_rows = [[s["source"], *(v for v in s.values() if isinstance(v, int))] for s in report["sources"]]
+    source_head = ["", *(k for k, v in report["sources"][0].items() if isinstance(v, int))]
+    parts = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>Detection set</title>",
+        f"<style>{STYLE}</style><h1>Detection set: {len(merged)} images, {len(merged.boxes.record)} boxes, "
+        f"{len(merged.space)} classes</h1>",
+        _table(["", *(name.replace("_", " ") for name in report["totals"]["train"])], split_rows),
+        f"<h2>Sampled records</h2><p>{key} a pseudo box has its score</p><div class='grid'>{''.join(figures)}</div>",
+        "<h2>Sources</h2>",
+        _turned_table(source_head, source_rows),
+        f"<h2>Double boxes left out</h2>{_table(['kept + left out', 'boxes'], list(report['double_boxes'].items()))}",
+        f"<h2>Merged classes ({len(joined)})</h2>{_table(['class', 'categories'], joined[:200], 'text')}",
+        f"<h2>Kept apart ({len(apart)})</h2>{_table(['class', 'other class', 'why'], apart[:200], 'text')}",
+        "</html>\n",
+    ]
+    write_text(path, "\n".join(parts))
+
+
+def _drawn(image: np.ndarray, record: dict[str, Any], side: int = SIDE) -> Image.Image:
+    """The colour of a box is its set's; a pseudo box has its score; crowds and groups are drawn thin and marked."""
+    marks = [
+        " (crowd)" if crowd else " (group)" if group else ""
+        for crowd, group in zip(record["iscrowd"], record["is_group_of"], strict=True)
+    ]
+    scores = ["" if score is None else f" {score:.2f}" for score in record["scores"]]
+    texts = [name + mark + score for name, mark, score in zip(record["class_names"], marks, scores, strict=True)]
+    colours = [COLOURS[record["sources"][number]] for number in record["box_sources"]]
+    return draw_boxes(image, record["boxes"], texts, colours, [bool(mark) for mark in marks], side, LABEL_ROWS)
+
+
+def _figure(merged: Merged, number: int) -> str:
+    record = merged.record(number)
+    try:
+        decoded = Decode()({"key": record["key"], "image": read_picture(merged, number)}, np.random.default_rng(0))
+    except BadRecord as bad:
+        return f"<figure><figcaption>{html.escape(str(bad))}</figcaption></figure>"
+    file = io.BytesIO()
+    _drawn(decoded["image"], record).save(file, "JPEG", quality=85)
+    data = base64.b64encode(file.getvalue()).decode()
+    split = "validation" if merged.validation[number] else "train"
+    lines = [f"<b>{html.escape(record['key'])}</b> {split}, {record['width']} x {record['height']}"]
+    lines[0] += f", {' + '.join(record['sources'])}, boxes: {len(record['boxes'])}"
+    if len(record["image_ids"]) > 1:
+        lines.append("same picture: " + html.escape(", ".join(record["image_ids"])))
+    for name in NAMED_LABELS:
+        texts = [merged.space.texts[c] for c in record[f"{name}_ids"]]
+        if texts:
+            more = f" and {len(texts) - 12} more" if len(texts) > 12 else ""
+            lines.append(f"{name.replace('_', ' ')}: {html.escape(', '.join(texts[:12]))}{more}")
+    if record["teacher"]:
+        lines.append(f"teacher {html.escape(record['teacher'])}, score at least {record['threshold']}")
+    alt = html.escape(record["key"])
+    image = f"<img alt='{alt}' src='data:image/jpeg;base64,{data}'>"
+    return f"<figure>{image}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], style: str = "numbers") -> str:
+    def line(tag: str, cells: Sequence[Any]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    return (
+        f"<table class={style}>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>"
+        if rows
+        else "<p>none</p>"
+    )
+
+
+def _turned_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """The table with rows and columns exchanged, without lines of zeros."""
+    columns = [list(line) for line in zip(head, *rows, strict=True)]
+    return _table(
+        [str(cell) for cell in columns[0]],
+        [[line[0].replace("_", " "), *line[1:]] for line in columns[1:] if any(line[1:])],
+    )

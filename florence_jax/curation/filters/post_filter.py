@@ -1,0 +1,106 @@
+"""The post-filter: takedowns, licences, domains, unsafe pictures, personal data, opt-outs."""
+
+import dataclasses
+import fnmatch
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from florence_jax.curation.blocks import Decision, Decisions, rows_of
+from florence_jax.curation.filters.captions import MAX_CAPTION
+from florence_jax.curation.filters.licences import blocking_domain, host_of, normalise_licence
+from florence_jax.curation.filters.opt_out import OptOutRules, SiteRules, decide_headers
+from florence_jax.curation.filters.personal import personal_scores
+from florence_jax.errors import UserError
+
+
+def post_filter_decisions(block: pa.Table, rules: Any) -> tuple[pa.Table, Decisions]:
+    """Takedowns (of any member of the cluster), licences, domains, unsafe pictures, personal data, opt-outs."""
+    names = ["flag", "licence_id", "host", "mails", "phones", "cards", "headers", "url"]
+    names += ["nsfw"] if rules.safety.max_nsfw is not None else []
+    decisions: Decisions = []
+    for row in rows_of(block, names):
+        if row["flag"]:
+            decisions.append((row["flag"], "cluster", ""))
+        else:
+            scores = row | {"licence": row["licence_id"]}
+            decisions.append(decide_safety(scores, rules.safety) or decide_opt_out(row, rules.opt_out, rules.sites))
+    return block, decisions
+
+
+@dataclasses.dataclass(frozen=True)
+class SafetyRules:
+    """Thresholds of `decide_safety`; the defaults switch off what needs a list or a model.
+
+    Attributes:
+      licences: patterns of allowed licence ids ('cc-by-*', see `normalise_licence`); () allows all. Records without a
+        licence are 'unknown', which must be listed to be allowed.
+      blocked_domains: with their sub-domains.
+      max_nsfw: largest "nsfw" score in [0, 1]; None = no such score.
+      personal: kinds of personal data ('mail', 'phone', 'card') that drop a pair.
+
+    Raises:
+      UserError: for an unknown kind, or a domain that is not one.
+    """
+
+    licences: tuple[str, ...] = ()
+    blocked_domains: tuple[str, ...] = ()
+    max_nsfw: float | None = None
+    personal: tuple[str, ...] = ("mail", "phone", "card")
+
+    def __post_init__(self):
+        if unknown := set(self.personal) - {"mail", "phone", "card"}:
+            raise UserError(f"unknown kind of personal data {', '.join(sorted(unknown))}: known are mail, phone, card")
+        if wrong := [d for d in self.blocked_domains if not d.strip(".") or "/" in d]:
+            raise UserError(f"blocked domain {wrong[0]!r}: write a host name, such as example.com")
+
+    @functools.cached_property
+    def blocked_hosts(self) -> frozenset[str]:
+        """`blocked_domains` in the form of `host_of`."""
+        return frozenset(host_of(domain.strip(".")) for domain in self.blocked_domains)
+
+
+def safety_scores(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Score columns of a raw pair that need neither a model nor a list.
+
+    Args:
+      record: "caption", optionally "url" and "licence".
+
+    Returns:
+      "mails", "phones", "cards" (counts), "licence" (normalised), "host" ('' without a URL).
+    """
+    return {
+        **personal_scores(record["caption"][:MAX_CAPTION]),  # longer ones are dropped, and slow to normalise
+        "licence": normalise_licence(record.get("licence") or ""),
+        "host": host_of(record.get("url") or ""),
+    }
+
+
+def decide_safety(scores: Mapping[str, Any], rules: SafetyRules) -> Decision | None:
+    """The first reason to drop a pair on its `safety_scores` (and "nsfw", where that is switched on), or None.
+
+    Returns:
+      (reason, value, threshold); reasons: 'licence', 'domain', 'nsfw', 'mail', 'phone', 'card'. The value of personal
+      data is a count, never the data.
+    """
+    licence = scores["licence"]
+    if rules.licences and not any(fnmatch.fnmatchcase(licence, p.lower()) for p in rules.licences):
+        return "licence", licence, ",".join(rules.licences)
+    if blocked := blocking_domain(scores["host"], rules.blocked_hosts):
+        return "domain", scores["host"], blocked
+    if rules.max_nsfw is not None and not scores["nsfw"] <= rules.max_nsfw:  # NaN, a failed score, is dropped too
+        return "nsfw", scores["nsfw"], rules.max_nsfw
+    for kind in rules.personal:
+        if scores[f"{kind}s"]:
+            return kind, scores[f"{kind}s"], 0
+    return None
+
+
+def decide_opt_out(record: Mapping[str, Any], rules: OptOutRules, sites: SiteRules | None = None) -> Decision | None:
+    """The publisher's opt-out for a raw pair ("headers", "url"), or None; see `opt_out`."""
+    decision = decide_headers(record.get("headers") or (), rules)
+    if decision is None and sites is not None and record.get("url"):
+        decision = sites.decide(record["url"], rules)
+    return decision

@@ -1,0 +1,1 @@
+"""Raw pairs to the table of scores."""

@@ -1,0 +1,331 @@
+"""What `inputs` needs to know of each format: field names, grouping of tar members, tables and files beside images."""
+
+import codecs
+import csv
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+from florence_jax.data.sources.folder import IMAGE_SUFFIXES
+from florence_jax.errors import UserError
+from florence_jax.files import filesystem, read_bytes
+
+# Names of fields in data sets people have, the first that a record has wins; compared in lower case.
+KEYS = ("key", "uid", "sample_id", "id")
+IMAGES = ("image", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "image_bytes", "bytes")
+PATHS = ("image_path", "path", "filepath", "file", "file_name", "filename")
+CAPTIONS = ("caption", "text", "txt", "title", "alt", "alt_text")
+URLS = ("url", "image_url")
+LICENCES = ("licence", "license")
+HEADERS = ("headers", "response_headers", "x_robots_tag")  # all that a record has count
+TABLES = ("captions.csv", "metadata.csv", "metadata.jsonl")
+# What tells 'name: value' from a value of X-Robots-Tag, in which a crawler's name may come first ('googlebot: noai').
+RESPONSE_HEADERS = frozenset(
+    "accept-ranges age alt-svc cache-control connection content-disposition content-encoding content-language "
+    "content-length content-location content-range content-security-policy content-type content-usage date etag "
+    "expires keep-alive last-modified link location nel p3p pragma referrer-policy report-to retry-after server "
+    "server-timing set-cookie strict-transport-security tdm-policy tdm-reservation timing-allow-origin "
+    "transfer-encoding upgrade vary via warning x-robots-tag".split()
+)
+
+
+def image_suffix(path: str) -> bool:
+    """Whether the name is that of an image file."""
+    return path.lower().endswith(IMAGE_SUFFIXES)
+
+
+def make_pair(
+    fields: Mapping[str, Any], source: str, key: str, folder: str, max_bytes: int, problem: str = ""
+) -> dict[str, Any]:
+    """A raw pair (see `inputs`) from the fields of one record.
+
+    Args:
+      fields: as the file has them.
+      source: name of the source.
+      key: for a record without one.
+      folder: that relative image paths start from.
+      max_bytes: a larger image is not kept.
+      problem: why there can be no image, if that is known.
+    """
+    left = {name.lower(): value for name, value in fields.items()}
+
+    def take(names: tuple[str, ...]) -> Any:
+        return next((left.pop(name) for name in names if left.get(name) is not None), None)
+
+    locator = None
+    given_key = take(KEYS)
+    # A number, or text under 'bytes', is about the picture: most often its size.
+    kinds = {name: bytes if name == "bytes" else (bytes, str, Mapping) for name in IMAGES}
+    image, path = next((left.pop(name) for name, kind in kinds.items() if isinstance(left.get(name), kind)), None), None
+    if isinstance(image, Mapping):  # as Hugging Face data sets have them
+        image, path = image.get("bytes"), image.get("path")
+        if isinstance(image, bytes):  # the path is then only a name, often the same in every row
+            path = None
+    if isinstance(image, str):
+        image, path = None, image
+    path = path or take(PATHS)
+    if image is None and isinstance(path, str) and not problem:
+        image, locator, problem = _read_image(path, folder, max_bytes)
+    if isinstance(image, bytes) and len(image) > max_bytes:
+        image, problem = None, "too_many_bytes"
+    caption, headers = _text(take(CAPTIONS)), []
+    for name in HEADERS:
+        headers += _header_lines(left.pop(name, None), name == "x_robots_tag")
+    return {
+        "key": _text(given_key if given_key is not None else path if isinstance(path, str) else key) or key,
+        "image": image if isinstance(image, bytes) else b"",
+        "caption": caption,
+        "source": source,
+        "url": _text(take(URLS)),
+        "licence": _text(take(LICENCES)),
+        "headers": headers,
+        "extra": {name: value for name, value in left.items() if _plain(value)},
+        "locator": locator,
+        "problem": problem or ("" if isinstance(image, bytes) and image else "missing"),
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if isinstance(value, str) else str(value) if isinstance(value, int) else ""
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(item, str) for item in value)
+    return isinstance(value, (str, int, float))
+
+
+def _header_lines(value: Any, tag: bool) -> list[str]:
+    """Header lines from a text or list of lines, a mapping, (name, value) pairs, or JSON of these.
+
+    Args:
+      value: of a field; a value inside it may be a list. Text without the name of a response header, and lines without
+        a colon, are values of X-Robots-Tag.
+      tag: whether the field is X-Robots-Tag: any line without the name of a response header is then such a value.
+    """
+    if isinstance(value, (str, bytes)):
+        text = _text(value)
+        try:
+            value = json.loads(text)
+        except ValueError:
+            lines = text.splitlines()
+            return _named(lines, tag or not any(map(_response_header, lines)))
+        if isinstance(value, str):
+            return _header_lines(value, tag)
+    if isinstance(value, Mapping):
+        value = list(value.items())
+    return [line for item in value for line in _item_lines(item, tag)] if isinstance(value, (list, tuple)) else []
+
+
+def _item_lines(item: Any, tag: bool) -> list[str]:
+    """Header lines of an item of a list: a line, or a pair, as which pyarrow gives the entries of a map."""
+    if isinstance(item, (str, bytes)):
+        return _named(_text(item).splitlines(), tag)
+    if isinstance(item, (list, tuple)) and len(item) == 2 and ":" not in (name := _text(item[0])) and name:
+        values = item[1] if isinstance(item[1], (list, tuple)) else [item[1]]
+        lines = [line for value in values for line in _text(value).splitlines()]
+        return [f"{name.replace('_', '-')}: {line}" for line in lines]
+    return _header_lines(item, tag)
+
+
+def _named(lines: Iterable[str], tag: bool) -> list[str]:
+    """Lines with a name; `tag`: a line without the name of a response header is a value of X-Robots-Tag."""
+    found = []
+    for line in lines:
+        given = _response_header(line) or (":" in line and not tag)
+        if line.strip() and not line.startswith("HTTP/"):
+            found.append(line if given else f"X-Robots-Tag: {line}")
+    return found
+
+
+def _response_header(line: str) -> bool:
+    name, colon, _ = line.partition(":")
+    return bool(colon) and name.strip().lower() in RESPONSE_HEADERS
+
+
+def _read_image(path: str, folder: str, max_bytes: int) -> tuple[bytes | None, tuple | None, str]:
+    full = path if "://" in path or os.path.isabs(path) else f"{folder}/{path}"
+    if full.startswith(("http://", "https://")):
+        return None, None, "missing"  # a link, not data: downloading is img2dataset's work
+    try:
+        fs, inner = filesystem(full)
+        if (size := fs.size(inner)) is not None and size > max_bytes:
+            return None, None, "too_many_bytes"
+        data = fs.cat_file(inner)
+    except FileNotFoundError:
+        return None, None, "missing"
+    except (OSError, ValueError):
+        return None, None, "unreadable"
+    return data, (full, 0, len(data)), ""
+
+
+# -- tars -------------------------------------------------------------------------------------------------------------
+
+
+def tar_samples(
+    file: BinaryIO, max_bytes: int, plain: bool
+) -> Iterator[tuple[str, dict[str, Any], tuple[int, int] | None, str]]:
+    """(key, fields, (offset, size) of the image, problem) of each sample.
+
+    A sample is a run of members whose names are the same up to the first dot.
+
+    Args:
+      file: of the tar; one that can seek, if it is not compressed.
+      max_bytes: a larger image is not read.
+      plain: whether the tar is not compressed: its members are then read in one piece each.
+
+    Raises:
+      tarfile.TarError (an Exception of its own), OSError: where the tar is damaged.
+    """
+    key, fields, place, problem = "", {}, None, ""
+    with tarfile.open(fileobj=file, mode="r:" if plain else "r|*") as tar:
+        for member in tar:
+            if not member.isfile():
+                continue
+            folder, _, name = member.name.rpartition("/")
+            stem, _, suffix = name.partition(".")
+            member_key, suffix = f"{folder}/{stem}".lstrip("./"), suffix.lower()
+            if member_key != key:
+                if fields or problem:
+                    yield key, fields, place, problem
+                key, fields, place, problem = member_key, {}, None, ""
+            if suffix in IMAGES:
+                place = member.offset_data, member.size
+                if member.size > max_bytes:
+                    problem = "too_many_bytes"
+                else:
+                    fields["image"] = _content(tar, member, plain)
+            elif suffix == "txt":
+                fields["caption"] = _content(tar, member, plain)
+            elif suffix == "json":
+                fields = _json_fields(_content(tar, member, plain)) | fields
+        if fields or problem:
+            yield key, fields, place, problem
+        # tarfile takes a header that it cannot read for the end.
+        if plain and _block_at(tar) != bytes(tarfile.BLOCKSIZE):
+            raise OSError(f"no mark of the end after {key}: damaged or cut short")
+
+
+def _block_at(tar: tarfile.TarFile) -> bytes:
+    tar.fileobj.seek(tar.offset)
+    return tar.fileobj.read(tarfile.BLOCKSIZE)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, plain: bool) -> bytes:
+    if plain:  # as `measure.image_bytes` will read it
+        tar.fileobj.seek(member.offset_data)
+        data = tar.fileobj.read(member.size)
+    else:
+        data = tar.extractfile(member).read()
+    if len(data) != member.size:
+        raise OSError(f"{member.name} is cut short")
+    return data
+
+
+def _json_fields(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return {}  # the picture and caption.txt beside it may still be good
+    return (
+        {name: field for name, field in value.items() if name not in ("key", "image")}
+        if isinstance(value, dict)
+        else {}
+    )
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def folder_tables(folder: str) -> list[str]:
+    """captions.csv, metadata.csv or metadata.jsonl of a folder: paths of those it has."""
+    fs, inner = filesystem(folder)
+    return [f"{folder.rstrip('/')}/{name}" for name in TABLES if fs.exists(f"{inner.rstrip('/')}/{name}")][:1]
+
+
+class _Lines:
+    """The lines of a text; `at`: where the next one begins, in bytes of the file."""
+
+    def __init__(self, text: str, newline: str, at: int):
+        self._lines, self.at = io.StringIO(text, newline=newline), at
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._lines:
+            self.at += len(line.encode())
+            yield line
+
+
+def read_table_rows(path: str, start: int = 0, stop: int = -1) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(first byte, fields) of the rows of a csv or jsonl file.
+
+    Args:
+      path: of the file.
+      start, stop: bytes at which rows begin; 0 and -1 for the whole file.
+
+    Raises:
+      UserError: if it is not comma-separated UTF-8 with a heading, or not one JSON object a line.
+    """
+    try:
+        data = read_bytes(path, start, stop - start if stop >= 0 else -1)
+        lines = _Lines(
+            data.decode("utf-8-sig"),
+            "" if path.endswith(".csv") else "\n",
+            start + len(codecs.BOM_UTF8) * data.startswith(codecs.BOM_UTF8),
+        )
+        yield from _csv_rows(path, lines, start) if path.endswith(".csv") else _json_rows(lines)
+    except (ValueError, csv.Error, OSError) as error:
+        raise UserError(f"cannot read {path}: {error}; it must be comma-separated UTF-8, or JSON lines") from error
+
+
+def _csv_rows(path: str, lines: _Lines, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = csv.reader(lines, strict=True)
+    if start:
+        fs, inner = filesystem(path)
+        with fs.open(inner, "rb") as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+            names = next(csv.reader(text, strict=True))
+    else:
+        names = next(rows, [])
+    at = lines.at
+    for values in rows:
+        if any(cell.strip() for cell in values[len(names) :]):
+            raise csv.Error(
+                f"a row has more cells than the heading ({','.join(values)[:100]}): quote texts with commas"
+            )
+        if values:
+            yield at, dict(zip(names, values, strict=False))
+        at = lines.at
+
+
+def _json_rows(lines: _Lines) -> Iterator[tuple[int, dict[str, Any]]]:
+    at = lines.at
+    for line in lines:
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("a line is not a JSON object")
+            yield at, row
+        at = lines.at
+
+
+def folder_rows(folder: str, short: str) -> Iterator[dict[str, Any]]:
+    """Fields of each image file of a folder; the caption is in a .txt or .json of the same name, else ''.
+
+    `short` stands for the folder in keys.
+    """
+    fs, inner = filesystem(folder)
+    files = sorted(path for path in fs.ls(inner, detail=False) if fs.isfile(path))
+    known = set(files)
+    for file in files:
+        if not image_suffix(file):
+            continue
+        stem = file.rpartition(".")[0]
+        fields = _json_fields(fs.cat_file(f"{stem}.json")) if f"{stem}.json" in known else {}
+        if f"{stem}.txt" in known:
+            fields["caption"] = fs.cat_file(f"{stem}.txt")
+        name = os.path.basename(file)
+        yield fields | {"key": f"{short}/{name}", "image_path": name}

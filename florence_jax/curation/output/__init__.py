@@ -1,0 +1,1 @@
+"""Shards, metadata, the audit and the page of the funnel."""

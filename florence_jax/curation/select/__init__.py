@@ -1,0 +1,1 @@
+"""Relevance, balance and informativeness: which pairs of the usable ones are kept."""

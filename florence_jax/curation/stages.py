@@ -1,0 +1,173 @@
+"""The stages as Beam transforms over blocks of the table of scores.
+
+Every stage takes blocks (Arrow tables) and gives {"kept": blocks, "dropped": log rows}. A stage that must see all pairs
+with one key (a caption, a cluster, a query) first brings them together with `Repartition`; blocks are columns, so that
+Beam moves thousands of rows as one element. What the stages decide is in `decide`; nothing here opens an image but
+`Measure` and `Score`.
+"""
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from florence_jax.curation.blocks import Repartition, Stage, by_identifier, chain, decision_rows
+from florence_jax.curation.dedup.stage import NearDuplicates, decontaminate
+from florence_jax.curation.filters.captions import Text
+from florence_jax.curation.filters.known_pictures import quarantine_decisions
+from florence_jax.curation.filters.post_filter import post_filter_decisions
+from florence_jax.curation.filters.sizes import size_decisions, validity_decisions
+from florence_jax.curation.output.shards import PLAN, by_shard, shard_count, with_place
+from florence_jax.curation.plan import FIELD, Rules
+from florence_jax.curation.run import Run, part_paths
+from florence_jax.curation.select.stage import Relevance, Selection
+from florence_jax.curation.table import read_table, save_array, with_column, write_table
+from florence_jax.files import json_digest, list_files, read_bytes, read_json, write_json
+
+
+def with_fields(block: pa.Table, rules: Rules) -> pa.Table:
+    """Adds the scores that come from fields of the raw pairs ('field:NAME'); NaN where a pair has none.
+
+    A number may be written as text, as csv files have it.
+    """
+    fields = {name: spec.removeprefix(FIELD) for name, spec in rules.scores.items() if spec.startswith(FIELD)}
+    if not fields:
+        return block
+    extras = [json.loads(extra) for extra in block["extra"].to_pylist()]
+    for name, field in fields.items():
+        numbers = [_number(extra.get(field)) for extra in extras]
+        block = with_column(block, name, numbers, pa.float32())
+    return block
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def load_block(number_and_path: tuple[int, str], rules: Rules, clusters: str, scores: str) -> pa.Table:
+    """A part of the table with the columns that other phases made: "cluster", and scores of pictures.
+
+    Args:
+      number_and_path: of the part.
+      rules: of the run.
+      clusters: folder of the cluster numbers.
+      scores: folder of the scores made from pictures; '' where there are none.
+    """
+    number, path = number_and_path
+    block = with_fields(read_table(path), rules)
+    block = with_column(block, "cluster", read_table(f"{clusters}/part-{number:05d}.parquet")["cluster"])
+    if scores:
+        made = read_table(f"{scores}/part-{number:05d}.parquet")
+        places = pc.index_in(block["uid"], value_set=made["uid"].combine_chunks())
+        for name in made.column_names[2:]:  # the first two are "uid" and "text_id"
+            block = with_column(block, name, made[name].take(places))
+        for name in rules.scorers:
+            block = with_column(block, name, pc.fill_null(block[name], float("nan")))
+    return block
+
+
+class Alive(beam.PTransform):
+    """(number, path) of parts -> {"blocks": what is alive after quarantine, validity, size, near-duplicates and text,
+    "dropped": log rows of the others}.
+    """
+
+    def __init__(self, rules: Rules, count: int, clusters: str, scores: str = ""):
+        super().__init__()
+        self._rules, self._count = rules, count
+        self._clusters, self._scores = clusters, scores
+
+    def expand(self, parts: beam.PCollection[tuple[int, str]]) -> Any:
+        """Chains the stages."""
+        rules = self._rules
+        blocks = parts | "Spread" >> beam.Reshuffle() | beam.Map(load_block, rules, self._clusters, self._scores)
+        stages = (
+            Stage("quarantine", quarantine_decisions, rules),
+            Stage("validity", validity_decisions, rules),
+            Stage("size", size_decisions, rules),
+            NearDuplicates(rules, self._count),
+            Text(rules, self._count),
+        )
+        return chain(blocks, stages)
+
+
+def build_decisions(run: Run, table: Mapping[str, Any], scores: str, benchmarks: str) -> dict[str, Any]:
+    """Decides every pair: the log, the rows of each output shard, and the dense ids of the captions."""
+    count = len(table["parts"])
+    shards = run.config["output"]["shards"] or shard_count(table["rows"], run.config["output"]["records_per_shard"])
+    contents = [part["sha256"] for part in table["parts"]]
+    made = [hashlib.sha256(read_bytes(path)).hexdigest() for _, path in part_paths(scores, count)] if scores else []
+    digest = json_digest([contents, run.rules.digest, run.rules.measure.digest, made, shards])
+
+    def build(folder: str) -> Mapping[str, Any]:
+        run.beam(lambda root: _decide(root, run, count, shards, folder, scores, benchmarks))
+        labels = [read_table(path)["text_id"].to_pylist() for path in _paths(folder, "labels")]
+        save_array(f"{folder}/labels.npy", np.array([text for part in labels for text in part], "S32"))
+        log = [facts for i in range(count) if (facts := read_json(f"{folder}/log-{i:05d}.json")) is not None]
+        return {"shards": shards, "labels": sum(map(len, labels)), "log": log}
+
+    return run.phase("decisions", digest, build)
+
+
+def _paths(folder: str, name: str) -> list[str]:
+    return [f"{folder}/{file}" for file in list_files(folder, ".parquet") if file.startswith(name)]
+
+
+def _decide(root: beam.Pipeline, run: Run, count: int, shards: int, folder: str, scores: str, benchmarks: str) -> None:
+    """The pipeline of all stages."""
+    rules, workdir = run.rules, run.workdir
+    parts = root | beam.Create([part for part in part_paths(f"{workdir}/table", count)])
+    first = parts | Alive(rules, count, f"{workdir}/clusters", scores)
+    stages = [Relevance(rules), Selection(rules, count), Stage("post_filter", post_filter_decisions, rules)]
+    if benchmarks:
+        stages.append(Stage("decontamination", functools.partial(decontaminate, index=benchmarks), rules))
+    rest = chain(first["blocks"], stages)
+    placed = rest["blocks"] | "Place" >> beam.Map(with_place, rules.seed, shards)
+    kept = placed | "Kept" >> beam.Map(_kept_rows, rules.digest)
+    logs = (*first["dropped"], *rest["dropped"], kept) | "AllLogs" >> beam.Flatten()
+    by_uid = functools.partial(by_identifier, column="uid", count=count)
+    _ = (
+        logs
+        | "LogByUid" >> Repartition(by_uid)
+        | "WriteLog" >> beam.MapTuple(functools.partial(_write_log, folder=folder))
+    )
+    plans = placed | "Columns" >> beam.Map(lambda block: block.select([*PLAN, "shard", "place"]))
+    plans = plans | "ByShard" >> Repartition(by_shard)
+    _ = plans | "WritePlan" >> beam.MapTuple(functools.partial(_write_plan, folder=folder))
+    # Labels count captions before the post-filter: a takedown moves no label of another pair.
+    texts = rest["entering"]["post_filter"] | "Texts" >> beam.Map(lambda block: block.select(["text_id"]))
+    by_text = functools.partial(by_identifier, column="text_id", count=count)
+    texts = texts | "TextsOnce" >> beam.Map(_distinct) | "ByText" >> Repartition(by_text, "text_id")
+    _ = texts | "WriteLabels" >> beam.MapTuple(functools.partial(_write_labels, folder=folder))
+
+
+def _kept_rows(block: pa.Table, config: str) -> pa.Table:
+    decisions = [("kept", shard, "") for shard in block["shard"].to_pylist()]
+    return decision_rows(block, "output", decisions, config)
+
+
+def _write_log(number: int, log: pa.Table, folder: str) -> None:
+    _, sha256 = write_table(f"{folder}/log-{number:05d}.parquet", log)
+    write_json(f"{folder}/log-{number:05d}.json", {"rows": len(log), "sha256": sha256})
+
+
+def _write_plan(number: int, plan: pa.Table, folder: str) -> None:
+    plan = plan.sort_by([("place", "ascending"), ("uid", "ascending")]).drop_columns(["shard"])
+    write_table(f"{folder}/plan-{number:05d}.parquet", plan)
+
+
+def _distinct(texts: pa.Table) -> pa.Table:
+    return pa.table({"text_id": texts["text_id"].unique()})
+
+
+def _write_labels(number: int, texts: pa.Table, folder: str) -> None:
+    write_table(f"{folder}/labels-{number:05d}.parquet", _distinct(texts).sort_by("text_id"))

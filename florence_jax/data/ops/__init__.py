@@ -1,0 +1,1 @@
+"""Ops on examples, and the strings that name them."""

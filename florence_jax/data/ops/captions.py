@@ -1,0 +1,225 @@
+"""Ops on captions: which one an example has, its label, the prompt around it, its tokens."""
+
+import ast
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from florence_jax.data.captions import normalise_caption
+from florence_jax.data.ops.registry import Example, Op, checked_number, key_of, op
+from florence_jax.data.prompts import apply_prompt
+from florence_jax.data.records import BadRecord
+from florence_jax.errors import UserError
+
+MAX_CAPTION = 10_000  # characters; longer ones are web pages, not captions
+JOINED = "_joined"  # 'keywords_joined' is the list field 'keywords' as one string
+
+
+@op("caption")
+class Caption(Op):
+    """Draws the example's caption from its text fields, by weight: caption(caption=3, keywords=1, group=2).
+
+    A field that is a list of str gives one of its elements at random; 'NAME_joined' gives all of list field NAME,
+    joined by ", ". Fields that a record lacks, or that are empty, are left out of its draw.
+
+    Raises (on call):
+      BadRecord: if nothing is left, or the caption is empty, over-long (10,000 characters) or not valid Unicode.
+    """
+
+    def __init__(self, **fields: float):
+        fields = fields or {"caption": 1.0}
+        self.fields = {name: checked_number(f"weight {name}", weight, 1e-6, 1e6) for name, weight in fields.items()}
+        self.random = len(self.fields) > 1
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Replaces the caption; a "label" of the record's own caption is dropped with it."""
+        found = {name: texts for name in self.fields if (texts := _texts(example, name))}
+        if not found:
+            raise BadRecord(key_of(example), f"no text in {' or '.join(self.fields)}")
+        name = _draw(found, self.fields, rng) if len(found) > 1 else next(iter(found))
+        texts = found[name]
+        text = texts[0] if len(texts) == 1 else texts[int(rng.random() * len(texts))]
+        if problem := _caption_problem(text):
+            raise BadRecord(key_of(example), problem)
+        example = example | {"caption": text}
+        if name != "caption":
+            example.pop("label", None)  # it belongs to the record's own caption
+        return example
+
+
+def _draw(found: Mapping[str, Any], weights: Mapping[str, float], rng: np.random.Generator) -> str:
+    place = rng.random() * sum(weights[name] for name in found)
+    for name in found:
+        place -= weights[name]
+        if place < 0:
+            break
+    return name
+
+
+def _texts(record: Mapping[str, Any], field: str) -> Sequence[Any]:
+    """What `caption` may draw from one field, blank strings left out."""
+    joined = field.endswith(JOINED) and field not in record
+    value = record.get(field.removesuffix(JOINED) if joined else field)
+    values = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
+    values = [text for text in values if not isinstance(text, str) or text.strip()]
+    return [", ".join(map(str, values))] if joined and values else values
+
+
+def _caption_problem(text: Any) -> str | None:
+    if not isinstance(text, str):
+        return f"its caption is {type(text).__name__}, not text"
+    if len(text) > MAX_CAPTION:
+        return f"its caption has {len(text)} characters, more than {MAX_CAPTION}"
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        return "its caption is not valid Unicode (lone surrogates)"
+    return None if normalise_caption(text) else "its caption is empty"
+
+
+@functools.cache
+def parse_fields(fields: str) -> dict[str, float]:
+    """'caption=3,keywords=1' -> {"caption": 3.0, "keywords": 1.0}, as `caption(...)` takes it. Raises UserError."""
+    try:
+        call = ast.parse(f"caption({fields})", mode="eval").body
+        weights = {
+            str(keyword.arg): keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+            for keyword in call.keywords
+        }
+        return Caption(**weights).fields
+    except (SyntaxError, ValueError) as error:  # UserError is a ValueError
+        raise UserError(f"caption fields {fields!r}: {error}; write them as 'caption=3,keywords=1'") from error
+
+
+def caption_strings(record: Mapping[str, Any], fields: str) -> list[str]:
+    """Every caption that `caption(<fields>)` may draw for a record, for CaptionIndex.build; unusable ones left out."""
+    found = (text for name in parse_fields(fields) for text in _texts(record, name))
+    return [text for text in found if _caption_problem(text) is None]
+
+
+@op("label")
+class Label(Op):
+    """Adds "label", np.int32: the dense id of the normalised caption. Goes before `prompt`.
+
+    The id is from context["caption_index"]; without an index it is the record's own "label" (made by curation), which
+    only the record's own caption has.
+
+    Raises (on call):
+      UserError: for a caption that the index lacks, or a record without a label where there is no index.
+    """
+
+    def __init__(self, context: Mapping[str, Any]):
+        self.index = context.get("caption_index")
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Adds the label."""
+        if self.index is not None:
+            return example | {"label": np.int32(self.index.id(_caption(example)))}
+        if not isinstance(example.get("label"), int):
+            raise UserError(
+                f"record {key_of(example)!r} has no label for the caption drawn: give a caption index, or draw only "
+                "'caption' from curated records"
+            )
+        return example | {"label": np.int32(example["label"])}
+
+
+@op("prompt")
+class Prompt(Op):
+    """Puts a caption of one or two words into a random one of context["templates"], as `text.apply_prompt` does."""
+
+    def __init__(self, context: Mapping[str, Any]):
+        self.templates = tuple(context.get("templates") or ())
+        self.random = bool(self.templates)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Replaces the caption."""
+        if not self.templates:
+            return example
+        return example | {"caption": apply_prompt(_caption(example), rng, self.templates)}
+
+
+@op("tokenize")
+class Tokenize(Op):
+    """Adds "text", int32 (L,): the caption through context["tokenizer"]. A caption without tokens is a bad record.
+
+    With probability `sampling` the caption is split into pieces at random (`Tokenizer.sample`).
+    """
+
+    def __init__(self, context: Mapping[str, Any], sampling: float = 0.0):
+        self.tokenizer = _need(context, "tokenizer")
+        self.sampling = checked_number("sampling", sampling, 0, 1)
+        self.random = sampling > 0
+        if self.random:
+            self.tokenizer.sample("word", np.random.default_rng(0))  # raises now if it cannot
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Adds the ids."""
+        caption = _caption(example)
+        try:
+            if self.random and rng.random() < self.sampling:
+                return example | {"text": self.tokenizer.sample(caption, rng)}
+            return example | {"text": self.tokenizer(caption)}
+        except UserError as error:
+            raise BadRecord(key_of(example), str(error)) from error
+
+
+@op("texts")
+class Texts(Op):
+    """Several texts of one example: texts('caption=1', 'keywords=1,group=2', sampling=0.2) gives it two.
+
+    Each is made from the example as by `caption(<fields>)|label|prompt|tokenize(sampling=...)`. Adds "text", int32
+    (K, L), and "label", int32 (K,), for K sets of fields. A set of which an example has no field gives a text of the
+    first set instead, so that plain pairs can be mixed with ones that have keywords.
+
+    Attributes:
+      fields: the caption fields of all sets.
+    """
+
+    def __init__(self, *fields: str, context: Mapping[str, Any], sampling: float = 0.0):
+        if not fields:
+            raise UserError("name the caption fields of each text")
+        self.sets = [parse_fields(names) for names in fields]
+        rest = (Label(context), Prompt(context), Tokenize(context, sampling))
+        self.chains = [(Caption(**names), *rest) for names in self.sets]
+        self.fields = {name for names in self.sets for name in names}
+        self.random = any(op.random for chain in self.chains for op in chain)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Adds texts and labels."""
+        made = []
+        for names, chain in zip(self.sets, self.chains, strict=True):
+            text = example
+            for step in chain if any(_texts(example, name) for name in names) else self.chains[0]:
+                text = step(text, rng)
+            made.append(text)
+        return example | {name: np.stack([text[name] for text in made]) for name in ("text", "label")}
+
+
+@op("keep")
+class Keep(Op):
+    """Drops all fields but the named ones: keep(image, text, label)."""
+
+    def __init__(self, *names: str):
+        if not names:
+            raise UserError("name the fields to keep")
+        self.names = names
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Raises UserError for a field that the example lacks."""
+        missing = [name for name in self.names if name not in example]
+        if missing:
+            raise UserError(f"keep: no field {missing[0]!r}, only: {', '.join(example)}")
+        return {name: example[name] for name in self.names}
+
+
+def _caption(example: Example) -> str:
+    text = example.get("caption")
+    if problem := _caption_problem(text):
+        raise BadRecord(key_of(example), problem)
+    return text
+
+
+def _need(context: Mapping[str, Any], name: str) -> Any:
+    if context.get(name) is None:
+        raise UserError(f"needs {name!r} in the context")
+    return context[name]

@@ -1,0 +1,169 @@
+"""What a record and a source of records are; sources over things that a caller has at hand."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+
+from florence_jax.errors import UserError
+from florence_jax.pictures import thumbnail
+
+
+class BadRecord(UserError):
+    """One record that cannot be used (corrupt image, empty caption, ...); training counts, logs and replaces it.
+
+    Attributes:
+      key: of the record.
+      reason: what is wrong with it.
+    """
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def __str__(self) -> str:
+        return f"record {self.key!r}: {self.reason}"
+
+
+Record = dict[str, Any]
+
+
+class Source(Protocol):
+    """Random access to records. Instances can be pickled (into worker processes)."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """The record at 0 <= index < len. Raises BadRecord if it cannot be read."""
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
+        """Many records at once; an unreadable one comes as the BadRecord in its place."""
+
+    def metadata(self) -> Iterator[Record]:
+        """All readable records in order, without "image"."""
+
+
+class Subset:
+    """Some records of a source, in the given order; a `Source`.
+
+    Args:
+      source: random access. rows: of the source. name: for messages.
+    """
+
+    def __init__(self, source: Source, rows: np.ndarray, name: str):
+        self.name = name
+        self._source, self._rows = source, np.asarray(rows, np.int64)
+        self.class_names = tuple(getattr(source, "class_names", ()))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[int(self._rows[index])]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
+        return self._source.__getitems__([int(self._rows[i]) for i in indices])
+
+    def metadata(self) -> Iterator[Record]:
+        """Of the chosen records, in their order."""
+        rows = list(self._source.metadata())
+        return (rows[i] for i in self._rows)
+
+
+class ArraySource:
+    """Images in memory.
+
+    Args:
+      name: for messages and keys.
+      images: uint8 (N, H, W) or (N, H, W, 3). captions: one for each.
+    """
+
+    def __init__(self, name: str, images: np.ndarray, captions: Sequence[str]):
+        self.name, self._images, self._captions = name, images, list(captions)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Record:
+        return {"key": f"{self.name}[{index}]", "image": self._images[index], "caption": self._captions[index]}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
+        return [self[i] for i in indices]
+
+    def metadata(self) -> Iterator[Record]:
+        """All records in order, without "image"."""
+        return ({"key": f"{self.name}[{i}]", "caption": caption} for i, caption in enumerate(self._captions))
+
+
+METADATA_CHUNK = 256
+
+
+class BaseSource:
+    """What sources share; a subclass gives `name`, `__len__` and `__getitem__`."""
+
+    name: str
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
+        return [self._get(i) for i in indices]
+
+    def _get(self, index: int) -> Record | BadRecord:
+        try:
+            return self[index]
+        except BadRecord as bad:
+            return bad
+
+    def metadata(self) -> Iterator[Record]:
+        """All readable records in order, without "image"."""
+        for start in range(0, len(self), METADATA_CHUNK):
+            for record in self.__getitems__(range(start, min(start + METADATA_CHUNK, len(self)))):
+                if not isinstance(record, BadRecord):
+                    yield {name: value for name, value in record.items() if name != "image"}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {len(self)} records)"
+
+
+class ListSource(BaseSource):
+    """Pictures that a caller has at hand, without captions.
+
+    Args:
+      name: for messages.
+      images: paths, PIL pictures or uint8 arrays, see op 'decode'. The key of a path is the path, of others the number.
+    """
+
+    def __init__(self, name: str, images: Sequence[Any]):
+        self.name, self._images = name, images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Record:
+        image = self._images[index]
+        if isinstance(image, (str, os.PathLike)):
+            return {"key": os.fspath(image), "image": picture_bytes(os.fspath(image))}
+        return {"key": f"number {index}", "image": image}
+
+
+def picture_bytes(path: str, key: str = "") -> bytes:
+    """The bytes of a file. Raises BadRecord, by `key` or the path, if it cannot be read."""
+    try:
+        return epath.Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        raise BadRecord(key or path, f"cannot read the file: {getattr(error, 'strerror', '') or error}") from error
+
+
+def record_thumbnail(source: Source, index: int) -> str:
+    """Data URI of a record's picture, see `pictures.thumbnail`; '' for one that cannot be read."""
+    try:
+        return thumbnail(source[index]["image"])
+    except BadRecord:
+        return ""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, at most 300 characters."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:300]

@@ -1,0 +1,86 @@
+"""Where records come from: the embedded emoji set, ArrayRecord files, TFDS, folders of images with captions.
+
+A record is a dict: "key" (str, unique in its source), "image" (encoded bytes), "caption" (str), and further text fields
+(str or list of str); optionally "label" (int, dense id of the caption, made by curation).
+"""
+
+import importlib.resources
+import re
+
+from etils import epath
+
+from florence_jax.data.records import Source
+from florence_jax.data.sources.array_record import ArrayRecordSource, array_record_paths
+from florence_jax.data.sources.folder import open_folder
+from florence_jax.data.sources.tfds import open_tfds
+from florence_jax.errors import UserError
+
+EMOJI_SPLITS = ("train", "new_style", "new_names")
+
+
+def open_source(spec: str) -> Source:
+    """Opens a source by name.
+
+    Args:
+      spec: 'emoji:train' | 'emoji:new_style' | 'emoji:new_names'; a file, glob pattern or folder of `*.array_record`
+        (also `*.array_record-00000-of-00010`); 'tfds:NAME:SPLIT'; 'karpathy:FILE.json:SPLIT@IMAGES'; or a folder of
+        images with captions.csv (columns file and caption), metadata.csv or metadata.jsonl (fields file_name and
+        text), or with one sub-folder a class.
+
+    Raises:
+      UserError: if it does not exist, is empty, lacks a column, or is of an unknown kind.
+    """
+    if spec.startswith("emoji:"):
+        return _open_emoji(spec)
+    if spec.startswith("tfds:"):
+        return open_tfds(spec)
+    if spec.startswith("karpathy:"):
+        from florence_jax.data.sources.karpathy import open_karpathy  # it makes a source of this module
+
+        return open_karpathy(spec)
+    paths = array_record_paths(spec)
+    if paths:
+        return ArrayRecordSource(paths, spec)
+    if epath.Path(spec).is_dir():
+        return open_folder(spec)
+    if epath.Path(spec).exists():
+        raise UserError(f"data source {spec}: unknown kind of file; use *.array_record or a folder")
+    if re.match(r"\w\w+:(?!//)", spec):
+        raise UserError(f"data source {spec!r}: unknown kind; use emoji:SPLIT, tfds:NAME:SPLIT or a path")
+    raise UserError(f"data source {spec!r} does not exist; use emoji:train, tfds:NAME:SPLIT or an existing path")
+
+
+def open_mixture(spec: str) -> tuple[list[Source], list[float]]:
+    """Opens sources joined by '|', each with an optional '*weight' (default 1), as in 'emoji:train*2|gs://b/pairs'.
+
+    A pattern that ends in a star and digits needs its weight said: 'pairs-*00*1'.
+
+    Returns:
+      The sources and their weights; the weights are the shares of each batch up to a factor.
+
+    Raises:
+      UserError: for a weight that is not positive, and as `open_source` does.
+    """
+    sources, weights = [], []
+    for part in spec.split("|"):
+        match = re.fullmatch(r"(.+?)(?:\*(-?\d[\d.eE+-]*))?", part.strip())
+        if not match:
+            raise UserError(f"data {spec!r} has an empty source; write SOURCE or SOURCE*WEIGHT, joined by '|'")
+        try:
+            weight = float(match[2] or 1)
+        except ValueError:
+            weight = 0.0
+        if not 0 < weight < float("inf"):
+            raise UserError(f"data source {part.strip()!r}: the weight after '*' must be a positive number")
+        sources.append(open_source(match[1]))
+        weights.append(weight)
+    return sources, weights
+
+
+def _open_emoji(spec: str) -> ArrayRecordSource:
+    split = spec.removeprefix("emoji:")
+    if split not in EMOJI_SPLITS:
+        raise UserError(f"data source {spec!r}: the embedded set has {', '.join('emoji:' + s for s in EMOJI_SPLITS)}")
+    return ArrayRecordSource(
+        [str(importlib.resources.files("florence_jax.data") / f"emoji/{split}.array_record")], spec
+    )

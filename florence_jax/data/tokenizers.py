@@ -1,0 +1,295 @@
+"""Tokenizers (SentencePiece and CLIP's BPE) and prompts around class names.
+
+Every tokenizer gives BOS, the text's ids, EOT, then the padding id 0, as int32 of a fixed length.
+"""
+
+import abc
+import gzip
+import html
+import importlib.resources
+import json
+import unicodedata
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import sentencepiece
+import tokenizers
+from etils import epath
+from tokenizers import models, pre_tokenizers
+
+from florence_jax.data.captions import normalise_caption
+from florence_jax.errors import UserError
+
+try:
+    import ftfy
+except ImportError:  # optional: repairs text decoded with the wrong character set, as CLIP did
+    ftfy = None
+# Florence cuts texts at 76 tokens, BOS and EOT included.
+DEFAULT_LENGTH = 76
+SHIPPED_MODEL = "sentencepiece"
+# Ids that a SentencePiece model must have: the models' padding mask and pooling rely on pad 0.
+SENTENCEPIECE_IDS = {"pad": 0, "unk": 1, "bos": 2, "eos": 3}
+# Subword sampling draws one of a word's best segmentations, with probability proportional to (its own) ** SMOOTHING.
+SEGMENTATIONS, SMOOTHING = 16, 0.2
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+CLIP_VOCAB_SIZE = 49408
+# English clitics, runs of letters, single digits, runs of anything else.
+CLIP_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+END_OF_WORD = "</w>"
+# What ftfy makes of typographic quotes, for machines without it.
+_STRAIGHT_QUOTES = str.maketrans(dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("“”„‟", '"'))
+
+
+class Tokenizer(abc.ABC):
+    """Text to a fixed number of ids: BOS, text, EOT, padding. Instances can be pickled.
+
+    Attributes:
+      length: ids per text, BOS and EOT included.
+      vocab_size: rows that a token embedding needs.
+      bos_id, eot_id: start and end of text. The end token is the largest id in CLIP's vocabulary but not in
+        SentencePiece's, so find it as the first `eot_id`, not as the largest id.
+      pad_id: 0. In CLIP's vocabulary 0 is also the id of "!".
+    """
+
+    pad_id = 0
+
+    def __init__(self, length: int, vocab_size: int, bos_id: int, eot_id: int):
+        if length < 3:
+            raise UserError(f"text length {length} leaves no room between the start and end tokens; use 3 or more")
+        self.length = length
+        self.vocab_size = vocab_size
+        self.bos_id = bos_id
+        self.eot_id = eot_id
+
+    @abc.abstractmethod
+    def clean(self, text: str) -> str:
+        """The normalised text that is split into tokens."""
+
+    @abc.abstractmethod
+    def _split(self, texts: list[str]) -> list[list[int]]:
+        """Ids of clean texts, without start and end."""
+
+    def encode(self, text: str) -> list[int]:
+        """All ids of a text from BOS to EOT: not cut, not padded.
+
+        Raises:
+          UserError: for a text that is not a str, is not valid Unicode, or has no tokens.
+        """
+        return self._encode([text], self._split)[0]
+
+    def __call__(self, text: str) -> np.ndarray:
+        """int32 (length,): `encode` cut to `length` (the last id is then EOT) or padded with 0."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> np.ndarray:
+        """int32 (len(texts), length): the rows are `self(text)`."""
+        return self._padded(self._encode(texts, self._split))
+
+    def sample(self, text: str, rng: np.random.Generator) -> np.ndarray:
+        """int32 (length,): as `self(text)`, but split into pieces at random; see `SentencePieceTokenizer`.
+
+        Raises:
+          UserError: from a tokenizer that knows one way only to split a text.
+        """
+        return self._padded(self._encode([text], lambda texts: [self._split_at_random(texts[0], rng)]))[0]
+
+    def _split_at_random(self, text: str, rng: np.random.Generator) -> list[int]:
+        raise UserError("subword sampling needs a SentencePiece tokenizer: set config.text.subword_sampling=0")
+
+    def _padded(self, encoded: list[list[int]]) -> np.ndarray:
+        out = np.full((len(encoded), self.length), self.pad_id, np.int32)
+        for row, ids in zip(out, encoded, strict=True):
+            if len(ids) > self.length:
+                ids = [*ids[: self.length - 1], self.eot_id]
+            row[: len(ids)] = ids
+        return out
+
+    def _encode(self, texts: Sequence[str], split: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
+        cleaned = [self._checked(text) for text in texts]
+        encoded = split(cleaned)
+        for text, ids in zip(texts, encoded, strict=True):
+            if not ids:
+                raise UserError(f"caption {text!r} has no tokens: drop empty captions from the data")
+        return [[self.bos_id, *ids, self.eot_id] for ids in encoded]
+
+    def _checked(self, text: str) -> str:
+        if not isinstance(text, str):
+            raise UserError(f"a caption must be a str, not {type(text).__name__}: {text!r}")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError(f"caption {text!r} is not valid Unicode (lone surrogates): decode it again")
+        return self.clean(text)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model (Kudo and Richardson 2018) on captions as `normalise_caption` leaves them.
+
+    `sample` draws the segmentation of each word among its `SEGMENTATIONS` best under the unigram model (subword
+    regularisation, Kudo 2018). No piece spans two words, so that this samples segmentations of the text.
+    SentencePiece's own sampling has a hidden random state; this is a function of the given generator.
+
+    Args:
+      model: serialized model with pad 0, unk 1, bos 2 and eos 3, as tools/train_tokenizer.py writes it.
+      length: ids per text.
+
+    Raises:
+      UserError: for bytes that are not a model, and for other special ids.
+    """
+
+    def __init__(self, model: bytes, length: int = DEFAULT_LENGTH):
+        try:
+            if not model:  # SentencePiece takes no bytes for "load later"
+                raise RuntimeError("empty")
+            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError("not a SentencePiece model: make one with florence_jax.tools.train_tokenizer") from error
+        ids = {name: getattr(processor, f"{name}_id")() for name in SENTENCEPIECE_IDS}
+        if ids != SENTENCEPIECE_IDS:
+            raise UserError(
+                f"SentencePiece model has the ids {ids}, needed are {SENTENCEPIECE_IDS}: "
+                "train it with florence_jax.tools.train_tokenizer"
+            )
+        super().__init__(length, processor.vocab_size(), ids["bos"], ids["eos"])
+        self._processor = processor
+
+    def clean(self, text: str) -> str:
+        """`captions.normalise_caption`."""
+        return normalise_caption(text)
+
+    def _split(self, texts: list[str]) -> list[list[int]]:
+        # One by one: two microseconds each. Given a list, SentencePiece starts a thread pool, even of one thread: 70.
+        return [self._processor.encode(text) for text in texts]
+
+    def _split_at_random(self, text: str, rng: np.random.Generator) -> list[int]:
+        ids: list[int] = []
+        for word in text.split():
+            found = self._processor.nbest_encode_as_ids(word, SEGMENTATIONS)
+            scores = np.array([sum(map(self._processor.get_score, pieces)) for pieces in found])
+            weights = np.exp(SMOOTHING * (scores - scores.max())).cumsum()
+            ids += found[int(weights.searchsorted(rng.random() * weights[-1], side="right"))]
+        return ids
+
+
+class ClipTokenizer(Tokenizer):
+    """CLIP's byte-level BPE (Radford et al. 2021): 49,408 ids, start 49406, end 49407; padded with 0 as by OpenAI.
+
+    "<|startoftext|>" and "<|endoftext|>" inside a text become the special ids, as in CLIP.
+
+    Args:
+      vocab: token -> id: 256 byte symbols, each also with "</w>", the merges and the two special tokens.
+      merges: pairs of tokens in order of rank.
+      length: ids per text; CLIP's own is 77.
+
+    Raises:
+      UserError: if a token that CLIP's vocabulary has is missing, or merges and vocabulary disagree.
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], length: int = DEFAULT_LENGTH):
+        symbols = _byte_symbols()
+        needed = [*symbols, *(s + END_OF_WORD for s in symbols), CLIP_START, CLIP_END]
+        missing = [token for token in needed if token not in vocab]
+        if missing:
+            raise UserError(f"not a CLIP vocabulary: it lacks {len(missing)} needed tokens, e.g. {missing[0]!r}")
+        super().__init__(length, max(vocab.values()) + 1, vocab[CLIP_START], vocab[CLIP_END])
+        try:
+            bpe = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=END_OF_WORD)
+        except Exception as error:  # the Rust binding raises bare Exception
+            raise UserError(f"CLIP vocabulary and merges do not belong together: {error}") from error
+        self._tokenizer = tokenizers.Tokenizer(bpe)
+        self._tokenizer.add_special_tokens([CLIP_START, CLIP_END])
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(CLIP_PATTERN), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+
+    def clean(self, text: str) -> str:
+        """CLIP's cleaning: repair, unescape HTML twice, collapse white space, lower-case.
+
+        The repair is ftfy's where it is installed; otherwise only NFC and straight quotes.
+        """
+        if ftfy is not None:
+            text = ftfy.fix_text(text)
+        else:
+            text = unicodedata.normalize("NFC", text).translate(_STRAIGHT_QUOTES)
+        return " ".join(html.unescape(html.unescape(text)).split()).lower()
+
+    def _split(self, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def load_tokenizer(spec: str, length: int = DEFAULT_LENGTH) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Args:
+      spec: 'sentencepiece' (the shipped model), or the path of: a SentencePiece model (`*.model`); CLIP's merges
+        (`bpe_simple_vocab_16e6.txt.gz`, `merges.txt`); `vocab.json` with `merges.txt` beside it; `tokenizer.json`.
+        CLIP's vocabulary is not shipped; the open-clip-torch wheel and CLIP models on Hugging Face have it.
+      length: ids per text, at least 3.
+
+    Raises:
+      UserError: for an unknown kind of file, a missing or unreadable one, or a length below 3.
+    """
+    if spec == SHIPPED_MODEL:
+        resource = importlib.resources.files("florence_jax.data") / "emoji" / "tokenizer.model"
+        return SentencePieceTokenizer(resource.read_bytes(), length)
+    readers = {".model": SentencePieceTokenizer, ".txt.gz": _from_merges, ".txt": _from_merges, ".json": _from_json}
+    reader = next((reader for suffix, reader in readers.items() if spec.endswith(suffix)), None)
+    if reader is None:
+        raise UserError(f"unknown tokenizer {spec!r}: use {SHIPPED_MODEL!r} or a file *{', *'.join(readers)}")
+    try:
+        if reader is _from_json:
+            return _from_json(epath.Path(spec), length)
+        return reader(_read(epath.Path(spec)), length)
+    except UserError as error:
+        raise UserError(f"tokenizer {spec}: {error}") from error
+
+
+def _byte_symbols() -> list[str]:
+    """256 printable characters that stand for bytes, in the order of CLIP's vocabulary (printable bytes first)."""
+    printable = [b for b in range(256) if chr(b).isprintable() and b != 0x20]
+    others = (chr(256 + i) for i in range(256 - len(printable)))
+    return [chr(b) for b in printable] + list(others)
+
+
+def _read(path: epath.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _merges(data: bytes) -> list[tuple[str, str]]:
+    """Merge pairs of a merges file, gzipped or not: a header line, then two tokens a line, CLIP's first 48,894."""
+    try:
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"not a merges file: {error}") from error
+    pairs = [tuple(line.split()) for line in text.strip().split("\n")[1:]][: CLIP_VOCAB_SIZE - 2 * 256 - 2]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise UserError("not a merges file: after the first line each line must have two tokens")
+    return pairs
+
+
+def _from_merges(data: bytes, length: int) -> ClipTokenizer:
+    merges = _merges(data)
+    symbols = _byte_symbols()
+    tokens = [*symbols, *(s + END_OF_WORD for s in symbols), *map("".join, merges), CLIP_START, CLIP_END]
+    return ClipTokenizer({token: i for i, token in enumerate(tokens)}, merges, length)
+
+
+def _from_json(path: epath.Path, length: int) -> ClipTokenizer:
+    try:
+        content = json.loads(_read(path))
+    except ValueError as error:
+        raise UserError(f"not a JSON file: {error}") from error
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):  # tokenizer.json
+        vocab, merges = content["model"].get("vocab"), content["model"].get("merges")
+        if not isinstance(vocab, dict) or not merges:
+            raise UserError("tokenizer.json is not of a BPE model with vocabulary and merges")
+        # Older files have "a b", newer ones ["a", "b"].
+        return ClipTokenizer(vocab, [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges], length)
+    if not isinstance(content, dict) or not all(type(i) is int for i in content.values()):
+        raise UserError("neither a tokenizer.json nor a vocab.json (token -> id)")
+    return ClipTokenizer(content, _merges(_read(path.parent / "merges.txt")), length)

@@ -1,0 +1,87 @@
+"""What fine-tuning is watched by: weights interpolated with the first ones, zero-shot accuracy lost."""
+
+import html
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from absl import logging
+
+from florence_jax.evaluators.classification import Classification
+
+
+class Interpolated:
+    """Weight-space ensembling (WiSE-FT, Wortsman et al. 2022): evaluates (1 - alpha) initial + alpha fine-tuned.
+
+    Args:
+      evaluator: what to run on the interpolated parameters.
+      initial: called with the fine-tuned parameters, gives the initial ones on the same devices.
+      alpha: share of the fine-tuned parameters.
+    """
+
+    def __init__(self, evaluator: Any, initial: Callable[[Any], Any], alpha: float):
+        self.name = evaluator.name
+        self._evaluator, self._initial, self._alpha = evaluator, initial, alpha
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """Of the evaluator."""
+        return self._evaluator.chance
+
+    def run(self, params: Any) -> dict[str, float]:
+        """The evaluator's results on the interpolated parameters."""
+        return self._evaluator.run(interpolate(self._initial(params), params, self._alpha))
+
+    def report(self) -> list[str]:
+        """The evaluator's."""
+        return self._evaluator.report()
+
+
+def interpolate(start: Any, end: Any, alpha: float) -> Any:
+    """(1 - alpha) start + alpha end, leaf by leaf."""
+    return jax.tree.map(lambda a, b: (1 - alpha) * a + alpha * b, start, end)
+
+
+class Forgetting:
+    """Zero-shot accuracy on another set before and after fine-tuning: warns where it dropped.
+
+    Results: 'before', 'now' and 'drop' of the inner evaluator's metric.
+
+    Args:
+      evaluator: zero-shot classification on a set that is not fine-tuned on.
+      initial: as for `Interpolated`; evaluated once.
+      threshold: drop above which it warns.
+    """
+
+    def __init__(self, evaluator: Classification, initial: Callable[[Any], Any], threshold: float):
+        self.name = evaluator.name
+        self._evaluator, self._initial, self._threshold = evaluator, initial, threshold
+        self._before: float | None = None
+        self._warning = ""
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """Of the numbers before and now."""
+        level = self._evaluator.chance.get(self._evaluator.metric)
+        return {} if level is None else {"before": level, "now": level}
+
+    def run(self, params: Any) -> dict[str, float]:
+        """See the class."""
+        metric = self._evaluator.metric
+        if self._before is None:
+            self._before = self._evaluator.run(self._initial(params))[metric]
+        now = self._evaluator.run(params)[metric]
+        drop = self._before - now
+        self._warning = ""
+        if drop > self._threshold:
+            self._warning = (
+                f"{self.name}: zero-shot {metric} fell from {self._before:.3f} to {now:.3f}, more than "
+                f"{self._threshold:g}: fine-tuning forgets. Lower the learning rate or the number of epochs, lower "
+                "config.optim.layer_decay, or interpolate with the initial weights (config.wise_ft)"
+            )
+            logging.warning("%s", self._warning)
+        return {"before": self._before, "now": now, "drop": drop}
+
+    def report(self) -> list[str]:
+        """The warning, if there is one."""
+        return [f'<p class="warning">{html.escape(self._warning)}</p>'] if self._warning else []

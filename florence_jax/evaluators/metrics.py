@@ -1,0 +1,147 @@
+"""Metrics of classification and retrieval, as numpy functions, and their chance levels."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+METRIC_NAMES = ("top1", "mean_per_class", "voc_map", "roc_auc")
+TOP = 5
+
+
+class Answers(NamedTuple):
+    """What a classifier answered; N images, K classes.
+
+    Attributes:
+      labels: int (N,), the right classes.
+      ranks: int (N,), wrong classes scored at least as high as the right one.
+      top: int (N, min(5, K)), classes by score, best first; the right one stands at its rank.
+    """
+
+    labels: np.ndarray
+    ranks: np.ndarray
+    top: np.ndarray
+
+
+def answers(score_chunks: Iterable[np.ndarray], labels: np.ndarray) -> Answers:
+    """Ranks the classes of each image.
+
+    Ties count against the classifier, as in `retrieval.positive_ranks`: one that scores all classes alike is never
+    right.
+
+    Args:
+      score_chunks: float (n, K) arrays, N rows together.
+      labels: int (N,).
+    """
+    ranks, tops, start = [], [], 0
+    for scores in score_chunks:
+        rows = np.arange(len(scores))
+        right = labels[start : start + len(scores)]
+        own = scores[rows, right]
+        rank = (scores >= own[:, None]).sum(1) - 1
+        # The right class goes behind all that tie with it.
+        order = np.argsort(
+            -np.where(np.arange(scores.shape[1])[None] == right[:, None], -np.inf, scores), kind="stable"
+        )
+        place = np.arange(min(TOP, scores.shape[1]))[None]
+        behind = np.take_along_axis(order, np.maximum(place - (place > rank[:, None]), 0), axis=1)
+        tops.append(np.where(place == rank[:, None], right[:, None], behind))
+        ranks.append(rank)
+        start += len(scores)
+    return Answers(labels, np.concatenate(ranks), np.concatenate(tops))
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
+    """int (K, K): how many images of class (row) were called class (column)."""
+    flat = np.bincount(labels.astype(np.int64) * classes + predictions, minlength=classes * classes)
+    return flat.reshape(classes, classes)
+
+
+def mean_per_class(confusion: np.ndarray) -> float:
+    """Mean over the classes that have images of the share of them that was recognised."""
+    counts = confusion.sum(1)
+    return float((np.diag(confusion)[counts > 0] / counts[counts > 0]).mean())
+
+
+def voc_average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
+    """11-point interpolated average precision of one class (VOC 2007; Everingham et al. 2010, section 4.2).
+
+    Equal scores are one step of the curve, so that the order of the images does not matter.
+
+    Args:
+      scores: float (N,).
+      targets: int (N,), 1, 0, or negative for images that are not judged.
+
+    Returns:
+      The mean over recall 0, 0.1, ... 1 of the highest precision at that recall or more; nan without a positive.
+    """
+    judged = targets >= 0
+    scores, targets = scores[judged], targets[judged] > 0
+    if not targets.any():
+        return math.nan
+    order = np.argsort(-scores, kind="stable")
+    found = np.cumsum(targets[order])
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # the end of each group of equal scores
+    recall, precision = found[last] / found[-1], found[last] / (last + 1)
+    points = np.arange(11)[:, None] / 10
+    return float(np.where(recall[None] >= points - 1e-12, precision[None], 0).max(1).mean())
+
+
+def class_targets(labels: np.ndarray, classes: int) -> np.ndarray:
+    """int8 (N, K) of 1, 0 and -1 (not judged), from class numbers (N,) or what is in that form already."""
+    if labels.ndim == 2:
+        return labels
+    return (labels[:, None] == np.arange(classes)[None]).astype(np.int8)
+
+
+def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """`voc_average_precision` of every class: float64 (K,); nan for a class without a positive."""
+    return np.array([voc_average_precision(scores[:, k], targets[:, k]) for k in range(targets.shape[1])])
+
+
+def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Chance that a positive scores above a negative, ties counting half; nan if either is missing."""
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    if not positives or not negatives:
+        return math.nan
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    middle = np.cumsum(counts) - (counts - 1) / 2  # mean rank, from 1, of each distinct score
+    return float((middle[place][positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    powers = np.exp(scores - scores.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+KS = (1, 5, 10)
+
+
+def recalls(ranks: np.ndarray, prefix: str, ks: Sequence[int] = KS) -> dict[str, float]:
+    """{'<prefix>r@<k>': share of queries with rank < k}."""
+    return {f"{prefix}r@{k}": float((ranks < k).mean()) for k in ks}
+
+
+def recall_chance(right: np.ndarray, total: int, k: int) -> float:
+    """Expected recall@k of a random order, mean over queries with `right[q]` right ones among `total` targets.
+
+    One minus the chance that k draws without replacement are all wrong.
+    """
+    wrong = total - right.astype(np.float64)
+    missed = np.ones_like(wrong)
+    for i in range(min(k, total)):
+        missed *= np.maximum(wrong - i, 0) / (total - i)
+    return float((1 - missed).mean())
+
+
+def retrieval_chance(image_ids: np.ndarray, text_ids: np.ndarray) -> dict[str, float]:
+    """Chance levels of `two_way_recalls` for the ids of its images and texts."""
+    chance = {}
+    for prefix, queries, targets in (("i2t_", image_ids, text_ids), ("t2i_", text_ids, image_ids)):
+        values, counts = np.unique(targets, return_counts=True)
+        place = np.searchsorted(values, queries).clip(max=len(values) - 1)
+        right = np.where(values[place] == queries, counts[place], 0)
+        chance |= {f"{prefix}r@{k}": recall_chance(right, len(targets), k) for k in KS}
+    return chance

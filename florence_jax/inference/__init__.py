@@ -1,0 +1,5 @@
+"""Trained weights from Python."""
+
+from florence_jax.inference.florence import Florence
+
+__all__ = ["Florence"]

@@ -1,0 +1,177 @@
+"""Trained weights from Python: embed pictures and texts, classify pictures by the names of classes.
+
+    from florence_jax.inference import Florence
+
+    model = Florence("runs/pretrain")
+    images = model.embed_images(["cat.jpg", "dog.jpg"])  # (2, D) unit vectors
+    texts = model.embed_texts(["a cat", "a dog"])
+    cosines = images @ texts.T
+    probabilities = model.classify(["cat.jpg"], ["cat", "dog", "horse"])
+
+`docs/colab.ipynb` does this in a notebook. For evaluations with metrics use `python -m florence_jax.main`.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from florence_jax.data.prompts import TEMPLATES
+from florence_jax.data.records import ListSource, Source
+from florence_jax.errors import UserError
+from florence_jax.evaluators.metrics import softmax
+from florence_jax.evaluators.predictor import Embedder
+from florence_jax.evaluators.zero_shot import class_embeddings
+from florence_jax.params.sharding import make_mesh
+from florence_jax.tasks.encoder import Encoder
+
+Picture = str | os.PathLike | Image.Image | np.ndarray
+
+
+class Florence:
+    """Weights on all devices of this process, ready to use.
+
+    Texts and pictures are put through in batches of a power of two, up to `batch_size`, so that few sizes are compiled
+    (each once, seconds to minutes).
+
+    Args:
+      init: workdir of a run, its `checkpoints/`, or a folder written by `florence_jax.tools.import_torch`; the moving
+        average of the weights is taken where the run kept one.
+      res: image size in pixels, if not the one trained with; bias tables and position embeddings are resized.
+      tokenizer: as for `data.tokenizers.load_tokenizer`; needed for imported CLIP, OpenCLIP and UniCL weights,
+        whose folder does not say.
+      precision: compute dtype, 'float32' or 'bfloat16' (accelerators).
+      batch_size: most pictures or texts a call of the model.
+
+    Attributes:
+      encoder: `tasks.encoder.Encoder`: the model, its configuration, and pure functions for use under `jax.jit`,
+        `encoder.predict["image"](params, {"image": uint8 (B, H, W, 3)})`.
+      params: nested dict of float32 arrays.
+
+    Raises:
+      UserError: for a folder without weights, or options that do not fit it.
+    """
+
+    def __init__(
+        self,
+        init: str | os.PathLike,
+        res: int | None = None,
+        tokenizer: str = "",
+        precision: str = "float32",
+        batch_size: int = 256,
+    ):
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be at least 1")
+        self.encoder = Encoder(os.fspath(init), {"res": res}, tokenizer, precision)
+        self._mesh, self._batch_size = make_mesh(-1, 1), batch_size
+        self.params = self.encoder.load_on(self._mesh)
+        self._embedders: dict[tuple[str, int], Embedder] = {}
+
+    def embed_images(self, images: Sequence[Picture]) -> np.ndarray:
+        """Unit vectors in the joint space of pictures and texts.
+
+        Args:
+          images: N paths, PIL pictures, or uint8 arrays (H, W, 3), (H, W, 1) or (H, W); each is resized by its shorter
+            side and cropped in the middle.
+
+        Returns:
+          float32 (N, D). Of weights without a projection (Swin classifiers): the image tower's features, made unit.
+
+        Raises:
+          UserError: for no pictures, or one that cannot be read, by its path or number.
+        """
+        return self.embed_source(_as_source(images), on_corrupt="error", quiet=True)["embedding"]
+
+    def features(self, images: Sequence[Picture]) -> np.ndarray:
+        """What the image tower gives before the projection, for a classifier of your own: float32 (N, C).
+
+        Arguments and errors as for `embed_images`.
+        """
+        return self.embed_source(_as_source(images), on_corrupt="error", tower="features", quiet=True)["embedding"]
+
+    def embed_source(
+        self, source: Source, on_corrupt: str = "skip", tower: str = "image", quiet: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Embeds a source (`data.sources.catalog.open_source`) of any length without holding its pictures in memory.
+
+        Args:
+          source: N records.
+          on_corrupt: 'skip' leaves unreadable records out, 'error' raises.
+          tower: 'image', or 'features' as the method of that name.
+          quiet: do not print images per second.
+
+        Returns:
+          "embedding" float32 (n, D) and "index" int32 (n,), the rows of the n readable records.
+
+        Raises:
+          UserError: as above.
+        """
+        ops = f"{self.encoder.eval_ops}|keep(image)"
+        embedder = self._embedder(tower, len(source))
+        return embedder.images(self.params, source, ops, on_corrupt=on_corrupt, quiet=quiet)
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of the same space: float32 (N, D).
+
+        Raises:
+          UserError: for no texts, one without words, weights without a text tower or without a known tokenizer.
+        """
+        _check_list(texts, "texts")
+        self._check_text()
+        return self._embedder("text", len(texts)).texts(self.params, list(texts))
+
+    def classify(
+        self, images: Sequence[Picture], names: Sequence[str], templates: Sequence[str] = TEMPLATES
+    ) -> np.ndarray:
+        """Zero-shot classification: the probabilities of K classes given by name.
+
+        The softmax over classes of the trained logit scale times the cosines between a picture and each class, which
+        is the mean of its prompts (CLIP; Florence section 3.1).
+
+        Args:
+          images: N pictures as for `embed_images`.
+          names: K names, such as "golden retriever".
+          templates: prompts with one '{}' each; by default the 80 of CLIP and one more.
+
+        Returns:
+          float32 (N, K), rows sum to 1.
+
+        Raises:
+          UserError: as `embed_images` and `embed_texts`; for a template without '{}'.
+        """
+        _check_list(names, "names")
+        self._check_text()
+        vectors = self.embed_images(images)
+        embedder = self._embedder("text", len(names) * len(templates))
+        classes = class_embeddings(embedder, self.params, names, templates)
+        return softmax(float(np.exp(self.params["logit_scale"])) * vectors @ classes.T)
+
+    def _check_text(self) -> None:
+        if not self.encoder.has_text:
+            raise UserError(f"{self.encoder.description.folder} holds no text tower: only pictures can be embedded")
+        _ = self.encoder.tokenizer  # raises where nobody named it
+
+    def _embedder(self, tower: str, count: int) -> Embedder:
+        size = min(self._batch_size, 1 << max(count - 1, 0).bit_length())
+        if (tower, size) not in self._embedders:
+            as_tower = "text" if tower == "text" else "image"
+            tokenizer = self.encoder.tokenizer if tower == "text" else None
+            functions = {as_tower: self.encoder.predict[tower]}
+            self._embedders[tower, size] = Embedder(functions, tokenizer, self._mesh, size)
+        return self._embedders[tower, size]
+
+
+def _check_list(values: Any, what: str) -> None:
+    if isinstance(values, (str, bytes, os.PathLike, Image.Image)):
+        raise UserError(f"{what} are given in a list, such as [{values!r}]")
+    if not len(values):
+        raise UserError(f"no {what} given")
+
+
+def _as_source(images: Sequence[Picture]) -> Source:
+    _check_list(images, "images")
+    if isinstance(images, np.ndarray) and images.ndim < 4:
+        raise UserError(f"an array {images.shape} is one picture: give [array], or many as (N, H, W, 3)")
+    return ListSource("images", images)

@@ -1,0 +1,1 @@
+"""The parameter tree: policy by path, placement, storage."""

@@ -1,0 +1,162 @@
+"""The device mesh and where every array lives on it.
+
+Axes: `data` replicates parameters, `fsdp` shards them (ZeRO-3: parameters, gradients and optimizer state); the batch
+is split over both. Axis types are Auto: XLA's partitioner places the collectives.
+
+Where the devices lie in several slices (TPU slices, or what JAX reports as such elsewhere), joined by a network far
+slower than the links inside one, `data` runs across the slices and `fsdp` inside each: parameters are gathered over
+the fast links only, and once a step the gradients' shards cross the slow network.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from florence_jax.errors import UserError
+from florence_jax.params.rules import match_rules, path_string
+
+BATCH_AXES = ("data", "fsdp")
+# A rule's value names the axis of the tensor to split over `fsdp` (negative counts from the end), or 'replicate'.
+# Matrices and convolutions split their output channels; vectors, tables and the scalar are small and replicated.
+SHARDING_RULES = (
+    (r".*/kernel", -1),
+    (r".*/token_embedding", 0),
+    (r".*", "replicate"),
+)
+
+
+def mesh_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
+    """The sizes (data, fsdp) of a mesh over `count` devices. One of the two given may be -1: what is left.
+
+    Raises:
+      UserError: if the sizes do not multiply to the number of devices.
+    """
+    sizes = [data, fsdp]
+    if sizes.count(-1) == 1:
+        known = max(1, -int(np.prod(sizes)))
+        sizes[sizes.index(-1)] = count // known
+    if min(sizes) < 1 or sizes[0] * sizes[1] != count:
+        raise UserError(
+            f"mesh data={data}, fsdp={fsdp} does not use the {count} devices; choose sizes with that product"
+        )
+    return sizes[0], sizes[1]
+
+
+def group_by_slice(devices: list[Any]) -> list[list[Any]]:
+    """The devices of each slice, in the slices' order; one group where they do not say."""
+    groups: dict[int, list[Any]] = {}
+    for device in devices:
+        groups.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    return [groups[index] for index in sorted(groups)]
+
+
+def split_over_slices(data: int, fsdp: int, slices: int, fsdp_across_slices: bool) -> tuple[int, int]:
+    """The parts (of `data`, of `fsdp`) that run across slices: their product is `slices`, each divides its axis.
+
+    `data` takes as many as it can.
+
+    Raises:
+      UserError: if `data` cannot take them all and `fsdp` must not or cannot take the rest.
+    """
+    outer = math.gcd(data, slices)
+    rest = slices // outer
+    if rest > 1 and (not fsdp_across_slices or fsdp % rest):
+        raise UserError(
+            f"mesh data={data}, fsdp={fsdp} does not lie across the {slices} slices: data must be a multiple of "
+            f"{slices}, which keeps fsdp inside a slice; or set config.mesh.fsdp_across_slices=True, at the price of "
+            "gathering parameters over the network between slices, with an fsdp that divides"
+        )
+    return outer, rest
+
+
+def make_mesh(data: int, fsdp: int, devices: list[Any] | None = None, *, fsdp_across_slices: bool = False) -> Mesh:
+    """A (`data`, `fsdp`) mesh over `devices` (default: all); sizes as in `mesh_sizes`.
+
+    Over several slices `data` runs across them and `fsdp` inside; with `fsdp_across_slices`, `fsdp` too may run across
+    those that `data` cannot take.
+
+    Raises:
+      UserError: as `mesh_sizes` and `split_over_slices`, or if the sizes are not products of sides of the TPU slice.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes, types = mesh_sizes(data, fsdp, len(devices)), (AxisType.Auto, AxisType.Auto)
+    slices = group_by_slice(devices)
+    outer = split_over_slices(*sizes, len(slices), fsdp_across_slices)
+    inner = (sizes[0] // outer[0], sizes[1] // outer[1])
+    try:
+        meshes = [jax.make_mesh(inner, BATCH_AXES, axis_types=types, devices=group) for group in slices]
+    except NotImplementedError as error:
+        sides = "x".join(str(1 + max(device.coords[i] for device in devices)) for i in range(3))
+        raise UserError(
+            f"mesh data={inner[0]}, fsdp={inner[1]} does not lie along the sides of the {sides} slice: each size must "
+            "be a product of some of the sides"
+        ) from error
+    # As mesh_utils.create_hybrid_device_mesh does it; jax.make_mesh knows what each kind of chip can be split into.
+    grid = np.stack([mesh.devices for mesh in meshes]).reshape(*outer, *inner).transpose(0, 2, 1, 3).reshape(sizes)
+    return Mesh(grid, BATCH_AXES, axis_types=types)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over all devices, the rest whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def ambient_batch_axes() -> tuple[str, ...]:
+    """Batch axes of the mesh in context that have several devices; () without a mesh, or on one device.
+
+    `train.step` sets the mesh while it traces the loss, so that a loss needs no mesh among its arguments.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in BATCH_AXES if shape.get(axis, 1) > 1)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every host has in whole, on the devices of all hosts."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def param_shardings(params: Any, mesh: Mesh, rules: Any = SHARDING_RULES) -> Any:
+    """A `NamedSharding` for every leaf of `params` (arrays or shapes) by the path rules.
+
+    Raises:
+      UserError: listing every tensor whose named axis does not divide by the `fsdp` size: never a silent replica.
+    """
+    fsdp = mesh.shape["fsdp"]
+    axes = match_rules(rules, params, what="sharding", spare=rules is SHARDING_RULES)
+    offenders = []
+
+    def place(path: Any, leaf: Any, axis: int | str) -> NamedSharding:
+        if axis == "replicate" or fsdp == 1:
+            return replicated(mesh)
+        if leaf.shape[axis] % fsdp:
+            offenders.append(f"{path_string(path)} {tuple(leaf.shape)} axis {axis}")
+            return replicated(mesh)
+        spec: list[str | None] = [None] * leaf.ndim
+        spec[axis] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    tree = jax.tree_util.tree_map_with_path(place, params, axes)
+    if offenders:
+        raise UserError(
+            f"not divisible by mesh.fsdp={fsdp}: {'; '.join(offenders)}; choose a smaller fsdp, another axis "
+            "or 'replicate'"
+        )
+    return tree
+
+
+def state_shardings(state: Any, params_sharding: Any, mesh: Mesh) -> Any:
+    """Shardings of a whole train state: sub-trees shaped like the parameters follow them, the rest replicates."""
+    structure = jax.tree.structure(params_sharding)
+
+    def is_params(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    return jax.tree.map(lambda node: params_sharding if is_params(node) else replicated(mesh), state, is_leaf=is_params)

@@ -1,0 +1,127 @@
+"""Bytes to an upright RGB picture on white, thumbnails, boxes drawn: one place for what models and people see."""
+
+import base64
+import contextlib
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+WHITE = (255, 255, 255)
+# First bytes of the usual formats: PIL otherwise tries a dozen readers on every image.
+MAGIC = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"RI": "WEBP"}
+THUMBNAIL = 96  # pixels of the longer side
+TINY = 48  # pictures of fewer pixels are enlarged
+SHEET_SIDE = 160  # pixels, on contact sheets
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes: Sequence[Sequence[float]],
+    texts: Sequence[str],
+    colours: Sequence[str],
+    thin: Sequence[bool] = (),
+    side: int = 420,
+    most_texts: int = 24,
+) -> Image.Image:
+    """The picture, its longer side `side` pixels, with boxes on it.
+
+    Args:
+      image: uint8 (H, W, 3).
+      boxes: (x1, y1, x2, y2) each, in pixels of `image`.
+      texts: what is written beside each box; only the first `most_texts` are.
+      colours: of each box, as '#rrggbb'.
+      thin: boxes drawn with a thin line; () for none.
+      side: pixels.
+      most_texts: more would hide the picture.
+    """
+    scale = side / max(image.shape[:2])
+    size = [max(1, round(edge * scale)) for edge in image.shape[1::-1]]
+    canvas = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    scaled = [[value * scale for value in box] for box in boxes]
+    for i, (x1, y1, x2, y2) in enumerate(scaled):
+        width = 1 if thin and thin[i] else 2
+        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colours[i], width=width)
+    taken: list[tuple[float, ...]] = []
+    for (x, y, _, _), text, colour in list(zip(scaled, texts, colours, strict=True))[:most_texts]:
+        _write_label(draw, font, taken, (x, y, text, colour), canvas.size)
+    return canvas
+
+
+def _write_label(
+    draw: ImageDraw.ImageDraw,
+    font: ImageFont.ImageFont,
+    taken: list[tuple[float, ...]],
+    label: tuple[float, float, str, str],
+    size: tuple[int, int],
+) -> None:
+    """Writes a name at the box's corner, moved down past the names already there; not at all if there is no room."""
+    x, y, text, colour = label
+    width, height = draw.textlength(text, font) + 4, 15
+    x, y = min(max(0, x), max(0, size[0] - width)), max(0, y)
+    while any(x < r and x + width > left and y < b and y + height > t for left, t, r, b in taken):
+        y += height
+    if y + height > size[1]:
+        return
+    taken.append((x, y, x + width, y + height))
+    draw.rectangle((x, y, x + width, y + height), fill=colour)
+    draw.text((x + 2, y), text, fill="#fff", font=font)
+
+
+def open_picture(data: bytes | Image.Image) -> contextlib.AbstractContextManager[Image.Image]:
+    """A picture to use in a `with` statement; PIL's own exceptions pass through."""
+    if isinstance(data, Image.Image):
+        return contextlib.nullcontext(data)  # its owner closes it
+    known = MAGIC.get(data[:2])
+    return Image.open(io.BytesIO(data), formats=[known] if known else None)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture upright (EXIF), in RGB, transparent parts on white, 16-bit grey by its upper byte."""
+    image.load()
+    if "exif" in image.info or image.format == "TIFF":
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey: converting would clip at 255
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, WHITE)
+        canvas.paste(image, mask=image.getchannel("A"))
+        return canvas
+    return image.convert("RGB")
+
+
+def thumbnail(data: bytes | Image.Image | np.ndarray, side: int = THUMBNAIL) -> str:
+    """Data URI of a picture as the model sees it, its longer side at most `side` pixels; '' if it cannot be read.
+
+    Args:
+      data: encoded, or a PIL picture, or uint8 (H, W), (H, W, 1) or (H, W, 3). Tiny ones are enlarged.
+      side: pixels.
+    """
+    try:
+        if isinstance(data, np.ndarray):
+            data = Image.fromarray(np.squeeze(data))
+        with open_picture(data) as image:
+            kept = isinstance(data, bytes) and TINY <= max(image.size) <= side and image.format in Image.MIME
+            if kept and image.mode == "RGB" and "exif" not in image.info:
+                image.load()
+                return data_uri(data, Image.MIME[image.format])
+            image.draft("RGB", (side, side))
+            image = to_rgb(image)
+    except Exception:  # PIL's decoders raise a dozen unrelated types on corrupt data and for too many pixels
+        return ""
+    if (times := TINY // max(image.size)) > 1:
+        image = image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
+    image.thumbnail((side, side))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=80)
+    return data_uri(file.getvalue(), "image/webp")
+
+
+def data_uri(data: bytes, mime: str) -> str:
+    """The bytes as a URI that a page can hold."""
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"

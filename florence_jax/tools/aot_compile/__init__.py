@@ -1,0 +1,1 @@
+"""Compiles the training step ahead of time for slices that are not there."""

@@ -1,0 +1,270 @@
+"""Compiles the real training step for a TPU slice, without a TPU, and says what it needs.
+
+    python -m florence_jax.tools.aot_compile --config=configs/pretrain.py:variant=H --topology=v5p:4x8x8 \
+        --config.batch_size=24576 --config.precision=bfloat16 --config.mesh.fsdp=64
+    python -m florence_jax.tools.aot_compile --config=... --topology=v5e:16x16 --search
+    python -m florence_jax.tools.aot_compile --config=... --topology=v5e:16x16 --slices=2
+    python -m florence_jax.tools.aot_compile --config=... --topology=v5p:4x8x8 --shardings=FILE
+
+Takes the configuration, with its --config.x= options, that would be trained. A table goes to stderr and one JSON line
+to stdout; the exit code is 0 where the step fits, 1 where it does not. The compiler is the one a TPU would use: it
+fails where the chip's memory would not be enough. It needs libtpu (pip install '.[aot]').
+
+The FLOPs come from the model (the compiler's own count takes the body of a scan once), and the expected step time is
+those at a given --mfu, not a measurement.
+
+--search tries activation checkpointing policies from the lightest on, first without the gradient cache, then with the
+largest micro-batch that fits, and stops at the first that does. --shardings writes {path: partition of each axis} of
+the parameters as JSON and compiles nothing; it does not need libtpu.
+"""
+
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from florence_jax.command_line import CONFIG, fail, no_more_arguments, parse_flags
+from florence_jax.errors import UserError
+from florence_jax.models.sizes import resolve_config
+from florence_jax.params.rules import path_string
+from florence_jax.params.sharding import BATCH_AXES, batch_sharding, mesh_sizes, param_shardings
+from florence_jax.tasks import create_task
+from florence_jax.tools.aot_compile import report, topologies
+from florence_jax.tools.aot_compile.topologies import Topology
+from florence_jax.train.loop import Trainer
+
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Slice to compile for: KIND:SHAPE in chips, for example v5p:4x8x8.")
+_SLICES = flags.DEFINE_integer("slices", 1, "How many such slices, joined by the data centre's network.")
+_MFU = flags.DEFINE_float("mfu", 0.4, "Share of the chip's peak at which to state the step time.", 0.001, 1.0)
+_SEARCH = flags.DEFINE_bool("search", False, "Find the lightest remat policy and the largest micro-batch that fit.")
+_SHARDINGS = flags.DEFINE_string("shardings", None, "Only write the parameters' partition as JSON to this file.")
+# By what they compute twice: nothing; the attention core; all but linear layers and attention; everything.
+LIGHTEST_FIRST = ("none", "attention", "dots", "block")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command; exits with 0, with 1 where the step does not fit, with 2 for a user's mistake."""
+    no_more_arguments(argv)
+    # Here libtpu only compiles; without this JAX would look for a TPU.
+    jax.config.update("jax_platforms", "cpu")
+    config = CONFIG.value
+    try:
+        if _TOPOLOGY.value is None:
+            raise UserError("--topology is missing; for example --topology=v5p:4x8x8")
+        topology = topologies.find(_TOPOLOGY.value, _SLICES.value)
+        if _SHARDINGS.value:
+            write_shardings(config, topology.chips, Path(_SHARDINGS.value))
+            return
+        report = search(config, topology, _MFU.value) if _SEARCH.value else preflight(config, topology, _MFU.value)
+    except UserError as error:
+        fail(error)
+    except OSError as error:
+        fail(UserError(f"{error}; choose a writable --shardings file"))
+    print(report.table(report), file=sys.stderr, flush=True)
+    print(json.dumps(report), flush=True)
+    sys.exit(0 if report["fits"] else 1)
+
+
+def preflight(config: ConfigDict, topology: Topology, mfu: float, devices: list[Any] | None = None) -> dict[str, Any]:
+    """Compiles the training step of `config` for `topology` and reports.
+
+    Args:
+      config: of the run.
+      topology: slice; gives the chip's memory and peak.
+      mfu: at which to state the step time.
+      devices: to compile for; default: the slice's, from libtpu.
+
+    Returns:
+      {"topology", "slices", "chips", "mesh", "variant", "res", "dtype", "remat", "micro_batch" (0: no gradient cache),
+      "batch", "batch_per_chip", "parameters", "fits", "hbm": {"capacity", "arguments", "temporaries", "peak" (bytes a
+      chip), "share" (peak over capacity)}, "model_flops" (of a step, all chips), "collectives" (see
+      `aot_report.collectives`), "expected": {"mfu", "step_seconds", "examples_per_second_per_chip"},
+      "compile_seconds", "compiler"}. Where the step does not fit, "hbm" has only what the compiler says.
+
+    Raises:
+      UserError: for what the configuration gets wrong, a missing compiler included.
+    """
+    devices = topologies.devices(topology) if devices is None else devices
+    trainer = Trainer(config, create_task(config), Path(config.workdir), devices)
+    began = time.perf_counter()
+    hbm, found = compile_step(trainer)
+    hbm["capacity"] = topology.chip.hbm
+    if "peak" in hbm:
+        hbm["share"] = hbm["peak"] / hbm["capacity"]
+    flops = trainer.task.flops_per_example * config.batch_size
+    seconds = flops / (topology.chips * topology.chip.peak_flops * mfu)
+    return describe(trainer, topology) | {
+        "fits": found is not None and hbm["share"] <= 1,
+        "hbm": hbm,
+        "model_flops": flops,
+        "collectives": found or {},
+        "expected": {
+            "mfu": mfu,
+            "step_seconds": seconds,
+            "examples_per_second_per_chip": config.batch_size / seconds / topology.chips,
+        },
+        "compile_seconds": round(time.perf_counter() - began, 1),
+        "compiler": f"libtpu {_version('libtpu')}, jax {jax.__version__}",
+    }
+
+
+def describe(trainer: Trainer, topology: Topology) -> dict[str, Any]:
+    """What was compiled."""
+    config, model = trainer.config, trainer.task.model.config
+    cache = config.get("grad_cache") or {}
+    return {
+        "topology": topology.name,
+        "slices": topology.slices,
+        "chips": topology.chips,
+        "mesh": dict(trainer.mesh.shape),
+        "variant": model.variant,
+        "res": model.res,
+        "dtype": model.dtype,
+        "remat": model.remat,
+        "micro_batch": cache.get("micro_batch", 0),
+        "batch": config.batch_size,
+        "batch_per_chip": config.batch_size // topology.chips,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(trainer.target["params"])),
+    }
+
+
+def compile_step(trainer: Trainer) -> tuple[dict[str, int], dict[str, dict[str, int]] | None]:
+    """Compiles the trainer's step for its devices; nothing is allocated on them.
+
+    Returns:
+      (bytes of memory on a device, collectives); the latter None where the memory is not enough.
+    """
+    sharding = batch_sharding(trainer.mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for name, leaf in trainer.task.batch_shapes().items()
+    }
+    with jax.set_mesh(trainer.mesh):  # Pallas kernels ask the mesh in context which chip they are compiled for
+        lowered = trainer.make_step().lower(trainer.target, batch)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = report.hbm_of_failure(str(error))
+            if needed is None:
+                raise
+            return needed, None
+    return report.hbm_of_compiled(compiled.memory_analysis()), report.collectives(compiled.as_text())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def search(
+    config: ConfigDict,
+    topology: Topology,
+    mfu: float,
+    measure: Callable[..., dict[str, Any]] = preflight,
+) -> dict[str, Any]:
+    """The preflight report of the lightest settings that fit; see the module's docstring.
+
+    Without the gradient cache everything is computed 1 to 4/3 times (by policy); with it the encoders run forward once
+    more, which costs as much as the heaviest policy. So it is tried last. Memory is taken to grow with the
+    micro-batch: the largest that fits is found by bisection.
+
+    Args:
+      config, topology, mfu: as for `preflight`; the configuration's own remat and micro-batch are overridden.
+      measure: `preflight`, or a stand-in with its arguments.
+
+    Returns:
+      The report, with "tried": [{"remat", "micro_batch", "fits", "peak"}, ...] added; of the heaviest settings where
+      nothing fits.
+    """
+    tried: list[dict[str, Any]] = []
+
+    def attempt(remat: str, micro_batch: int) -> dict[str, Any]:
+        changed = copy.deepcopy(config)
+        changed.model.overrides.remat = remat
+        if "grad_cache" in changed:
+            changed.grad_cache.micro_batch = micro_batch
+        report = measure(changed, topology, mfu)
+        short = {"remat": remat, "micro_batch": micro_batch, "fits": report["fits"], "peak": report["hbm"].get("peak")}
+        tried.append(short)
+        print(json.dumps(short), file=sys.stderr, flush=True)
+        return report | {"tried": tried}
+
+    policies = remat_policies(config)
+    for remat in policies:
+        if (report := attempt(remat, 0))["fits"]:
+            return report
+    local = config.batch_size // topology.chips
+    sizes = [size for size in range(1, local) if local % size == 0] if "grad_cache" in config else []
+    for remat in policies:
+        if best := largest_that_fits(sizes, lambda size, remat=remat: attempt(remat, size)):
+            return best
+    return report | {"tried": tried}
+
+
+def largest_that_fits(sizes: list[int], attempt: Callable[[int], dict[str, Any]]) -> dict[str, Any] | None:
+    """The report of the largest of the ascending `sizes` for which `attempt` says "fits", by bisection; or None."""
+    if not sizes or not (best := attempt(sizes[0]))["fits"]:
+        return None
+    low, high = 0, len(sizes)  # sizes[low] fits, sizes[high] does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (report := attempt(sizes[middle]))["fits"]:
+            low, best = middle, report
+        else:
+            high = middle
+    return best
+
+
+def remat_policies(config: ConfigDict) -> list[str]:
+    """Those of `LIGHTEST_FIRST` that the model of `config` knows."""
+    policies = []
+    for remat in LIGHTEST_FIRST:
+        try:
+            resolve_config(config.model.variant, **{**config.model.overrides, "remat": remat})
+        except UserError:
+            continue
+        policies.append(remat)
+    return policies
+
+
+def shardings(config: ConfigDict, chips: int) -> dict[str, Any]:
+    """How the parameters of `config` are split over `chips` devices.
+
+    Returns:
+      {"mesh": {axis: size}, "params": {path: [mesh axis or None for each axis of the tensor]}}.
+    """
+    sizes = mesh_sizes(config.mesh.data, config.mesh.fsdp, chips)
+    params = jax.eval_shape(create_task(config).init, jax.random.key(0))
+    placed = param_shardings(params, AbstractMesh(sizes, BATCH_AXES))
+    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(placed), strict=True)
+    return {
+        "mesh": dict(zip(BATCH_AXES, sizes, strict=True)),
+        "params": {
+            path_string(path): list(place.spec) + [None] * (leaf.ndim - len(place.spec))
+            for (path, leaf), place in leaves
+        },
+    }
+
+
+def write_shardings(config: ConfigDict, chips: int, file: Path) -> None:
+    """Writes `shardings` as JSON, a parameter a line."""
+    result = shardings(config, chips)
+    lines = ",\n".join(f"  {json.dumps(path)}: {json.dumps(spec)}" for path, spec in result["params"].items())
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(f'{{\n "mesh": {json.dumps(result["mesh"])},\n "params": {{\n{lines}\n }}\n}}\n')
+    partial.replace(file)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,63 @@
+"""Benchmarks: `python -m florence_jax.tools.bench NAME [options]` prints one JSON line on stdout, messages on stderr.
+
+    python -m florence_jax.tools.bench step              # seconds of a training step; beside PyTorch if installed
+    python -m florence_jax.tools.bench grad_cache        # a step with the gradient cache beside one without
+    python -m florence_jax.tools.bench remat             # memory and time of every recomputation policy
+    python -m florence_jax.tools.bench devices           # a step over 1, 2, 4, 8 (simulated) devices, fixed local batch
+    python -m florence_jax.tools.bench data              # images a second of the input pipeline; beside bare decoding
+    python -m florence_jax.tools.bench curate            # images a second of curation's hash stage, and its join
+    python -m florence_jax.tools.bench probe             # a sweep of linear probes, beside scikit-learn
+    python -m florence_jax.tools.bench step --help
+
+A benchmark is a module of this folder with `add_arguments(parser)` and `run(args) -> dict`, named in `BENCHMARKS`. Only
+the chosen one is imported, so each needs no more packages than it uses.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+
+from florence_jax.errors import UserError
+from florence_jax.jobs.host_memory import keep_freed_memory
+
+BENCHMARKS: dict[str, tuple[str, str]] = {
+    "step": ("florence_jax.tools.bench.step", "seconds of a training step, compared with PyTorch if installed"),
+    "grad_cache": ("florence_jax.tools.bench.grad_cache", "time, memory and exactness of the gradient cache"),
+    "remat": ("florence_jax.tools.bench.remat", "memory and time of a training step by recomputation policy"),
+    "devices": ("florence_jax.tools.bench.devices", "a training step by number of devices, at a fixed batch on each"),
+    "data": ("florence_jax.tools.bench.data", "images a second of the input pipeline, compared with bare decoding"),
+    "curate": ("florence_jax.tools.bench.curate", "images a second of curation's hash stage, cost of its join"),
+    "probe": ("florence_jax.tools.bench.probe", "a sweep of linear probes over C, compared with scikit-learn"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark named first in `argv`; returns the exit code (2 for a user's mistake)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    keep_freed_memory()  # as training does
+    parser = argparse.ArgumentParser(prog="python -m florence_jax.tools.bench", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    chosen = None
+    for name, (module, text) in BENCHMARKS.items():
+        command = commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        if argv[:1] == [name]:
+            chosen = importlib.import_module(module)
+            chosen.add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is the JSON line's alone
+            result = chosen.run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps({"benchmark": args.benchmark, **result}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

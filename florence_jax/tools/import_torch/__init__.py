@@ -1,0 +1,1 @@
+"""Public PyTorch weights as a folder of this project."""
