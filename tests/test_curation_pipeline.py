@@ -21,7 +21,7 @@ from PIL import Image
 from florence_jax.curation.dedup.stage import cluster_decisions
 from florence_jax.curation.driver import curate
 from florence_jax.curation.filters.captions import text_decisions
-from florence_jax.curation.filters.sizes import validity_decisions
+from florence_jax.curation.filters.validity import validity_decisions
 from florence_jax.curation.ingest import measure as measure_module
 from florence_jax.curation.ingest.inputs import list_splits
 from florence_jax.curation.main import beam_options, lines_of, with_sample
@@ -141,7 +141,7 @@ def test_a_caption_that_is_dropped_for_its_length_costs_nothing_more():
         for i, (caption, captions) in enumerate([("&" + "amp;" * 20_000, []), ("IMG_1", ["Mail a@b.org &amp; go"])])
     ]
     start = time.process_time()
-    block, decisions = text_decisions(pa.Table.from_pylist(rows), None)
+    block, decisions = text_decisions(pa.Table.from_pylist(rows))
     assert time.process_time() - start < 0.5
     assert decisions == [("many_characters", 80001, 1000), None]
     (chosen,) = block.slice(1).select(["caption", "text", "text_id", "mails", "phones"]).to_pylist()
@@ -296,9 +296,9 @@ def test_forms_of_pictures_are_dropped_where_asked(tmp_path):
     splits = list_splits("p=" + write_parquet(tmp_path / "p.parquet", rows), 9)
     rules = make_all(small_config("p", validity={"drop": ("cmyk", "alpha", "orientation")}))
     part = measure_module.measure_split(splits[0], str(tmp_path), rules.measure)
-    _, decisions = validity_decisions(pq.read_table(part), rules)
+    _, decisions = validity_decisions(pq.read_table(part), rules.validity)
     assert [decision and decision[0] for decision in decisions] == [None, "cmyk", "alpha", "orientation"]
-    _, kept = validity_decisions(pq.read_table(part), make_all(small_config("p")))
+    _, kept = validity_decisions(pq.read_table(part), make_all(small_config("p")).validity)
     assert kept == [None] * 4
 
 

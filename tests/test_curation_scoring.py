@@ -82,5 +82,5 @@ def test_scores_of_pictures_do_not_choose_representatives(tmp_path):
     block = read_table(measure_split(split, str(tmp_path), by_field.measure)).sort_by("uid")
     block = with_column(block, "cluster", np.zeros(2, np.int64))
     for rules, chosen in ((by_field, [False, True]), (rules_of(scores={"nsfw": "m:f"}, **how), [True, False])):
-        ready = stages.with_fields(caption_choice(block, rules), rules)
-        assert [reason is None for reason in choose(ready, rules)[1]] == chosen
+        ready = stages.with_fields(caption_choice(block, rules.duplicates), rules)
+        assert [reason is None for reason in choose(ready, rules.duplicates)[1]] == chosen

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from florence_jax.curation.scores.clusters import kmeans
-from florence_jax.curation.select import rules
+from florence_jax.curation.select import queries
 from florence_jax.curation.select.queries import (
     Matches,
     Metadata,
@@ -79,7 +79,7 @@ def test_metadata_file_and_its_errors(tmp_path):
 
 
 def test_the_library_is_named_when_missing(monkeypatch):
-    monkeypatch.setattr(rules, "ahocorasick", None)
+    monkeypatch.setattr(queries, "ahocorasick", None)
     with pytest.raises(UserError, match="pyahocorasick"):
         Metadata(["dog"])
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import apache_beam as beam
 import numpy as np
@@ -15,7 +15,8 @@ from florence_jax.errors import UserError
 
 Decision = tuple[str, float | str, float | str]
 Decisions = list[Decision | None]
-KEPT = ("kept", "", "")
+# What stages write of the log; the digest of the configuration joins it when it goes into a file.
+LOG = pa.schema([field for field in DECISIONS if field.name != "config"])
 
 
 def rows_of(block: pa.Table, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -23,8 +24,8 @@ def rows_of(block: pa.Table, names: Sequence[str]) -> list[dict[str, Any]]:
     return block.select(list(names)).to_pylist()
 
 
-def decision_rows(block: pa.Table, stage: str, decisions: Sequence[Decision], config: str) -> pa.Table:
-    """The log rows of a block whose rows have all been decided; see `table.DECISIONS`."""
+def decision_rows(block: pa.Table, stage: str, decisions: Sequence[Decision]) -> pa.Table:
+    """The log rows of a block whose rows have all been decided; see `LOG`."""
     reasons, values, thresholds = zip(*decisions, strict=True) if decisions else ((), (), ())
     columns = [
         block["uid"],
@@ -33,20 +34,19 @@ def decision_rows(block: pa.Table, stage: str, decisions: Sequence[Decision], co
         pa.array(reasons, pa.string()),
         pa.array(map(_shown, values), pa.string()),
         pa.array(map(_shown, thresholds), pa.string()),
-        pa.array([config] * len(block), pa.string()),
     ]
-    return pa.table(columns, schema=DECISIONS)
+    return pa.table(columns, schema=LOG)
 
 
 def _shown(value: float | str) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def split_decided(block: pa.Table, stage: str, decisions: Decisions, config: str) -> tuple[pa.Table, pa.Table]:
+def split_decided(block: pa.Table, stage: str, decisions: Decisions) -> tuple[pa.Table, pa.Table]:
     """(rows that go on, log rows of those that do not)."""
     keep = np.array([decision is None for decision in decisions], bool)
     dropped = block.filter(pa.array(~keep))
-    return block.filter(pa.array(keep)), decision_rows(dropped, stage, [d for d in decisions if d], config)
+    return block.filter(pa.array(keep)), decision_rows(dropped, stage, [d for d in decisions if d])
 
 
 R = TypeVar("R")
@@ -106,47 +106,75 @@ def by_identifier(block: pa.Table, column: str, count: int) -> np.ndarray:
     return partitions(block[column], count)
 
 
-class Stage(beam.PTransform):
-    """A stage that decides each block by itself.
+class Stage(NamedTuple):
+    """A stage that decides every row by itself: what a filter is to the pipeline.
+
+    Attributes:
+      name: in the decision log, the report and Beam's graph.
+      columns: of the table of scores that it reads; a column that no stage names is not loaded.
+      decide: block -> (block, for each row None or why it goes), its rules bound. It is pickled into workers: a
+        function of a module, or a `functools.partial` of one.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    decide: Callable[[pa.Table], tuple[pa.Table, Decisions]]
+
+
+class WideStage(beam.PTransform):
+    """A stage that must see rows of several blocks together, or numbers of all rows.
+
+    Its subclasses bring together what belongs together, and decide by `Decide`.
+
+    Args:
+      name, columns: as in `Stage`.
+    """
+
+    def __init__(self, name: str, columns: Sequence[str]):
+        super().__init__(name)
+        self.name, self.columns = name, tuple(columns)
+
+
+class Decide(beam.PTransform):
+    """Blocks -> {"kept": blocks, "dropped": log rows}.
 
     Args:
       name: of the stage, in the decision log.
-      function: (block, rules, *side inputs) -> (block, decisions); see `decide`.
-      rules: of the run.
+      decide: (block, *side inputs) -> (block, decisions); see `Stage`.
       sides: side inputs.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], rules: Any, *sides: Any):
+    def __init__(self, name: str, decide: Callable[..., tuple[pa.Table, Decisions]], *sides: Any):
         super().__init__(name)
-        self._name, self._function, self._rules, self._sides = name, function, rules, sides
+        self._name, self._decide, self._sides = name, decide, sides
 
     def expand(self, blocks: beam.PCollection[pa.Table]) -> Any:
-        """{"kept": blocks, "dropped": log rows}."""
-        outputs = blocks | "Decide" >> beam.ParDo(
-            _Decide(self._name, self._function, self._rules), *self._sides
-        ).with_outputs("dropped", main="kept")
+        """One pass over the blocks."""
+        outputs = blocks | "Decide" >> beam.ParDo(_Decide(self._name, self._decide), *self._sides).with_outputs(
+            "dropped", main="kept"
+        )
         return {"kept": outputs.kept, "dropped": outputs.dropped}
 
 
 class _Decide(beam.DoFn):
-    def __init__(self, name: str, function: Callable[..., Any], rules: Any):
-        self._name, self._function, self._rules = name, function, rules
+    def __init__(self, name: str, decide: Callable[..., tuple[pa.Table, Decisions]]):
+        self._name, self._decide = name, decide
 
     def process(self, block: pa.Table, *sides: Any) -> Iterator[Any]:
-        block, decisions = self._function(block, self._rules, *sides)
-        kept, dropped = split_decided(block, self._name, decisions, self._rules.digest)
+        block, decisions = self._decide(block, *sides)
+        kept, dropped = split_decided(block, self._name, decisions)
         if len(kept):
             yield kept
         if len(dropped):
             yield beam.pvalue.TaggedOutput("dropped", dropped)
 
 
-def chain(blocks: beam.PCollection[pa.Table], stages: Iterable[beam.PTransform]) -> dict[str, Any]:
+def chain(blocks: beam.PCollection[pa.Table], stages: Iterable[Stage | WideStage]) -> dict[str, Any]:
     """{"blocks": what the last stage keeps, "dropped": log rows of all, "entering": blocks before each stage}."""
     dropped, entering = [], {}
     for stage in stages:
-        entering[stage.label] = blocks
-        outputs = blocks | stage
+        entering[stage.name] = blocks
+        outputs = blocks | (Decide(stage.name, stage.decide) if isinstance(stage, Stage) else stage)
         blocks = outputs["kept"]
         dropped.append(outputs["dropped"])
     return {"blocks": blocks, "dropped": dropped, "entering": entering}

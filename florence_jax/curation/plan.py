@@ -1,26 +1,29 @@
-"""All rules of a curation run, from its configuration; what is wrong with it is said before any work is done."""
+"""What a run does: the stages in their order, and all their rules from its configuration, checked before any work."""
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from florence_jax.curation.blocks import make_rules
+from florence_jax.curation.blocks import Stage, WideStage, make_rules
 from florence_jax.curation.dedup.join import DESIGNS, Join
-from florence_jax.curation.filters.captions import TEXT_PRESETS, TextRules
-from florence_jax.curation.filters.known_pictures import HashList
+from florence_jax.curation.dedup.stage import DuplicateRules, NearDuplicates, decontamination_stage
+from florence_jax.curation.filters.captions import TEXT_PRESETS, Text, TextRules
+from florence_jax.curation.filters.known_pictures import HashList, quarantine_stage
 from florence_jax.curation.filters.opt_out import OptOutRules, SiteRules
-from florence_jax.curation.filters.post_filter import SafetyRules
-from florence_jax.curation.filters.sizes import SizeRules
+from florence_jax.curation.filters.post_filter import PostFilterRules, SafetyRules, post_filter_stage
+from florence_jax.curation.filters.sizes import SizeRules, size_stage
 from florence_jax.curation.filters.takedown import Takedown
+from florence_jax.curation.filters.validity import ValidityRules, validity_stage
 from florence_jax.curation.ingest.hashing import Limits
 from florence_jax.curation.ingest.measure import MeasureRules
 from florence_jax.curation.select.queries import Metadata
 from florence_jax.curation.select.relevance import RelevanceRules
 from florence_jax.curation.select.rules import SelectRules
+from florence_jax.curation.select.stage import Relevance, Selection
 from florence_jax.errors import UserError
 from florence_jax.files import filesystem, json_digest, read_json
 
-FORMS = ("cmyk", "alpha", "orientation")
 FORMATS = ("array_record", "parquet", "webdataset")
 SCORES = ("relevance", "nsfw", "learner_loss", "reference_loss")
 FIELD = "field:"
@@ -46,17 +49,13 @@ class Rules:
     Attributes:
       seed: of the keyed hashes.
       measure: how splits are measured.
-      forms: unusual pictures to drop: 'cmyk', 'alpha', 'orientation'. Otherwise they count as good: CMYK is converted,
-        transparency is laid on white, orientation is applied.
-      size, text, relevance, select, safety, opt_out: of the stages of those names.
+      validity, size, text, relevance, select, post_filter: of the stages of those names.
       join: of near-duplicates, and `min_detail`: pictures with less are compared as exact copies only.
       star_above: components of more members are split again around their representatives.
       cap: pairs a caption.
       scores: name of a score to what makes it: 'field:NAME', 'module:function' or 'checkpoint:WORKDIR'; '' for none.
       clusters: of the image embeddings, for `select.cluster_t`.
       metadata: queries, or None.
-      sites: robots.txt and tdmrep.json, or None.
-      takedown: requests, or None.
       benchmarks: name to folder of pictures that must not be trained on.
       benchmark_detail: benchmark pictures with less detail are found as exact copies only; 0, since here a false match
         costs a pair and a missed one an evaluation.
@@ -65,7 +64,7 @@ class Rules:
 
     seed: int
     measure: MeasureRules
-    forms: tuple[str, ...]
+    validity: ValidityRules
     size: SizeRules
     join: Join
     min_detail: float
@@ -77,10 +76,7 @@ class Rules:
     relevance: RelevanceRules
     select: SelectRules
     metadata: Metadata | None
-    safety: SafetyRules
-    opt_out: OptOutRules
-    sites: SiteRules | None
-    takedown: Takedown | None
+    post_filter: PostFilterRules
     benchmarks: Mapping[str, str]
     benchmark_detail: float
     digest: str
@@ -89,6 +85,19 @@ class Rules:
     def scorers(self) -> dict[str, str]:
         """The scores that need pictures, a pass of their own."""
         return {name: spec for name, spec in self.scores.items() if spec and not spec.startswith(FIELD)}
+
+    @property
+    def duplicates(self) -> DuplicateRules:
+        """Of the stage 'near_duplicates'."""
+        safety = self.post_filter.safety
+        known = dataclasses.replace(safety, max_nsfw=None) if "nsfw" in self.scorers else safety
+        return DuplicateRules(
+            self.join, self.star_above, self.text, dataclasses.replace(self.post_filter, safety=known)
+        )
+
+    def picture_stages(self) -> list[Stage]:
+        """The stages before near-duplicates are looked for: what they drop is compared with nothing."""
+        return [quarantine_stage(), validity_stage(self.validity), size_stage(self.size)]
 
 
 def make_all(config: Mapping[str, Any]) -> Rules:
@@ -99,9 +108,6 @@ def make_all(config: Mapping[str, Any]) -> Rules:
     """
     text, post = dict(config["text"]), dict(config["post_filter"])
     near, select = dict(config["near_duplicates"]), dict(config["selection"])
-    forms = tuple(config["validity"]["drop"])
-    if unknown := set(forms) - set(FORMS):
-        raise UserError(f"validity.drop={sorted(unknown)[0]!r} is unknown; known: {', '.join(FORMS)}")
     preset = text.pop("preset")
     if preset not in TEXT_PRESETS:
         raise UserError(f"text.preset={preset!r} is unknown; known: {', '.join(TEXT_PRESETS)}")
@@ -116,14 +122,13 @@ def make_all(config: Mapping[str, Any]) -> Rules:
     _check_output(config)
     if select_rules.t and not metadata:
         raise UserError("selection.t needs queries: give selection.metadata, a file with one query a line")
-    takedown, robots, tdmrep = (post.pop(name) for name in ("takedown", "robots", "tdmrep"))
-    post.pop("hash_list")
-    opt_out = make_rules(OptOutRules, post.pop("opt_out"))
-    files = [metadata, takedown, robots, tdmrep, *config["decontamination"]["benchmarks"].values()]
+    files = [metadata, *(post[name] for name in ("takedown", "robots", "tdmrep"))]
+    files += config["decontamination"]["benchmarks"].values()
+    measure = _measure_rules(config)
     return Rules(
         seed=config["seed"],
-        measure=_measure_rules(config),
-        forms=forms,
+        measure=measure,
+        validity=make_rules(ValidityRules, config["validity"] | {"limits": measure.limits.by_status()}),
         size=make_rules(SizeRules, config["size"]),
         min_detail=near.pop("min_detail"),
         star_above=near.pop("star_above"),
@@ -135,13 +140,47 @@ def make_all(config: Mapping[str, Any]) -> Rules:
         relevance=relevance,
         select=select_rules,
         metadata=Metadata.from_file(metadata) if metadata else None,
-        safety=make_rules(SafetyRules, post),
-        opt_out=opt_out,
-        sites=SiteRules(_texts(robots), _texts(tdmrep)) if robots or tdmrep else None,
-        takedown=Takedown.from_file(takedown) if takedown else None,
+        post_filter=_post_filter_rules(post),
         benchmarks=dict(config["decontamination"]["benchmarks"]),
         benchmark_detail=config["decontamination"]["min_detail"],
         digest=json_digest([{name: config[name] for name in DECIDING}, list(map(_content, files))]),
+    )
+
+
+def make_stages(rules: Rules, count: int, benchmarks: str = "") -> list[Stage | WideStage]:
+    """The stages in their order. A pair leaves at the first that finds a reason.
+
+    Args:
+      rules: of the run.
+      count: blocks of the table, and of every shuffle.
+      benchmarks: file of the index of benchmark pictures; '' where there are none.
+    """
+    return [
+        *rules.picture_stages(),
+        NearDuplicates(rules.duplicates, count),
+        Text(rules.cap, rules.seed, count),
+        Relevance(rules.relevance if rules.scores.get("relevance") else None),
+        Selection(rules.select, rules.metadata, rules.seed, count),
+        post_filter_stage(rules.post_filter),
+        decontamination_stage(benchmarks, rules.benchmark_detail),
+    ]
+
+
+def stages_before(stages: Sequence[Stage | WideStage], columns: Collection[str]) -> list[Stage | WideStage]:
+    """The stages before the first that reads one of these columns."""
+    return list(itertools.takewhile(lambda stage: not set(columns) & set(stage.columns), stages))
+
+
+def _post_filter_rules(options: Mapping[str, Any]) -> PostFilterRules:
+    options = dict(options)
+    options.pop("hash_list")  # of `_measure_rules`
+    takedown, robots, tdmrep = (options.pop(name) for name in ("takedown", "robots", "tdmrep"))
+    opt_out = make_rules(OptOutRules, options.pop("opt_out"))
+    return PostFilterRules(
+        make_rules(SafetyRules, options),
+        opt_out,
+        SiteRules(_texts(robots), _texts(tdmrep)) if robots or tdmrep else None,
+        Takedown.from_file(takedown) if takedown else None,
     )
 
 

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -18,17 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from florence_jax.curation.blocks import Repartition, Stage, by_identifier, chain, decision_rows
-from florence_jax.curation.dedup.stage import NearDuplicates, decontaminate
-from florence_jax.curation.filters.captions import Text
-from florence_jax.curation.filters.known_pictures import quarantine_decisions
-from florence_jax.curation.filters.post_filter import post_filter_decisions
-from florence_jax.curation.filters.sizes import size_decisions, validity_decisions
+from florence_jax.curation.blocks import Repartition, Stage, WideStage, by_identifier, chain, decision_rows
 from florence_jax.curation.output.shards import PLAN, by_shard, shard_count, with_place
-from florence_jax.curation.plan import FIELD, Rules
+from florence_jax.curation.plan import FIELD, Rules, make_stages
 from florence_jax.curation.run import Run, part_paths
-from florence_jax.curation.select.stage import Relevance, Selection
-from florence_jax.curation.table import read_table, save_array, with_column, write_table
+from florence_jax.curation.table import DECISIONS, SCORES, read_table, save_array, with_column, write_table
 from florence_jax.files import json_digest, list_files, read_bytes, read_json, write_json
 
 
@@ -54,7 +48,9 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def load_block(number_and_path: tuple[int, str], rules: Rules, clusters: str, scores: str) -> pa.Table:
+def load_block(
+    number_and_path: tuple[int, str], rules: Rules, clusters: str, scores: str, columns: Sequence[str]
+) -> pa.Table:
     """A part of the table with the columns that other phases made: "cluster", and scores of pictures.
 
     Args:
@@ -62,9 +58,10 @@ def load_block(number_and_path: tuple[int, str], rules: Rules, clusters: str, sc
       rules: of the run.
       clusters: folder of the cluster numbers.
       scores: folder of the scores made from pictures; '' where there are none.
+      columns: of the table to read.
     """
     number, path = number_and_path
-    block = with_fields(read_table(path), rules)
+    block = with_fields(read_table(path, columns), rules)
     block = with_column(block, "cluster", read_table(f"{clusters}/part-{number:05d}.parquet")["cluster"])
     if scores:
         made = read_table(f"{scores}/part-{number:05d}.parquet")
@@ -76,28 +73,17 @@ def load_block(number_and_path: tuple[int, str], rules: Rules, clusters: str, sc
     return block
 
 
-class Alive(beam.PTransform):
-    """(number, path) of parts -> {"blocks": what is alive after quarantine, validity, size, near-duplicates and text,
-    "dropped": log rows of the others}.
-    """
-
-    def __init__(self, rules: Rules, count: int, clusters: str, scores: str = ""):
-        super().__init__()
-        self._rules, self._count = rules, count
-        self._clusters, self._scores = clusters, scores
-
-    def expand(self, parts: beam.PCollection[tuple[int, str]]) -> Any:
-        """Chains the stages."""
-        rules = self._rules
-        blocks = parts | "Spread" >> beam.Reshuffle() | beam.Map(load_block, rules, self._clusters, self._scores)
-        stages = (
-            Stage("quarantine", quarantine_decisions, rules),
-            Stage("validity", validity_decisions, rules),
-            Stage("size", size_decisions, rules),
-            NearDuplicates(rules, self._count),
-            Text(rules, self._count),
-        )
-        return chain(blocks, stages)
+def load_blocks(
+    parts: beam.PCollection[tuple[int, str]],
+    rules: Rules,
+    stages: Sequence[Stage | WideStage],
+    clusters: str,
+    scores: str = "",
+) -> beam.PCollection[pa.Table]:
+    """(number, path) of parts -> blocks with the columns that the stages and the plan of the output read."""
+    read = {"source", *PLAN, *(name for stage in stages for name in stage.columns)}
+    columns = [name for name in SCORES.names if name in read]
+    return parts | "Spread" >> beam.Reshuffle() | "Load" >> beam.Map(load_block, rules, clusters, scores, columns)
 
 
 def build_decisions(run: Run, table: Mapping[str, Any], scores: str, benchmarks: str) -> dict[str, Any]:
@@ -106,14 +92,15 @@ def build_decisions(run: Run, table: Mapping[str, Any], scores: str, benchmarks:
     shards = run.config["output"]["shards"] or shard_count(table["rows"], run.config["output"]["records_per_shard"])
     contents = [part["sha256"] for part in table["parts"]]
     made = [hashlib.sha256(read_bytes(path)).hexdigest() for _, path in part_paths(scores, count)] if scores else []
-    digest = json_digest([contents, run.rules.digest, run.rules.measure.digest, made, shards])
+    stages = [stage.name for stage in make_stages(run.rules, count)]
+    digest = json_digest([contents, run.rules.digest, run.rules.measure.digest, made, shards, stages])
 
     def build(folder: str) -> Mapping[str, Any]:
         run.beam(lambda root: _decide(root, run, count, shards, folder, scores, benchmarks))
         labels = [read_table(path)["text_id"].to_pylist() for path in _paths(folder, "labels")]
         save_array(f"{folder}/labels.npy", np.array([text for part in labels for text in part], "S32"))
         log = [facts for i in range(count) if (facts := read_json(f"{folder}/log-{i:05d}.json")) is not None]
-        return {"shards": shards, "labels": sum(map(len, labels)), "log": log}
+        return {"stages": stages, "shards": shards, "labels": sum(map(len, labels)), "log": log}
 
     return run.phase("decisions", digest, build)
 
@@ -126,36 +113,33 @@ def _decide(root: beam.Pipeline, run: Run, count: int, shards: int, folder: str,
     """The pipeline of all stages."""
     rules, workdir = run.rules, run.workdir
     parts = root | beam.Create([part for part in part_paths(f"{workdir}/table", count)])
-    first = parts | Alive(rules, count, f"{workdir}/clusters", scores)
-    stages = [Relevance(rules), Selection(rules, count), Stage("post_filter", post_filter_decisions, rules)]
-    if benchmarks:
-        stages.append(Stage("decontamination", functools.partial(decontaminate, index=benchmarks), rules))
-    rest = chain(first["blocks"], stages)
-    placed = rest["blocks"] | "Place" >> beam.Map(with_place, rules.seed, shards)
-    kept = placed | "Kept" >> beam.Map(_kept_rows, rules.digest)
-    logs = (*first["dropped"], *rest["dropped"], kept) | "AllLogs" >> beam.Flatten()
+    stages = make_stages(rules, count, benchmarks)
+    blocks = load_blocks(parts, run.rules, stages, f"{workdir}/clusters", scores)
+    decided = chain(blocks, stages)
+    placed = decided["blocks"] | "Place" >> beam.Map(with_place, rules.seed, shards)
+    logs = (*decided["dropped"], placed | "Kept" >> beam.Map(_kept_rows)) | "AllLogs" >> beam.Flatten()
     by_uid = functools.partial(by_identifier, column="uid", count=count)
     _ = (
         logs
         | "LogByUid" >> Repartition(by_uid)
-        | "WriteLog" >> beam.MapTuple(functools.partial(_write_log, folder=folder))
+        | "WriteLog" >> beam.MapTuple(functools.partial(_write_log, folder=folder, config=rules.digest))
     )
     plans = placed | "Columns" >> beam.Map(lambda block: block.select([*PLAN, "shard", "place"]))
     plans = plans | "ByShard" >> Repartition(by_shard)
     _ = plans | "WritePlan" >> beam.MapTuple(functools.partial(_write_plan, folder=folder))
     # Labels count captions before the post-filter: a takedown moves no label of another pair.
-    texts = rest["entering"]["post_filter"] | "Texts" >> beam.Map(lambda block: block.select(["text_id"]))
+    texts = decided["entering"]["post_filter"] | "Texts" >> beam.Map(lambda block: block.select(["text_id"]))
     by_text = functools.partial(by_identifier, column="text_id", count=count)
     texts = texts | "TextsOnce" >> beam.Map(_distinct) | "ByText" >> Repartition(by_text, "text_id")
     _ = texts | "WriteLabels" >> beam.MapTuple(functools.partial(_write_labels, folder=folder))
 
 
-def _kept_rows(block: pa.Table, config: str) -> pa.Table:
-    decisions = [("kept", shard, "") for shard in block["shard"].to_pylist()]
-    return decision_rows(block, "output", decisions, config)
+def _kept_rows(block: pa.Table) -> pa.Table:
+    return decision_rows(block, "output", [("kept", shard, "") for shard in block["shard"].to_pylist()])
 
 
-def _write_log(number: int, log: pa.Table, folder: str) -> None:
+def _write_log(number: int, log: pa.Table, folder: str, config: str) -> None:
+    log = with_column(log, "config", [config] * len(log), pa.string()).select(DECISIONS.names)
     _, sha256 = write_table(f"{folder}/log-{number:05d}.parquet", log)
     write_json(f"{folder}/log-{number:05d}.json", {"rows": len(log), "sha256": sha256})
 

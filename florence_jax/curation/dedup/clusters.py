@@ -25,6 +25,7 @@ MIN_DETAIL = 0.5  # grey levels; below it only equal files are duplicates: the h
 ASPECT_STEP = 1.05  # pictures of one h256 are exact copies if their shapes fall into one bucket of this ratio
 FAR = 1 << 20 | 64 << 10 | 256  # the score of no pair of views
 SPLIT_ABOVE = 50  # members; larger components are split around their representatives
+MEASURED = ("status", "image_id", "h64", "h256", "detail", "aspect", "probes")  # columns that `measured_rows` reads
 INDEXED_VIEWS = ("trimmed",)  # kinds of probes that are compared with other pictures' probes as well
 
 
@@ -225,5 +226,5 @@ def settle(
 
 def measured_rows(block: pa.Table) -> list[dict[str, Any]]:
     """What `dedup` reads of each row."""
-    rows = block.select(["status", "image_id", "h64", "h256", "detail", "aspect", "probes"]).to_pylist()
+    rows = block.select(list(MEASURED)).to_pylist()
     return [row | {"image_id": bytes.fromhex(row["image_id"])} for row in rows]

@@ -5,15 +5,22 @@ of the input or on the workers. Edges are int64 (e, 2) arrays, (smaller, larger)
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from florence_jax.curation.blocks import Repartition, Stage, chain
-from florence_jax.curation.dedup.clusters import ASPECT_STEP, exact_edges, hash_rows, measured_rows, wide_hashes
+from florence_jax.curation.blocks import Repartition, chain
+from florence_jax.curation.dedup.clusters import (
+    ASPECT_STEP,
+    MEASURED,
+    exact_edges,
+    hash_rows,
+    measured_rows,
+    wide_hashes,
+)
 from florence_jax.curation.dedup.components import (
     MAX_ROUNDS,
     both_ways,
@@ -23,15 +30,11 @@ from florence_jax.curation.dedup.components import (
     union_find,
 )
 from florence_jax.curation.dedup.join import HashRows, block_edges, covering_tables, merge_counts, partition_of
-from florence_jax.curation.filters.known_pictures import quarantine_decisions
-from florence_jax.curation.filters.sizes import size_decisions, validity_decisions
 from florence_jax.curation.table import load_array, read_table, save_array, with_column
 from florence_jax.errors import UserError
 from florence_jax.files import read_json, write_json
 
 Run = Callable[[Callable[[beam.Pipeline], None]], None]
-COLUMNS = ("uid", "source", "status", "width", "height", "bytes", "format", "mode", "has_alpha", "orientation")
-COLUMNS += ("listed", "listed_limit", "image_id", "h64", "h256", "detail", "aspect", "probes")
 
 
 class CandidateEdges(beam.PTransform):
@@ -49,9 +52,9 @@ class CandidateEdges(beam.PTransform):
     def expand(self, parts: beam.PCollection[tuple[str, int]]) -> Any:
         """Three shuffles: by bytes, by 256-bit hash, by the keys of the join."""
         rules, count = self._rules, self._count
-        blocks = parts | "Spread" >> beam.Reshuffle() | beam.MapTuple(_numbered)
-        first = (("quarantine", quarantine_decisions), ("validity", validity_decisions), ("size", size_decisions))
-        stages = [Stage(name, function, rules) for name, function in first]
+        stages = rules.picture_stages()
+        columns = sorted({"uid", "source", *MEASURED, *(name for stage in stages for name in stage.columns)})
+        blocks = parts | "Spread" >> beam.Reshuffle() | beam.MapTuple(functools.partial(_numbered, columns=columns))
         blocks = chain(blocks, stages)["blocks"]
         copies = _Collapse(functools.partial(_by_bytes, count=count), _equal_bytes)
         bytes_once = blocks | "Copies" >> copies
@@ -69,8 +72,8 @@ class CandidateEdges(beam.PTransform):
         return {"edges": (bytes_once["edges"], hashes_once["edges"], found) | beam.Flatten(), "counts": counts}
 
 
-def _numbered(path: str, first: int) -> pa.Table:
-    block = read_table(path, COLUMNS)
+def _numbered(path: str, first: int, columns: Sequence[str]) -> pa.Table:
+    block = read_table(path, columns)
     return with_column(block, "rid", np.arange(first, first + len(block)))
 
 

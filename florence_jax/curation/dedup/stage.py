@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from florence_jax.curation.blocks import Decisions, Repartition, Stage, rows_of
+from florence_jax.curation.blocks import Decide, Decisions, Repartition, Stage, WideStage, rows_of
 from florence_jax.curation.dedup.benchmarks import BenchmarkIndex
 from florence_jax.curation.dedup.clusters import (
+    MEASURED,
     Views,
     hash_rows,
     measured_rows,
@@ -22,13 +23,35 @@ from florence_jax.curation.dedup.clusters import (
     split_components,
     total_order,
 )
-from florence_jax.curation.filters.captions import TEXT_SCORES, decide_text
-from florence_jax.curation.filters.post_filter import post_filter_decisions
+from florence_jax.curation.dedup.join import Join
+from florence_jax.curation.filters.captions import TEXT_SCORES, TextRules, decide_text
+from florence_jax.curation.filters.post_filter import PostFilterRules, decide_post_filter, post_filter_columns
 from florence_jax.curation.table import with_column
 from florence_jax.files import read_bytes
 
+# Columns that the choice of a representative reads, besides those of its picture.
+COMPARED = ("uid", "caption", "text", "mails", "phones", "cards", "url", "width", "height", "cluster", *TEXT_SCORES)
 
-def caption_choice(block: pa.Table, rules: Any) -> pa.Table:
+
+@dataclasses.dataclass(frozen=True)
+class DuplicateRules:
+    """What the stage 'near_duplicates' reads.
+
+    Attributes:
+      join: the distances; larger clusters than `star_above` are held to them, too.
+      star_above: components of more members are split again around their representatives.
+      text: of the captions that a representative can take over.
+      post_filter: pairs that it would drop are not representatives. Without "nsfw" where that is a score made from
+        pictures, which is there for representatives only.
+    """
+
+    join: Join
+    star_above: int
+    text: TextRules
+    post_filter: PostFilterRules
+
+
+def caption_choice(block: pa.Table, rules: DuplicateRules) -> pa.Table:
     """Adds what the stages after this one need of every member of a cluster.
 
     "text_decision" (JSON of the decision on its own caption, or ''), "clean" (no personal data in the caption),
@@ -39,8 +62,9 @@ def caption_choice(block: pa.Table, rules: Any) -> pa.Table:
     for row in rows_of(block, names):
         decision = decide_text(row, rules.text)
         decisions.append(json.dumps(decision) if decision else "")
-        clean.append(not any(row[f"{kind}s"] for kind in rules.safety.personal))
-        taken = rules.takedown and rules.takedown.decide(row["uid"], row["url"], row["image_id"])
+        clean.append(not any(row[f"{kind}s"] for kind in rules.post_filter.safety.personal))
+        takedown = rules.post_filter.takedown
+        taken = takedown and takedown.decide(row["uid"], row["url"], row["image_id"])
         flags.append("takedown" if taken else "")
     block = with_column(block, "text_decision", decisions, pa.string())
     return with_column(with_column(block, "clean", clean, pa.bool_()), "flag", flags, pa.string())
@@ -87,14 +111,14 @@ def _captions(rows: Sequence[dict[str, Any]]) -> list[str]:
     return list(found.values())
 
 
-class NearDuplicates(beam.PTransform):
-    """One representative of each cluster goes on, with the captions of all.
+class NearDuplicates(WideStage):
+    """The stage 'near_duplicates': one representative of each cluster goes on, with the captions of all.
 
     Blocks need the column "cluster": a number, -1 for pairs without a near-duplicate, which are not shuffled.
     """
 
-    def __init__(self, rules: Any, count: int):
-        super().__init__("near_duplicates")
+    def __init__(self, rules: DuplicateRules, count: int):
+        super().__init__("near_duplicates", (*COMPARED, *MEASURED, *post_filter_columns(rules.post_filter)))
         self._rules, self._count = rules, count
 
     def expand(self, blocks: beam.PCollection[pa.Table]) -> Any:
@@ -108,7 +132,7 @@ class NearDuplicates(beam.PTransform):
             | "Clusters" >> Repartition(functools.partial(_by_cluster, count=self._count))
             | "Blocks" >> beam.Values()
         )
-        decided = members | "Choose" >> Stage("near_duplicates", choose, self._rules)
+        decided = members | "Choose" >> Decide("near_duplicates", functools.partial(choose, rules=self._rules))
         return {"kept": (single, decided["kept"]) | "Both" >> beam.Flatten(), "dropped": decided["dropped"]}
 
 
@@ -124,16 +148,14 @@ def _by_cluster(block: pa.Table, count: int) -> np.ndarray:
     return block["cluster"].to_numpy() % count
 
 
-def choose(block: pa.Table, rules: Any) -> tuple[pa.Table, Decisions]:
+def choose(block: pa.Table, rules: DuplicateRules) -> tuple[pa.Table, Decisions]:
     """Representatives of whole clusters, by a total order: none of the post-filter's objections, not letterboxed, more
     pixels, a usable caption, smallest uid. Clusters above `star_above` are split around their representatives first.
     """
     measured = measured_rows(block)
     rows = block.select(["uid", "image_id", "width", "height", "text_decision", "clean"]).to_pylist()
-    # A score made from pictures is there for representatives only, so it has no say in who they are.
-    known = dataclasses.replace(rules.safety, max_nsfw=None) if "nsfw" in rules.scorers else rules.safety
-    unflagged = with_column(block, "flag", [""] * len(block), pa.string())
-    _, objections = post_filter_decisions(unflagged, dataclasses.replace(rules, safety=known))
+    post = rules.post_filter
+    objections = [decide_post_filter(row, post) for row in rows_of(block, post_filter_columns(post))]
     ranks = total_order(
         np.array([objection is not None for objection in objections]),
         np.array([any(probe["kind"] == "trimmed" for probe in row["probes"]) for row in measured]),
@@ -157,11 +179,24 @@ def choose(block: pa.Table, rules: Any) -> tuple[pa.Table, Decisions]:
     return cluster_decisions(block, places, reasons)
 
 
-def decontaminate(block: pa.Table, rules: Any, index: str) -> tuple[pa.Table, Decisions]:
+def decontamination_decisions(block: pa.Table, index: str, min_detail: float) -> tuple[pa.Table, Decisions]:
     """Copies of benchmark pictures, exact and resized; the value is the benchmark's name."""
+    if not index:
+        return block, [None] * len(block)
     names = {"exact": "benchmark_exact", "near": "benchmark_near"}
-    found = benchmark_index(index).query(measured_rows(block), rules.benchmark_detail)
+    found = benchmark_index(index).query(measured_rows(block), min_detail)
     return block, [match and (names[match["kind"]], match["benchmark"], match["d256"]) for match in found]
+
+
+def decontamination_stage(index: str, min_detail: float) -> Stage:
+    """The stage 'decontamination'.
+
+    Args:
+      index: file of the `BenchmarkIndex`; '' where there are no benchmarks.
+      min_detail: benchmark pictures with less are found as exact copies only.
+    """
+    decide = functools.partial(decontamination_decisions, index=index, min_detail=min_detail)
+    return Stage("decontamination", MEASURED, decide)
 
 
 @functools.lru_cache(1)

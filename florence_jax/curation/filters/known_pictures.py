@@ -11,15 +11,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
-from florence_jax.curation.blocks import Decision, Decisions, rows_of
+from florence_jax.curation.blocks import Decision, Decisions, Stage, rows_of
 from florence_jax.errors import UserError
-
-
-def quarantine_decisions(block: pa.Table, rules: Any) -> tuple[pa.Table, Decisions]:
-    """Pictures on the list of known hashes, before anything else sees them."""
-    rows = rows_of(block, ("listed", "listed_limit"))
-    return block, [None if r["listed"] is None else ("hash_list", r["listed"], r["listed_limit"]) for r in rows]
-
 
 try:
     import pdqhash
@@ -31,6 +24,17 @@ QUARANTINE_REASONS = frozenset({"hash_list"})
 PDQ_DISTANCE = 31
 PDQ_QUALITY = 50
 _SLOTS = 16
+
+
+def quarantine_decisions(block: pa.Table) -> tuple[pa.Table, Decisions]:
+    """Pictures that measuring found on the list of known hashes (`MeasureRules.hash_list`)."""
+    rows = rows_of(block, ("listed", "listed_limit"))
+    return block, [None if r["listed"] is None else ("hash_list", r["listed"], r["listed_limit"]) for r in rows]
+
+
+def quarantine_stage() -> Stage:
+    """The stage 'quarantine'."""
+    return Stage("quarantine", ("listed", "listed_limit"), quarantine_decisions)
 
 
 class HashList:

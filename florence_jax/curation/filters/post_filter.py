@@ -8,26 +8,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from florence_jax.curation.blocks import Decision, Decisions, rows_of
+from florence_jax.curation.blocks import Decision, Decisions, Stage, rows_of
 from florence_jax.curation.filters.captions import MAX_CAPTION
 from florence_jax.curation.filters.licences import blocking_domain, host_of, normalise_licence
 from florence_jax.curation.filters.opt_out import OptOutRules, SiteRules, decide_headers
 from florence_jax.curation.filters.personal import personal_scores
+from florence_jax.curation.filters.takedown import Takedown
 from florence_jax.errors import UserError
 
-
-def post_filter_decisions(block: pa.Table, rules: Any) -> tuple[pa.Table, Decisions]:
-    """Takedowns (of any member of the cluster), licences, domains, unsafe pictures, personal data, opt-outs."""
-    names = ["flag", "licence_id", "host", "mails", "phones", "cards", "headers", "url"]
-    names += ["nsfw"] if rules.safety.max_nsfw is not None else []
-    decisions: Decisions = []
-    for row in rows_of(block, names):
-        if row["flag"]:
-            decisions.append((row["flag"], "cluster", ""))
-        else:
-            scores = row | {"licence": row["licence_id"]}
-            decisions.append(decide_safety(scores, rules.safety) or decide_opt_out(row, rules.opt_out, rules.sites))
-    return block, decisions
+_COLUMNS = ("licence_id", "host", "mails", "phones", "cards", "headers", "url")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,3 +93,41 @@ def decide_opt_out(record: Mapping[str, Any], rules: OptOutRules, sites: SiteRul
     if decision is None and sites is not None and record.get("url"):
         decision = sites.decide(record["url"], rules)
     return decision
+
+
+@dataclasses.dataclass(frozen=True)
+class PostFilterRules:
+    """What the post-filter reads.
+
+    Attributes:
+      safety, opt_out: thresholds.
+      sites: robots.txt and tdmrep.json, or None.
+      takedown: requests, or None.
+    """
+
+    safety: SafetyRules
+    opt_out: OptOutRules
+    sites: SiteRules | None = None
+    takedown: Takedown | None = None
+
+
+def decide_post_filter(scores: Mapping[str, Any], rules: PostFilterRules) -> Decision | None:
+    """`decide_safety`, then `decide_opt_out`, of a row with `_COLUMNS` (and "nsfw", where that is switched on)."""
+    safety = decide_safety(scores | {"licence": scores["licence_id"]}, rules.safety)
+    return safety or decide_opt_out(scores, rules.opt_out, rules.sites)
+
+
+def post_filter_columns(rules: PostFilterRules) -> tuple[str, ...]:
+    """What `decide_post_filter` reads."""
+    return _COLUMNS if rules.safety.max_nsfw is None else (*_COLUMNS, "nsfw")
+
+
+def post_filter_decisions(block: pa.Table, rules: PostFilterRules) -> tuple[pa.Table, Decisions]:
+    """Takedowns (of any member of the cluster, in the column "flag"), then `decide_post_filter`."""
+    rows = rows_of(block, (*post_filter_columns(rules), "flag"))
+    return block, [(row["flag"], "cluster", "") if row["flag"] else decide_post_filter(row, rules) for row in rows]
+
+
+def post_filter_stage(rules: PostFilterRules) -> Stage:
+    """The stage 'post_filter'; its blocks need the column "flag", which 'near_duplicates' adds."""
+    return Stage("post_filter", post_filter_columns(rules), functools.partial(post_filter_decisions, rules=rules))

@@ -1,38 +1,13 @@
-"""Broken, excluded and small pictures."""
+"""Small, long and light pictures."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 
-from florence_jax.curation.blocks import Decision, Decisions, rows_of
-
-
-def validity_decisions(block: pa.Table, rules: Any) -> tuple[pa.Table, Decisions]:
-    """The status that measuring found, and forms of pictures that the configuration excludes."""
-    limits = rules.measure.limits
-    names = ("status", "width", "height", "bytes", "format", "mode", "has_alpha", "orientation")
-    known = {
-        "too_many_pixels": (lambda row: row["width"] * row["height"], limits.max_pixels),
-        "too_many_bytes": (lambda row: row["bytes"], limits.max_bytes),
-        "too_narrow": (lambda row: row["width"] / max(row["height"], 1), limits.max_aspect),
-    }
-
-    def decide(row: dict[str, Any]) -> Decision | None:
-        if row["status"] != "ok":
-            value, threshold = known.get(row["status"], (lambda row: row["format"], ""))
-            return row["status"], value(row), threshold
-        forms = {"cmyk": row["mode"] == "CMYK", "alpha": row["has_alpha"], "orientation": row["orientation"] != 1}
-        form = next((name for name in rules.forms if forms[name]), None)
-        return (form, row["mode"], "") if form else None
-
-    return block, [decide(row) for row in rows_of(block, names)]
-
-
-def size_decisions(block: pa.Table, rules: Any) -> tuple[pa.Table, Decisions]:
-    """`filters.decide_size`."""
-    return block, [decide_size(row, rules.size) for row in rows_of(block, ("width", "height", "bytes"))]
+from florence_jax.curation.blocks import Decision, Decisions, Stage, rows_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,3 +45,13 @@ def decide_size(scores: Mapping[str, Any], rules: SizeRules) -> Decision | None:
     if rules.max_bytes and scores["bytes"] > rules.max_bytes:
         return "many_bytes", scores["bytes"], rules.max_bytes
     return None
+
+
+def size_decisions(block: pa.Table, rules: SizeRules) -> tuple[pa.Table, Decisions]:
+    """`decide_size` of every row."""
+    return block, [decide_size(row, rules) for row in rows_of(block, ("width", "height", "bytes"))]
+
+
+def size_stage(rules: SizeRules) -> Stage:
+    """The stage 'size'."""
+    return Stage("size", ("width", "height", "bytes"), functools.partial(size_decisions, rules=rules))

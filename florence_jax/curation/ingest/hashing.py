@@ -80,6 +80,14 @@ class Limits:
     max_aspect: float = 100.0
     animated: bool = False
 
+    def by_status(self) -> dict[str, float]:
+        """The limits by the `status` of the pictures beyond them."""
+        return {
+            "too_many_pixels": self.max_pixels,
+            "too_many_bytes": self.max_bytes,
+            "too_narrow": self.max_aspect,
+        }
+
 
 DEFAULT_LIMITS = Limits()
 

@@ -39,7 +39,7 @@ def write_audit(
         kept += part.filter(pc.equal(part["stage"], "output"))["uid"].to_pylist()
     for part in joined_parts(run.workdir, len(table["parts"])):
         funnel.find_partners(part)
-    stages = funnel.stages()
+    stages = funnel.stages(decisions["stages"])
     if sum(funnel.reasons.values()) != table["rows"] or not stages[-1]["kept"] == output["records"] == len(kept):
         raise AuditError(
             f"{table['rows']} pairs, {sum(funnel.reasons.values())} decisions, {output['records']} records"

@@ -13,8 +13,6 @@ from florence_jax.curation.filters.known_pictures import QUARANTINE_REASONS
 from florence_jax.curation.keyed import keyed_hashes
 from florence_jax.curation.table import read_table, with_column
 
-STAGES = ("quarantine", "validity", "size", "near_duplicates", "text", "relevance", "selection", "post_filter")
-STAGES += ("decontamination",)
 SIDES = (32, 64, 128, 200, 256, 512, 1024)  # pixels, for drop rates by size
 TOP = 20  # values of a slice that are listed
 COLUMNS = ("uid", "source", "url", "host", "licence_id", "language", "status", "width", "height", "bytes", "caption")
@@ -100,10 +98,10 @@ class Funnel:
         found = part.filter(pc.is_in(part["uid"], value_set=wanted)).to_pylist()
         self.partners |= {row["uid"]: row for row in found}
 
-    def stages(self) -> list[dict[str, Any]]:
-        """For each stage: pairs that came, were kept, and how many left for each reason."""
+    def stages(self, names: Iterable[str]) -> list[dict[str, Any]]:
+        """For each stage, named in their order: pairs that came, were kept, and how many left for each reason."""
         stages, left = [], sum(self.reasons.values())
-        for stage in STAGES:
+        for stage in names:
             reasons = {reason: n for (name, reason), n in sorted(self.reasons.items()) if name == stage}
             stages.append({"stage": stage, "came": left, "kept": left - sum(reasons.values()), "reasons": reasons})
             left = stages[-1]["kept"]

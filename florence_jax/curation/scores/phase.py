@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from etils import epath
 
-from florence_jax.curation.blocks import Repartition, by_identifier, load_callable
+from florence_jax.curation.blocks import Repartition, by_identifier, chain, load_callable
 from florence_jax.curation.ingest.measure import image_bytes
-from florence_jax.curation.plan import Rules
+from florence_jax.curation.plan import Rules, make_stages, stages_before
 from florence_jax.curation.run import Run, part_paths, remove_folder
 from florence_jax.curation.scores.clusters import cluster_embeddings
 from florence_jax.curation.scores.models import CallableModelHandler, CheckpointLoader, JaxModelHandler, ScorePairs
-from florence_jax.curation.stages import Alive
+from florence_jax.curation.stages import load_blocks
 from florence_jax.curation.table import concatenate, read_table, with_column, write_table
 from florence_jax.files import exists, json_digest
 
@@ -50,8 +50,9 @@ class ScoreAlive(beam.PTransform):
         self._clusters, self._folder, self._step = clusters, folder, step
 
     def expand(self, parts: beam.PCollection[tuple[int, str]]) -> beam.PCollection[None]:
-        """The first four stages, then each model in turn."""
-        alive = parts | Alive(self._rules, self._count, self._clusters)
+        """The stages that need no score of a picture, then each model in turn."""
+        stages = stages_before(make_stages(self._rules, self._count), self._rules.scorers)
+        alive = chain(load_blocks(parts, self._rules, stages, self._clusters), stages)
         names = tuple(self._rules.scorers)
         numbers = functools.partial(by_identifier, column="uid", count=self._count)
         blocks = alive["blocks"] | "ByUid" >> Repartition(numbers)

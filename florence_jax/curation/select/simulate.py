@@ -33,8 +33,6 @@ from florence_jax.curation.table import read_table
 from florence_jax.errors import UserError
 from florence_jax.files import read_json
 
-CAME = pa.array(["selection", "post_filter", "decontamination", "output"])  # where pairs that came to selection left
-
 
 def matches_of_run(workdir: str, metadata: Metadata, share: float = 1.0) -> tuple[Matches, np.ndarray, int]:
     """The queries of the pairs of a finished run that came to its selection stage.
@@ -52,6 +50,8 @@ def matches_of_run(workdir: str, metadata: Metadata, share: float = 1.0) -> tupl
     manifest, decided = (read_json(f"{workdir}/{name}/manifest.json") for name in ("table", "decisions"))
     if manifest is None or decided is None:
         raise UserError(f"{workdir} holds no finished run of florence_jax.curation.main")
+    stages = decided["stages"]
+    came_to = pa.array([*stages[stages.index("selection") :], "output"])  # where pairs that came to selection left
     counts, pairs = np.zeros(len(metadata) + 1, np.int64), 0
     uids: list[str] = []
     chosen: list[list[int]] = []
@@ -59,7 +59,7 @@ def matches_of_run(workdir: str, metadata: Metadata, share: float = 1.0) -> tupl
         if not part["rows"]:
             continue
         log = read_table(f"{workdir}/decisions/log-{number:05d}.parquet", ["uid", "stage"])
-        came = log.filter(pc.is_in(log["stage"], value_set=CAME))["uid"]
+        came = log.filter(pc.is_in(log["stage"], value_set=came_to))["uid"]
         table = read_table(f"{workdir}/table/part-{number:05d}.parquet", ["uid", "text"])
         table = table.filter(pc.is_in(table["uid"], value_set=came.combine_chunks()))
         names = table["uid"].to_pylist()

@@ -11,10 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from florence_jax.curation.blocks import Decisions, Repartition, Stage, by_identifier, rows_of
+from florence_jax.curation.blocks import Decide, Decisions, Repartition, WideStage, by_identifier, rows_of
 from florence_jax.curation.keyed import keyed_hashes, rank_within
-from florence_jax.curation.select.queries import UNMATCHED
-from florence_jax.curation.select.rules import cluster_scores, decide_selection, information, learnability, word_counts
+from florence_jax.curation.select.queries import UNMATCHED, Metadata
+from florence_jax.curation.select.relevance import RelevanceRules, RelevanceThreshold
+from florence_jax.curation.select.rules import (
+    SelectRules,
+    cluster_scores,
+    decide_selection,
+    information,
+    learnability,
+    word_counts,
+)
 from florence_jax.curation.table import with_column
 
 
@@ -34,20 +42,20 @@ def relevance_decisions(block: pa.Table, threshold: float) -> tuple[pa.Table, De
     return block, decisions
 
 
-def query_matches(block: pa.Table, rules: Any) -> pa.Table:
+def query_matches(block: pa.Table, metadata: Metadata) -> pa.Table:
     """(uid, query) of every metadata query in every caption; the query '' for a caption without any."""
     uids, queries = [], []
     for row in rows_of(block, ("uid", "text")):
-        found = [rules.metadata.entries[i] for i in rules.metadata.match(row["text"])] or [UNMATCHED]
+        found = [metadata.entries[i] for i in metadata.match(row["text"])] or [UNMATCHED]
         uids += [row["uid"]] * len(found)
         queries += found
     return pa.table({"uid": pa.array(uids, pa.string()), "query": pa.array(queries, pa.string())})
 
 
-def query_ranks(matches: pa.Table, rules: Any) -> pa.Table:
+def query_ranks(matches: pa.Table, seed: int) -> pa.Table:
     """(uid, matched, rank from 1 within its query by keyed hash); `matches` holds all pairs of each of its queries."""
     uids, queries = matches["uid"].to_pylist(), matches["query"].to_pylist()
-    ranks = rank_within(np.asarray(queries), keyed_hashes(rules.seed, uids, queries), uids) + 1
+    ranks = rank_within(np.asarray(queries), keyed_hashes(seed, uids, queries), uids) + 1
     matched = [int(query != UNMATCHED) for query in queries]
     return pa.table({"uid": matches["uid"], "matched": pa.array(matched, pa.int32()), "rank": pa.array(ranks)})
 
@@ -60,78 +68,79 @@ def with_balance(block: pa.Table, ranks: pa.Table) -> pa.Table:
     return with_column(block, "matches", best["matched_sum"].take(order))
 
 
-def selection_decisions(block: pa.Table, rules: Any, words: dict[str, int], pairs: int) -> tuple[pa.Table, Decisions]:
-    """`select.decide_selection` on the columns of the rules that are on.
+def selection_decisions(
+    block: pa.Table, words: tuple[dict[str, int], int], rules: SelectRules
+) -> tuple[pa.Table, Decisions]:
+    """`decide_selection` on the columns of the rules that are on.
 
     Args:
       block: with "balance_t" and "matches", and "cluster_t", where those rules are on.
-      rules: of the run.
-      words: captions with each word, and their number, where `min_bits` is on.
-      pairs: number of pairs that came to this stage.
+      words: captions with each word, and the number of pairs that came to this stage, where `min_bits` is on.
+      rules: thresholds.
     """
-    select = rules.select
-    if select.min_bits:
-        bits = [information(caption, words, pairs)[0] for caption in block["text"].to_pylist()]
+    if rules.min_bits:
+        bits = [information(caption, *words)[0] for caption in block["text"].to_pylist()]
         block = with_column(block, "bits", bits, pa.float64())
-    if select.min_gap is not None:
+    if rules.min_gap is not None:
         losses = [block[name].to_numpy() for name in ("learner_loss", "reference_loss")]
         block = with_column(block, "gap", learnability(*losses))
     names = [name for name in ("balance_t", "matches", "bits", "cluster_t", "gap") if name in block.column_names]
     rows = rows_of(block, names) if names else [{}] * len(block)
-    return block, [decide_selection(row, select) for row in rows]
+    return block, [decide_selection(row, rules) for row in rows]
 
 
-class Relevance(beam.PTransform):
-    """Pairs whose score "relevance" reaches the threshold; nothing is dropped where there is no such score."""
+class Relevance(WideStage):
+    """The stage 'relevance': pairs whose score "relevance" reaches the threshold of all of them.
 
-    def __init__(self, rules: Any):
-        super().__init__("relevance")
+    Args:
+      rules: None where there is no such score: nothing is dropped.
+    """
+
+    def __init__(self, rules: RelevanceRules | None):
+        super().__init__("relevance", () if rules is None else ("relevance",))
         self._rules = rules
 
     def expand(self, blocks: beam.PCollection[pa.Table]) -> Any:
         """{"kept": blocks, "dropped": log rows}."""
-        if not self._rules.scores.get("relevance"):
+        if self._rules is None:
             return {"kept": blocks, "dropped": blocks | "None" >> beam.FlatMap(lambda _: ())}
-        from florence_jax.curation.select.relevance import RelevanceThreshold  # loads JAX
-
-        scores = blocks | "Scores" >> beam.Map(relevance_scores)
-        threshold = scores | RelevanceThreshold(self._rules.relevance)
+        threshold = blocks | "Scores" >> beam.Map(relevance_scores) | RelevanceThreshold(self._rules)
         side = beam.pvalue.AsSingleton(threshold)
-        return blocks | "Threshold" >> Stage("relevance", _relevance, self._rules, side)
+        return blocks | "Threshold" >> Decide("relevance", relevance_decisions, side)
 
 
-def _relevance(block: pa.Table, rules: Any, threshold: float) -> tuple[pa.Table, Decisions]:
-    return relevance_decisions(block, threshold)
+class Selection(WideStage):
+    """The stage 'selection': balance over metadata queries and over embedding clusters, informativeness, learnability.
 
+    Args:
+      rules: those that are on.
+      metadata: the queries; None where `rules.t` is off.
+      seed: of the keyed hashes.
+      count: of the blocks.
+    """
 
-class Selection(beam.PTransform):
-    """Balance over metadata queries and over embedding clusters, informativeness, learnability: those that are on."""
-
-    def __init__(self, rules: Any, count: int):
-        super().__init__("selection")
-        self._rules, self._count = rules, count
+    def __init__(self, rules: SelectRules, metadata: Metadata | None, seed: int, count: int):
+        losses = () if rules.min_gap is None else ("learner_loss", "reference_loss")
+        super().__init__("selection", ("text", "embedding_cluster", *losses) if rules.cluster_t else ("text", *losses))
+        self._rules, self._metadata, self._seed, self._count = rules, metadata, seed, count
 
     def expand(self, blocks: beam.PCollection[pa.Table]) -> Any:
         """{"kept": blocks, "dropped": log rows}."""
-        select = self._rules.select
-        if select.t:
-            blocks = blocks | "Balance" >> Balance(self._rules, self._count)
-        if select.cluster_t:
+        if self._rules.t:
+            blocks = blocks | "Balance" >> Balance(self._metadata, self._seed, self._count)
+        if self._rules.cluster_t:
             blocks = (
                 blocks
                 | "Embeddings" >> Repartition(functools.partial(_by_embedding, count=self._count))
                 | "Ranks" >> beam.Values()
-                | "ClusterT" >> beam.Map(_with_cluster_t, self._rules.seed)
+                | "ClusterT" >> beam.Map(_with_cluster_t, self._seed)
             )
         words: Any = ({}, 0)
-        if select.min_bits:
+        if self._rules.min_bits:
             counted = blocks | "Words" >> beam.Map(lambda block: (word_counts(block["text"].to_pylist()), len(block)))
             words = beam.pvalue.AsSingleton(counted | "AddWords" >> beam.CombineGlobally(_add_words))
-        return blocks | "Select" >> Stage("selection", _selection, self._rules, words)
-
-
-def _selection(block: pa.Table, rules: Any, words: tuple[dict, int]) -> tuple[pa.Table, Decisions]:
-    return selection_decisions(block, rules, *words)
+        decide = functools.partial(selection_decisions, rules=self._rules)
+        return blocks | "Select" >> Decide("selection", decide, words)
 
 
 def _add_words(counts: Iterable[tuple[dict, int]]) -> tuple[dict, int]:
@@ -154,19 +163,19 @@ def _with_cluster_t(block: pa.Table, seed: int) -> pa.Table:
 class Balance(beam.PTransform):
     """Adds "balance_t" and "matches" to every row: ranks within each query, and back to the pairs."""
 
-    def __init__(self, rules: Any, count: int):
+    def __init__(self, metadata: Metadata, seed: int, count: int):
         super().__init__()
-        self._rules, self._count = rules, count
+        self._metadata, self._seed, self._count = metadata, seed, count
 
     def expand(self, blocks: beam.PCollection[pa.Table]) -> beam.PCollection[pa.Table]:
         """Two shuffles: by query, and by uid."""
         by_uid = functools.partial(by_identifier, column="uid", count=self._count)
         ranks = (
             blocks
-            | "Match" >> beam.Map(query_matches, self._rules)
+            | "Match" >> beam.Map(query_matches, self._metadata)
             | "Queries" >> Repartition(functools.partial(_by_query, count=self._count))
             | "Rank" >> beam.Values()
-            | "RankRows" >> beam.Map(query_ranks, self._rules)
+            | "RankRows" >> beam.Map(query_ranks, self._seed)
             | "RanksByUid" >> Repartition(by_uid)
         )
         pairs = blocks | "PairsByUid" >> Repartition(by_uid)
