@@ -22,6 +22,7 @@ from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks import create_task
 from florence_jax.tools.aot_compile import __main__ as aot_compile
 from florence_jax.tools.aot_compile import report, topologies
+from florence_jax.tools.aot_compile.report import table
 from tests.tiny_run import TINY_MODEL, tiny_config, tiny_pairs
 
 GOLDEN = Path(__file__).parent / "golden" / "flagship_shardings.json"
@@ -190,7 +191,7 @@ def test_preflight_compiles_the_real_step():
     assert 0 < hbm["arguments"] < 12 * report["parameters"] + 2 * (32 * 32 * 3 + 4 * 64 + 8)
     expected = report["model_flops"] / (8 * 197e12 * 0.5)
     assert report["expected"]["step_seconds"] == pytest.approx(expected)
-    text = report.table(report)
+    text = table(report)
     assert "v5e:2x4, 8 chips, mesh data=2 fsdp=4" in text and text.endswith("fits")
     json.dumps(report)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from florence_jax.curation.filters import licences, opt_out
+from florence_jax.curation.filters import known_pictures, opt_out, post_filter
 from florence_jax.curation.filters.known_pictures import PDQ_QUALITY, QUARANTINE_REASONS, HashList, pdq_hash, pdqhash
 from florence_jax.curation.filters.licences import blocking_domain, host_of, normalise_licence, takedown_clusters
 from florence_jax.curation.filters.opt_out import (
@@ -280,7 +280,7 @@ def test_blocked_domains_are_brought_into_form_once(monkeypatch):
     rules = SafetyRules(blocked_domains=("Example.com",))
     scores = safety_scores({"caption": "", "url": "https://a.example.com/x"})
     assert decide_safety(scores, rules) == ("domain", "a.example.com", "example.com")
-    monkeypatch.setattr(licences, "host_of", None)
+    monkeypatch.setattr(post_filter, "host_of", None)
     assert decide_safety(scores, rules)
 
 
@@ -333,7 +333,7 @@ def png(pixels):
 
 
 def test_pdq_needs_its_library(monkeypatch):
-    monkeypatch.setattr(licences, "pdqhash", None)
+    monkeypatch.setattr(known_pictures, "pdqhash", None)
     with pytest.raises(UserError, match="pip install pdqhash"):
         HashList(pdq=np.zeros((1, 32), np.uint8)).decide(png(np.zeros((8, 8, 3), np.uint8)))
 

@@ -114,6 +114,18 @@ def test_a_mistake_on_one_is_told_to_the_others():
     assert code == 69 and f"process 1 on {socket.gethostname()} stopped: 'my_pictures' does not exist" in error
 
 
+def test_processes_meet_where_all_have_come():
+    job = Job([0, 1, 2], 3)
+    job.wait_ready()
+    for index, name in ((1, "first"), (0, "second"), (2, "first"), (1, "second"), (2, "second"), (0, "first")):
+        job.say(index, f"meet {name}")
+    for process in job.processes.values():
+        assert {process.stdout.readline() for _ in range(2)} == {"met first\n", "met second\n"}
+    for index in (2, 1, 0):
+        job.say(index, "bye")
+    assert job.end() == dict.fromkeys(range(3), (0, ""))
+
+
 def test_a_good_end_is_no_alarm():
     job = Job([0, 1], 2)
     job.wait_ready()

@@ -3,16 +3,17 @@
 import contextlib
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
-from jax._src import distributed
-from jax._src.clusters import ClusterEnv
+import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from florence_jax.errors import UserError
@@ -20,6 +21,7 @@ from florence_jax.errors import UserError
 EXIT_LOST = 69  # EX_UNAVAILABLE: another process is missing or lost; run the same command again to go on.
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 PORT_DISTANCE = 100  # from the coordinator's port to the watchers'
+CLUSTER_PORT = 8476  # from which the watchers' is counted where JAX found the processes; TPU slices keep it free
 # An error here may be the consequence of another process's death: wait for the watchers to say so.
 GRACE_SECONDS = 3.0
 MEETING_SECONDS = 3600  # compilation may take long on one of the processes; a dead one is noticed by the watchers
@@ -27,12 +29,11 @@ MEETING_SECONDS = 3600  # compilation may take long on one of the processes; a d
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """This process's place in the job: the coordinator is process 0, at `address` (HOST:PORT)."""
+    """This process's place in the job: process 0 is at `address` (HOST:PORT)."""
 
     address: str
     count: int
     index: int
-    local_devices: list[int] | None = None
 
     @property
     def watch_port(self) -> int:
@@ -41,40 +42,56 @@ class Place:
         return port + PORT_DISTANCE if port + PORT_DISTANCE < 65536 else port - PORT_DISTANCE
 
 
-def find_place(timeout: float) -> Place:
-    """From the environment `VARIABLES` where all are set, else from the TPU slice, SLURM, Kubernetes or MPI.
-
-    Args:
-      timeout: seconds to wait for the cluster's own services.
+def place_in_environment() -> Place | None:
+    """From the environment `VARIABLES` where all are set, else None.
 
     Raises:
-      UserError: if neither says it, or the variables make no sense.
+      UserError: if the variables make no sense.
     """
     values = [os.environ.get(name) for name in VARIABLES]
-    if all(values):
-        address, count, index = values
-        good = count.isdecimal() and index.isdecimal() and address.rpartition(":")[2].isdecimal() and ":" in address
-        if not good or not int(index) < int(count):
-            raise UserError(
-                f"{', '.join(f'{n}={v}' for n, v in zip(VARIABLES, values, strict=True))}: give HOST:PORT of process "
-                "0, the number of processes, and this one's number, from 0 to count - 1"
-            )
-        return Place(address, int(count), int(index))
-    address, count, index, local = ClusterEnv.auto_detect_unset_distributed_params(
-        values[0], None, None, None, None, int(timeout)
-    )
-    if address is None or count is None or index is None:
+    if not all(values):
+        return None
+    address, count, index = values
+    good = count.isdecimal() and index.isdecimal() and address.rpartition(":")[2].isdecimal() and ":" in address
+    if not good or not int(index) < int(count):
         raise UserError(
-            "config.distributed=True, but this is no TPU slice, SLURM, Kubernetes or MPI job: set "
-            f"{', '.join(VARIABLES)} on every host"
+            f"{', '.join(f'{n}={v}' for n, v in zip(VARIABLES, values, strict=True))}: give HOST:PORT of process "
+            "0, the number of processes, and this one's number, from 0 to count - 1"
         )
-    return Place(address, count, index, local)
+    return Place(address, int(count), int(index))
+
+
+def connect_on_cluster(settings: Mapping[str, int]) -> Place:
+    """Connects the processes of a TPU slice, SLURM, Kubernetes or MPI job, as JAX finds them; this one's place.
+
+    Process 0 tells the others where it is, for the watchers. Here JAX's own start comes before theirs, and it is JAX
+    that names who is missing.
+
+    Args:
+      settings: time limits, for `jax.distributed.initialize`.
+
+    Raises:
+      UserError: if this is no such job, or its processes do not come together.
+    """
+    try:
+        jax.distributed.initialize(**settings)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"config.distributed=True, but this is no TPU slice, SLURM, Kubernetes or MPI job whose processes come "
+            f"together ({' '.join(str(error).split())[:300]}): set {', '.join(VARIABLES)} on every host"
+        ) from error
+    name = np.zeros(256, np.uint8)
+    own = socket.getfqdn().encode()[: len(name)]
+    name[: len(own)] = list(own)
+    host = bytes(multihost_utils.broadcast_one_to_all(name)).rstrip(b"\0").decode()
+    return Place(f"{host}:{CLUSTER_PORT}", jax.process_count(), jax.process_index())
 
 
 class Watch:
     """This process's watcher, see `roll_call.py`."""
 
     def __init__(self, place: Place, options: ConfigDict):
+        self._meetings: dict[str, threading.Event] = {}
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "florence_jax.jobs.roll_call"),
@@ -96,8 +113,21 @@ class Watch:
         threading.Thread(target=self._listen, daemon=True, name="hosts").start()
 
     def _listen(self) -> None:
-        if self._process.stdout.readline().strip() == "end":
-            leave(EXIT_LOST)
+        for line in self._process.stdout:
+            word, _, name = line.strip().partition(" ")
+            if word == "end":
+                leave(EXIT_LOST)
+            self._meeting(name).set()
+
+    def _meeting(self, name: str) -> threading.Event:
+        return self._meetings.setdefault(name, threading.Event())
+
+    def meet(self, name: str) -> None:
+        """Returns when all processes have called this with `name`."""
+        self.say(f"meet {name}")
+        if not self._meeting(name).wait(MEETING_SECONDS):
+            raise UserError(f"not all processes came to {name!r} within {MEETING_SECONDS} s")
+        del self._meetings[name]
 
     def say(self, text: str) -> None:
         """A command to the watcher; one whose job has ended is gone."""
@@ -106,13 +136,16 @@ class Watch:
             self._process.stdin.flush()
 
 
+_watches: list[Watch] = []  # the one of the job inside `joined`; none in a job of one process
+
+
 def meet(name: str) -> None:
     """Waits until every process of the job has come to the point `name`; at once in a job of one process.
 
     Unlike a collective it can wait for long: on CPUs (Gloo) the first collective gives up after 30 s.
     """
-    if (client := distributed.global_state.client) is not None:
-        client.wait_at_barrier(f"florence_jax:{name}", MEETING_SECONDS * 1000)
+    for watch in _watches:
+        watch.meet(name)
 
 
 def leave(code: int) -> None:
@@ -130,25 +163,25 @@ def joined(options: ConfigDict) -> Iterator[None]:
       options: `config.hosts`.
 
     Raises:
-      UserError: as `find_place`.
+      UserError: as `place_in_environment` and `connect_on_cluster`.
     """
-    place = find_place(options.start_timeout)
+    # The watchers are first, and name the process; JAX's own check is behind them.
+    settings = {
+        "initialization_timeout": int(options.start_timeout),
+        "heartbeat_timeout_seconds": int(2 * options.lost_after) + 10,
+    }
+    known = place_in_environment()
+    place = known or connect_on_cluster(settings)
     if place.count == 1:
         yield
         return
     watch = Watch(place, options)
     watch.wait_for_all()
+    _watches.append(watch)
     try:
-        jax.distributed.initialize(
-            place.address,
-            place.count,
-            place.index,
-            place.local_devices,
-            cluster_detection_method="deactivate",
-            initialization_timeout=int(options.start_timeout),
-            # The watchers are first, and name the process; JAX's own check is behind them.
-            heartbeat_timeout_seconds=int(2 * options.lost_after) + 10,
-        )
+        if known:
+            address = (place.address, place.count, place.index)
+            jax.distributed.initialize(*address, cluster_detection_method="deactivate", **settings)
         yield
         jax.distributed.shutdown()
     except BaseException as error:  # whatever it is, the others must not wait for this process
@@ -158,4 +191,5 @@ def joined(options: ConfigDict) -> Iterator[None]:
             traceback.print_exc()
         watch.say(f"stopped {' '.join(str(reason).split())}")
         leave(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+    _watches.remove(watch)
     watch.say("bye")

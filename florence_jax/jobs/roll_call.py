@@ -6,8 +6,10 @@ seconds. A training process that dies is noticed at once, by its own watcher; a 
 network, by its silence. Process 0's watcher tells all others, and every watcher prints the same line and ends its own
 training process. A program of its own, because JAX aborts a process whose coordinator died before Python can speak.
 
-Standard library only. Commands on stdin: 'bye', 'stopped REASON'. On stdout: 'ready' once all are there, 'end' when the
-training process must end.
+They also are where the processes wait for each other: one says that it has come to a point, and hears when all have.
+
+Standard library only. Commands on stdin: 'bye', 'stopped REASON', 'meet NAME'. On stdout: 'ready' once all are there,
+'met NAME' once all have said 'meet NAME', 'end' when the training process must end.
 """
 
 import argparse
@@ -114,6 +116,7 @@ class Leader(Watcher):
         self.selector.register(listener, selectors.EVENT_READ, listener)
         self.members: dict[int, Lines] = {}
         self.dead: dict[int, str] = {}  # process -> how it was lost
+        self.meetings: dict[str, set[int]] = {}  # name -> who has come
         self.decide_at = float("inf")
         started, ready = time.monotonic(), options.count == 1
         while True:
@@ -153,6 +156,9 @@ class Leader(Watcher):
 
     def _obey(self, line: str) -> None:
         word, _, rest = line.partition(" ")
+        if word == "meet":
+            self._meet(0, rest)
+            return
         if word == "bye":
             self._tell_all({"bye": True})
             sys.exit(0)
@@ -170,6 +176,8 @@ class Leader(Watcher):
             self._lose(member.index, f"process {member.index} on {member.host} was killed or crashed")
         elif "stopped" in message:
             self._lose(member.index, f"process {member.index} on {member.host} stopped: {message['stopped']}")
+        elif "meet" in message:
+            self._meet(member.index, message["meet"])
         elif "bye" in message:
             member.finished = True
 
@@ -189,6 +197,14 @@ class Leader(Watcher):
             self._end_all(mistake)
         member.index, member.host = index, host
         self.members[index] = member
+
+    def _meet(self, index: int, name: str) -> None:
+        here = self.meetings.setdefault(name, set())
+        here.add(index)
+        if len(here) == self.options.count:
+            del self.meetings[name]
+            self._tell_all({"met": name})
+            self.tell_trainer(f"met {name}")
 
     def _look_around(self) -> None:
         now = time.monotonic()
@@ -283,13 +299,15 @@ class Member(Watcher):
 
     def _obey(self, line: str) -> None:
         word, _, rest = line.partition(" ")
-        self.leader.send({"bye": True} if word == "bye" else {"stopped": rest})
+        self.leader.send({"bye": True} if word == "bye" else {word: rest})
         if word == "bye":
             sys.exit(0)
 
     def _hear(self, message: Message) -> None:
         if "ready" in message:
             self.tell_trainer("ready")
+        elif "met" in message:
+            self.tell_trainer(f"met {message['met']}")
         elif "end" in message:
             self.end(message["end"])
         elif "bye" in message:

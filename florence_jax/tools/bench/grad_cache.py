@@ -23,6 +23,7 @@ from florence_jax.errors import UserError
 from florence_jax.losses.grad_cache import TOWERS, encode_pairs
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import florence
+from florence_jax.models.layers import REMATS
 from florence_jax.models.sizes import VARIANTS, ModelConfig
 from florence_jax.tools.bench import step, timing
 
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--towers", default="both", choices=TOWERS, help="what the cache covers")
     parser.add_argument("--res", type=int, default=None, help="side of the image in pixels; default: the variant's")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
-    parser.add_argument("--remat", default="none", choices=florence.REMATS, help="recomputation inside the towers")
+    parser.add_argument("--remat", default="none", choices=REMATS, help="recomputation inside the towers")
     parser.add_argument("--steps", type=int, default=9, help="timed steps of each")
 
 

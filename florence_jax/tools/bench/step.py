@@ -35,6 +35,7 @@ from florence_jax.jobs.hardware import PEAK_FLOPS
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import florence
 from florence_jax.models.flops import forward_flops
+from florence_jax.models.layers import REMATS
 from florence_jax.models.sizes import VARIANTS, ModelConfig
 from florence_jax.tools.aot_compile import report
 from florence_jax.tools.bench import timing, timm_swin, torch_swin
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each contestant; the median is reported")
     parser.add_argument("--image_only", action="store_true", help="only the image tower's step")
     parser.add_argument("--unroll", action="store_true", help="unroll the depth instead of scanning over it")
-    parser.add_argument("--remat", default="none", choices=florence.REMATS, help="recomputation in the backward pass")
+    parser.add_argument("--remat", default="none", choices=REMATS, help="recomputation in the backward pass")
     parser.add_argument("--rival", default="auto", choices=RIVALS, help="what to compare with; auto: by the device")
     parser.add_argument("--peak_tflops", type=float, default=None, help="of the device in bf16, for the MFU")
 
