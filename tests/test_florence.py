@@ -2,14 +2,16 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from florence_jax.errors import UserError
-from florence_jax.models.flops import forward_flops
+from florence_jax.models.base import Model
 from florence_jax.models.florence import build, parameter_count
+from florence_jax.models.resize import resize_bias_tables, resize_position_embedding
 from florence_jax.models.sizes import VARIANTS
 
 SMALL = dict(depths=(2, 2), image_width=16, heads=(2, 4), text_width=32, vocab_size=50, text_length=8, projection=12)
@@ -20,7 +22,6 @@ def small_batch(batch=3, res=32):
     return {
         "image": jnp.asarray(rng.normal(size=(batch, res, res, 3)), jnp.float32),
         "text": jnp.asarray(rng.integers(1, 50, (batch, 8)), jnp.int32),
-        "label": jnp.zeros((batch,), jnp.int32),
     }
 
 
@@ -45,18 +46,18 @@ def test_unicl_text_tower_size():
 
 
 def test_flops_of_known_models():
-    np.testing.assert_allclose(forward_flops(build("H").config)["image"] / 2e9, 87.5, rtol=0.005)
-    np.testing.assert_allclose(forward_flops(build("H", res=384).config)["image"] / 2e9, 261.5, rtol=0.005)
+    np.testing.assert_allclose(build("H").flops["image"] / 2e9, 87.5, rtol=0.005)
+    np.testing.assert_allclose(build("H", res=384).flops["image"] / 2e9, 261.5, rtol=0.005)
 
 
 @pytest.mark.parametrize("mode,res,window", [("classification", 32, 4), ("detection", 36, 4)])
 def test_flops_match_the_compiler(mode, res, window):
     sizes = dict(image_width=64, res=res, window=window, size_mode=mode, text_layers=3, scan=False)
     model = build("ti", **SMALL | sizes)
+    params = jax.eval_shape(model.init, jax.random.key(0))
     for tower in ("image", "text"):
         batch = {tower: small_batch(1, res)[tower]}
-        params = jax.eval_shape(model.init, jax.random.key(0), batch)
-        counted = forward_flops(model.config)[tower]
+        counted = model.flops[tower]
         compiled = jax.jit(model.apply).lower(params, batch).cost_analysis()["flops"]
         # The compiler also counts element-wise work, and leaves out convolution taps that fall on padding.
         assert 0.95 * counted < compiled < 1.25 * counted, (tower, counted, compiled)
@@ -66,7 +67,7 @@ def test_flops_match_the_compiler(mode, res, window):
 def encoded():
     """Parameters of the small model, and its outputs on the small batch."""
     model = build("ti", **SMALL)
-    params = jax.jit(model.init)(jax.random.key(0), small_batch())
+    params = jax.jit(model.init)(jax.random.key(0))
     return params, jax.jit(model.apply)(params, small_batch())
 
 
@@ -97,10 +98,65 @@ def test_outputs_and_params(encoded):
 
 def test_one_tower_needs_only_its_input():
     model = build("ti", **SMALL)
-    params = jax.eval_shape(model.init, jax.random.key(0), {"text": small_batch()["text"]})
-    assert set(params) == {"text", "text_projection", "logit_scale"}
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = {name: params[name] for name in ("text", "text_projection")}
     outputs = jax.eval_shape(model.apply, params, {"text": small_batch()["text"]})
-    assert "text/embedding" in outputs and not any(name.startswith("image") for name in outputs)
+    assert set(outputs) == {"text/tokens", "text/pooled", "text/embedding"}
+
+
+class Double(nn.Module):
+    @nn.compact
+    def __call__(self, batch, train=False):
+        return {"double": batch["x"] * self.param("w", nn.initializers.constant(2.0), ())}
+
+
+@pytest.mark.parametrize(
+    "batch,message",
+    [
+        ({"y": jnp.zeros(3)}, "the batch lacks x"),
+        ({"x": jnp.zeros(3), "z": jnp.zeros(3), "a": jnp.zeros(3)}, "unknown input a, z: this model takes x, y"),
+        ({"x": jnp.zeros((3, 1))}, r"x is float32\[3, 1\]: this model takes float32\[1\]"),
+        ({"x": jnp.zeros(3, jnp.uint8)}, "x is uint8"),
+    ],
+)
+def test_a_batch_that_is_not_the_models(batch, message):
+    spec = jax.ShapeDtypeStruct((1,), jnp.float32)
+    model = Model(Double(), None, {"x": spec, "y": spec}, optional=("y",))
+    params = model.init(jax.random.key(0))
+    np.testing.assert_array_equal(model.apply(params, {"x": jnp.ones(3, jnp.bfloat16)})["double"], 2)
+    with pytest.raises(UserError, match=message):
+        model.apply(params, batch)
+
+
+def test_adapt():
+    adapt = build("ti", **SMALL).adapt
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(3, 49, 2)).astype(np.float32)
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+    name = "image/stage1_pairs/plain/attention/relative_position_bias_table"
+    want = [resize_bias_tables({"relative_position_bias_table": one}, 3) for one in table]
+    want = np.stack([tree["relative_position_bias_table"] for tree in want])
+    np.testing.assert_allclose(adapt(name, table, shape(3, 25, 2)), want, atol=1e-6)
+    np.testing.assert_array_equal(adapt(name, table, shape(3, 49, 2)), table)
+    for other in (shape(3, 25, 4), shape(3, 24, 2), shape(25, 2)):
+        assert adapt(name, table, other) is None
+    rows = rng.normal(size=(10, 4)).astype(np.float32)
+    path = "image/position_embedding"
+    np.testing.assert_array_equal(adapt(path, rows, shape(26, 4)), resize_position_embedding(rows, 5))
+    assert adapt(path, rows[:8], shape(26, 4)) is None
+
+
+def test_adapt_grows_tables():
+    adapt = build("ti", **SMALL).adapt
+    saved, fresh = np.ones((3, 2), np.float32), jnp.arange(10.0).reshape(5, 2)
+    for path in ("text/token_embedding", "text/position_embedding"):
+        np.testing.assert_array_equal(adapt(path, saved, fresh), [[1, 1], [1, 1], [1, 1], [6, 7], [8, 9]])
+        assert adapt(path, saved, jax.eval_shape(lambda: fresh)) is None  # no values for the new rows
+        assert adapt(path, np.asarray(fresh), jnp.asarray(saved)) is None
+    np.testing.assert_array_equal(adapt("head/weight", saved.T, fresh.T)[1], [1, 1, 1, 7, 9])
+    np.testing.assert_array_equal(adapt("head/bias", np.ones(1), fresh[:2, 1]), [1, 3])
+    assert adapt("text/layer0/mlp/fc1/kernel", saved, fresh) is None
+    assert adapt("head/weight", saved, fresh) is None  # another width is no other class
 
 
 def test_an_image_tower_alone(encoded):
@@ -113,7 +169,7 @@ def test_an_image_tower_alone(encoded):
 def test_detection_outputs():
     model = build("ti", **SMALL | dict(size_mode="detection", out_stages=(1,)))
     batch = {"image": small_batch(2, 40)["image"][:, :36]}
-    outputs = jax.eval_shape(lambda: model.apply(model.init(jax.random.key(0), batch), batch))
+    outputs = jax.eval_shape(lambda: model.apply(model.init(jax.random.key(0)), batch))
     assert outputs["image/stage0"].shape == (2, 9, 10, 16) and outputs["image/norm1"].shape == (2, 5, 5, 32)
     assert "image/embedding" not in outputs and "image/norm0" not in outputs
 
@@ -194,4 +250,4 @@ def test_missing_drop_path_key():
     model = build("ti", **SMALL, drop_path=0.1)
     batch = small_batch()
     with pytest.raises(UserError, match="rngs"):
-        jax.eval_shape(lambda: model.apply(model.init(jax.random.key(0), batch), batch, train=True))
+        jax.eval_shape(lambda: model.apply(model.init(jax.random.key(0)), batch, train=True))

@@ -47,7 +47,8 @@ def problem():
 
 
 def loss(params, batch):
-    out = MODEL.apply(params, batch, train=True, rngs={"drop_path": jax.random.key(7)})
+    inputs = {name: batch[name] for name in ("image", "text")}
+    out = MODEL.apply(params, inputs, train=True, rngs={"drop_path": jax.random.key(7)})
     return unicl(out["image/embedding"], out["text/embedding"], batch["label"], out["logit_scale"])[0]
 
 

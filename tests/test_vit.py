@@ -9,7 +9,6 @@ import pytest
 from golden import clip_shapes, fill, random_params, sinx
 
 from florence_jax.errors import UserError
-from florence_jax.models.flops import forward_flops
 from florence_jax.models.florence import build, parameter_count
 from florence_jax.models.resize import resize_position_embedding
 from florence_jax.models.vit import ViT
@@ -139,7 +138,7 @@ def test_published_sizes(variant, image, total, gmacs):
     """Parameters and multiply-adds as OpenCLIP's model profile has them; its image tower includes the projection."""
     counts = parameter_count(variant)
     assert (counts["image"], counts["total"]) == (image, total)
-    np.testing.assert_allclose(forward_flops(build(variant).config)["image"] / 2e9, gmacs, rtol=0.02)
+    np.testing.assert_allclose(build(variant).flops["image"] / 2e9, gmacs, rtol=0.02)
 
 
 @pytest.mark.parametrize(

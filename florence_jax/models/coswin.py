@@ -156,7 +156,8 @@ class CoSwin(nn.Module):
           float32 (B, C_last); in detection mode 'norm{i}' (B, h, w, C_i) for the stages in `out_stages`.
 
         Raises:
-          UserError: odd depths, unknown size mode or embedding, or sizes that do not fit the windows.
+          UserError: odd depths, unknown size mode or embedding, sizes that do not fit the windows, or no key to draw
+            stochastic depth with.
         """
         check_stages(self.width, self.depths, self.heads)
         if self.size_mode not in SIZE_MODES:
@@ -165,6 +166,8 @@ class CoSwin(nn.Module):
             raise UserError(f"embedding={self.embedding!r}: choose one of {', '.join(EMBEDDINGS)}")
         factors = None
         if train and self.drop_path > 0:
+            if not self.has_rng("drop_path"):
+                raise UserError("training with drop_path > 0 needs rngs={'drop_path': key}")
             rates = np.linspace(0, self.drop_path, sum(self.depths), dtype=np.float32)
             examples = jnp.arange(len(image)) if examples is None else examples
             factors = survival(self.make_rng("drop_path"), rates, examples).reshape(-1, 2, 2, len(image))

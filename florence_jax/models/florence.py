@@ -1,8 +1,4 @@
-"""Florence's two towers, their projections and the temperature, behind a functional seam.
-
-The only names the rest of the project needs are `build`, `Model`, `VARIANTS`, `REMATS`, `parameter_count` and
-`forward_flops`; no Flax type leaves this folder.
-"""
+"""Florence's two towers, their projections and the temperature."""
 
 import functools
 import math
@@ -13,8 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from florence_jax.errors import UserError
+from florence_jax.models.base import Model
 from florence_jax.models.coswin import CoSwin
+from florence_jax.models.flops import forward_flops
 from florence_jax.models.layers import NORMAL, constrain, unit_norm
 from florence_jax.models.sizes import ModelConfig, resolve_config
 from florence_jax.models.text import TextTransformer
@@ -81,64 +78,27 @@ class _Florence(nn.Module):
         return outputs
 
 
-class Model:
-    """A model as two pure functions over a plain nested dict of float32 parameters."""
-
-    def __init__(self, config: ModelConfig):
-        self.config = config
-        self._module = _Florence(config)
-
-    def init(self, rng: jax.Array, batch: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Draws parameters.
-
-        Args:
-          rng: PRNG key.
-          batch: decides which towers exist ('image', 'text') and the image's size; only shapes are read. None =
-            both towers at the configured sizes. Works under `jax.jit` and `jax.eval_shape`.
-
-        Returns:
-          {"image", "text", "image_projection": {"kernel"}, "text_projection": {"kernel"}, "logit_scale": ()}.
-        """
-        shapes = {"image": (1, self.config.res, self.config.res, 3), "text": (1, self.config.text_length)}
-        if batch is not None:
-            shapes = {name: (1, *batch[name].shape[1:]) for name in shapes if name in batch}
-        dtypes = {"image": jnp.float32, "text": jnp.int32}
-        inputs = {name: jnp.zeros(shape, dtypes[name]) for name, shape in shapes.items()}
-        return self._module.init({"params": rng}, inputs)["params"]
-
-    def apply(
-        self,
-        params: Mapping[str, Any],
-        batch: Mapping[str, jax.Array],
-        train: bool = False,
-        rngs: Mapping[str, jax.Array] | None = None,
-    ) -> dict[str, jax.Array]:
-        """Encodes the towers whose inputs the batch holds.
-
-        Args:
-          params: as returned by `init`; {"image"} alone gives neither 'image/embedding' nor 'logit_scale'.
-          batch: "image" float (B, H, W, 3), already normalised, and/or "text" int32 (B, L); "example" int32 (B,), ids
-            by which images draw their stochastic depth, default: positions in the batch. Other keys are ignored.
-          train: apply stochastic depth.
-          rngs: {'drop_path': key}, needed when `train` and the configured drop_path > 0.
-
-        Returns:
-          'image/stage{i}' (B, h, w, C_i) (ViT: its patches' states as 'image/stage0'), 'image/pooled' (B, C) float32,
-          'image/embedding' (B, D) float32 of unit norm; in detection mode 'image/norm{i}' instead of the last two;
-          'text/tokens' (B, L, W), 'text/pooled', 'text/embedding' likewise; 'logit_scale' float32 scalar, the factor of
-          the logits (= exp of the parameter).
-
-        Raises:
-          UserError: sizes that do not fit the model, or a missing drop_path key.
-        """
-        if train and self.config.drop_path > 0 and "image" in batch and "drop_path" not in (rngs or {}):
-            raise UserError("training with drop_path > 0 needs rngs={'drop_path': key}")
-        inputs = {name: batch[name] for name in ("image", "text", "example") if name in batch}
-        return self._module.apply({"params": params}, inputs, train, rngs=dict(rngs or {}))
+def _model(config: ModelConfig) -> Model[ModelConfig]:
+    inputs = {
+        "image": jax.ShapeDtypeStruct((1, config.res, config.res, 3), jnp.float32),
+        "example": jax.ShapeDtypeStruct((1,), jnp.int32),
+        "text": jax.ShapeDtypeStruct((1, config.text_length), jnp.int32),
+    }
+    return Model(_Florence(config), config, inputs, optional=tuple(inputs), flops=forward_flops(config))
 
 
-def build(variant: str, **overrides: Any) -> Model:
-    """Builds a model from the variants table.
+def build(variant: str, **overrides: Any) -> Model[ModelConfig]:
+    """Builds a model from the variants table: {"image", "text", "image_projection", "text_projection", "logit_scale"}.
+
+    Its inputs, each optional: "image" float (B, H, W, 3), already normalised; "text" int32 (B, L); "example" int32
+    (B,), ids by which images draw their stochastic depth, default: positions in the batch. Training with drop_path > 0
+    needs rngs={'drop_path': key}.
+
+    Its outputs, of the towers whose input the batch holds: 'image/stage{i}' (B, h, w, C_i) (ViT: its patches' states as
+    'image/stage0'), 'image/pooled' (B, C) float32, 'image/embedding' (B, D) float32 of unit norm; in detection mode
+    'image/norm{i}' instead of the last two; 'text/tokens' (B, L, W), 'text/pooled', 'text/embedding' likewise;
+    'logit_scale' float32 scalar, the factor of the logits (= exp of the parameter). The parameters {"image"} alone give
+    neither 'image/embedding' nor 'logit_scale'.
 
     Args:
       variant: a key of `VARIANTS`.
@@ -149,12 +109,12 @@ def build(variant: str, **overrides: Any) -> Model:
       UserError: unknown variant, option or choice (the message lists the known ones), a value of another type, sizes
         that do not fit together.
     """
-    return Model(resolve_config(variant, **overrides))
+    return _model(resolve_config(variant, **overrides))
 
 
 @functools.cache
 def _count(config: ModelConfig) -> dict[str, int]:
-    shapes = jax.eval_shape(Model(config).init, jax.random.key(0))
+    shapes = jax.eval_shape(_model(config).init, jax.random.key(0))
     return {name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for name, tree in shapes.items()}
 
 

@@ -1,11 +1,56 @@
-"""Tables that depend on the resolution (relative position biases, position embeddings), resized."""
+"""Tables that depend on the resolution or on a vocabulary, for another one: resized, or grown by rows."""
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from florence_jax.errors import UserError
+
+BIAS_TABLE = "relative_position_bias_table"
+# Axis along which a table may grow: its further entries (words, places in a text, classes) say nothing about earlier
+# ones.
+GROWING = ((r"text/(token|position)_embedding", 0), (r"head/.*", -1))
+
+
+def resize_or_grow(path: str, saved: np.ndarray, like: Any) -> np.ndarray | None:
+    """A saved parameter in the shape of `like`, or None; see `Model.adapt`.
+
+    Bias tables and position embeddings of images are resized (bicubic). Tables with an entry a word, place in a text or
+    class keep the saved ones and take more from `like`, which then must hold values.
+    """
+    if saved.shape == like.shape:
+        return np.asarray(saved, np.float32)
+    if saved.ndim != len(like.shape):
+        return None
+    try:
+        if path.endswith(BIAS_TABLE):
+            resized = resize_bias_table(saved, (_side(like.shape[-2]) + 1) // 2)
+        elif path.endswith("image/position_embedding"):
+            resized = resize_position_embedding(saved, _side(like.shape[0] - 1))
+        else:
+            return _grow(path, saved, like)
+    except UserError:  # not of a square window or map
+        return None
+    return resized if resized.shape == like.shape else None
+
+
+def _grow(path: str, saved: np.ndarray, like: Any) -> np.ndarray | None:
+    axis = next((axis for pattern, axis in GROWING if re.fullmatch(pattern, path)), None)
+    if axis is None or isinstance(like, jax.ShapeDtypeStruct) or saved.shape[axis] > like.shape[axis]:
+        return None
+    fresh = np.moveaxis(np.array(like, np.float32), axis, 0)
+    saved = np.moveaxis(saved, axis, 0)
+    if saved.shape[1:] != fresh.shape[1:]:
+        return None
+    return np.moveaxis(np.concatenate([saved.astype(np.float32), fresh[len(saved) :]]), 0, axis)
+
+
+def _side(entries: int) -> int:
+    """Side of the square with so many entries."""
+    return round(max(entries, 0) ** 0.5)
 
 
 def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
@@ -26,11 +71,32 @@ def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
     return weights
 
 
-def resize_bias_tables(params: dict, window: int | Sequence[int]) -> dict:
-    """Resizes every relative position bias table of CoSwin parameters to a new window.
+def resize_bias_table(table: np.ndarray, window: int) -> np.ndarray:
+    """A relative position bias table for another window (7 at 224 px -> 12 at 384 px).
 
-    Needed when the window changes with the resolution (7 at 224 px -> 12 at 384 px); nothing else changes shape.
     Each head's column is a (2w-1) x (2w-1) image, resized by PyTorch's bicubic interpolation.
+
+    Args:
+      table: (..., (2w-1)**2, heads); leading axes are those of a scan over depth.
+      window: the new side of the window.
+
+    Returns:
+      float32 (..., (2 window - 1)**2, heads).
+
+    Raises:
+      UserError: a table that is not square.
+    """
+    side = _side(table.shape[-2])
+    if side * side != table.shape[-2]:
+        raise UserError(f"a bias table of shape {table.shape} is not of a square window")
+    matrix = bicubic_matrix(side, 2 * window - 1)
+    grid = np.asarray(table, np.float64).reshape(*table.shape[:-2], side, side, table.shape[-1])
+    grid = np.einsum("iy,jx,...yxh->...ijh", matrix, matrix, grid)
+    return grid.reshape(*grid.shape[:-3], -1, grid.shape[-1]).astype(np.float32)
+
+
+def resize_bias_tables(params: dict, window: int | Sequence[int]) -> dict:
+    """Resizes every relative position bias table of CoSwin parameters; nothing else changes shape with the window.
 
     Args:
       params: nested dict holding CoSwin's parameters, at any depth (also stacked on axis 0 by the scan).
@@ -46,17 +112,10 @@ def resize_bias_tables(params: dict, window: int | Sequence[int]) -> dict:
 
     def resize(path: tuple, leaf: jax.Array) -> jax.Array | np.ndarray:
         names = [str(entry.key) for entry in path]
-        if names[-1] != "relative_position_bias_table":
+        if names[-1] != BIAS_TABLE:
             return leaf
         new = window if isinstance(window, int) else window[int(next(n for n in names if n.startswith("stage"))[5])]
-        table = np.asarray(leaf, np.float64)
-        side = round(table.shape[-2] ** 0.5)
-        if side * side != table.shape[-2]:
-            raise UserError(f"bias table {'/'.join(names)} of shape {table.shape} is not of a square window")
-        matrix = bicubic_matrix(side, 2 * new - 1)
-        table = table.reshape(*table.shape[:-2], side, side, table.shape[-1])
-        table = np.einsum("iy,jx,...yxh->...ijh", matrix, matrix, table)
-        return table.reshape(*table.shape[:-3], -1, table.shape[-1]).astype(np.float32)
+        return resize_bias_table(np.asarray(leaf), new)
 
     return jax.tree_util.tree_map_with_path(resize, params)
 
@@ -77,7 +136,7 @@ def resize_position_embedding(table: np.ndarray, side: int) -> np.ndarray:
     Raises:
       UserError: a table that is not a class token and a square map.
     """
-    old = round(max(len(table) - 1, 0) ** 0.5)
+    old = _side(len(table) - 1)
     if old < 1 or old * old != len(table) - 1:
         raise UserError(f"position embeddings of shape {table.shape} are not a class token and a square map")
     grid = np.asarray(table[1:], np.float64).reshape(old, old, -1)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from florence_jax.data.tokenizers import Tokenizer, load_tokenizer
 from florence_jax.errors import UserError
 from florence_jax.models import florence
+from florence_jax.models.base import Model
 from florence_jax.models.layers import unit_norm
 from florence_jax.models.sizes import VARIANTS, resolve_config
 from florence_jax.params.sharding import param_shardings
@@ -35,7 +36,7 @@ class Encoder:
       precision: compute dtype.
 
     Attributes:
-      description: of the folder. model: `florence.Model`.
+      description: of the folder. model: `Model`.
       predict: pure functions (params, batch) -> float32 (B, D): 'image' and 'text', unit vectors of the joint space
         ('image' of a folder without projection: the features, made unit), 'features', what the image tower gives
         before the projection.
@@ -159,7 +160,7 @@ def normalise(image: jax.Array, mean: Sequence[float] = MEAN, std: Sequence[floa
     return image.astype(jnp.float32) * scale[None, None, None] + shift[None, None, None]
 
 
-def build_model(config: ConfigDict) -> tuple[Tokenizer, florence.Model]:
+def build_model(config: ConfigDict) -> tuple[Tokenizer, Model]:
     """The tokenizer of `config.text` and the model of `config.model` that fits it.
 
     The token embedding has the variant's number of rows, or the tokenizer's if that is larger. Where the end token is

@@ -56,12 +56,7 @@ class Pretrain:
 
     def init(self, key: jax.Array) -> Any:
         """Fresh parameters; see `models.florence`."""
-        sizes = self.model.config
-        batch = {
-            "image": jnp.zeros((1, sizes.res, sizes.res, 3), jnp.float32),
-            "text": jnp.zeros((1, sizes.text_length), jnp.int32),
-        }
-        return self.model.init(key, batch)
+        return self.model.init(key)
 
     def start(self, params: Any) -> Any:
         """The parameters of the run `config.init`, bias tables resized where the window is another."""

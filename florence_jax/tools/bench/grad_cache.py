@@ -23,6 +23,7 @@ from florence_jax.errors import UserError
 from florence_jax.losses.grad_cache import TOWERS, encode_pairs
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import florence
+from florence_jax.models.base import Model
 from florence_jax.models.layers import REMATS
 from florence_jax.models.sizes import VARIANTS, ModelConfig
 from florence_jax.tools.bench import step, timing
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 Loss = Callable[[Any, dict[str, jax.Array]], jax.Array]
 
 
-def make_loss(model: florence.Model, micro_batch: int, towers: str) -> Loss:
+def make_loss(model: Model, micro_batch: int, towers: str) -> Loss:
     """`loss(params, batch)` of `tasks/pretrain.py` on one device; `micro_batch` 0 = without the cache."""
 
     def encode(params: Any, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -109,7 +110,7 @@ def step(loss: Loss, params: Any, batch: dict[str, jax.Array]) -> step.Step:
     return step.Step(lambda params: loss(params, batch), params, step.adamw())
 
 
-def peak_bytes(loss: Loss, model: florence.Model, size: int) -> int:
+def peak_bytes(loss: Loss, model: Model, size: int) -> int:
     """Working memory of the compiled loss and gradients for `size` pairs, arguments and results not counted."""
     params = jax.eval_shape(model.init, jax.random.key(0))
     batch = jax.eval_shape(lambda: random_batch(model.config, size))

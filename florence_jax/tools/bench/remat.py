@@ -2,7 +2,7 @@
 
 `{policy: {"peak_bytes": .., "seconds": ..}}`: `peak_bytes` is the compiler's figure for the step's working memory
 (`memory_analysis().temp_size_in_bytes`), parameters and optimizer state not counted; `seconds` the median step. The
-policies are those of `florence_jax.models.florence.REMATS`; all compute the same gradients.
+policies are those of `florence_jax.models.layers.REMATS`; all compute the same gradients.
 
 Needs jax, flax and optax only.
 """
@@ -14,6 +14,7 @@ import jax
 
 from florence_jax.errors import UserError
 from florence_jax.models import florence
+from florence_jax.models.layers import REMATS
 from florence_jax.models.sizes import VARIANTS
 from florence_jax.tools.bench import step, timing
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if min(args.batch, args.steps) < 1:
         raise UserError("--batch and --steps must be positive")
     params, steps = None, {}
-    for remat in florence.REMATS:
+    for remat in REMATS:
         model = florence.build(args.variant, res=args.res, dtype=args.dtype, remat=remat)
         params = jax.jit(model.init)(jax.random.key(0)) if params is None else params
         steps[remat] = step.pretrain_step(model, params, args.batch)

@@ -34,6 +34,7 @@ from florence_jax.errors import UserError
 from florence_jax.jobs.hardware import PEAK_FLOPS
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import florence
+from florence_jax.models.base import Model
 from florence_jax.models.flops import forward_flops
 from florence_jax.models.layers import REMATS
 from florence_jax.models.sizes import VARIANTS, ModelConfig
@@ -165,7 +166,7 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def pretrain_step(model: florence.Model, params: Any, batch: int) -> Step:
+def pretrain_step(model: Model, params: Any, batch: int) -> Step:
     """The step of `tasks/pretrain.py` on a fixed random batch in which two captions are equal."""
     config, rng = model.config, np.random.default_rng(0)
     inputs = {
@@ -189,7 +190,7 @@ def image_batch(config: ModelConfig, batch: int) -> tuple[np.ndarray, np.ndarray
     return images, rng.standard_normal((batch, channels), np.float32)
 
 
-def image_step(model: florence.Model, params: Any, images: np.ndarray, target: np.ndarray) -> Step:
+def image_step(model: Model, params: Any, images: np.ndarray, target: np.ndarray) -> Step:
     """The image tower's step of the comparison."""
     rest = {name: value for name, value in params.items() if name != "image"}
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from florence_jax.errors import UserError
 from florence_jax.models.coswin import embedded_size
-from florence_jax.models.florence import Model
+from florence_jax.models.florence import build
 from florence_jax.models.resize import resize_bias_tables, resize_position_embedding
 from florence_jax.models.sizes import VARIANTS, ModelConfig, resolve_config
 from florence_jax.models.vit import check_patches
@@ -103,7 +103,7 @@ def convert(
 
 def _targets(config: ModelConfig, family: str) -> dict[str, tuple[int, ...]]:
     """Shapes of the unrolled model's parameters by path."""
-    model = Model(resolve_config(config.variant, **_differences(config, config.variant), scan=False))
+    model = build(config.variant, **_differences(config, config.variant), scan=False)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     if family == "swin":
         shapes = {"image": shapes["image"]}
