@@ -24,7 +24,7 @@ from florence_jax.models import florence
 from florence_jax.params.layer_decay import layer_decay_rules
 from florence_jax.params.rules import match_rules
 from florence_jax.params.sharding import make_mesh, replicated
-from florence_jax.params.weights import describe, save_pretrained
+from florence_jax.params.weights import describe, make_description, save_pretrained
 from florence_jax.tasks.classify import PROTOCOLS, TRAINED, Classify
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.train.optim import scale_by_tree
@@ -308,7 +308,7 @@ def test_linear_head_learns_the_colours_and_spares_the_text_tower(weights, pictu
     before, after = Encoder(weights), Encoder(str(tmp_path / "run"))
     mesh = make_mesh(-1, 1)
     old, new = before.load_on(mesh), after.load_on(mesh)
-    assert "head" in after.description.towers and "head" not in new
+    assert "head" in after.description.entries and "head" not in new
     for name in ("text", "text_projection", "image_projection", "logit_scale"):
         jax.tree.map(np.testing.assert_array_equal, old[name], new[name])
     assert not np.array_equal(old["image"]["norm"]["scale"], new["image"]["norm"]["scale"])
@@ -344,7 +344,9 @@ def image_only(weights, tmp_path_factory):
     encoder = Encoder(weights)
     folder = tmp_path_factory.mktemp("image_only") / "weights"
     tower = {"image": encoder.load_on(make_mesh(-1, 1))["image"]}
-    save_pretrained(str(folder), tower, "ti", encoder.overrides, {"from": "a test"})
+    save_pretrained(
+        str(folder), tower, make_description("import", {"towers": encoder.towers_part() | {"entries": list(tower)}})
+    )
     return str(folder)
 
 
@@ -376,7 +378,9 @@ def test_weights_of_an_import_and_another_resolution(weights, tmp_path):
     # The moving average is taken, which the fixture made half as large again.
     np.testing.assert_array_equal(params["image"]["norm"]["scale"], 1.5)
     folder = str(tmp_path / "imported")
-    save_pretrained(folder, params, "ti", encoder.overrides, {"from": "a test"})
+    save_pretrained(
+        folder, params, make_description("import", {"towers": encoder.towers_part() | {"entries": list(params)}})
+    )
     imported = Encoder(folder, {"res": 64})
     assert imported.model.config.image_width == 8
     assert imported.model.config.window == 2 * encoder.model.config.window

@@ -21,7 +21,7 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.retrieval import CaptionRetrieval, open_retrieval
 from florence_jax.page import Example
 from florence_jax.params.sharding import make_mesh
-from florence_jax.params.weights import load_parameters, save_pretrained
+from florence_jax.params.weights import load_parameters, make_description, save_pretrained
 from florence_jax.tasks import create_task
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.tools import index as tool
@@ -220,7 +220,11 @@ def test_an_index_remembers_weights_in_a_bucket(pictures, tmp_path):
 def test_weights_without_a_text_tower_are_searched_by_picture(weights, pictures, tmp_path, capsys):
     encoder = Encoder(weights)
     tower = {"image": encoder.load_on(make_mesh(-1, 1))["image"]}
-    save_pretrained(str(tmp_path / "w"), tower, "ti", encoder.overrides, {"from": "a test"})
+    save_pretrained(
+        str(tmp_path / "w"),
+        tower,
+        make_description("import", {"towers": encoder.towers_part() | {"entries": list(tower)}}),
+    )
     arguments = [f"--init={tmp_path}/w", f"--images={pictures}", f"--out={tmp_path}/index", "--batch-size=24"]
     assert tool.main(["embed", *arguments]) == 0
     capsys.readouterr()

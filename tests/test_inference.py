@@ -14,7 +14,7 @@ from PIL import Image
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 from florence_jax.inference.florence import Florence
-from florence_jax.params.weights import save_pretrained
+from florence_jax.params.weights import make_description, save_pretrained
 from florence_jax.tasks.encoder import Encoder
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "colab.ipynb"
@@ -102,7 +102,10 @@ def test_mistakes_of_weights(model, weights, tmp_path):
         Florence(tmp_path / "gone")
     with pytest.raises(UserError, match="batch_size=0"):
         Florence(weights, batch_size=0)
-    save_pretrained(str(tmp_path / "w"), {"image": model.params["image"]}, "ti", model.encoder.overrides, {})
+    towers = model.encoder.towers_part() | {"entries": ["image"]}
+    save_pretrained(
+        str(tmp_path / "w"), {"image": model.params["image"]}, make_description("import", {"towers": towers})
+    )
     tower = Florence(tmp_path / "w")
     pixels = [np.zeros((40, 40, 3), np.uint8)]
     assert tower.embed_images(pixels).shape == (1, 8)

@@ -13,6 +13,7 @@ from tiny_run import tiny_config, tiny_pairs
 from florence_jax import main as entry
 from florence_jax.command_line import parse_flags
 from florence_jax.params.checkpoint import Checkpoints
+from florence_jax.params.weights import write_description
 from florence_jax.tasks import create_task
 from florence_jax.train.loop import write_config
 
@@ -46,9 +47,11 @@ def run_main(*arguments):
 def tiny_checkpoint(folder):
     """What a run leaves: config.json, and checkpoints/ with parameters and their average (half as large again)."""
     config = tiny_config(tiny_pairs(folder / "pairs"))
-    params = jax.jit(create_task(config).init)(jax.random.key(0))
+    task = create_task(config)
+    params = jax.jit(task.init)(jax.random.key(0))
     (folder / "run").mkdir()
     write_config(config, folder / "run")
+    write_description(str(folder / "run" / "checkpoints"), task.description)
     checkpoints = Checkpoints(str(folder / "run" / "checkpoints"))
     checkpoints.save(2, {"params": params, "ema": jax.tree.map(lambda x: 1.5 * x, params)})
     checkpoints.close()

@@ -1,7 +1,7 @@
-"""Parameters with their description: a checkpoint folder that says which model it is for, in `model.json`."""
+"""Parameters with their description: a checkpoint folder that says what it holds and what for, in `model.json`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,58 +10,128 @@ import optax
 from etils import epath
 
 from florence_jax.errors import UserError
+from florence_jax.files import write_bytes
 from florence_jax.models.resize import resize_bias_tables, resize_position_embedding
 from florence_jax.params.checkpoint import Checkpoints
 from florence_jax.params.rules import path_string
 
 MODEL_FILE = "model.json"
+FORMAT = 1
+TOKENIZER_BYTES = 16 * 2**20  # a larger file is not copied beside model.json, only named
+COMPANIONS = {"vocab.json": ("merges.txt",)}  # files that a tokenizer's file is of no use without
 
 
-def save_pretrained(
-    directory: str, params: Any, variant: str, overrides: Mapping[str, Any], source: Mapping[str, Any]
-) -> None:
+class Description(NamedTuple):
+    """What a checkpoint folder holds.
+
+    Attributes:
+      folder: that holds the checkpoints.
+      task: that trained it, such as 'pretrain'; 'import' of converted weights.
+      parts: by name ('towers', 'head', 'detector', ...), what is needed to build that part of the model again,
+        JSON-able: for the towers "variant" and "overrides" as for `florence.build`. Each has "entries", the top-level
+        names of its parameters: 'image', 'text', 'image_projection', ...
+      tokenizer: as for `data.tokenizers.load_tokenizer`; '' where the folder does not say.
+      classes: names of the classes, in the order of a head's outputs; () where it has none.
+      source: where the weights come from, for people.
+    """
+
+    folder: str
+    task: str
+    parts: dict[str, dict[str, Any]]
+    tokenizer: str
+    classes: tuple[str, ...]
+    source: dict[str, Any]
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """Top-level names of the parameters of all parts."""
+        return tuple(name for part in self.parts.values() for name in part["entries"])
+
+
+def make_description(
+    task: str,
+    parts: Mapping[str, Mapping[str, Any]],
+    *,
+    tokenizer: str = "",
+    classes: Sequence[str] = (),
+    source: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of a `model.json`, for `write_description`; arguments as the attributes of `Description`.
+
+    What is None in a part's "overrides" was not given, and is left out.
+    """
+    filled = {}
+    for name, part in parts.items():
+        options = {key: dict(value) if isinstance(value, Mapping) else value for key, value in part.items()}
+        if "overrides" in options:
+            options["overrides"] = {key: value for key, value in options["overrides"].items() if value is not None}
+        filled[name] = options | {"entries": list(part["entries"])}
+    return {
+        "format": FORMAT,
+        "task": task,
+        "parts": filled,
+        "tokenizer": tokenizer,
+        "classes": list(classes),
+        "source": dict(source or {}),
+    }
+
+
+def write_description(directory: str, description: Mapping[str, Any]) -> None:
+    """Writes `model.json` into a folder of checkpoints, in one step; by the main process alone.
+
+    A run does this once, when it starts from nothing and before its first checkpoint; a resumed run leaves the file as
+    it is. The file of a tokenizer (a user's `*.model`, CLIP's merges, ...) is copied beside it where it has at most
+    `TOKENIZER_BYTES`, so that the folder can be moved to another machine; its path is kept in any case.
+
+    Args:
+      directory: path or bucket URL, created if missing.
+      description: from `make_description`.
+
+    Raises:
+      UserError: if the folder cannot be written.
+    """
+    folder, spec = epath.Path(directory), description["tokenizer"]
+    try:
+        copied = _copy_tokenizer(spec, folder)
+        content = {**description, "tokenizer": {"given": spec, "file": copied}}
+        write_bytes(str(folder / MODEL_FILE), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error}; choose another folder") from error
+
+
+def _copy_tokenizer(spec: str, folder: epath.Path) -> str:
+    """The name, in the folder, of the copied file; '' for a tokenizer without a file, or with one that is too large."""
+    path = epath.Path(spec)
+    if not path.suffix or path.name == MODEL_FILE or not path.is_file():
+        return ""
+    files = [path, *(path.parent / name for name in COMPANIONS.get(path.name, ()))]
+    if sum(file.stat().length for file in files) > TOKENIZER_BYTES:
+        return ""
+    for file in files:
+        if file != folder / file.name:
+            write_bytes(str(folder / file.name), file.read_bytes())
+    return path.name
+
+
+def save_pretrained(directory: str, params: Any, description: Mapping[str, Any]) -> None:
     """Writes `params` as step 0 of a checkpoint folder, and `model.json` beside it.
 
     Args:
       directory: path or bucket URL; created if missing. `--config.init=directory` reads it.
       params: nested dict of float32 arrays.
-      variant, overrides: as for `florence.build`; JSON-able.
-      source: where the parameters come from, kept in `model.json` for people.
+      description: from `make_description`.
 
     Raises:
       UserError: the folder already holds a checkpoint, or cannot be written.
     """
-    folder = epath.Path(directory)
     checkpoints = Checkpoints(directory, keep=1)
     try:
         if checkpoints.latest_step() is not None:
             raise UserError(f"{directory} already holds a checkpoint: choose another folder")
-        partial = folder / f"{MODEL_FILE}.partial"
-        content = {"variant": variant, "overrides": dict(overrides), "source": dict(source)}
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(folder / MODEL_FILE)
+        write_description(directory, description)
         checkpoints.save(0, {"params": params})
-    except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error}; choose another folder") from error
     finally:
         checkpoints.close()
-
-
-class Description(NamedTuple):
-    """Which model a checkpoint folder is for.
-
-    Attributes:
-      folder: that holds the checkpoints.
-      variant, overrides: as for `florence.build`.
-      tokenizer: as for `data.tokenizers.load_tokenizer`; '' where the folder does not say.
-      towers: names of the parameters' top-level entries: 'image', 'text', 'head', ...
-    """
-
-    folder: str
-    variant: str
-    overrides: dict[str, Any]
-    tokenizer: str
-    towers: tuple[str, ...]
 
 
 def checkpoint_folder(init: str) -> str:
@@ -83,36 +153,38 @@ def checkpoint_folder(init: str) -> str:
 
 
 def describe(init: str) -> Description:
-    """Reads what a checkpoint folder is for.
+    """Reads what a checkpoint folder holds from its `model.json`, and nothing else.
 
     Args:
-      init: a folder written by `save_pretrained`; or `checkpoints/` of a run, whose `config.json` lies beside it; or
-        the workdir of a run.
+      init: as for `checkpoint_folder`.
 
     Raises:
-      UserError: for anything else, naming both kinds.
+      UserError: for a folder without such a file, or with one that is not of this format.
     """
     folder = epath.Path(checkpoint_folder(init))
-    model_file, run_file = folder / MODEL_FILE, folder.parent / "config.json"
+    file = folder / MODEL_FILE
     try:
-        if model_file.exists():
-            content = json.loads(model_file.read_text())
-            variant, overrides, tokenizer = content["variant"], content["overrides"], ""
-        else:
-            content = json.loads(run_file.read_text())
-            variant, overrides = content["model"]["variant"], content["model"]["overrides"]
-            tokenizer = content["text"]["tokenizer"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = json.loads(file.read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, this version reads {FORMAT}")
+        tokenizer = content["tokenizer"]
+        found = Description(
+            str(folder),
+            content["task"],
+            content["parts"],
+            str(folder / tokenizer["file"]) if tokenizer["file"] else tokenizer["given"],
+            tuple(content["classes"]),
+            content["source"],
+        )
+        _ = found.entries
+    except FileNotFoundError as error:
         raise UserError(
-            f"cannot tell which model {init} is for: neither {model_file} nor {run_file} describes one ({error!r})"
+            f"cannot tell which model {init} is for: there is no {file}, which every run and import writes; give the "
+            "folder of a run, or import the weights again"
         ) from error
-    checkpoints = Checkpoints(str(folder), read_only=True)
-    try:
-        towers = checkpoints.entries("params")
-    finally:
-        checkpoints.close()
-    given = {name: value for name, value in overrides.items() if value is not None}
-    return Description(str(folder), variant, given, tokenizer, towers)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot tell which model {init} is for: {file} cannot be used ({error!r})") from error
+    return found
 
 
 def load_parameters(

@@ -1,6 +1,6 @@
 """What a task is: a model, a loss and the data they need, joined for the one training loop."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -13,10 +13,12 @@ class Task(Protocol):
 
     Attributes:
       predict: named pure functions `fn(params, batch) -> array` that evaluators call.
+      description: content of the `model.json` of a run, see `params.weights.make_description`.
       flops_per_example: analytic forward + backward FLOPs of one training example (3 x forward), for MFU.
     """
 
     predict: dict[str, Callable[[Any, dict[str, jax.Array]], jax.Array]]
+    description: Mapping[str, Any]
     flops_per_example: float
 
     def init(self, key: jax.Array) -> Any:

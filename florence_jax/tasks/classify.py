@@ -37,6 +37,7 @@ from florence_jax.evaluators.zero_shot import ZeroShot, class_embeddings
 from florence_jax.losses.unicl import unicl
 from florence_jax.models.flops import forward_flops
 from florence_jax.params.layer_decay import layer_decay_rules
+from florence_jax.params.weights import make_description
 from florence_jax.tasks.encoder import Encoder, record_model, set_epochs
 from florence_jax.tasks.pretrain import LOGIT_SCALE_RANGE
 
@@ -133,6 +134,21 @@ class Classify:
         return [name for name in params if self.linear and name in unused]
 
     # -- model ------------------------------------------------------------------------------------------------------
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Content of the `model.json` of a fine-tuning: the head takes the image's "pooled" features or "embedding"."""
+        parts = {"towers": self.encoder.towers_part()}
+        if self.linear:
+            features = "embedding" if self._text_head else "pooled"
+            parts["head"] = {"features": features, "multi": self.classes.multi, "entries": ["head"]}
+        return make_description(
+            self.config.task,
+            parts,
+            tokenizer=self.encoder.tokenizer_spec,
+            classes=self.classes.first_names,
+            source={"init": self.config.init, "data": self.config.data},
+        )
 
     def init(self, key: jax.Array) -> Any:
         """Fresh parameters of the towers; with a linear head also {"head": {"weight" (C, K), "bias" (K,)}}, zeros."""

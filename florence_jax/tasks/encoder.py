@@ -36,7 +36,7 @@ class Encoder:
       precision: compute dtype.
 
     Attributes:
-      description: of the folder. model: `Model`.
+      description: of the folder. variant, overrides: of the towers, as for `florence.build`. model: `Model`.
       predict: pure functions (params, batch) -> float32 (B, D): 'image' and 'text', unit vectors of the joint space
         ('image' of a folder without projection: the features, made unit), 'features', what the image tower gives
         before the projection.
@@ -50,24 +50,27 @@ class Encoder:
     ):
         self.description = describe(init)
         given = {name: value for name, value in (overrides or {}).items() if value is not None}
-        base = dict(self.description.overrides)
-        if "res" in given and given["res"] != base.get("res", VARIANTS[self.description.variant]["res"]):
+        towers = self.description.parts.get("towers")
+        if towers is None:
+            raise UserError(f"{self.description.folder} holds no towers, only {', '.join(self.description.parts)}")
+        self.variant, base = towers["variant"], dict(towers["overrides"])
+        if "res" in given and given["res"] != base.get("res", VARIANTS[self.variant]["res"]):
             base.pop("window", None)
         self.overrides = base | given
         self.tokenizer_spec = tokenizer or self.description.tokenizer
         self._tokenizer: Tokenizer | None = None
         if self.tokenizer_spec and self.has_text:
-            options = {"model": {"variant": self.description.variant, "overrides": self.overrides}}
+            options = {"model": {"variant": self.variant, "overrides": self.overrides}}
             options |= {"text": {"tokenizer": self.tokenizer_spec}, "precision": precision}
             self._tokenizer, self.model = build_model(ConfigDict(options))
         else:
-            self.model = florence.build(self.description.variant, **{**self.overrides, "dtype": precision})
+            self.model = florence.build(self.variant, **{**self.overrides, "dtype": precision})
         self.predict = {"image": self._image, "text": self._text, "features": self._features}
 
     @property
     def has_text(self) -> bool:
         """Whether the folder holds a text tower."""
-        return {"text", "text_projection", "image_projection"} <= set(self.description.towers)
+        return {"text", "text_projection", "image_projection"} <= set(self.description.entries)
 
     @property
     def speaks(self) -> bool:
@@ -92,7 +95,12 @@ class Encoder:
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters, of the towers that the folder holds."""
         params = self.model.init(key)
-        return {name: params[name] for name in self.description.towers if name in params}
+        return {name: params[name] for name in self.description.entries if name in params}
+
+    def towers_part(self) -> dict[str, Any]:
+        """Of the folder's towers, for the `model.json` of a run that starts from them."""
+        entries = self.description.parts["towers"]["entries"]
+        return {"variant": self.variant, "overrides": self.overrides, "entries": entries}
 
     def load(self, like: Mapping[str, Any], new: tuple[str, ...] = ()) -> dict[str, Any]:
         """The folder's parameters on the devices of `like`, see `params.weights.load_parameters`."""
@@ -119,7 +127,7 @@ class Encoder:
         return self.model.apply(params, {"image": self.normalise(batch["image"])})["image/pooled"]
 
     def _image(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        if "image_projection" not in self.description.towers:
+        if "image_projection" not in self.description.entries:
             return unit_norm(self._features(params, batch))
         return self.model.apply(params, {"image": self.normalise(batch["image"])})["image/embedding"]
 
@@ -128,8 +136,8 @@ class Encoder:
 
 
 def record_model(config: ConfigDict, encoder: Encoder) -> None:
-    """Writes what the folder says into a configuration, so that the new run's config.json describes its model."""
-    config.model.variant = encoder.description.variant
+    """Writes what the folder says into a configuration, so that the new run's config.json names its model."""
+    config.model.variant = encoder.variant
     for name, value in encoder.overrides.items():
         if name in config.model.overrides:
             config.model.overrides[name] = tuple(value) if isinstance(value, (list, tuple)) else value

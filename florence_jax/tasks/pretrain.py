@@ -26,7 +26,7 @@ from florence_jax.losses.grad_cache import encode_pairs
 from florence_jax.losses.unicl import unicl, unicl_sharded
 from florence_jax.models.flops import forward_flops
 from florence_jax.params.sharding import ambient_batch_axes
-from florence_jax.params.weights import checkpoint_folder, load_parameters
+from florence_jax.params.weights import checkpoint_folder, load_parameters, make_description
 from florence_jax.tasks.encoder import build_model, normalise
 
 # CLIP's bounds of the learned logit scale (the logarithm of the multiplier), applied after each update.
@@ -53,6 +53,17 @@ class Pretrain:
         self.predict = {"image": self._embed_image, "text": self._embed_text}
 
     # -- model ------------------------------------------------------------------------------------------------------
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Content of the `model.json` of a run."""
+        model, entries = self.config.model, jax.eval_shape(self.init, jax.random.key(0))
+        return make_description(
+            self.config.task,
+            {"towers": {"variant": model.variant, "overrides": model.overrides.to_dict(), "entries": list(entries)}},
+            tokenizer=self.config.text.tokenizer,
+            source={"init": self.config.init, "data": self.config.data.train},
+        )
 
     def init(self, key: jax.Array) -> Any:
         """Fresh parameters; see `models.florence`."""

@@ -115,7 +115,7 @@ def check_weights(index: Index, model: Florence) -> None:
     """Raises `UserError` if the weights are not those that the index was made with, as far as it can tell."""
     encoder = model.encoder
     config = encoder.model.config
-    projected = "image_projection" in encoder.description.towers
+    projected = "image_projection" in encoder.description.entries
     width = config.projection if projected else config.image_width * 2 ** (len(config.depths) - 1)
     if index.embeddings.shape[1] != width:
         raise UserError(f"the index has vectors of {index.embeddings.shape[1]} numbers, the weights give {width}")

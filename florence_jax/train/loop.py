@@ -27,7 +27,7 @@ from florence_jax.jobs.trace import StepTrace
 from florence_jax.jobs.watchdog import Watchdog
 from florence_jax.params.checkpoint import Checkpoints, UnreadableCheckpoint
 from florence_jax.params.sharding import batch_sharding, make_mesh, param_shardings, state_shardings
-from florence_jax.params.weights import load_optimizer
+from florence_jax.params.weights import load_optimizer, write_description
 from florence_jax.tasks.base import Task
 from florence_jax.train.metrics import MetricsWriter, Progress, Speedometer, finite, read_metrics
 from florence_jax.train.optim import make_optimizer
@@ -191,6 +191,8 @@ class Trainer:
             self._say(f"resuming {self.workdir} at step {step} of {self.config.total_steps}")
             return step
         self.state = self._initial_state()
+        if self.is_main:
+            write_description(str(self.directory), self.task.description)
         return 0
 
     def _initial_state(self) -> dict[str, Any]:

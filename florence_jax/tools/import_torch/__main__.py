@@ -36,7 +36,7 @@ from florence_jax.models.sizes import VARIANTS, ModelConfig, resolve_config
 from florence_jax.models.vit import check_patches
 from florence_jax.models.windows import stage_window
 from florence_jax.params.rules import path_string
-from florence_jax.params.weights import save_pretrained
+from florence_jax.params.weights import make_description, save_pretrained
 from florence_jax.tools.import_torch.files import read_state_dict
 from florence_jax.tools.import_torch.names import (
     DROPPED,
@@ -327,7 +327,8 @@ def run(args: argparse.Namespace) -> None:
     config, params, dropped = convert(state, args.family, options=options, res=args.res, window=args.window)
     overrides = _differences(config, config.variant)
     source = {"from": args.family, "file": Path(args.file).name, "dropped": dropped}
-    save_pretrained(args.out, params, config.variant, overrides, source)
+    towers = {"variant": config.variant, "overrides": overrides, "entries": list(params)}
+    save_pretrained(args.out, params, make_description("import", {"towers": towers}, source=source))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     given = " ".join(f"{name}={value}" for name, value in overrides.items()) or "no options"
     print(f"{args.out}: variant {config.variant}, {given}; {count / 1e6:.2f} M parameters from {len(state)} tensors")
