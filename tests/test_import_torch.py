@@ -84,7 +84,7 @@ def test_swin_golden_through_files(naming, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "variant Swin-" in printed and "head" in printed.split("dropped: ")[1]
     content = json.loads((folder / "model.json").read_text())
-    assert content["source"]["from"] == "swin" and content["overrides"]["depths"] == [2, 2]
+    assert content["source"]["from"] == "swin" and content["parts"]["towers"]["overrides"]["depths"] == [2, 2]
     assert not list(folder.glob("*.partial"))
     model, params = load(folder)
     assert set(params) == {"image"}
