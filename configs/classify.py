@@ -1,12 +1,14 @@
 """Classification with trained weights: the paper's protocols, or the same on your own folder of images.
 
-    python -m florence_jax.main --config=configs/classify.py:mode=zeroshot --config.init=DIR \
-        --config.data=DIR_OR_TFDS [--config.classes=names.txt]                       # zero-shot, prompt ensembles
-    python -m florence_jax.main --config=configs/classify.py:mode=probe --config.init=DIR --config.data=DIR
-    python -m florence_jax.main --config=configs/classify.py:mode=fewshot --config.init=DIR --config.data=eurosat:DIR
-    python -m florence_jax.main --config=configs/classify.py:mode=finetune_unicl,res=512 --config.init=DIR \
-        --config.data=tfds:imagenet2012:train --config.test=tfds:imagenet2012:validation
-    python -m florence_jax.main --config=configs/classify.py:mode=finetune_linear --config.init=DIR --config.data=DIR
+    python -m florence_jax.main --config=configs/classify.py:protocol=zeroshot --config.init=DIR \
+        --config.data.test=DIR_OR_TFDS [--config.classes=names.txt]                  # zero-shot, prompt ensembles
+    python -m florence_jax.main --config=configs/classify.py:protocol=probe --config.init=DIR --config.data.train=DIR
+    python -m florence_jax.main --config=configs/classify.py:protocol=fewshot --config.init=DIR \
+        --config.data.test=eurosat:DIR
+    python -m florence_jax.main --config=configs/classify.py:protocol=finetune_unicl,res=512 --config.init=DIR \
+        --config.data.train=tfds:imagenet2012:train --config.data.test=tfds:imagenet2012:validation
+    python -m florence_jax.main --config=configs/classify.py:protocol=finetune_linear --config.init=DIR \
+        --config.data.train=DIR
 
 `--config.init` is `checkpoints/` of a run (the default is that of configs/pretrain.py) or a folder written by
 florence_jax.tools.import_torch. Data: a folder with one sub-folder of images for each class, ArrayRecord files, or
@@ -14,50 +16,52 @@ tfds:NAME:SPLIT. Results are in WORKDIR/result.json and report.html.
 
 Further names of data: isic:DIR, eurosat:DIR, cropdisease:DIR, chestx:DIR (as their publishers pack them), digits:train.
 
-Arguments: mode = zeroshot | probe | fewshot | finetune_unicl | finetune_linear; res = image size (0: the weights' own);
-runlocal. probe: logistic regression on frozen features, CLIP's protocol. fewshot: 600 episodes of CD-FSL on the head;
---config.fewshot.train=backbone trains the image tower too, as in the paper.
+Arguments: protocol = zeroshot | probe | fewshot | finetune_unicl | finetune_linear; res = image size (0: the weights'
+own); runlocal. probe: logistic regression on frozen features, CLIP's protocol. fewshot: 600 episodes of CD-FSL on the
+head; --config.fewshot.train=backbone trains the image tower too, as in the paper.
 Fine-tuning has the paper's ImageNet recipe (UniCL loss on class prompts, no new head, batch 8,192, 10 epochs, cosine,
 500 warm-up steps, peak 2e-5); smaller data get a batch of at most their own size. It was run at size ti only.
+
+A preflight of fine-tuning (florence_jax.tools.aot_compile) needs neither weights nor data:
+--config.init= --config.model.variant=NAME --config.data.train= --config.total_steps=1560
+(and, with a head, --config.classes=imagenet2012 for its size).
 """
 
 from ml_collections import ConfigDict
 
 from configs.common import common, model_overrides, parse_arg
 from florence_jax.errors import UserError
-from florence_jax.tasks.classify import PROTOCOLS, TRAINED
+
+EVALUATED = ("zeroshot", "probe", "fewshot")
+TRAINED = ("finetune_unicl", "finetune_linear")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The configuration for an argument string such as 'mode=finetune_unicl,res=512'."""
-    given = parse_arg(arg, mode="zeroshot", res=0, runlocal=False)
-    if given.mode not in PROTOCOLS:
-        raise UserError(f"unknown mode {given.mode!r}; known: {', '.join(PROTOCOLS)}")
-    trains = given.mode in TRAINED
-    config = common(f"runs/classify_{given.mode}")
-    config.task, config.protocol = "classify", given.mode
+    """The configuration for an argument string such as 'protocol=finetune_unicl,res=512'."""
+    given = parse_arg(arg, protocol="zeroshot", res=0, runlocal=False)
+    if given.protocol not in (*EVALUATED, *TRAINED):
+        raise UserError(f"unknown protocol {given.protocol!r}; known: {', '.join((*EVALUATED, *TRAINED))}")
+    trains = given.protocol in TRAINED
+    config = common(f"runs/classify_{given.protocol}")
+    config.task, config.protocol = "classify", given.protocol
     config.mode = "train" if trains else "eval"
     config.init = "runs/pretrain/checkpoints"
     config.model = {"variant": "", "overrides": model_overrides()}  # as config.init says
     if given.res:
         config.model.overrides.res = given.res
-    config.data = "emoji:train" if trains or given.mode == "probe" else "emoji:new_style"  # images with their classes
-    config.test = ""  # held-out images; '': `holdout` of each class of `data`
+    learns = trains or given.protocol == "probe"
+    config.data.train = "emoji:train" if learns else ""  # images with their classes
+    config.data.test = "" if learns else "emoji:new_style"  # held-out images; '': `holdout` of each class of data.train
+    config.data.train_ops = "decode|rrc({res}, scale=(0.5, 1.0))|flip(0.5)"  # no mixup, no colour changes
+    config.data.eval_ops = ""  # '': resized by the shorter side and cropped in the middle (KITTI: squashed)
     config.holdout = 0.2
-    config.validation = ""  # probe: images to choose C on; '': `holdout` of each class of `data`
+    config.validation = ""  # probe: images to choose C on; '': `holdout` of each class of data.train
     config.classes = ""  # a file of class names, or a shipped set such as food101; '': the data's own labels
     config.label_field = ""  # record field with the class; '': class_id, labels or caption
     config.templates = ""  # a set's name or a file; '': the data set's own, else CLIP's 80 and the bare name
     config.metric = ""  # top1 | mean_per_class | voc_map | roc_auc; '': the data set's own
-    config.image = {
-        "train_ops": "decode|rrc({res}, scale=(0.5, 1.0))|flip(0.5)",  # no mixup, no colour changes
-        "eval_ops": "",  # '': resized by the shorter side and cropped in the middle (KITTI: squashed)
-        "workers": 8 if trains else 0,
-        "cache": False,
-        "on_corrupt": "skip",
-    }
     config.text = {"tokenizer": ""}  # '': the one that the weights were trained with
-    config.eval = {"every": -1, "batch_size": 256}  # every: steps; -1: each epoch; 0: only at the end
+    config.eval.every = -1  # each epoch
     config.batch_size = 8192
     config.epochs, config.total_steps = 10, 0  # total_steps > 0 overrides epochs
     config.head_init = (
@@ -72,12 +76,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optim.learning_rate = 2e-5
     config.optim.warmup_steps = 500  # at most a tenth of the steps
     config.optim.layer_decay = 1.0  # learning rate of each layer over that of the one above it
-    if not trains:
-        config.total_steps = 1
-        config.optim.warmup_steps = 0
     if given.runlocal:
-        config.batch_size, config.image.workers, config.eval.batch_size = 16, 0, 32
-        config.epochs, config.log.every = 1, 1
+        config.batch_size, config.data.workers, config.eval.batch_size = 16, 0, 32
+        config.total_steps, config.log.every = 2, 1
         config.fewshot.shots, config.fewshot.episodes = (5,), 8
-        config.total_steps = 2 if trains else 1
+        config.workdir += "_runlocal"
     return config

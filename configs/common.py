@@ -55,13 +55,28 @@ def common(workdir: str) -> ConfigDict:
     """Defaults of the training system; a config file fills in the task, the model and the data."""
     return ConfigDict(
         {
-            "mode": "train",  # or 'eval': only evaluate the newest checkpoint of the workdir
+            "mode": "train",  # or 'eval': only evaluate the workdir's newest checkpoint; without one, `init`
             "workdir": workdir,  # --workdir overrides it
             "seed": 0,
             "init": "",  # another run, or its checkpoints/ folder, to take the parameters from
             "init_optimizer": False,  # also its optimizer's moments; the learning-rate schedule starts anew either way
             "distributed": False,  # True on every host of a multi-host job
+            "compilation_cache": "",  # folder where compiled programs are kept for the next start; '': none
             "precision": "float32",  # compute dtype; parameters, norms, softmax and loss are float32 always
+            "data": {
+                "train": "",  # what is trained on
+                "test": "",  # held-out images with their classes
+                "train_ops": "decode|rrc({res}, scale=(0.5, 1.0))",  # {res}: of the model
+                "eval_ops": "decode|resize({res})|center_crop({res})",
+                "workers": 8,  # processes that make batches; 0: threads of the trainer
+                "cache": False,  # keep decoded images in memory; for data much smaller than that
+                "on_corrupt": "skip",  # or 'error'
+            },
+            "eval": {
+                "every": 0,  # steps; 0: only at the end; -1: each epoch, where a run is counted in epochs
+                "batch_size": 256,
+                "source": "",  # held-out pairs: image-text retrieval on them
+            },
             "mesh": {
                 "data": -1,  # -1: all remaining devices
                 "fsdp": 1,  # devices that parameters, gradients and optimizer state are split over

@@ -19,7 +19,7 @@ from configs.common import common, model_overrides, parse_arg
 from florence_jax.errors import UserError
 from florence_jax.models.sizes import VARIANTS
 
-TRAIN_IMAGE_OPS = "decode|rrc({res}, scale=(0.5, 1.0), interpolation=bilinear)|flip(0.5)|jitter(0.4, 0.4, 0.4)"
+TRAIN_OPS = "decode|rrc({res}, scale=(0.5, 1.0), interpolation=bilinear)|flip(0.5)|jitter(0.4, 0.4, 0.4)"
 # Of every variant under 'runlocal': minutes on a laptop, with the variant's own tokens, pooling and masks.
 RUNLOCAL_SIZES = {
     "res": 32,
@@ -75,16 +75,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.model.overrides.update(res=res, window=None)
         if given.runlocal:
             config.model.overrides.window = res // 8
-    config.data = {
-        "train": "emoji:train",  # sources joined by '|', each with an optional '*weight'
-        "train_image_ops": TRAIN_IMAGE_OPS,  # {res}: of the model
-        "eval_image_ops": "decode|resize({res})|center_crop({res})",
-        # Record fields that captions are drawn from, with weights; '|' between the fields of several texts a picture.
-        "captions": "caption=1",
-        "workers": 8,
-        "cache": False,  # keep decoded images in memory; for data much smaller than that
-        "on_corrupt": "skip",  # or 'error'
-    }
+    config.data.train = "emoji:train"  # sources joined by '|', each with an optional '*weight'
+    config.data.train_ops = TRAIN_OPS
+    # Record fields that captions are drawn from, with weights; '|' between the fields of several texts a picture.
+    config.data.captions = "caption=1"
     config.text = {
         "tokenizer": "sentencepiece",  # shipped model; or a .model file, or a CLIP BPE vocabulary file
         "templates": STAGES[given.stage].prompts,  # prompts around one- and two-word captions
@@ -95,11 +89,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "micro_batch": 0,  # pairs per device encoded together; must divide batch_size / devices. 0: no gradient cache
         "towers": "both",  # or 'image': the texts are encoded at once
     }
-    config.eval = {
-        "every": 5000,  # 0: only at the end
-        "batch_size": 256,
-        "source": "",  # held-out pairs of your own: image-text retrieval on them
-    }
+    config.eval.every = 5000
     config.batch_size = 4096
     config.total_steps = STAGES[1].steps
     config.optim.warmup_steps = 2000
@@ -130,7 +120,7 @@ def _laptop(config: ConfigDict) -> None:
     # Drawings fill their frame more or less: zoom out as well as in, and never cut much away.
     affine = "affine(8, scale=(0.85, 1.15), shift=0.05, stretch=0.2)"
     square = "resize({res})|center_crop({res})"  # emoji are square already, your own pictures may not be
-    config.data.train_image_ops = f"decode|{affine}|{square}|flip(0.5)|jitter(0.3, 0.3, 0.3)"
+    config.data.train_ops = f"decode|{affine}|{square}|flip(0.5)|jitter(0.3, 0.3, 0.3)"
     # Two texts a picture: its name, and one of the rest. With one it learns more slowly, with more no better.
     config.data.captions = "caption=1|keywords_joined=1,keywords=1,group=2"
     config.text.subword_sampling = 0.2  # held-out names have words never seen: parts of words must mean something

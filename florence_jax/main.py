@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-import tempfile
 from pathlib import Path
 
 import jax
@@ -13,30 +12,16 @@ from florence_jax.command_line import CONFIG, WORKDIR, fail, no_more_arguments, 
 from florence_jax.errors import UserError
 from florence_jax.jobs.host_memory import keep_freed_memory
 from florence_jax.jobs.hosts import joined
-from florence_jax.tasks import create_task
-from florence_jax.train.loop import checkpoint_directory, run
-
-
-def make_workdir(workdir: Path) -> None:
-    """Creates `workdir`; raises `UserError` if it cannot be written."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir) as file:
-            file.write(b"space")
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir}: {error}; choose a writable folder with space") from error
+from florence_jax.tasks import create_suite
+from florence_jax.train.loop import run
 
 
 def work(config: ConfigDict, workdir: Path) -> int:
     """Runs the configured task; returns the exit code. A mistake ends the program with one message."""
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     try:
-        task = create_task(config)
-        if config.mode != "eval" or config.init:
-            task.open_data()
-        fresh = config.mode != "eval" or (config.init and not checkpoint_directory(config, workdir).exists())
-        if fresh and jax.process_index() == 0:
-            make_workdir(workdir)
-        return run(config, task, workdir)
+        return run(config, create_suite(config), workdir)
     except UserError as error:
         fail(error)
     except OSError as error:

@@ -23,6 +23,7 @@ from florence_jax.tasks import create_task
 from florence_jax.tools.aot_compile import __main__ as aot_compile
 from florence_jax.tools.aot_compile import report, topologies
 from florence_jax.tools.aot_compile.report import table
+from florence_jax.train.loop import open_stream
 from tests.tiny_run import TINY_MODEL, tiny_config, tiny_pairs
 
 GOLDEN = Path(__file__).parent / "golden" / "flagship_shardings.json"
@@ -197,9 +198,10 @@ def test_preflight_compiles_the_real_step():
 
 
 def test_batch_shapes_are_those_of_the_stream(tmp_path):
-    task = create_task(tiny_config(tiny_pairs(tmp_path / "pairs")))
-    stream = task.train_stream(0)
-    batch, shapes = next(stream), task.batch_shapes()
+    config = tiny_config(tiny_pairs(tmp_path / "pairs"))
+    task = create_task(config)
+    stream = open_stream(config, task, task.train_data())
+    batch, (shapes,) = next(stream), task.batches
     stream.close()
     assert {name: (np.shape(x), np.asarray(x).dtype) for name, x in batch.items()} == {
         name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()

@@ -25,8 +25,9 @@ from florence_jax.params.layer_decay import layer_decay_rules
 from florence_jax.params.rules import match_rules
 from florence_jax.params.sharding import make_mesh, replicated
 from florence_jax.params.weights import describe, make_description, save_pretrained
-from florence_jax.tasks.classify import PROTOCOLS, TRAINED, Classify
+from florence_jax.tasks import TASKS
 from florence_jax.tasks.encoder import Encoder
+from florence_jax.tasks.finetune import FineTune, FineTuneLinear
 from florence_jax.train.optim import scale_by_tree
 
 OPS = "decode|resize(8)|center_crop(8)"
@@ -254,9 +255,10 @@ def test_stacked_layers_get_their_own_factor():
 # -- by one command ---------------------------------------------------------------------------------------------------
 
 
-def classify(mode, workdir, weights, pictures, *options):
-    fixed = ["--config.eval.batch_size=24", f"--config.init={weights}", f"--config.data={pictures}"]
-    return run_main(f"--config=configs/classify.py:mode={mode}", *fixed, f"--workdir={workdir}", *options)
+def classify(protocol, workdir, weights, pictures, *options):
+    data = "test" if protocol in ("zeroshot", "fewshot") else "train"
+    fixed = ["--config.eval.batch_size=24", f"--config.init={weights}", f"--config.data.{data}={pictures}"]
+    return run_main(f"--config=configs/classify.py:protocol={protocol}", *fixed, f"--workdir={workdir}", *options)
 
 
 def result(workdir):
@@ -276,13 +278,14 @@ def test_zero_shot_on_twenty_images(zero_shot):
     assert found["eval/zero_shot/images"] == 20 and 0 <= found["eval/zero_shot/top1"] <= 1
     page = (zero_shot / "report.html").read_text()
     assert "zero_shot: confusion" in page and "lime" not in page and page.count("data:image") > 3
+    assert "model: ti" in page
     config = json.loads((zero_shot / "config.json").read_text())
-    assert config["model"]["variant"] == "ti" and config["model"]["overrides"]["image_width"] == 8
+    assert config["model"]["variant"] == "" and config["data"]["train"] == ""  # as it was given
     assert not (zero_shot / "checkpoints").exists()
 
 
 def test_fine_tuning_with_the_unicl_loss(weights, pictures, tmp_path, capsys):
-    options = ["--config.epochs=3", "--config.optim.learning_rate=0.01", "--config.image.workers=0"]
+    options = ["--config.epochs=3", "--config.optim.learning_rate=0.01", "--config.data.workers=0"]
     options += ["--config.optim.layer_decay=0.8", "--config.optim.ema_decay=0.5", "--config.wise_ft=(0.5,)"]
     assert classify("finetune_unicl", tmp_path / "run", weights, pictures, *options) == 0
     found = result(tmp_path / "run")
@@ -301,7 +304,7 @@ def test_fine_tuning_with_the_unicl_loss(weights, pictures, tmp_path, capsys):
 
 
 def test_linear_head_learns_the_colours_and_spares_the_text_tower(weights, pictures, tmp_path):
-    options = ["--config.epochs=8", "--config.optim.learning_rate=0.02", "--config.image.workers=0"]
+    options = ["--config.epochs=8", "--config.optim.learning_rate=0.02", "--config.data.workers=0"]
     options += ["--config.forgetting.source=", "--config.eval.every=0"]
     assert classify("finetune_linear", tmp_path / "run", weights, pictures, *options) == 0
     assert result(tmp_path / "run")["eval/test/top1"] >= 0.75
@@ -315,10 +318,11 @@ def test_linear_head_learns_the_colours_and_spares_the_text_tower(weights, pictu
 
 
 def test_a_head_of_class_embeddings_answers_like_zero_shot(zero_shot, weights, pictures, names_file):
-    config = get_config("mode=finetune_linear")
-    config.init, config.data, config.test, config.classes = weights, pictures, pictures, names_file
+    config = get_config("protocol=finetune_linear")
+    config.init, config.classes = weights, names_file
+    config.data.train = config.data.test = pictures
     config.head_init, config.eval.batch_size, config.forgetting.source = "text", 24, ""
-    task, mesh = Classify(config), make_mesh(-1, 1)
+    task, mesh = FineTuneLinear(config), make_mesh(-1, 1)
     fresh = jax.device_put(task.init(jax.random.key(0)), replicated(mesh))
     (test,) = task.evaluators(mesh)
     assert test.run(task.start(fresh))["top1"] == result(zero_shot)["eval/zero_shot/top1"]
@@ -350,25 +354,25 @@ def image_only(weights, tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("mode", ["probe", "finetune_linear"])
-def test_weights_without_a_text_tower(image_only, pictures, tmp_path, mode):
-    options = ["epochs=1", "optim.layer_decay=0.8", "image.workers=0"]
-    assert classify(mode, tmp_path / "run", image_only, pictures, *(f"--config.{o}" for o in options)) == 0
-    headline = {"probe": "probe/top1", "finetune_linear": "test/top1"}[mode]
+@pytest.mark.parametrize("protocol", ["probe", "finetune_linear"])
+def test_weights_without_a_text_tower(image_only, pictures, tmp_path, protocol):
+    options = ["epochs=1", "optim.layer_decay=0.8", "data.workers=0"]
+    assert classify(protocol, tmp_path / "run", image_only, pictures, *(f"--config.{o}" for o in options)) == 0
+    headline = {"probe": "probe/top1", "finetune_linear": "test/top1"}[protocol]
     assert 0 <= result(tmp_path / "run")[f"eval/{headline}"] <= 1
 
 
-@pytest.mark.parametrize("mode", ["zeroshot", "finetune_unicl"])
-def test_protocols_that_need_a_text_tower_say_so(image_only, pictures, tmp_path, capsys, mode):
-    assert classify(mode, tmp_path / "run", image_only, pictures) == 2
+@pytest.mark.parametrize("protocol", ["zeroshot", "finetune_unicl"])
+def test_protocols_that_need_a_text_tower_say_so(image_only, pictures, tmp_path, capsys, protocol):
+    assert classify(protocol, tmp_path / "run", image_only, pictures) == 2
     assert "holds no text tower" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mode", PROTOCOLS)
-def test_every_protocol_has_a_smoke_test_configuration(mode):
-    config = get_config(f"mode={mode},runlocal,res=64")
-    assert config.protocol == mode and config.total_steps <= 2 and config.model.overrides.res == 64
-    assert config.mode == ("train" if mode in TRAINED else "eval")
+@pytest.mark.parametrize("protocol", TASKS["classify"])
+def test_every_protocol_has_a_smoke_test_configuration(protocol):
+    config = get_config(f"protocol={protocol},runlocal,res=64")
+    assert config.protocol == protocol and config.total_steps <= 2 and config.model.overrides.res == 64
+    assert config.mode == ("train" if issubclass(TASKS["classify"][protocol], FineTune) else "eval")
 
 
 def test_weights_of_an_import_and_another_resolution(weights, tmp_path):
@@ -397,25 +401,25 @@ def test_weights_of_an_import_and_another_resolution(weights, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mode,options,message",
+    "protocol,options,message",
     [
         ("zeroshot", ["--config.init=nowhere"], "no weights at nowhere: give --config.init=DIR"),
-        ("zeroshot", ["--config.data=nowhere"], "'nowhere' does not exist"),
+        ("zeroshot", ["--config.data.test=nowhere"], "'nowhere' does not exist"),
         ("zeroshot", ["--config.classes=nowhere"], "class names 'nowhere'"),
         ("zeroshot", ["--config.classes=cifar10"], "4 of the 4 classes"),
         ("zeroshot", ["--config.templates=nowhere"], "no prompt templates for 'nowhere'"),
         ("zeroshot", ["--config.metric=f1"], "metric 'f1' is unknown"),
         ("zeroshot", ["--config.model.overrides.res=37"], "res=37"),
-        ("paint", [], "unknown mode 'paint'"),
+        ("paint", [], "unknown protocol 'paint'"),
         ("finetune_linear", ["--config.wise_ft=(0.5,)"], "with a linear head needs --config.head_init=text"),
         ("finetune_linear", ["--config.head_init=ones"], "config.head_init='ones' is unknown"),
         ("finetune_unicl", ["--config.wise_ft=(1.5,)"], "shares of the fine-tuned weights"),
         ("finetune_unicl", ["--config.optim.layer_decay=2.0"], "optim.layer_decay=2.0"),
-        ("finetune_unicl", ["--config.image.train_ops=decode|spin"], "unknown op 'spin'"),
+        ("finetune_unicl", ["--config.data.train_ops=decode|spin"], "unknown op 'spin'"),
     ],
 )
-def test_mistakes_are_one_line(weights, pictures, tmp_path, capsys, mode, options, message):
-    assert classify(mode, tmp_path / "run", weights, pictures, *options) == 2
+def test_mistakes_are_one_line(weights, pictures, tmp_path, capsys, protocol, options, message):
+    assert classify(protocol, tmp_path / "run", weights, pictures, *options) == 2
     lines = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
     assert not (tmp_path / "run").exists()

@@ -10,31 +10,34 @@ NAMES = "emoji:new_names"
 EPISODES = ("ways=3", "shots=(2,)", "queries=2", "episodes=8")
 # The probe's numbers are those of a minimum that is found to some digits only: its pictures are easy to tell apart.
 PROTOCOLS = {
-    "zeroshot": ["--config=configs/classify.py:mode=zeroshot", f"--config.data={NAMES}"],
-    "probe": ["--config=configs/classify.py:mode=probe", "--config.data={pictures}"],
+    "zeroshot": ["--config=configs/classify.py:protocol=zeroshot", f"--config.data.test={NAMES}"],
+    "probe": ["--config=configs/classify.py:protocol=probe", "--config.data.train={pictures}"],
     "fewshot": [
-        "--config=configs/classify.py:mode=fewshot",
-        f"--config.data={NAMES}",
+        "--config=configs/classify.py:protocol=fewshot",
+        f"--config.data.test={NAMES}",
         *(f"--config.fewshot.{option}" for option in EPISODES),
     ],
-    "retrieve": ["--config=configs/retrieve.py:mode=zeroshot", "--config.eval.source={pictures}"],
+    "retrieve": ["--config=configs/retrieve.py:protocol=zeroshot", "--config.eval.source={pictures}"],
 }
 # What fine-tuning evaluates, at its start: a head, weights half-way to the start (the start itself), the watched set.
 SLOW_PROTOCOLS = {
     "linear": [
-        "--config=configs/classify.py:mode=finetune_linear",
+        "--config=configs/classify.py:protocol=finetune_linear",
         "--config.mode=eval",
         "--config.head_init=text",
         "--config.wise_ft=(0.5,)",
         "--config.data={pictures}",
     ],
     "backbone": [
-        "--config=configs/classify.py:mode=fewshot",
+        "--config=configs/classify.py:protocol=fewshot",
         "--config.data={pictures}",
         "--config.fewshot.train=backbone",
         *(f"--config.fewshot.{option}" for option in EPISODES),
     ],
-    "captions": ["--config=configs/retrieve.py:mode=zeroshot", "--config.eval.source=karpathy:{split}:test@{pictures}"],
+    "captions": [
+        "--config=configs/retrieve.py:protocol=zeroshot",
+        "--config.eval.source=karpathy:{split}:test@{pictures}",
+    ],
 }
 
 

@@ -114,9 +114,9 @@ def test_several_captions_in_either_field(field):
 # -- by one command ---------------------------------------------------------------------------------------------------
 
 
-def retrieve(mode, workdir, weights, *options):
+def retrieve(protocol, workdir, weights, *options):
     fixed = [f"--config.init={weights}", "--config.eval.batch_size=24", "--config.data.workers=0"]
-    return run_main(f"--config=configs/retrieve.py:mode={mode}", *fixed, f"--workdir={workdir}", *options)
+    return run_main(f"--config=configs/retrieve.py:protocol={protocol}", *fixed, f"--workdir={workdir}", *options)
 
 
 def test_zero_shot_retrieval_on_twenty_images(weights, pictures, tmp_path):
@@ -127,12 +127,13 @@ def test_zero_shot_retrieval_on_twenty_images(weights, pictures, tmp_path):
 
 
 def test_retrieval_starts_from_the_moving_average(weights, pictures):
-    config = get_config("mode=zeroshot")
+    config = get_config("protocol=finetune")
     config.init, config.eval.source = weights, pictures
     task = create_task(config.lock())
     fresh = jax.jit(task.init)(jax.random.key(1))
     expected = load_parameters(weights, fresh)
     jax.tree.map(np.testing.assert_array_equal, task.start(fresh), expected)
+    jax.tree.map(np.testing.assert_array_equal, task.load(make_mesh(-1, 1)), expected)
     last = load_parameters(weights, fresh, average=False)
     assert np.allclose(jax.tree.leaves(expected)[0], 1.5 * jax.tree.leaves(last)[0])
 
@@ -144,7 +145,7 @@ def test_fine_tuned_retrieval_on_a_split_file(weights, pictures, tmp_path):
     assert retrieve("finetune", tmp_path / "run", weights, *options) == 0
     found = json.loads((tmp_path / "run" / "result.json").read_text())
     assert found["step"] == 2 and found["eval/held_out/captions"] == 50  # ten images: a batch of eight, one an epoch
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["captions"] == "captions=1"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["captions"] == ""  # as it was given
 
 
 @pytest.mark.parametrize(

@@ -19,19 +19,19 @@ from tiny_run import TINY_FLAGS, tiny_config, tiny_pairs
 from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
-from florence_jax.tasks import create_task
+from florence_jax.evaluators.base import Chart, Evaluator
+from florence_jax.tasks import create_suite, create_task
 from florence_jax.tasks.pretrain import Pretrain
-from florence_jax.train.loop import EXIT_PREEMPTED, check_same_run, run
+from florence_jax.train import loop
+from florence_jax.train.loop import EXIT_PREEMPTED, run
 from florence_jax.train.metrics import read_metrics
+from florence_jax.train.workdir import check_same_run
 
 ROOT = Path(__file__).parents[1]
 
 
 def train(config, workdir):
-    Path(workdir).mkdir(parents=True, exist_ok=True)
-    task = create_task(config)
-    task.open_data()
-    return run(config, task, Path(workdir))
+    return run(config, create_suite(config), Path(workdir))
 
 
 def values(workdir):
@@ -113,7 +113,7 @@ def test_other_data_in_the_same_workdir_is_one_message(finished, tmp_path):
 def test_a_config_json_that_cannot_be_read_is_one_message(pairs, tmp_path):
     (tmp_path / "config.json").write_text('{"task": "pre')
     with pytest.raises(UserError, match=r"cannot read .*config\.json.*--workdir"):
-        check_same_run(tiny_config(pairs), tmp_path)
+        check_same_run({"task": "pretrain"}, tiny_config(pairs), tmp_path)
 
 
 def test_a_mistake_in_the_evaluation_costs_no_training(pairs, tmp_path):
@@ -185,38 +185,38 @@ def test_killed_run_continues_bit_for_bit(pairs, tmp_path):
     assert b"eval/held_out/i2t_r@1" in again.stdout + done.stdout
 
 
-class StopsAt(Pretrain):
-    """Sends SIGTERM to this process when the batch of a step is fetched; or turns its images into NaN losses."""
-
-    at = 3
-    poison = False
-
-    def train_stream(self, start_step):
-        stream = super().train_stream(start_step)
-        task = self
-
-        class Wrapped:
-            step = start_step
-
-            def __next__(self):
-                self.step += 1
-                if self.step == task.at and not task.poison:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return next(stream)
-
-            def close(self):
-                stream.close()
-
-        return Wrapped()
+class Poisoned(Pretrain):
+    """Its losses are not numbers."""
 
     def loss(self, params, batch, key):
         loss, metrics = super().loss(params, batch, key)
-        return (loss * jnp.nan if self.poison else loss), metrics
+        return loss * jnp.nan, metrics
 
 
-def test_sigterm_saves_and_the_rerun_continues_bit_for_bit(finished, pairs, tmp_path, capsys):
+def at_step(monkeypatch, at, action):
+    """Calls `action` before the batch of step `at` is made."""
+    original = loop.open_stream
+
+    class Stream:
+        def __init__(self, config, task, data, start_step):
+            self.inner, self.step = original(config, task, data, start_step), start_step
+
+        def __next__(self):
+            self.step += 1
+            if self.step == at:
+                action()
+            return next(self.inner)
+
+        def close(self):
+            self.inner.close()
+
+    monkeypatch.setattr(loop, "open_stream", Stream)
+
+
+def test_sigterm_saves_and_the_rerun_continues_bit_for_bit(finished, pairs, tmp_path, capsys, monkeypatch):
     config = tiny_config(pairs, **{"optim.ema_decay": 0.5})
-    assert run(config, StopsAt(config), tmp_path) == EXIT_PREEMPTED
+    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(config, tmp_path) == EXIT_PREEMPTED
     assert "stopped by SIGTERM at step 3" in capsys.readouterr().out
     assert max(values(tmp_path)) == 3 and (tmp_path / "checkpoints" / "3").exists()
     assert train(config, tmp_path) == 0
@@ -256,38 +256,33 @@ def test_checkpoints_can_be_elsewhere(pairs, tmp_path):
     assert train(tiny_config(pairs, mode="eval", **elsewhere), tmp_path / "run") == 0
 
 
-class Sleeps(Pretrain):
-    """The batch of step 3 takes long, and so does every evaluation."""
+class Sleeps(Evaluator):
+    """Takes long, and leaves a file."""
 
-    name, chance = "sleep", {}
-
-    def train_stream(self, start_step):
-        with super().train_stream(start_step) as stream:
-            for step, batch in enumerate(stream, start_step + 1):
-                if step == 3:
-                    time.sleep(2.0)
-                yield batch
-
-    def evaluators(self, mesh):
-        return [self]
+    name, charts = "sleep", (Chart("sleep", {"": "seconds"}),)
 
     def run(self, params):
         time.sleep(2.0)
-        return {}
+        return {"seconds": 2.0}
 
-    def report(self):
-        return []
+    def files(self):
+        return {"dreams.json": b"[]"}
 
 
-def test_a_stalled_step_is_reported_with_all_stacks_and_an_evaluation_is_not(pairs, tmp_path, capfd):
-    config = tiny_config(pairs, **{"watchdog.seconds": 1.0, "eval.every": 4})
-    assert run(config, Sleeps(config), tmp_path) == 0
+def test_a_stalled_step_is_reported_with_all_stacks_and_an_evaluation_is_not(pairs, tmp_path, capfd, monkeypatch):
+    config = tiny_config(pairs, **{"watchdog.seconds": 1.0, "eval.every": 3})
+    at_step(monkeypatch, 3, lambda: time.sleep(2.0))
+    monkeypatch.setattr(Pretrain, "evaluators", lambda self, mesh: [Sleeps()])
+    assert train(config, tmp_path) == 0
     err = capfd.readouterr().err
     reports = [line for line in err.splitlines() if line.startswith("watchdog: ")]
     assert sum("step 3 on process 0 has taken more than 1 s" in line for line in reports) == 1
     assert not any("step 1 " in line for line in reports)  # it compiles
-    assert "in train_stream" in err and "in _steps" in err and "in _watch" in err
-    assert "in _evaluate" not in err and "in save" not in err
+    assert "in __next__" in err and "in _steps" in err and "in _watch" in err
+    assert "in evaluate" not in err and "in save" not in err
+    assert (tmp_path / "dreams.json").read_bytes() == b"[]"
+    page = (tmp_path / "report.html").read_text()
+    assert ">sleep</text>" in page and page.index("training loss") < page.index(">sleep</text>")
 
 
 def test_a_trace_of_some_steps_is_written(pairs, tmp_path):
@@ -298,10 +293,8 @@ def test_a_trace_of_some_steps_is_written(pairs, tmp_path):
 
 def test_non_finite_loss_names_the_step_and_saves_nothing(pairs, tmp_path):
     config = tiny_config(pairs)
-    task = StopsAt(config)
-    task.poison = True
     with pytest.raises(UserError, match="loss of step 1 is nan"):
-        run(config, task, tmp_path)
+        run(config, Poisoned(config), tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
@@ -329,7 +322,7 @@ def test_corrupt_record_is_counted_and_skipped_or_an_error(tmp_path):
         ({"task": "paint"}, "config.task='paint' is unknown"),
         ({"data.train": "no/such/folder"}, "'no/such/folder' does not exist"),
         ({"data.captions": "headline=1"}, "no record has the caption field 'headline'"),
-        ({"data.train_image_ops": "decode|spin(3)"}, "unknown op 'spin'"),
+        ({"data.train_ops": "decode|spin(3)"}, "unknown op 'spin'"),
         ({"optim.warmup_steps": 8}, "optim.warmup_steps=8"),
         ({"checkpoint.keep": 0}, "config.checkpoint.keep=0 must be at least 1"),
         ({"log.every": -1}, "config.log.every=-1 must be a number of steps"),

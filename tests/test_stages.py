@@ -106,14 +106,15 @@ def test_the_schedule_of_the_paper():
     sizes = {stage: get_config(f"variant=H,stage={stage}") for stage in STAGES}
     assert [config.total_steps for config in sizes.values()] == [1_000_000, 180_000, 80_000]
     assert [config.text.templates for config in sizes.values()] == [True, False, False]
-    models = {stage: create_task(config.lock()).model.config for stage, config in sizes.items()}
+    tasks = {stage: create_task(config.lock()) for stage, config in sizes.items()}
+    models = {stage: task.model.config for stage, task in tasks.items()}
     assert [(model.res, model.window) for model in models.values()] == [(224, 7), (224, 7), (384, 12)]
-    assert get_config("variant=T").data.eval_image_ops == "decode|resize({res})|center_crop({res})"
+    assert get_config("variant=T").data.eval_ops == "decode|resize({res})|center_crop({res})"
     other = get_config("variant=T")
     other.model.overrides.res = 256
     other.model.overrides.window = 8
-    assert "rrc(256," in create_task(other.lock()).config.data.train_image_ops
-    assert "rrc(384," in sizes[3].data.train_image_ops and "center_crop(384)" in sizes[3].data.eval_image_ops
+    assert "rrc(256," in create_task(other.lock()).train_ops
+    assert "rrc(384," in tasks[3].train_ops and "center_crop(384)" in tasks[3].eval_ops
     rates = [config.optim.learning_rate for config in sizes.values()]
     assert rates == pytest.approx([rates[0], 0.2 * rates[0], 0.1 * rates[0]])
 

@@ -15,7 +15,7 @@ from florence_jax.command_line import parse_flags
 from florence_jax.params.checkpoint import Checkpoints
 from florence_jax.params.weights import write_description
 from florence_jax.tasks import create_task
-from florence_jax.train.loop import write_config
+from florence_jax.train.workdir import write_config
 
 COLOURS = {"red_things": (220, 40, 30), "green_things": (40, 190, 60), "blue_things": (30, 60, 220), "grey": (128,) * 3}
 NAMES = "grey\nred_things = red\ngreen_things = green | lime\nblue_things = blue\nyellow\n"

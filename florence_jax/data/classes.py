@@ -318,7 +318,9 @@ def hold_out(source: Source, classes: ClassIndex, share: float, seed: int) -> tu
       UserError: for a share outside (0, 1), records that cannot be read, or too few images to hold any out.
     """
     if not 0 < share < 1:
-        raise UserError(f"config.holdout={share} must be above 0 and below 1, or give a test set with --config.test")
+        raise UserError(
+            f"config.holdout={share} must be above 0 and below 1, or give a test set with --config.data.test"
+        )
     targets = all_targets(source, classes)
     strata = targets.argmax(1) if classes.multi else targets
     rng, held = np.random.default_rng(seed), []
@@ -327,6 +329,8 @@ def hold_out(source: Source, classes: ClassIndex, share: float, seed: int) -> tu
         held.append(rows[: max(round(share * len(rows)), 1) if len(rows) > 1 else 0])
     chosen = np.sort(np.concatenate(held))
     if not len(chosen):
-        raise UserError(f"{source.name}: no class has two images, so none can be held out; give --config.test=DATA")
+        raise UserError(
+            f"{source.name}: no class has two images, so none can be held out; give --config.data.test=DATA"
+        )
     rest = np.setdiff1d(np.arange(len(source)), chosen)
     return Subset(source, rest, f"{source.name} (train)"), Subset(source, chosen, f"{source.name} (held out)")

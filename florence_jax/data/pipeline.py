@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grain
 import numpy as np
@@ -30,6 +30,19 @@ POLICIES = ("skip", "error")
 # Bad neighbours tried for one example; more means that something is wrong with the source, not with single records.
 MAX_BAD_IN_A_ROW = 100
 STACKED = (np.ndarray, np.generic, int, float)
+
+
+class TrainData(NamedTuple):
+    """What is trained on; `train_stream` opens it.
+
+    Attributes:
+      sources, weights, ops, context: see `train_stream`.
+    """
+
+    sources: Sequence[Source]
+    weights: Sequence[float] | None
+    ops: str
+    context: Mapping[str, Any]
 
 
 class Stream(Iterator[Batch]):

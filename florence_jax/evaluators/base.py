@@ -1,7 +1,20 @@
-"""What an evaluator is, and the embedding of images and texts that most of them need."""
+"""What an evaluator is, and what it shows on the page of a run."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+
+class Chart(NamedTuple):
+    """A chart over the steps of a run.
+
+    Attributes:
+      title: of the chart.
+      series: legend -> metric; '' as the legend of a single line.
+    """
+
+    title: str
+    series: Mapping[str, str]
 
 
 class Evaluator(Protocol):
@@ -10,17 +23,28 @@ class Evaluator(Protocol):
 
     Attributes:
       name: prefix of its results, such as 'new_style'.
-      chance: what guessing scores, by the names that `run` gives; a name without a chance level is left out.
+      charts: what the page of the run shows of them over the steps; metrics by the names that `run` gives.
     """
 
     name: str
-    chance: dict[str, float]
+    charts: Sequence[Chart] = ()
 
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """What guessing scores, by the names that `run` gives; a name without a chance level is left out."""
+        return {}
+
+    @abc.abstractmethod
     def run(self, params: Any) -> dict[str, float]:
         """Evaluates `params`; every process of a job calls it and gets the same numbers."""
 
     def report(self) -> list[str]:
         """HTML fragments about the last `run`."""
+        return []
+
+    def files(self) -> Mapping[str, bytes]:
+        """Files about the last `run`, such as every prediction, by the name that each gets in the workdir."""
+        return {}
 
 
 def evaluate(evaluators: Sequence[Evaluator], params: Any) -> dict[str, float]:
@@ -31,3 +55,27 @@ def evaluate(evaluators: Sequence[Evaluator], params: Any) -> dict[str, float]:
 def chance_levels(evaluators: Sequence[Evaluator]) -> dict[str, float]:
     """The chance levels of all evaluators, named as `evaluate` names the results."""
     return {f"eval/{e.name}/{metric}": value for e in evaluators for metric, value in e.chance.items()}
+
+
+def all_charts(evaluators: Sequence[Evaluator]) -> list[Chart]:
+    """The charts of all evaluators, with metrics named as `evaluate` names them."""
+    return [
+        Chart(chart.title, {legend: f"eval/{e.name}/{metric}" for legend, metric in chart.series.items()})
+        for e in evaluators
+        for chart in e.charts
+    ]
+
+
+def all_files(evaluators: Sequence[Evaluator]) -> dict[str, bytes]:
+    """The files of all evaluators.
+
+    Raises:
+      ValueError: for two with one name.
+    """
+    found: dict[str, bytes] = {}
+    for evaluator in evaluators:
+        for name, content in evaluator.files().items():
+            if name in found:
+                raise ValueError(f"evaluator {evaluator.name!r} writes {name!r}, which another one has written")
+            found[name] = content
+    return found

@@ -13,6 +13,7 @@ from PIL import Image
 from florence_jax.data.classes import ClassIndex
 from florence_jax.data.records import Source, record_thumbnail
 from florence_jax.errors import UserError
+from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.metrics import (
     METRIC_NAMES,
     TOP,
@@ -178,7 +179,7 @@ class Judge:
         ]
 
 
-class Classification:
+class Classification(Evaluator):
     """A classifier on a labelled source. Results: see `Judge`.
 
     Args:
@@ -207,6 +208,7 @@ class Classification:
     ):
         check_metric(metric, classes, source.name)
         self.name, self.metric = name, metric
+        self.charts = (Chart(f"{name}: {metric}", {"": metric}),)
         self._source, self._classes, self._embedder, self._scorer = source, classes, embedder, scorer
         self._ops, self._on_corrupt = f"{ops}|class_label|keep(image, label)", on_corrupt
         self._judge = Judge(name, source, classes.first_names, metric, classes.multi, classes.note)

@@ -1,5 +1,6 @@
 """Evaluation on the held-out splits of the embedded emoji set: zero-shot groups and names, retrieval."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from florence_jax.data.prompts import TEMPLATES
 from florence_jax.data.records import record_thumbnail
 from florence_jax.data.sources.catalog import EMOJI_SPLITS, open_source
+from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.metrics import recall_chance, recalls, retrieval_chance
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.retrieval import matches_report, positive_ranks, two_way_recalls
@@ -24,7 +26,7 @@ NAME_TEMPLATES = (
 )
 
 
-class EmojiSplit:
+class EmojiSplit(Evaluator):
     """One held-out split. Results, all shares of the pictures:
 
     'group_top1': the nearest of the 8 groups by prompt ensembles; 'name_top1', 'name_r@5', 'name_r@10': the right name
@@ -39,6 +41,7 @@ class EmojiSplit:
 
     def __init__(self, split: str, ops: str, embedder: Embedder):
         self.name = split
+        self.charts = (Chart(f"{split}: right at first", {"group": "group_top1", "name": "name_top1"}),)
         self._source, self._embedder = open_source(f"emoji:{split}"), embedder
         self._ops = f"{ops}|keep(image)"
         rows = list(self._source.metadata())
@@ -52,13 +55,18 @@ class EmojiSplit:
         self._name_ids = np.array([self._names.index(row["caption"]) for row in rows])
         self._group_ids = np.array([self._groups.index(row["group"]) for row in rows])
         one = np.ones(1)
-        self.chance = {"group_top1": 1 / len(self._groups)}
-        self.chance |= {
+        self._chance = {"group_top1": 1 / len(self._groups)}
+        self._chance |= {
             name: recall_chance(one, len(self._names), k) for name, k in (("name_top1", 1), ("name_r@5", 5))
         }
-        self.chance |= {"name_r@10": recall_chance(one, len(self._names), 10)}
-        self.chance |= retrieval_chance(self._name_ids, np.unique(self._name_ids))
+        self._chance |= {"name_r@10": recall_chance(one, len(self._names), 10)}
+        self._chance |= retrieval_chance(self._name_ids, np.unique(self._name_ids))
         self._report: list[str] = []
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """What guessing scores."""
+        return self._chance
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""

@@ -7,7 +7,7 @@ import functools
 import html
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from florence_jax.data.pipeline import to_global
 from florence_jax.data.records import BadRecord, record_thumbnail
 from florence_jax.data.sources.labelled import Labelled
 from florence_jax.errors import UserError
+from florence_jax.evaluators.base import Evaluator
 from florence_jax.evaluators.predictor import COMPILED, Embedder, Predict
 from florence_jax.evaluators.solvers.adapt import Recipe, adapt_and_classify, embed_cached, embed_images
 from florence_jax.page import Example, curve, matches_html
@@ -93,7 +94,7 @@ def flip_pair(features: Predict) -> Predict:
     return predict
 
 
-class FewShot:
+class FewShot(Evaluator):
     """The episodes of one data set. Results: '<k>shot_accuracy', the mean over the episodes, and '<k>shot_ci95', the
     half width of its 95 % interval, 1.96 standard errors.
 
@@ -146,7 +147,7 @@ class FewShot:
         self.name, self._data, self._embedder, self._mode = name, data, embedder, mode
         self._ops, self._episodes, self._seed = f"{ops}|keep(image)", episodes, seed
         self._samplers = {k: EpisodeSampler(data.labels, ways, k, queries, seed) for k in shots}
-        self.chance = {f"{k}shot_accuracy": 1 / ways for k in shots}
+        self._chance = {f"{k}shot_accuracy": 1 / ways for k in shots}
         self._wanted_lanes, self._epochs, self._backbone = lanes, recipe.epochs, backbone
         self._run = self._compiled(embed_images(features) if features and mode == "backbone" else None, recipe, ways)
         self._report: list[str] = []
@@ -167,6 +168,11 @@ class FewShot:
             return lanes(params, table, batch["support"], batch["query"], keys), batch["number"]
 
         return jax.jit(run, out_shardings=replicated(self._embedder.mesh))
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """One in `ways`."""
+        return self._chance
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 from absl import logging
 
+from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.classification import Classification
 
 
-class Interpolated:
+class Interpolated(Evaluator):
     """Weight-space ensembling (WiSE-FT, Wortsman et al. 2022): evaluates (1 - alpha) initial + alpha fine-tuned.
 
     Args:
@@ -19,7 +20,7 @@ class Interpolated:
       alpha: share of the fine-tuned parameters.
     """
 
-    def __init__(self, evaluator: Any, initial: Callable[[Any], Any], alpha: float):
+    def __init__(self, evaluator: Evaluator, initial: Callable[[Any], Any], alpha: float):
         self.name = evaluator.name
         self._evaluator, self._initial, self._alpha = evaluator, initial, alpha
 
@@ -36,13 +37,17 @@ class Interpolated:
         """The evaluator's."""
         return self._evaluator.report()
 
+    def files(self) -> Mapping[str, bytes]:
+        """The evaluator's, named after the share."""
+        return {f"wise{self._alpha:g}_{name}": content for name, content in self._evaluator.files().items()}
+
 
 def interpolate(start: Any, end: Any, alpha: float) -> Any:
     """(1 - alpha) start + alpha end, leaf by leaf."""
     return jax.tree.map(lambda a, b: (1 - alpha) * a + alpha * b, start, end)
 
 
-class Forgetting:
+class Forgetting(Evaluator):
     """Zero-shot accuracy on another set before and after fine-tuning: warns where it dropped.
 
     Results: 'before', 'now' and 'drop' of the inner evaluator's metric.
@@ -52,6 +57,8 @@ class Forgetting:
       initial: as for `Interpolated`; evaluated once.
       threshold: drop above which it warns.
     """
+
+    charts = (Chart("zero-shot accuracy on the watched set", {"before": "before", "now": "now"}),)
 
     def __init__(self, evaluator: Classification, initial: Callable[[Any], Any], threshold: float):
         self.name = evaluator.name

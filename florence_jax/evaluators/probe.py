@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from florence_jax.data.sources.labelled import Labelled
 from florence_jax.errors import UserError
+from florence_jax.evaluators.base import Evaluator
 from florence_jax.evaluators.classification import Judge
 from florence_jax.evaluators.metrics import average_precisions, class_targets, confusion_matrix, mean_per_class, roc_auc
 from florence_jax.evaluators.predictor import Embedder
@@ -96,7 +97,7 @@ def score(metric: str, scores: np.ndarray, labels: np.ndarray) -> float:
     return float((predictions == labels).mean())
 
 
-class LinearProbe:
+class LinearProbe(Evaluator):
     """The probe of one data set. Results: those of `classification.Judge` on the test split, 'validation_<metric>' and
     'log10_c' of the C chosen; with `compare` also 'sklearn_<metric>', and 'sklearn_objective_diff', by what share of
     scikit-learn's objective ours is higher.

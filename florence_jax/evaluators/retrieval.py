@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from florence_jax.data.captions import CaptionIndex, normalise_caption
 from florence_jax.data.records import Record, Source, record_thumbnail
 from florence_jax.errors import UserError
+from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.metrics import recalls, retrieval_chance
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.page import Example, matches_html
@@ -115,7 +116,12 @@ def two_way_recalls(
     )
 
 
-class Retrieval:
+def recall_chart(name: str) -> Chart:
+    """Of recall@1 both ways."""
+    return Chart(f"{name}: recall@1", {"image to text": "i2t_r@1", "text to image": "t2i_r@1"})
+
+
+class Retrieval(Evaluator):
     """Retrieval on held-out pairs of any source: every image against every distinct caption.
 
     Args:
@@ -130,14 +136,19 @@ class Retrieval:
     """
 
     def __init__(self, name: str, source: Source, ops: str, embedder: Embedder, on_corrupt: str = "skip"):
-        self.name = name
+        self.name, self.charts = name, (recall_chart(name),)
         self._source, self._embedder, self._on_corrupt = source, embedder, on_corrupt
         captions = {normalise_caption(str(row.get("caption", ""))) for row in source.metadata()} - {""}
         self._index = CaptionIndex.build(captions)
         self._captions = sorted(captions, key=self._index.id)
         self._ops = f"{ops}|caption|label|keep(image, label)"
-        self.chance: dict[str, float] = {}
+        self._chance: dict[str, float] = {}
         self._report: list[str] = []
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """Of the last `run`: it depends on what could be read."""
+        return self._chance
 
     def run(self, params: Any) -> dict[str, float]:
         """'i2t_r@k' and 't2i_r@k', and the number of images."""
@@ -147,7 +158,7 @@ class Retrieval:
         # A caption all of whose images are unreadable is nobody's.
         present = np.unique(images["label"])
         results = two_way_recalls(images["embedding"], texts[present], images["label"], present)
-        self.chance = retrieval_chance(images["label"], present)
+        self._chance = retrieval_chance(images["label"], present)
         pictures = [record_thumbnail(self._source, int(i)) for i in images["index"][:MAX_PICTURES]]
         self._report = [
             matches_report(
@@ -166,7 +177,7 @@ def _captions(row: Record) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-class CaptionRetrieval:
+class CaptionRetrieval(Evaluator):
     """Retrieval where each image has several captions of its own: the protocols of Flickr30k 1K and COCO 5K.
 
     Every image against every caption; an image is found by any of its captions, and captions of other images are wrong
@@ -191,7 +202,7 @@ class CaptionRetrieval:
         on_corrupt: str = "error",
         per_image: int = CAPTIONS_PER_IMAGE,
     ):
-        self.name = name
+        self.name, self.charts = name, (recall_chart(name),)
         self._source, self._embedder, self._on_corrupt = source, embedder, on_corrupt
         lists = [_captions(row)[:per_image] for row in source.metadata()]
         if len(lists) != len(source) or not all(lists):
@@ -199,8 +210,13 @@ class CaptionRetrieval:
         self._captions = [caption for captions in lists for caption in captions]
         self._owners = np.repeat(np.arange(len(lists)), [len(captions) for captions in lists])
         self._ops = f"{ops}|keep(image)"
-        self.chance: dict[str, float] = {}
+        self._chance: dict[str, float] = {}
         self._report: list[str] = []
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """Of the last `run`: it depends on what could be read."""
+        return self._chance
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
@@ -208,7 +224,7 @@ class CaptionRetrieval:
         texts = self._embedder.texts(params, self._captions, f"{self.name} captions")
         used = np.isin(self._owners, images["index"])
         results = two_way_recalls(images["embedding"], texts[used], images["index"], self._owners[used])
-        self.chance = retrieval_chance(images["index"], self._owners[used])
+        self._chance = retrieval_chance(images["index"], self._owners[used])
         pictures = [record_thumbnail(self._source, int(i)) for i in images["index"][:MAX_PICTURES]]
         # In the grids each image stands for its first caption.
         first = np.searchsorted(self._owners, images["index"][: len(pictures)])
@@ -222,7 +238,7 @@ class CaptionRetrieval:
         return self._report
 
 
-def open_retrieval(name: str, source: Source, ops: str, embedder: Embedder, on_corrupt: str = "skip") -> Any:
+def open_retrieval(name: str, source: Source, ops: str, embedder: Embedder, on_corrupt: str = "skip") -> Evaluator:
     """`CaptionRetrieval` for a source whose records have a list of captions (see there), else `Retrieval`."""
     first = next(iter(source.metadata()), {})
     several = any(isinstance(first.get(field), list) for field in ("captions", "caption"))

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from florence_jax.data.classes import ClassIndex
+from florence_jax.data.classes import METRICS, ClassIndex, choose_templates, dataset_name, open_classes, open_images
 from florence_jax.data.prompts import class_prompts
 from florence_jax.data.records import Source
 from florence_jax.evaluators.classification import Classification
@@ -65,3 +65,19 @@ class ZeroShot(Classification):
         if self.metric == "voc_map":  # images are ranked for each class by the softmax over classes (ELEVATER)
             return lambda start, stop: softmax(LOGIT_SCALE * (features[start:stop] @ weights.T))
         return lambda start, stop: LOGIT_SCALE * (features[start:stop] @ weights.T)
+
+
+def open_zero_shot(
+    name: str, spec: str, ops: str, embedder: Embedder, class_names: str = "", on_corrupt: str = "error"
+) -> ZeroShot:
+    """Zero-shot classification of a named source, with the prompts and the metric of its data set.
+
+    Args:
+      name, ops, embedder, on_corrupt: see `ZeroShot`.
+      spec: see `data.classes.open_images`.
+      class_names: see `data.classes.open_classes`.
+    """
+    source, dataset = open_images(spec), dataset_name(spec)
+    classes = open_classes(source, class_names)
+    metric = "voc_map" if classes.multi else METRICS.get(dataset, "top1")
+    return ZeroShot(name, source, classes, ops, embedder, choose_templates("", dataset), metric, on_corrupt)

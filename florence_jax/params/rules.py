@@ -2,13 +2,24 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 from florence_jax.errors import UserError
 
 T = TypeVar("T")
+
+
+class Policy(NamedTuple):
+    """What happens to the parameters of a task, by path; each a sequence of (pattern, value), see `match_rules`.
+
+    Attributes:
+      lr: multipliers of the learning rate. decay: whether weights decay. (): the project's own rules.
+    """
+
+    lr: Sequence[tuple[str, Any]] = ()
+    decay: Sequence[tuple[str, Any]] = ()
 
 
 def path_string(path: Sequence[Any]) -> str:

@@ -1,46 +1,168 @@
-"""What a task is: a model, a loss and the data they need, joined for the one training loop."""
+"""What can be evaluated (`Suite`), what can be trained (`Task`): a model, a loss and data, joined for the one loop."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from florence_jax.data.pipeline import TrainData
+from florence_jax.errors import UserError
+from florence_jax.evaluators.base import Chart, Evaluator
+from florence_jax.params.rules import Policy
+
+Params = dict[str, Any]
+WARMUP_SHARE = 0.1  # of a run that is counted in epochs: the most that its warm-up may take
 
 
-class Task(Protocol):
-    """The contract between `train` (which knows no task by name) and a task (which knows no optimizer).
+class Plan(NamedTuple):
+    """How long a run is, in steps. Epochs are resolved.
 
     Attributes:
-      predict: named pure functions `fn(params, batch) -> array` that evaluators call.
-      description: content of the `model.json` of a run, see `params.weights.make_description`.
-      flops_per_example: analytic forward + backward FLOPs of one training example (3 x forward), for MFU.
+      batch_size: global examples a step.
+      total_steps, warmup_steps: of the learning-rate schedule.
+      eval_every, log_every: steps between evaluations and between logged lines; 0: never.
     """
 
-    predict: dict[str, Callable[[Any, dict[str, jax.Array]], jax.Array]]
-    description: Mapping[str, Any]
-    flops_per_example: float
+    batch_size: int
+    total_steps: int
+    warmup_steps: int
+    eval_every: int
+    log_every: int
 
-    def init(self, key: jax.Array) -> Any:
+
+@runtime_checkable
+class Suite(Protocol):
+    """What can be evaluated.
+
+    Attributes:
+      name: of the task, as `config.task` has it.
+    """
+
+    name: str
+
+    @property
+    @abc.abstractmethod
+    def identity(self) -> Mapping[str, str]:
+        """What one run is of, by names of configuration keys ('data.train').
+
+        A workdir that holds a run of another identity is refused. Everything else may change when a run is resumed.
+        """
+
+    @property
+    @abc.abstractmethod
+    def description(self) -> Mapping[str, Any]:
+        """Content of the `model.json` beside the checkpoints, see `params.weights.make_description`."""
+
+    @abc.abstractmethod
+    def load(self, mesh: Mesh) -> Params:
+        """The parameters of `config.init`, on the devices of `mesh`: what is evaluated where nothing was trained."""
+
+    @abc.abstractmethod
+    def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
+        """The evaluators of this run; each owns its data.
+
+        Raises:
+          UserError: for data that is not there or does not fit.
+        """
+
+
+@runtime_checkable
+class Task(Suite, Protocol):
+    """What can be trained: the contract with `train`, which knows no task by name.
+
+    Attributes:
+      plan: length of the run.
+      flops_per_example: analytic forward + backward FLOPs of one training example (3 x forward), for MFU.
+      charts: of the metrics that `loss` gives, for the page of the run.
+    """
+
+    plan: Plan
+    flops_per_example: float
+    charts: Sequence[Chart] = ()
+
+    @property
+    @abc.abstractmethod
+    def policy(self) -> Policy:
+        """Learning rate, weight decay and sharding by the path of a parameter."""
+
+    @property
+    @abc.abstractmethod
+    def batches(self) -> tuple[Mapping[str, jax.ShapeDtypeStruct], ...]:
+        """Shapes and dtypes of the global batch, without opening any data: one mapping for each bucket."""
+
+    @abc.abstractmethod
+    def init(self, key: jax.Array) -> Params:
         """Fresh parameters, a plain nested dict of float32 arrays."""
 
-    def start(self, params: Any) -> Any:
+    @abc.abstractmethod
+    def start(self, params: Params) -> Params:
         """The parameters to start from when `config.init` is given, placed as the fresh ones, `params`, are."""
 
-    def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    @abc.abstractmethod
+    def loss(
+        self, params: Params, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Scalar float32 loss of a global batch, and float32 scalar metrics."""
 
-    def project(self, params: Any) -> Any:
-        """Maps parameters back to their allowed set after an update (identity for most)."""
+    def project(self, params: Params) -> Params:
+        """Maps parameters back to their allowed set after an update."""
+        return params
 
-    def open_data(self) -> None:
-        """Opens the training data and checks how it is to be used, before anything is compiled or written."""
+    @abc.abstractmethod
+    def train_data(self) -> TrainData:
+        """Opens the training data: a specification, of which the loop makes the stream.
 
-    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the global training batch, without opening any data."""
+        Raises:
+          UserError: for a source that is not there.
+        """
 
-    def train_stream(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """Local batches from `start_step` on, the same for any resume, host or worker count."""
 
-    def evaluators(self, mesh: Mesh) -> Sequence[Any]:
-        """The evaluators of this run; each owns its data."""
+def make_plan(config: ConfigDict, examples: int | None = None) -> Plan:
+    """The plan of a configuration.
+
+    One with `config.epochs`, over `examples`: a batch is made no larger than the data (in whole multiples of the
+    devices), `total_steps` is filled in where it is 0, `eval.every` where it is -1 (each epoch); warm-up and log
+    interval are cut to a tenth of the steps.
+
+    Args:
+      config: of the run.
+      examples: of the training data; None where nobody counted them: then `total_steps` must be given.
+
+    Raises:
+      UserError: for a length that is not known.
+    """
+    plan = Plan(config.batch_size, config.total_steps, config.optim.warmup_steps, config.eval.every, config.log.every)
+    if "epochs" not in config:
+        if plan.eval_every < 0:
+            raise UserError(f"config.eval.every={plan.eval_every} must be a number of steps, or 0 for only at the end")
+        return plan
+    batch, epoch = plan.batch_size, 0
+    if examples is not None:
+        devices = jax.device_count()
+        batch = min(batch, max(examples // devices, 1) * devices) if batch > examples else batch
+        epoch = max(examples // batch, 1)
+    elif not plan.total_steps:
+        raise UserError("without training data the length of the run is not known: give --config.total_steps=N")
+    total = plan.total_steps or config.epochs * epoch
+    return Plan(
+        batch,
+        total,
+        min(plan.warmup_steps, int(total * WARMUP_SHARE)),
+        epoch if plan.eval_every < 0 else plan.eval_every,
+        max(min(plan.log_every, total // 10), 1),
+    )
+
+
+def make_identity(config: ConfigDict, *names: str) -> dict[str, str]:
+    """The values of the named keys ('data.train'), for `Suite.identity`."""
+    flat = config.to_dict()
+    found = {}
+    for name in ("task", *names):
+        value: Any = flat
+        for part in name.split("."):
+            value = value[part]
+        found[name] = str(value)
+    return found

@@ -1,12 +1,9 @@
-"""Classification with trained weights: zero-shot, linear probe, few-shot, fine-tuning with the UniCL loss or a head."""
+"""Classification with trained weights that are not trained further: zero-shot, linear probe, few-shot."""
 
-from collections.abc import Iterator, Sequence
+import abc
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -19,293 +16,205 @@ from florence_jax.data.classes import (
     choose_templates,
     dataset_name,
     hold_out,
+    load_class_names,
     open_classes,
     open_images,
     shipped_class_names,
 )
 from florence_jax.data.ops.parse import parse_ops
-from florence_jax.data.pipeline import train_stream
 from florence_jax.data.records import Source
+from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Evaluator
-from florence_jax.evaluators.classification import Classification, check_metric
+from florence_jax.evaluators.classification import check_metric
 from florence_jax.evaluators.fewshot import FewShot, flip_pair
-from florence_jax.evaluators.finetuning import Forgetting, Interpolated
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.probe import LinearProbe
-from florence_jax.evaluators.zero_shot import ZeroShot, class_embeddings
-from florence_jax.losses.unicl import unicl
-from florence_jax.models.flops import forward_flops
-from florence_jax.params.layer_decay import layer_decay_rules
+from florence_jax.evaluators.retrieval import open_retrieval
+from florence_jax.evaluators.zero_shot import ZeroShot
 from florence_jax.params.weights import make_description
-from florence_jax.tasks.encoder import Encoder, record_model, set_epochs
-from florence_jax.tasks.pretrain import LOGIT_SCALE_RANGE
+from florence_jax.tasks.base import Params, Suite, make_identity
+from florence_jax.tasks.encoder import open_encoder
 
-TRAINED = ("finetune_unicl", "finetune_linear")
-PROTOCOLS = ("zeroshot", "probe", "fewshot", *TRAINED)
-HEAD_INITS = ("zeros", "text")
+# Held-out images of the embedded set, where nobody names any.
+OWN_TEST = {"emoji:train": "emoji:new_style"}
 
 
-class Classify:
-    """The `Task` of configs/classify.py.
+class ClassificationSuite(Suite):
+    """What the protocols of configs/classify.py share: weights, labelled images, class names, prompts, metric.
+
+    Attributes:
+      train_source, test_source: labelled images; None where the configuration names none.
+      classes: of the images.
 
     Raises:
-      UserError: for missing weights, an unknown protocol, source, class name, template, metric or option.
+      UserError: for missing weights, an unknown source, class name, template, metric or option.
     """
+
+    name = "classify"
+    needs_text = False  # of the weights
+    learns = True  # from images of `data.train`
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        if config.protocol not in PROTOCOLS:
-            raise UserError(f"config.protocol={config.protocol!r} is unknown; choose one of {', '.join(PROTOCOLS)}")
-        self.trains = config.protocol in TRAINED
-        self.linear = config.protocol == "finetune_linear"
-        self.encoder = Encoder(config.init, config.model.overrides, config.text.tokenizer, config.precision)
-        record_model(config, self.encoder)
+        self.encoder = open_encoder(config)
+        self._check_text()
         self._open_sources()
-        self._check()
+        if self.classes is not None:
+            check_metric(self.metric, self.classes, config.data.train or config.data.test)
         self.predict = self.encoder.predict | {"flip_pair": flip_pair(self.encoder.predict["features"])}
-        if self.linear:
-            self.predict["logits"] = self._logits
         self._embedders: dict[str, Embedder] = {}
-        flops = forward_flops(self.encoder.model.config)
-        self.flops_per_example = 3.0 * (flops["image"] + (0 if self.linear else flops["text"]))
-        if self.trains:
-            self._set_schedule()
-        else:
-            config.batch_size = jax.device_count()  # nothing is trained: any size that fits the mesh
+
+    def _check_text(self) -> None:
+        if self.needs_text and not self.encoder.has_text:
+            raise UserError(
+                f"{self.config.init} holds no text tower, which protocol {self.config.protocol!r} needs for the class "
+                "names; use protocol=probe or finetune_linear"
+            )
+        if self.needs_text:
+            _ = self.encoder.tokenizer  # raises where nobody named it
 
     def _open_sources(self) -> None:
-        config = self.config
-        source = open_images(config.data)
-        dataset = dataset_name(config.data) or config.classes.replace("/", "")
-        spec = config.classes or (dataset if dataset in shipped_class_names() else "")
-        self.classes = open_classes(source, spec, config.label_field)
-        test = config.test or {"emoji:train": "emoji:new_style"}.get(config.data, "")
-        self.train_source: Source = source
-        if not self.trains and config.protocol != "probe":
-            self.test_source = open_images(test) if config.test else source
-        elif test:
-            self.test_source = open_images(test)
-        else:
-            self.train_source, self.test_source = hold_out(source, self.classes, config.holdout, config.seed)
+        config, data = self.config, self.config.data
+        if data.train and not self.learns:
+            raise UserError(f"protocol {config.protocol!r} trains nothing: give the images as --config.data.test=DATA")
+        spec = data.train or data.test
+        dataset = dataset_name(spec) or config.classes.replace("/", "")
+        names = config.classes or (dataset if dataset in shipped_class_names() else "")
+        self.train_source: Source | None = open_images(data.train) if data.train else None
+        test = data.test or OWN_TEST.get(data.train, "")
+        self.test_source: Source | None = open_images(test) if test else None
+        self.classes = self._open_classes(names)
+        if self.train_source and not test:
+            self.train_source, self.test_source = hold_out(self.train_source, self.classes, config.holdout, config.seed)
         self.templates = choose_templates(config.templates, dataset)
-        self.metric = config.metric or ("voc_map" if self.classes.multi else METRICS.get(dataset, "top1"))
-        res = self.encoder.model.config.res
-        self.train_ops = config.image.train_ops.format(res=res)
-        self.eval_ops = (config.image.eval_ops or EVAL_OPS.get(dataset, DEFAULT_EVAL_OPS)).format(res=res)
-
-    def _check(self) -> None:
-        config = self.config
-        check_metric(self.metric, self.classes, config.data)
-        if config.protocol in ("zeroshot", "finetune_unicl") or self._text_head:
-            if not self.encoder.has_text:
-                raise UserError(
-                    f"{config.init} holds no text tower, which protocol {config.protocol!r} needs for the class names; "
-                    "use mode=probe or finetune_linear"
-                )
-            _ = self.encoder.tokenizer  # raises where nobody named it
-        if config.head_init not in HEAD_INITS:
-            raise UserError(f"config.head_init={config.head_init!r} is unknown; choose 'zeros' or 'text'")
-        if config.protocol == "finetune_unicl" and self.classes.multi:
-            raise UserError("finetune_unicl needs one class an image; use mode=finetune_linear for several")
-        if not all(0 <= alpha < 1 for alpha in config.wise_ft):
-            raise UserError(f"config.wise_ft={config.wise_ft}: shares of the fine-tuned weights from 0 to below 1")
-        if self.linear and config.wise_ft and not self._text_head:
-            raise UserError("config.wise_ft with a linear head needs --config.head_init=text: a zero head is no start")
-
-    @property
-    def _text_head(self) -> bool:
-        return self.linear and self.config.head_init == "text"
-
-    def _set_schedule(self) -> None:
-        """Turns epochs into steps, and layer decay into rules by path."""
-        config = self.config
-        set_epochs(config, len(self.train_source))
-        if not config.optim.lr_rules:
-            shapes = jax.eval_shape(self.init, jax.random.key(0))
-            frozen = self._frozen(shapes)
-            rest = {name: tree for name, tree in shapes.items() if name not in frozen}
-            rules = layer_decay_rules(rest, config.optim.layer_decay)
-            config.optim.lr_rules = (*((rf"{name}(/.*)?", 0.0) for name in frozen), *rules)
-
-    def _frozen(self, params: Any) -> list[str]:
-        """Entries that a linear head's loss does not reach, and that weight decay must not reach either."""
-        unused = {"text", "text_projection", "logit_scale"} | (set() if self._text_head else {"image_projection"})
-        return [name for name in params if self.linear and name in unused]
-
-    # -- model ------------------------------------------------------------------------------------------------------
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """Content of the `model.json` of a fine-tuning: the head takes the image's "pooled" features or "embedding"."""
-        parts = {"towers": self.encoder.towers_part()}
-        if self.linear:
-            features = "embedding" if self._text_head else "pooled"
-            parts["head"] = {"features": features, "multi": self.classes.multi, "entries": ["head"]}
-        return make_description(
-            self.config.task,
-            parts,
-            tokenizer=self.encoder.tokenizer_spec,
-            classes=self.classes.first_names,
-            source={"init": self.config.init, "data": self.config.data},
-        )
-
-    def init(self, key: jax.Array) -> Any:
-        """Fresh parameters of the towers; with a linear head also {"head": {"weight" (C, K), "bias" (K,)}}, zeros."""
-        params = self.encoder.init(key)
-        if not self.linear:
-            return params
-        sizes = self.encoder.model.config
-        stages = 1 if sizes.image_tower == "vit" else len(sizes.depths)
-        width = sizes.projection if self._text_head else sizes.image_width * 2 ** (stages - 1)
-        return params | {
-            "head": {
-                "weight": jnp.zeros((width, len(self.classes)), jnp.float32),
-                "bias": jnp.zeros((len(self.classes),), jnp.float32),
-            }
-        }
-
-    def start(self, params: Any) -> Any:
-        """The folder's parameters, and the head's start: zeros, or the class embeddings of the prompts.
-
-        With the latter the head's first answers are the zero-shot ones (Wortsman et al. 2022; ELEVATER).
-        """
-        loaded = self.encoder.load(params, new=("head",) if self.linear else ())
-        if not self.linear:
-            return loaded
-        head = jax.tree.map(jnp.zeros_like, params["head"])
-        if self._text_head:
-            mesh = jax.tree.leaves(params)[0].sharding.mesh
-            weights = class_embeddings(self._embedder(mesh), loaded, self.classes.first_names, self.templates)
-            head["weight"] = jax.device_put(weights.T, head["weight"].sharding)
-        return loaded | {"head": head}
-
-    def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """UniCL over images and class prompts, labels being classes; or the cross entropy of the head."""
-        inputs = {"image": self.encoder.normalise(batch["image"])}
-        if not self.linear:
-            inputs["text"] = batch["text"]
-        out = self.encoder.model.apply(params, inputs, train=True, rngs={"drop_path": key})
-        if not self.linear:
-            loss, metrics = unicl(out["image/embedding"], out["text/embedding"], batch["label"], out["logit_scale"])
-            return loss, metrics | {"logit_scale": out["logit_scale"]}
-        logits = self._head(params, out)
-        if self.classes.multi:
-            judged = (batch["label"] >= 0).astype(jnp.float32)
-            entropy = optax.sigmoid_binary_cross_entropy(logits, (batch["label"] > 0).astype(jnp.float32))
-            return (entropy * judged).sum() / jnp.maximum(judged.sum(), 1.0), {}
-        smooth = optax.smooth_labels(jax.nn.one_hot(batch["label"], len(self.classes)), self.config.label_smoothing)
-        right = (logits.argmax(-1) == batch["label"]).astype(jnp.float32).mean()
-        return optax.softmax_cross_entropy(logits, smooth).mean(), {"accuracy": right}
-
-    def project(self, params: Any) -> Any:
-        """Clamps the logit scale to CLIP's range."""
-        if "logit_scale" not in params:
-            return params
-        return params | {"logit_scale": jnp.clip(params["logit_scale"], *LOGIT_SCALE_RANGE)}
-
-    def _head(self, params: Any, out: dict[str, jax.Array]) -> jax.Array:
-        features = out["logit_scale"] * out["image/embedding"] if self._text_head else out["image/pooled"]
-        product = jnp.matmul(features, params["head"]["weight"], precision="highest")
-        return product + params["head"]["bias"][None]
-
-    def _logits(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        return self._head(params, self.encoder.model.apply(params, {"image": self.encoder.normalise(batch["image"])}))
-
-    # -- data -------------------------------------------------------------------------------------------------------
-
-    def open_data(self) -> None:
-        """Raises UserError for unknown ops; sources and classes are checked when the task is made."""
+        multi = self.classes is not None and self.classes.multi
+        self.metric = config.metric or ("voc_map" if multi else METRICS.get(dataset, "top1"))
+        res = str(self.encoder.model.config.res)
+        self.train_ops = data.train_ops.replace("{res}", res)
+        self.eval_ops = (data.eval_ops or EVAL_OPS.get(dataset, DEFAULT_EVAL_OPS)).replace("{res}", res)
         for ops in (self.train_ops, self.eval_ops):
             parse_ops(ops, {})
 
-    def train_stream(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """Local batches {"image" uint8, "label" int32[, "text" int32], "corrupt" int32} from `start_step` on."""
-        config = self.config
-        prompt = "" if self.linear else "|class_prompt|tokenize"
-        kept = "image, label" if self.linear else "image, text, label"
-        return train_stream(
-            [self.train_source],
-            None,
-            f"{self.train_ops}|class_label{prompt}|keep({kept})",
-            {
-                "classes": self.classes,
-                "templates": self.templates,
-                "tokenizer": None if self.linear else self.encoder.tokenizer,
-            },
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=start_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            workers=config.image.workers,
-            on_corrupt=config.image.on_corrupt,
-            cache=config.image.cache,
+    def _open_classes(self, names: str) -> ClassIndex | None:
+        """Of the images, or without any, as where a step is only compiled, of the class names alone."""
+        source = self.train_source or self.test_source
+        if source is not None:
+            return open_classes(source, names, self.config.label_field)
+        return ClassIndex(load_class_names(names).names, {}) if names else None
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """See `Suite`."""
+        return make_identity(self.config, "protocol", "init", "data.train", "data.test", "classes", "label_field")
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """See `Suite`."""
+        return make_description(
+            self.name,
+            self.parts(),
+            tokenizer=self.encoder.tokenizer_spec,
+            classes=self.classes.first_names if self.classes is not None else (),
+            source={"init": self.config.init, "data": self.config.data.train},
         )
+
+    def parts(self) -> dict[str, Mapping[str, Any]]:
+        """The parts of the model."""
+        return {"towers": self.encoder.towers_part()}
+
+    def load(self, mesh: Mesh) -> Params:
+        """The weights of `config.init`."""
+        return self.encoder.load_on(mesh)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
-    def _embedder(self, mesh: Mesh, image: str = "image") -> Embedder:
+    def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
+        """Those of the protocol, and retrieval on `config.eval.source` where one is given."""
+        if self.test_source is None:
+            raise UserError("no images to evaluate on: give --config.data.test=DATA")
+        found, pairs = self.protocol_evaluators(mesh), self.config.eval.source
+        if pairs and not self.encoder.speaks:
+            raise UserError(f"config.eval.source={pairs}: retrieval needs weights with a text tower and its tokenizer")
+        if pairs:
+            found.append(open_retrieval("held_out", open_source(pairs), self.eval_ops, self.embedder(mesh)))
+        return found
+
+    @abc.abstractmethod
+    def protocol_evaluators(self, mesh: Mesh) -> list[Evaluator]:
+        """What the protocol measures on the test images."""
+
+    def embedder(self, mesh: Mesh, image: str = "image") -> Embedder:
         """One for each kind of image prediction, so that all evaluators share what is compiled."""
         if image not in self._embedders:
             predict = {"image": self.predict[image], "text": self.predict["text"]}
             tokenizer = self.encoder.tokenizer if self.encoder.speaks else None
-            made = Embedder(predict, tokenizer, mesh, self.config.eval.batch_size)
-            self._embedders[image] = made
+            self._embedders[image] = Embedder(predict, tokenizer, mesh, self.config.eval.batch_size)
         return self._embedders[image]
 
-    def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
-        """Classification of the test set; with fine-tuning also of interpolated weights, and the zero-shot watch."""
-        if self.config.protocol == "zeroshot":
-            return [self._zero_shot("zero_shot", self.test_source, self.classes, self._embedder(mesh))]
-        if self.config.protocol == "probe":
-            return [self._probe(mesh)]
-        if self.config.protocol == "fewshot":
-            return [self._few_shot(mesh)]
-        found: list[Evaluator] = [self._test_evaluator(mesh, "test")]
-        for alpha in self.config.wise_ft:
-            found.append(Interpolated(self._test_evaluator(mesh, f"test_wise{alpha:g}"), self.start, alpha))
-        watch = self.config.forgetting
-        if watch.source and self.encoder.speaks:
-            source = open_images(watch.source)
-            classes: ClassIndex = open_classes(source, watch.classes)
-            inner = ZeroShot(
-                "forgetting",
-                source,
-                classes,
-                self.eval_ops,
-                self._embedder(mesh),
-                choose_templates("", dataset_name(watch.source)),
-                on_corrupt="skip",
-            )
-            found.append(Forgetting(inner, self.start, watch.threshold))
-        return found
+    def zero_shot(self, name: str, mesh: Mesh) -> ZeroShot:
+        """Zero-shot classification of the test images."""
+        return ZeroShot(
+            name,
+            self.test_source,
+            self.classes,
+            self.eval_ops,
+            self.embedder(mesh),
+            self.templates,
+            self.metric,
+            self.config.data.on_corrupt,
+        )
 
-    def _probe(self, mesh: Mesh) -> LinearProbe:
+
+class ZeroShotSuite(ClassificationSuite):
+    """Zero-shot classification of `config.data.test`."""
+
+    needs_text, learns = True, False
+
+    def protocol_evaluators(self, mesh: Mesh) -> list[Evaluator]:
+        """See the class."""
+        return [self.zero_shot("zero_shot", mesh)]
+
+
+class ProbeSuite(ClassificationSuite):
+    """A linear probe: logistic regression on the features of `config.data.train`."""
+
+    def protocol_evaluators(self, mesh: Mesh) -> list[Evaluator]:
+        """See the class."""
         config = self.config
+        if self.train_source is None:
+            raise UserError("a probe needs images to learn from: give --config.data.train=DATA")
         validation: Any = config.holdout
         if config.validation:
             validation = as_labelled(open_images(config.validation), self.classes)
-        return LinearProbe(
+        probe = LinearProbe(
             "probe",
             as_labelled(self.train_source, self.classes),
             as_labelled(self.test_source, self.classes),
             self.eval_ops,
-            self._embedder(mesh, "features"),
+            self.embedder(mesh, "features"),
             metric=self.metric,
             validation=validation,
             seed=config.seed,
-            on_corrupt=config.image.on_corrupt,
+            on_corrupt=config.data.on_corrupt,
             compare=config.probe.sklearn,
         )
+        return [probe]
 
-    def _few_shot(self, mesh: Mesh) -> FewShot:
+
+class FewShotSuite(ClassificationSuite):
+    """Episodes of few-shot classification on `config.data.test`."""
+
+    learns = False
+
+    def protocol_evaluators(self, mesh: Mesh) -> list[Evaluator]:
+        """See the class."""
         options = self.config.fewshot
-        return FewShot(
+        episodes = FewShot(
             "fewshot",
             as_labelled(self.test_source, self.classes),
             self.eval_ops,
-            self._embedder(mesh, "flip_pair"),
+            self.embedder(mesh, "flip_pair"),
             self.encoder.predict["features"],
             lambda params: {"image": params["image"]},
             mode=options.train,
@@ -316,21 +225,4 @@ class Classify:
             lanes=options.lanes,
             seed=self.config.seed,
         )
-
-    def _test_evaluator(self, mesh: Mesh, name: str) -> Classification:
-        if not self.linear:
-            return self._zero_shot(name, self.test_source, self.classes, self._embedder(mesh))
-        return Classification(
-            name,
-            self.test_source,
-            self.classes,
-            self.eval_ops,
-            self._embedder(mesh, "logits"),
-            lambda params, scores: lambda start, stop: scores[start:stop],
-            self.metric,
-            self.config.image.on_corrupt,
-        )
-
-    def _zero_shot(self, name: str, source: Source, classes: ClassIndex, embedder: Embedder) -> ZeroShot:
-        on_corrupt = self.config.image.on_corrupt
-        return ZeroShot(name, source, classes, self.eval_ops, embedder, self.templates, self.metric, on_corrupt)
+        return [episodes]

@@ -17,23 +17,24 @@ from florence_jax.models.base import Model
 from florence_jax.models.layers import unit_norm
 from florence_jax.models.sizes import VARIANTS, resolve_config
 from florence_jax.params.sharding import param_shardings
-from florence_jax.params.weights import describe, load_parameters
+from florence_jax.params.weights import Description, describe, load_parameters
 
 # Channel statistics of ImageNet, in units of a full-scale pixel.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-WARMUP_SHARE = 0.1
+DEFAULT_TOKENIZER = "sentencepiece"  # the shipped one
 
 
 class Encoder:
     """Image tower, and text tower where there is one, of a checkpoint folder.
 
     Args:
-      init: the folder, see `params.weights.describe`.
+      init: the folder, see `params.weights.describe`; '' for no weights: towers of `variant`, and nothing to load.
       overrides: fields of the model on top of the folder's, such as `res`; None leaves a field alone. Another `res`
         brings the variant's window for it.
       tokenizer: see `data.tokenizers.load_tokenizer`; '' takes the one that the folder was trained with.
       precision: compute dtype.
+      variant: '' for the folder's.
 
     Attributes:
       description: of the folder. variant, overrides: of the towers, as for `florence.build`. model: `Model`.
@@ -46,14 +47,21 @@ class Encoder:
     """
 
     def __init__(
-        self, init: str, overrides: Mapping[str, Any] | None = None, tokenizer: str = "", precision: str = "float32"
+        self,
+        init: str,
+        overrides: Mapping[str, Any] | None = None,
+        tokenizer: str = "",
+        precision: str = "float32",
+        variant: str = "",
     ):
-        self.description = describe(init)
+        self.description = describe(init) if init else _fresh(variant)
         given = {name: value for name, value in (overrides or {}).items() if value is not None}
         towers = self.description.parts.get("towers")
         if towers is None:
             raise UserError(f"{self.description.folder} holds no towers, only {', '.join(self.description.parts)}")
         self.variant, base = towers["variant"], dict(towers["overrides"])
+        if variant and variant != self.variant:
+            raise UserError(f"the weights of {init} are of variant {self.variant}, not {variant}")
         if "res" in given and given["res"] != base.get("res", VARIANTS[self.variant]["res"]):
             base.pop("window", None)
         self.overrides = base | given
@@ -104,6 +112,8 @@ class Encoder:
 
     def load(self, like: Mapping[str, Any], new: tuple[str, ...] = ()) -> dict[str, Any]:
         """The folder's parameters on the devices of `like`, see `params.weights.load_parameters`."""
+        if not self.description.folder:
+            raise UserError("no weights to load: give them with --config.init=DIR")
         return load_parameters(self.description.folder, like, (*new, *(() if "head" in like else ("head",))))
 
     def load_on(self, mesh: Mesh) -> dict[str, Any]:
@@ -135,30 +145,26 @@ class Encoder:
         return self.model.apply(params, {"text": batch["text"]})["text/embedding"]
 
 
-def record_model(config: ConfigDict, encoder: Encoder) -> None:
-    """Writes what the folder says into a configuration, so that the new run's config.json names its model."""
-    config.model.variant = encoder.variant
-    for name, value in encoder.overrides.items():
-        if name in config.model.overrides:
-            config.model.overrides[name] = tuple(value) if isinstance(value, (list, tuple)) else value
-    config.text.tokenizer = encoder.tokenizer_spec
+def open_encoder(config: ConfigDict) -> Encoder:
+    """The towers of `config.init`, or of `config.model.variant` where that is ''.
 
-
-def set_epochs(config: ConfigDict, count: int) -> None:
-    """Turns `config.epochs` over `count` examples into steps.
-
-    A batch is made no larger than the data (in whole multiples of the devices), `total_steps` is filled in where it is
-    0, `eval.every` where it is -1 (each epoch); warm-up and log interval are cut to a tenth of the steps.
+    Raises:
+      UserError: as `Encoder`.
     """
-    devices = jax.device_count()
-    if config.batch_size > count:
-        config.batch_size = max(count // devices, 1) * devices
-    epoch = max(count // config.batch_size, 1)
-    config.total_steps = config.total_steps or config.epochs * epoch
-    if config.eval.every < 0:
-        config.eval.every = epoch
-    config.log.every = max(min(config.log.every, config.total_steps // 10), 1)
-    config.optim.warmup_steps = min(config.optim.warmup_steps, int(config.total_steps * WARMUP_SHARE))
+    model = config.model
+    return Encoder(config.init, model.overrides, config.text.tokenizer, config.precision, model.variant)
+
+
+def _fresh(variant: str) -> Description:
+    """Stands for a folder of towers that were never trained."""
+    if not variant:
+        raise UserError(
+            "no weights: give them with --config.init=DIR; or the size of the model, --config.model.variant=NAME, to "
+            "train from the beginning or to compile only"
+        )
+    entries = list(jax.eval_shape(florence.build(variant).init, jax.random.key(0)))
+    towers = {"variant": variant, "overrides": {}, "entries": entries}
+    return Description("", "", {"towers": towers}, DEFAULT_TOKENIZER, (), {})
 
 
 def normalise(image: jax.Array, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> jax.Array:

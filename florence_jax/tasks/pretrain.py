@@ -1,7 +1,7 @@
 """Image-text pretraining: two towers, the UniCL loss, prompt templates for short captions."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,67 +13,131 @@ from ml_collections import ConfigDict
 from florence_jax.data.captions import CaptionIndex
 from florence_jax.data.ops.captions import caption_strings, parse_fields
 from florence_jax.data.ops.parse import parse_ops
-from florence_jax.data.pipeline import check_caption_fields, train_stream
+from florence_jax.data.pipeline import TrainData, check_caption_fields
 from florence_jax.data.prompts import TEMPLATES
 from florence_jax.data.records import Source
 from florence_jax.data.sources.catalog import open_mixture, open_source
+from florence_jax.data.tokenizers import Tokenizer
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Evaluator
+from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.emoji import EmojiSplit
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.retrieval import open_retrieval
+from florence_jax.evaluators.zero_shot import open_zero_shot
 from florence_jax.losses.grad_cache import encode_pairs
 from florence_jax.losses.unicl import unicl, unicl_sharded
+from florence_jax.models.base import Model
 from florence_jax.models.flops import forward_flops
-from florence_jax.params.sharding import ambient_batch_axes
+from florence_jax.params.rules import Policy
+from florence_jax.params.sharding import ambient_batch_axes, param_shardings
 from florence_jax.params.weights import checkpoint_folder, load_parameters, make_description
+from florence_jax.tasks.base import Params, Plan, Task, make_identity, make_plan
 from florence_jax.tasks.encoder import build_model, normalise
 
 # CLIP's bounds of the learned logit scale (the logarithm of the multiplier), applied after each update.
 LOGIT_SCALE_RANGE = (0.0, float(np.log(100.0)))
 
 
-class Pretrain:
+IN_BATCH = (Chart("accuracy within the batch", {"image to text": "i2t_accuracy", "text to image": "t2i_accuracy"}),)
+LOGIT_SCALE = Chart("logit scale", {"": "logit_scale"})
+
+
+def clamp_logit_scale(params: Params) -> Params:
+    """The parameters with the logit scale, where there is one, in CLIP's range."""
+    if "logit_scale" not in params:
+        return params
+    return params | {"logit_scale": jnp.clip(params["logit_scale"], *LOGIT_SCALE_RANGE)}
+
+
+class Pretrain(Task):
     """The `Task` of configs/pretrain.py.
 
+    Attributes:
+      tokenizer, model: of the towers. train_ops, eval_ops: image ops at the model's size.
+      predict: pure functions (params, batch) -> float32 (B, D), 'image' and 'text'.
+
     Raises:
-      UserError: for an unknown variant, loss, source, transform or tokenizer.
+      UserError: for an unknown variant, loss, transform or tokenizer.
     """
+
+    name = "pretrain"
+    charts = (*IN_BATCH, LOGIT_SCALE)
 
     def __init__(self, config: ConfigDict):
         if config.loss not in ("unicl", "clip"):
             raise UserError(f"config.loss={config.loss!r} is unknown; choose 'unicl' or 'clip'")
         self.config = config
-        self.tokenizer, self.model = build_model(config)
-        for name in ("train_image_ops", "eval_image_ops"):
-            config.data[name] = config.data[name].replace("{res}", str(self.model.config.res))
-        self._captions = config.data.captions.split("|")  # the fields of each text of a picture
+        self.tokenizer, self.model = self.open_model()
+        res = str(self.model.config.res)
+        self.train_ops = config.data.train_ops.replace("{res}", res)
+        self.eval_ops = config.data.eval_ops.replace("{res}", res)
+        for ops in (self.train_ops, self.eval_ops):
+            parse_ops(ops, {})
+        self._captions = self.caption_fields().split("|")  # the fields of each text of a picture
         flops = forward_flops(self.model.config)
         self.flops_per_example = 3.0 * (flops["image"] + len(self._captions) * flops["text"])
         self.predict = {"image": self._embed_image, "text": self._embed_text}
 
-    # -- model ------------------------------------------------------------------------------------------------------
+    def open_model(self) -> tuple[Tokenizer, Model]:
+        """What is trained."""
+        return build_model(self.config)
+
+    def caption_fields(self) -> str:
+        """As `config.data.captions`."""
+        return self.config.data.captions
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """See `Task`."""
+        return make_plan(self.config)
 
     @property
-    def description(self) -> dict[str, Any]:
-        """Content of the `model.json` of a run."""
-        model, entries = self.config.model, jax.eval_shape(self.init, jax.random.key(0))
+    def policy(self) -> Policy:
+        """The rules of `config.optim`."""
+        return Policy(self.config.optim.lr_rules, self.config.optim.decay_rules)
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """See `Suite`."""
+        return make_identity(self.config, "loss", "init", "data.train")
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """See `Suite`."""
+        config = self.config
         return make_description(
-            self.config.task,
-            {"towers": {"variant": model.variant, "overrides": model.overrides.to_dict(), "entries": list(entries)}},
-            tokenizer=self.config.text.tokenizer,
-            source={"init": self.config.init, "data": self.config.data.train},
+            self.name,
+            {"towers": self.towers_part()},
+            tokenizer=config.text.tokenizer,
+            source={"init": config.init, "data": config.data.train},
         )
 
-    def init(self, key: jax.Array) -> Any:
+    def towers_part(self) -> dict[str, Any]:
+        """What builds the towers again."""
+        model, entries = self.config.model, jax.eval_shape(self.init, jax.random.key(0))
+        return {"variant": model.variant, "overrides": model.overrides.to_dict(), "entries": list(entries)}
+
+    # -- model ------------------------------------------------------------------------------------------------------
+
+    def init(self, key: jax.Array) -> Params:
         """Fresh parameters; see `models.florence`."""
         return self.model.init(key)
 
-    def start(self, params: Any) -> Any:
+    def start(self, params: Params) -> Params:
         """The parameters of the run `config.init`, bias tables resized where the window is another."""
         return load_parameters(checkpoint_folder(self.config.init), params, average=False)
 
-    def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def load(self, mesh: Mesh) -> Params:
+        """The parameters of `config.init`: the moving average where that run kept one."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(shapes, mesh)
+        )
+        return load_parameters(checkpoint_folder(self.config.init), like)
+
+    def loss(
+        self, params: Params, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """UniCL over the global batch; with `config.loss='clip'` every pair is its own class.
 
         With K texts a picture it is the mean of K losses, each of all pictures and one text of each: the image tower,
@@ -110,9 +174,9 @@ class Pretrain:
         loss, metrics = jax.tree.map(lambda *values: sum(values) / len(values), *results)
         return loss, metrics | {"logit_scale": scale}
 
-    def project(self, params: Any) -> Any:
+    def project(self, params: Params) -> Params:
         """Clamps the logit scale to CLIP's range."""
-        return params | {"logit_scale": jnp.clip(params["logit_scale"], *LOGIT_SCALE_RANGE)}
+        return clamp_logit_scale(params)
 
     def _normalise(self, image: jax.Array) -> jax.Array:
         return normalise(image, self.model.config.image_mean, self.model.config.image_std)
@@ -125,32 +189,27 @@ class Pretrain:
 
     # -- data -------------------------------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def _mixture(self) -> tuple[list[Source], list[float]]:
-        return open_mixture(self.config.data.train)
-
-    def open_data(self) -> None:
-        """Raises UserError for a missing source, an unknown caption field or op."""
-        check_caption_fields(self._mixture[0], {name for fields in self._captions for name in parse_fields(fields)})
-        for ops in (self.config.data.train_image_ops, self.config.data.eval_image_ops):
-            parse_ops(ops, {})
-        if self.config.eval.source:
-            open_source(self.config.eval.source)
-
-    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of the batches of `train_stream`, over all processes; K texts of each picture, "label" is of the text."""
-        size, texts, model = self.config.batch_size, len(self._captions), self.model.config
-        return {
+    @property
+    def batches(self) -> tuple[Mapping[str, jax.ShapeDtypeStruct], ...]:
+        """See `Task`. There are K texts of each picture; "label" is of the text."""
+        size, texts, model = self.plan.batch_size, len(self._captions), self.model.config
+        shapes = {
             "image": jax.ShapeDtypeStruct((size, model.res, model.res, 3), jnp.uint8),
             "text": jax.ShapeDtypeStruct((size, texts, model.text_length), jnp.int32),
             "label": jax.ShapeDtypeStruct((size, texts), jnp.int32),
             "corrupt": jax.ShapeDtypeStruct((size,), jnp.int32),
         }
+        return (shapes,)
 
-    def train_stream(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """Local batches from `start_step` on, as `batch_shapes` has them."""
-        config, data = self.config, self.config.data
-        sources, weights = self._mixture
+    @functools.cached_property
+    def mixture(self) -> tuple[list[Source], list[float]]:
+        """Sources and weights of `config.data.train`."""
+        return open_mixture(self.config.data.train)
+
+    def train_data(self) -> TrainData:
+        """See `Task`; raises `UserError` also for an unknown caption field."""
+        config, (sources, weights) = self.config, self.mixture
+        check_caption_fields(sources, {name for fields in self._captions for name in parse_fields(fields)})
         index = CaptionIndex.build(
             text
             for source in sources
@@ -164,30 +223,26 @@ class Pretrain:
             "templates": TEMPLATES if config.text.templates else (),
         }
         texts = ", ".join(map(repr, self._captions))
-        ops = f"{data.train_image_ops}|texts({texts}, sampling={config.text.subword_sampling})|keep(image, text, label)"
-        return train_stream(
-            sources,
-            weights,
-            ops,
-            context,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=start_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            workers=data.workers,
-            on_corrupt=data.on_corrupt,
-            cache=data.cache,
-        )
+        ops = f"{self.train_ops}|texts({texts}, sampling={config.text.subword_sampling})|keep(image, text, label)"
+        return TrainData(sources, weights, ops, context)
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
-        """Held-out emoji splits when training on emoji, and retrieval on `config.eval.source` where one is given."""
+        """Held-out emoji splits when training on emoji; zero-shot classification of the images of `config.data.test`,
+        retrieval on the pairs of `config.eval.source`, where those are given.
+        """
         config = self.config
         embedder = Embedder(self.predict, self.tokenizer, mesh, config.eval.batch_size)
-        ops = config.data.eval_image_ops
         found: list[Evaluator] = []
-        if any(source.name.startswith("emoji:") for source in self._mixture[0]):
-            found += [EmojiSplit(split, ops, embedder) for split in ("new_style", "new_names")]
-        if config.eval.source:
-            found.append(open_retrieval("held_out", open_source(config.eval.source), ops, embedder))
-        return found
+        if any(source.name.startswith("emoji:") for source in self.mixture[0]):
+            found += [EmojiSplit(split, self.eval_ops, embedder) for split in ("new_style", "new_names")]
+        return [*found, *open_held_out(config, self.eval_ops, embedder)]
+
+
+def open_held_out(config: ConfigDict, ops: str, embedder: Embedder) -> list[Evaluator]:
+    """Zero-shot classification of the images of `config.data.test`, retrieval on the pairs of `config.eval.source`."""
+    found: list[Evaluator] = []
+    if config.data.test:
+        found.append(open_zero_shot("test", config.data.test, ops, embedder, on_corrupt=config.data.on_corrupt))
+    if config.eval.source:
+        found.append(open_retrieval("held_out", open_source(config.eval.source), ops, embedder))
+    return found

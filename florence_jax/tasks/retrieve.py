@@ -1,60 +1,125 @@
-"""Image-text retrieval with trained weights: the pretraining task, started from a checkpoint folder."""
+"""Image-text retrieval with trained weights: as they are, or trained further on pairs."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from florence_jax.data.records import Source
-from florence_jax.data.sources.catalog import open_mixture, open_source
+from florence_jax.data.tokenizers import Tokenizer
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Evaluator
 from florence_jax.evaluators.predictor import Embedder
-from florence_jax.evaluators.retrieval import open_retrieval
-from florence_jax.params.weights import checkpoint_folder, load_parameters
-from florence_jax.tasks.encoder import Encoder, record_model, set_epochs
-from florence_jax.tasks.pretrain import Pretrain
+from florence_jax.models.base import Model
+from florence_jax.params.weights import checkpoint_folder, load_parameters, make_description
+from florence_jax.tasks.base import Params, Plan, Suite, make_identity, make_plan
+from florence_jax.tasks.encoder import Encoder, open_encoder
+from florence_jax.tasks.pretrain import Pretrain, open_held_out
 
 
-class Retrieve(Pretrain):
-    """The `Task` of configs/retrieve.py.
+def open_towers(config: ConfigDict) -> Encoder:
+    """Both towers of `config.init`.
 
     Raises:
-      UserError: as `Pretrain`, and for missing weights or ones without a text tower.
+      UserError: for missing weights or ones without a text tower, and where there is nothing to search.
+    """
+    encoder = open_encoder(config)
+    if not encoder.has_text:
+        raise UserError(f"{config.init} holds no text tower: retrieval needs weights of both towers")
+    _ = encoder.tokenizer  # raises where nobody named it
+    if not config.eval.source:
+        raise UserError("retrieval needs pairs to search: give them with --config.eval.source=DATA")
+    return encoder
+
+
+class RetrievalSuite(Suite):
+    """Zero-shot retrieval on `config.eval.source`.
+
+    Raises:
+      UserError: as `open_towers`.
     """
 
-    def __init__(self, config: ConfigDict):
-        encoder = Encoder(config.init, config.model.overrides, config.text.tokenizer, config.precision)
-        if not encoder.has_text:
-            raise UserError(f"{config.init} holds no text tower: retrieval needs weights of both towers")
-        _ = encoder.tokenizer  # raises where nobody named it
-        if not config.eval.source:
-            raise UserError("retrieval needs pairs to search: give them with --config.eval.source=DATA")
-        record_model(config, encoder)
-        if config.mode == "train":
-            sources, _ = open_mixture(config.data.train)
-            config.data.captions = config.data.captions or _caption_field(sources[0])
-            set_epochs(config, sum(len(source) for source in sources))
-        else:
-            config.data.train = config.eval.source  # nothing is trained
-            config.data.captions = config.data.captions or _caption_field(open_source(config.eval.source))
-        super().__init__(config)
+    name = "retrieve"
 
-    def start(self, params: Any) -> Any:
+    def __init__(self, config: ConfigDict):
+        if config.data.train:
+            raise UserError("protocol 'zeroshot' trains nothing: give the pairs as --config.eval.source=DATA")
+        self.config, self.encoder = config, open_towers(config)
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """See `Suite`."""
+        return make_identity(self.config, "protocol", "init")
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """See `Suite`."""
+        parts, source = {"towers": self.encoder.towers_part()}, {"init": self.config.init}
+        return make_description(self.name, parts, tokenizer=self.encoder.tokenizer_spec, source=source)
+
+    def load(self, mesh: Mesh) -> Params:
+        """The weights of `config.init`."""
+        return self.encoder.load_on(mesh)
+
+    def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
+        """See `pretrain.open_held_out`."""
+        config, encoder = self.config, self.encoder
+        embedder = Embedder(encoder.predict, encoder.tokenizer, mesh, config.eval.batch_size)
+        ops = config.data.eval_ops.replace("{res}", str(encoder.model.config.res))
+        return open_held_out(config, ops, embedder)
+
+
+class FineTuneRetrieval(Pretrain):
+    """The pretraining task, started from trained weights and counted in epochs.
+
+    Raises:
+      UserError: as `Pretrain` and `open_towers`.
+    """
+
+    name = "retrieve"
+
+    def open_model(self) -> tuple[Tokenizer, Model]:
+        """The towers of `config.init`."""
+        self.encoder = open_towers(self.config)
+        return self.encoder.tokenizer, self.encoder.model
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """See `Task`."""
+        known = bool(self.config.data.train)
+        return make_plan(self.config, sum(len(source) for source in self.mixture[0]) if known else None)
+
+    def caption_fields(self) -> str:
+        """Those of the configuration, or 'captions=1' where the records have that list, else 'caption=1'."""
+        data = self.config.data
+        if data.captions or not data.train:
+            return data.captions or "caption=1"
+        first = next(iter(self.mixture[0][0].metadata()), {})
+        return "captions=1" if isinstance(first.get("captions"), list) else "caption=1"
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """See `Suite`."""
+        return make_identity(self.config, "protocol", "loss", "init", "data.train")
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """See `Suite`."""
+        return make_description(
+            self.name,
+            {"towers": self.encoder.towers_part()},
+            tokenizer=self.encoder.tokenizer_spec,
+            source={"init": self.config.init, "data": self.config.data.train},
+        )
+
+    def start(self, params: Params) -> Params:
         """The parameters of `config.init`: the moving average where that run kept one, as everywhere but in training
         that goes on.
         """
         return load_parameters(checkpoint_folder(self.config.init), params)
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
-        """Retrieval on `config.eval.source`."""
+        """See `pretrain.open_held_out`."""
         embedder = Embedder(self.predict, self.tokenizer, mesh, self.config.eval.batch_size)
-        source, ops = open_source(self.config.eval.source), self.config.data.eval_image_ops
-        return [open_retrieval("held_out", source, ops, embedder)]
-
-
-def _caption_field(source: Source) -> str:
-    """'captions=1' where the records have that list, else 'caption=1'."""
-    first = next(iter(source.metadata()), {})
-    return "captions=1" if isinstance(first.get("captions"), list) else "caption=1"
+        return open_held_out(self.config, self.eval_ops, embedder)

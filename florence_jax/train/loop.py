@@ -1,13 +1,11 @@
 """The one training loop: evaluate, save, next batch, step, in that order, for every task."""
 
 import contextlib
-import json
-import math
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,44 +13,54 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from florence_jax.data.pipeline import to_global
+from florence_jax.data.pipeline import Stream, TrainData, to_global, train_stream
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import chance_levels, evaluate
+from florence_jax.evaluators.base import Chart, Evaluator, all_charts, all_files, chance_levels, evaluate
+from florence_jax.files import write_bytes
 from florence_jax.jobs.hosts import EXIT_LOST, meet
 from florence_jax.jobs.trace import StepTrace
 from florence_jax.jobs.watchdog import Watchdog
 from florence_jax.params.checkpoint import Checkpoints, UnreadableCheckpoint
 from florence_jax.params.sharding import batch_sharding, make_mesh, param_shardings, state_shardings
 from florence_jax.params.weights import load_optimizer, write_description
-from florence_jax.tasks.base import Task
-from florence_jax.train.metrics import MetricsWriter, Progress, Speedometer, finite, read_metrics
+from florence_jax.tasks.base import Suite, Task
+from florence_jax.train.metrics import (
+    LateMetrics,
+    MetricsWriter,
+    Progress,
+    Speedometer,
+    finite,
+    is_due,
+    read_metrics,
+)
 from florence_jax.train.optim import make_optimizer
 from florence_jax.train.report import results_table, write_report
 from florence_jax.train.state import eval_params, init_state
 from florence_jax.train.step import make_train_step
+from florence_jax.train.workdir import (
+    check_same_run,
+    checkpoint_directory,
+    make_workdir,
+    write_config,
+    write_json_file,
+)
 
 NO_EVALUATION = "no evaluation set for this data: give one with --config.eval.source=PATH"
-# What one run is of; everything else may change when it is resumed.
-IDENTITY = ("task", "protocol", "loss", "init", "data", "data.train", "test", "classes", "label_field")
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again to go on.
 
 
-def checkpoint_directory(config: ConfigDict, workdir: Path) -> epath.Path:
-    """Where the checkpoints of a run are: `config.checkpoint.directory`, or checkpoints/ in the workdir."""
-    return epath.Path(config.checkpoint.directory or workdir / "checkpoints")
-
-
-def run(config: ConfigDict, task: Task, workdir: Path) -> int:
-    """Trains (or resumes, or only evaluates) one run in `workdir`.
+def run(config: ConfigDict, suite: Suite, workdir: Path) -> int:
+    """Trains (or resumes, or only evaluates) one run in `workdir`. What is no `Task` is only evaluated.
 
     Args:
       config: locked configuration, see `configs/common.py`.
-      task: what to train.
-      workdir: receives config.json, metrics.jsonl, checkpoints/, tensorboard/, result.json and report.html.
+      suite: what to train or evaluate.
+      workdir: receives config.json, metrics.jsonl, checkpoints/, tensorboard/, result.json, report.html and the
+        evaluators' files; it is made once the data are known to be there.
 
     Returns:
       Exit code: 0 when finished, `EXIT_PREEMPTED` when SIGTERM stopped the run after saving.
@@ -60,58 +68,110 @@ def run(config: ConfigDict, task: Task, workdir: Path) -> int:
     Raises:
       UserError: for anything a user can fix, see the modules called.
     """
-    trainer = Trainer(config, task, workdir)
-    if config.mode == "eval":
-        if trainer.restore_for_evaluation() and trainer.is_main:
-            write_config(config, workdir)
-        trainer.finish()
-        return 0
-    if config.mode != "train":
+    if config.mode not in ("train", "eval"):
         raise UserError(f"config.mode={config.mode!r} is unknown; choose 'train' or 'eval'")
-    return trainer.train()
+    if config.mode == "eval":
+        evaluate_only(config, suite, workdir)
+        return 0
+    if not isinstance(suite, Task):
+        raise UserError(
+            "nothing is trained here: config.mode must be 'eval', or choose another protocol= of the config"
+        )
+    return Trainer(config, suite, workdir).train()
 
 
-def write_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes config.json, what the folder's checkpoints and results are of: only once it is known that they will be."""
-    partial = workdir / "config.json.partial"
-    partial.write_text(json.dumps(config.to_dict(), indent=1, default=str) + "\n")
-    partial.replace(workdir / "config.json")
-
-
-def check_same_run(config: ConfigDict, workdir: Path) -> None:
-    """Compares what a run is of (`IDENTITY`) with the config.json of the workdir, whose checkpoints it would resume.
+def evaluate_only(config: ConfigDict, suite: Suite, workdir: Path) -> None:
+    """Evaluates the newest checkpoint of a task in `workdir`; without one, or for another suite, `config.init`.
 
     Raises:
-      UserError: for a difference: the old checkpoints would pass for ones of the new data; for an unreadable file.
+      UserError: as `run`.
     """
-    try:
-        before = json.loads((workdir / "config.json").read_text())
-    except FileNotFoundError:
+    directory, is_main = checkpoint_directory(config, workdir), jax.process_index() == 0
+    if isinstance(suite, Task) and (directory.exists() or not config.init):
+        trainer = Trainer(config, suite, workdir)
+        mesh, evaluators = trainer.mesh, suite.evaluators(trainer.mesh)
+        trainer.restore_for_evaluation()
+        step, params = int(trainer.state["step"]), eval_params(trainer.state)
+    else:
+        mesh = mesh_of(config)
+        evaluators = suite.evaluators(mesh)
+        if is_main:
+            make_workdir(workdir)
+        step, params = 0, suite.load(mesh)
+        if is_main:
+            write_config(config, workdir)
+    finish(config, suite, workdir, evaluators, params, step)
+
+
+def mesh_of(config: ConfigDict, devices: list[Any] | None = None) -> Mesh:
+    """The mesh of `config.mesh` over `devices` (default: all)."""
+    sizes = config.mesh
+    return make_mesh(sizes.data, sizes.fsdp, devices, fsdp_across_slices=sizes.fsdp_across_slices)
+
+
+def open_stream(config: ConfigDict, task: Task, data: TrainData, start_step: int = 0) -> Stream:
+    """This process's batches of a task from `start_step` on, the same for any resume, host or worker count."""
+    return train_stream(
+        data.sources,
+        data.weights,
+        data.ops,
+        data.context,
+        batch_size=task.plan.batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=config.data.workers,
+        on_corrupt=config.data.on_corrupt,
+        cache=config.data.cache,
+    )
+
+
+def finish(
+    config: ConfigDict, suite: Suite, workdir: Path, evaluators: Sequence[Evaluator], params: Any, step: int
+) -> None:
+    """Evaluates the final parameters; writes result.json, report.html, the evaluators' files, the terminal's table."""
+    results = evaluate(evaluators, params)
+    if jax.process_index():
         return
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {workdir / 'config.json'}, which says what the run there is of: {error}; choose another "
-            "--workdir, or remove that file to resume with this configuration"
-        ) from error
-    for name in IDENTITY:
-        old, new = _text_at(before, name), _text_at(config.to_dict(), name)
-        if old is not None and old != new:
-            raise UserError(
-                f"{workdir} holds a run with config.{name}={old!r}, which would be resumed with {new!r}: choose "
-                f"another --workdir (to start from its weights, --config.init={checkpoint_directory(config, workdir)})"
-            )
+    chance = chance_levels(evaluators)
+    print(results_table(results, chance) if results else NO_EVALUATION, flush=True)
+    for name, content in all_files(evaluators).items():
+        write_bytes(str(workdir / name), content)
+    write_json_file(workdir / "result.json", finite(results) | {"step": step})
+    write_report(
+        workdir / "report.html",
+        title=f"florence_jax {suite.name}: {workdir}" + (f" at step {step}" if step else ""),
+        facts={**suite.identity, "model": variants(suite), "eval.source": config.eval.source},
+        config=config.to_dict(),
+        history=read_metrics(workdir / "metrics.jsonl"),
+        charts=[*(training_charts(suite) if isinstance(suite, Task) else ()), *all_charts(evaluators)],
+        results=results,
+        chance=chance,
+        fragments=[fragment for evaluator in evaluators for fragment in evaluator.report()],
+    )
+    print(f"results in {workdir}/result.json, pictures and curves in {workdir}/report.html", flush=True)
 
 
-def _text_at(config: Mapping[str, Any], name: str) -> str | None:
-    value: Any = config
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value if isinstance(value, str) else None
+def training_charts(task: Task) -> list[Chart]:
+    """The charts of a task's own metrics, named as metrics.jsonl names them."""
+    return [
+        Chart(title, {legend: f"train/{metric}" for legend, metric in series.items()}) for title, series in task.charts
+    ]
 
 
-def _is_due(step: int, every: int) -> bool:
-    """Whether something done every so many steps (0: never) is to be done after `step`."""
-    return every > 0 and step % every == 0
+def variants(suite: Suite) -> str:
+    """The sizes of the parts of a model, for people: 'ti'."""
+    parts: Mapping[str, Mapping[str, Any]] = suite.description["parts"]
+    return ", ".join(part["variant"] for part in parts.values() if "variant" in part)
+
+
+def resolved_optim(config: ConfigDict, task: Task) -> ConfigDict:
+    """`config.optim` with what the task makes of it: warm-up steps, and rules by path."""
+    optim = ConfigDict(config.optim.to_dict())
+    optim.warmup_steps = task.plan.warmup_steps
+    optim.lr_rules, optim.decay_rules = tuple(task.policy.lr), tuple(task.policy.decay)
+    return optim
 
 
 def _check_intervals(config: ConfigDict) -> None:
@@ -134,14 +194,13 @@ class Trainer:
     def __init__(self, config: ConfigDict, task: Task, workdir: Path, devices: list[Any] | None = None):
         self.config, self.task, self.workdir = config, task, workdir
         self.directory = checkpoint_directory(config, workdir)
-        sizes = config.mesh
-        self.mesh = make_mesh(sizes.data, sizes.fsdp, devices, fsdp_across_slices=sizes.fsdp_across_slices)
-        if config.batch_size % self.mesh.size:
-            raise UserError(f"config.batch_size={config.batch_size} does not divide by the {self.mesh.size} devices")
+        self.mesh = mesh_of(config, devices)
+        if task.plan.batch_size % self.mesh.size:
+            raise UserError(f"config.batch_size={task.plan.batch_size} does not divide by the {self.mesh.size} devices")
         _check_intervals(config)
         self.is_main = jax.process_index() == 0
         abstract = jax.eval_shape(task.init, jax.random.key(config.seed))
-        self.optimizer, self.schedule = make_optimizer(config.optim, config.total_steps, abstract)
+        self.optimizer, self.schedule = make_optimizer(resolved_optim(config, task), task.plan.total_steps, abstract)
         self._params_sharding = param_shardings(abstract, self.mesh)
         shapes = jax.eval_shape(self._fresh_state, jax.random.key(config.seed))
         self.shardings = state_shardings(shapes, self._params_sharding, self.mesh)
@@ -149,7 +208,6 @@ class Trainer:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
         )
         self.state: dict[str, Any] = {}
-        self._evaluators: Any = None
         self._stop = threading.Event()
         self._trace = StepTrace(workdir / "profile", config.profile.steps)
         self._batch_sharding = batch_sharding(self.mesh)
@@ -159,27 +217,18 @@ class Trainer:
 
     # -- starting ---------------------------------------------------------------------------------------------------
 
-    def restore_for_evaluation(self) -> bool:
-        """Loads only the parameters to evaluate: of the newest checkpoint, or of `config.init` where there is none.
-
-        Returns:
-          Whether they are of `config.init`.
-        """
+    def restore_for_evaluation(self) -> None:
+        """Loads only the parameters to evaluate, of the newest checkpoint."""
         part = "ema" if self.config.optim.ema_decay > 0 else "params"
-        if self.config.init and not self.directory.exists():
-            fresh = jax.jit(self.task.init, out_shardings=self._params_sharding)(jax.random.key(self.config.seed))
-            self.state = {"step": jnp.zeros((), jnp.int32), "params": self.task.start(fresh)}
-            return True
         checkpoints = Checkpoints(str(self.directory), read_only=True)
         self.state = checkpoints.restore({"step": self.target["step"], part: self.target[part]})
         checkpoints.close()
-        return False
 
     def _start(self, checkpoints: Checkpoints) -> int:
         """Restores the newest checkpoint, or makes a fresh state; returns the step to continue from."""
         while (step := checkpoints.latest_step()) is not None:
             if self.is_main:
-                check_same_run(self.config, self.workdir)
+                check_same_run(self.task.identity, self.config, self.workdir)
             try:
                 self.state = checkpoints.restore(self.target, step)
             except UnreadableCheckpoint as error:
@@ -188,7 +237,7 @@ class Trainer:
                 if jax.process_count() > 1:  # which of the others could read it is not known: all start again
                     sys.exit(EXIT_LOST)
                 continue
-            self._say(f"resuming {self.workdir} at step {step} of {self.config.total_steps}")
+            self._say(f"resuming {self.workdir} at step {step} of {self.task.plan.total_steps}")
             return step
         self.state = self._initial_state()
         if self.is_main:
@@ -210,22 +259,24 @@ class Trainer:
     # -- training ---------------------------------------------------------------------------------------------------
 
     def train(self) -> int:
-        """Runs to `total_steps`; see `run`."""
-        config = self.config
+        """Runs to the plan's last step; see `run`."""
+        config, total = self.config, self.task.plan.total_steps
+        data, evaluators = self.task.train_data(), self.task.evaluators(self.mesh)
+        if self.is_main:
+            make_workdir(self.workdir)
         checkpoints = Checkpoints(
             str(self.directory), keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
         )
         start = self._start(checkpoints)
-        if start >= config.total_steps:
+        if start >= total:
             checkpoints.close()
             self._say(
-                f"{self.workdir} is finished: step {start} of {config.total_steps}, results in "
-                f"{self.workdir}/result.json. Choose another --workdir, or a larger --config.total_steps"
+                f"{self.workdir} is finished: step {start} of {total}, results in {self.workdir}/result.json. Choose "
+                "another --workdir, or a larger --config.total_steps"
             )
             if not self._has_result():  # ended while it was evaluated
-                self.finish()
+                self._finish(evaluators)
             return 0
-        self._evaluators = self.task.evaluators(self.mesh)  # now, so that their mistakes cost no training
         if self.is_main:
             write_config(config, self.workdir)
         self._describe()
@@ -233,7 +284,7 @@ class Trainer:
         alone = jax.process_count() == 1  # else SIGTERM is JAX's, see `_stops`
         handler = signal.signal(signal.SIGTERM, self._on_sigterm) if alone else None
         try:
-            finished = self._steps(start, writer, checkpoints)
+            finished = self._steps(start, data, evaluators, writer, checkpoints)
             checkpoints.close()
         finally:
             if alone:
@@ -242,8 +293,12 @@ class Trainer:
         if not finished:
             self._say(f"stopped by SIGTERM at step {int(self.state['step'])}, saved; run the same command to go on")
             return EXIT_PREEMPTED
-        self.finish()
+        self._finish(evaluators)
         return 0
+
+    def _finish(self, evaluators: Sequence[Evaluator]) -> None:
+        params, step = eval_params(self.state), int(self.state["step"])
+        finish(self.config, self.task, self.workdir, evaluators, params, step)
 
     def _has_result(self) -> bool:
         """Whether process 0, which writes it, has a result.json: the same answer on every process."""
@@ -262,47 +317,55 @@ class Trainer:
             shardings=self.shardings,
         )
 
-    def _steps(self, start: int, writer: MetricsWriter, checkpoints: Checkpoints) -> bool:
+    def _steps(
+        self,
+        start: int,
+        data: TrainData,
+        evaluators: Sequence[Evaluator],
+        writer: MetricsWriter,
+        checkpoints: Checkpoints,
+    ) -> bool:
         """The loop proper; True when it reached the end, False when it was asked to stop."""
-        config, total = self.config, self.config.total_steps
-        train_step = self.make_step()
-        stream = self.task.train_stream(start)
-        speed = Speedometer(config.batch_size, self.task.flops_per_example)
-        progress = Progress(total, start, show=self.is_main)
-        late = LateMetrics(config.log.every, writer, speed, progress)
+        config, plan = self.config, self.task.plan
+        train_step = CompiledStep(self.make_step())
+        stream = open_stream(config, self.task, data, start)
+        speed = Speedometer(plan.batch_size, self.task.flops_per_example)
+        progress = Progress(plan.total_steps, start, show=self.is_main)
+        late = LateMetrics(plan.log_every, writer, speed, progress)
         watchdog = Watchdog(config.watchdog.seconds)
         with contextlib.ExitStack() as stack:
             for user in (stream, progress, watchdog, self._trace):
                 stack.callback(user.close)
-            for step in range(start, total + 1):
-                stop = self._stops(step)
-                evaluates = _is_due(step, config.eval.every) and start < step < total
-                saves = step > start and (stop or step == total or _is_due(step, config.checkpoint.every))
+            for step in range(start, plan.total_steps + 1):
+                stop, last = self._stops(step), step == plan.total_steps
+                evaluates = is_due(step, plan.eval_every) and start < step and not last
+                saves = step > start and (stop or last or is_due(step, config.checkpoint.every))
                 if evaluates or saves or stop:
                     late.drain()
                     watchdog.rest()
                 began = time.perf_counter()  # after draining, which may start a new reading of the speed
                 if evaluates:
-                    writer.write(step, self._evaluate())
+                    writer.write(step, evaluate(evaluators, eval_params(self.state)))
                 if saves:
                     checkpoints.save(step, self.state)
                 speed.pause(time.perf_counter() - began)
-                if stop or step == total:
+                if stop or last:
                     break
-                if step > start:  # the first step compiles
+                if step > start:  # before the first, workers start and caches fill
                     watchdog.step(step + 1)
                 self._trace.before(step + 1)
                 began = time.perf_counter()
                 batch = to_global(next(stream), self._batch_sharding)
                 speed.step(time.perf_counter() - began)
-                if step == start:
-                    train_step = train_step.lower(self.state, batch).compile()
-                    meet("compiled")
+                if not train_step.knows(batch):
+                    late.drain()
+                    watchdog.rest()
+                    speed.pause(train_step.compile(self.state, batch))
                 self.state, metrics = train_step(self.state, batch)
                 late.push(step + 1, metrics)
                 self._trace.after(step + 1, wait=late.drain)
                 progress.step()
-        return step == total
+        return last
 
     def _stops(self, step: int) -> bool:
         """Whether to save and stop before the step after `step`: the same answer on every process.
@@ -317,41 +380,12 @@ class Trainer:
         del signum, frame
         self._stop.set()
 
-    # -- evaluating -------------------------------------------------------------------------------------------------
-
-    def _evaluate(self) -> dict[str, float]:
-        if self._evaluators is None:
-            self._evaluators = self.task.evaluators(self.mesh)
-        return evaluate(self._evaluators, eval_params(self.state))
-
-    def finish(self) -> None:
-        """Evaluates the final parameters and writes result.json, report.html and the table on the terminal."""
-        results = self._evaluate()
-        if not self.is_main:
-            return
-        step, chance = int(self.state["step"]), chance_levels(self._evaluators)
-        print(results_table(results, chance) if results else NO_EVALUATION, flush=True)
-        partial = self.workdir / "result.json.partial"
-        partial.write_text(json.dumps(finite(results) | {"step": step}, indent=1) + "\n")
-        partial.replace(self.workdir / "result.json")
-        write_report(
-            self.workdir / "report.html",
-            title=f"florence_jax {self.config.task}: {self.workdir}" + (f" at step {step}" if step else ""),
-            config=self.config.to_dict(),
-            history=read_metrics(self.workdir / "metrics.jsonl"),
-            results=results,
-            chance=chance,
-            fragments=[fragment for evaluator in self._evaluators for fragment in evaluator.report()],
-        )
-        print(f"results in {self.workdir}/result.json, pictures and curves in {self.workdir}/report.html", flush=True)
-
     def _describe(self) -> None:
-        count = sum(x.size for x in jax.tree.leaves(self.target["params"]))
+        count, plan = sum(x.size for x in jax.tree.leaves(self.target["params"])), self.task.plan
         self._say(
-            f"{self.config.task} {self.config.model.variant}: {count / 1e6:.2f} M parameters, "
-            f"{self.task.flops_per_example / 1e9:.2f} GFLOP a training example, {self.config.total_steps} steps of "
-            f"{self.config.batch_size} on {self.mesh.size} {jax.devices()[0].platform} device(s), "
-            f"workdir {self.workdir}"
+            f"{self.task.name} {variants(self.task)}: {count / 1e6:.2f} M parameters, "
+            f"{self.task.flops_per_example / 1e9:.2f} GFLOP a training example, {plan.total_steps} steps of "
+            f"{plan.batch_size} on {self.mesh.size} {jax.devices()[0].platform} device(s), workdir {self.workdir}"
         )
 
     def _say(self, text: str) -> None:
@@ -359,34 +393,34 @@ class Trainer:
             print(text, flush=True)
 
 
-class LateMetrics:
-    """Reads each step's metrics one step late, so that the device never waits for the host.
+class CompiledStep:
+    """A train step for batches of several shapes, each compiled when it first comes.
 
-    Every step's loss is checked; a non-finite one raises `UserError` naming the step. The values of step n are logged
-    when n is a multiple of `every`.
+    Every process of a job has the same shapes in the same order.
+
+    Args:
+      step: jitted, see `step.make_train_step`.
     """
 
-    def __init__(self, every: int, writer: MetricsWriter, speed: Speedometer, progress: Progress):
-        self._every, self._writer, self._speed, self._progress = every, writer, speed, progress
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+    def __init__(self, step: Callable[..., Any]):
+        self._step = step
+        self._compiled: dict[Any, Callable[..., Any]] = {}
 
-    def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Hands over the metrics of `step` (still being computed) and reads those of the step before."""
-        self.drain()
-        self._pending = (step, metrics)
+    def knows(self, batch: Mapping[str, jax.Array]) -> bool:
+        """Whether the step is compiled for a batch of this shape."""
+        return _shapes(batch) in self._compiled
 
-    def drain(self) -> None:
-        """Reads what is pending; called before anything is saved, so that no checkpoint is ahead of its metrics."""
-        if self._pending is None:
-            return
-        (step, metrics), self._pending = self._pending, None
-        loss = float(metrics["loss"])
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss of step {step} is {loss}; nothing after step {step - 1} was saved. Lower "
-                "config.optim.learning_rate, set config.optim.clip_norm, or look for bad records in the data"
-            )
-        if _is_due(step, self._every):
-            values = {f"train/{name}": float(value) for name, value in metrics.items()} | self._speed.read()
-            self._writer.write(step, values)
-            self._progress.log(step, values)
+    def compile(self, state: Any, batch: Mapping[str, jax.Array]) -> float:
+        """Compiles for batches of this shape, on all processes together; returns the seconds that it took."""
+        began = time.perf_counter()
+        self._compiled[_shapes(batch)] = self._step.lower(state, batch).compile()
+        meet(f"compiled {len(self._compiled)}")
+        return time.perf_counter() - began
+
+    def __call__(self, state: Any, batch: Mapping[str, jax.Array]) -> Any:
+        """One step, of a shape that is compiled."""
+        return self._compiled[_shapes(batch)](state, batch)
+
+
+def _shapes(batch: Mapping[str, jax.Array]) -> tuple[Any, ...]:
+    return tuple((name, array.shape, array.dtype) for name, array in batch.items())

@@ -13,6 +13,7 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from florence_jax.errors import UserError
 from florence_jax.jobs.hardware import PEAK_FLOPS
 
 
@@ -156,3 +157,41 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done every so many steps (0: never) is to be done after `step`."""
+    return every > 0 and step % every == 0
+
+
+class LateMetrics:
+    """Reads each step's metrics one step late, so that the device never waits for the host.
+
+    Every step's loss is checked; a non-finite one raises `UserError` naming the step. The values of step n are logged
+    when n is a multiple of `every`.
+    """
+
+    def __init__(self, every: int, writer: MetricsWriter, speed: Speedometer, progress: Progress):
+        self._every, self._writer, self._speed, self._progress = every, writer, speed, progress
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+
+    def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Hands over the metrics of `step` (still being computed) and reads those of the step before."""
+        self.drain()
+        self._pending = (step, metrics)
+
+    def drain(self) -> None:
+        """Reads what is pending; called before anything is saved, so that no checkpoint is ahead of its metrics."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        loss = float(metrics["loss"])
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of step {step} is {loss}; nothing after step {step - 1} was saved. Lower "
+                "config.optim.learning_rate, set config.optim.clip_norm, or look for bad records in the data"
+            )
+        if is_due(step, self._every):
+            values = {f"train/{name}": float(value) for name, value in metrics.items()} | self._speed.read()
+            self._writer.write(step, values)
+            self._progress.log(step, values)

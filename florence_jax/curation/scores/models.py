@@ -210,7 +210,7 @@ class PairModel:
 
     def __init__(self, task: Pretrain, params: Any, embeddings: bool = False):
         self.params, self._task, self._embeddings = params, task, embeddings
-        self._ops = parse_ops(task.config.data.eval_image_ops, {})
+        self._ops = parse_ops(task.eval_ops, {})
 
     def prepare(self, example: Pair) -> dict[str, np.ndarray]:
         """{"image": uint8 (res, res, 3), "text": int32 (L,)}. Raises UserError for a bad image or caption."""

@@ -37,12 +37,13 @@ from PIL import Image
 from configs.pretrain import get_config
 from florence_jax.data.ops.image import Decode
 from florence_jax.data.ops.parse import parse_ops
+from florence_jax.data.pipeline import Stream
 from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
-from florence_jax.tasks import create_task
-from florence_jax.tasks.base import Task
+from florence_jax.tasks.pretrain import Pretrain
 from florence_jax.tools.bench import timing
+from florence_jax.train.loop import open_stream
 
 JPEG_QUALITY = 90
 NOISE = 14.0  # grey levels: 500x375 then takes 70 to 80 kB, within the range of ImageNet pictures of that size
@@ -122,11 +123,12 @@ def measure(records: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict
         path = Path(folder) / "records.array_record"
         write_array_record(str(path), records)
         config = make_config(str(path), args)
-        task, augment = create_task(config), make_augment(config.data.train_image_ops)
+        task = Pretrain(config)
+        augment = make_augment(task.train_ops)
         for _ in range(args.rounds):
             decode.append(time_loop(decode_image, images, args.images))
             image_ops.append(time_loop(augment, images, args.images))
-            pipeline.append(time_pipeline(task, args))
+            pipeline.append(time_pipeline(open_stream(config, task, task.train_data()), args))
     decode_wall, decode_cpu = np.median(decode, axis=0)
     image_ops_wall, image_ops_cpu = np.median(image_ops, axis=0)
     pipeline_wall, pipeline_cpu = np.median(pipeline, axis=0)
@@ -177,9 +179,8 @@ def time_loop(function: Callable[[bytes], Any], images: Sequence[bytes], count: 
     return (time.perf_counter() - wall) / count, (time.process_time() - cpu) / count
 
 
-def time_pipeline(task: Task, args: argparse.Namespace) -> tuple[float, float]:
+def time_pipeline(stream: Stream, args: argparse.Namespace) -> tuple[float, float]:
     """(seconds, processor seconds of this process) per image of the training stream."""
-    stream = task.train_stream(0)
     batches = -(-args.images // args.batch)
     for _ in range(1 + args.workers):
         next(stream)

@@ -18,6 +18,7 @@ optimizer state are split over the devices, otherwise replicated.
 
 import argparse
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class DeviceStep:
         ema = config.optim.ema_decay > 0
         make = jax.jit(lambda key: init_state(trainer.task.init(key), trainer.optimizer, ema=ema))
         self._state = jax.device_put(make(jax.random.key(0)), trainer.shardings)
-        self._batch = jax.device_put(random_batch(trainer.task.batch_shapes()), batch_sharding(trainer.mesh))
+        self._batch = jax.device_put(random_batch(trainer.task.batches[0]), batch_sharding(trainer.mesh))
         self._step = trainer.make_step()
 
     def __call__(self) -> None:
@@ -103,7 +104,7 @@ class DeviceStep:
         jax.block_until_ready((self._state, metrics))
 
 
-def random_batch(shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+def random_batch(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
     """Random pairs, all of different captions."""
     rng = np.random.default_rng(0)
     size, texts = shapes["label"].shape
