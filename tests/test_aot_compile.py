@@ -5,6 +5,7 @@ The TPU compiler itself (pip install libtpu) is used where it is installed; ever
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from configs.classify import get_config as classify_config
 from configs.pretrain import get_config
 from florence_jax.errors import UserError
 from florence_jax.params.rules import path_string
@@ -208,6 +210,26 @@ def test_batch_shapes_are_those_of_the_stream(tmp_path):
     }
 
 
+def test_preflight_of_fine_tuning_needs_neither_weights_nor_data():
+    config = classify_config("protocol=finetune_unicl,res=64")
+    config.init, config.data.train, config.model.variant = "", "", "ti"
+    config.model.overrides.update(TINY_MODEL | {"window": 8})
+    config.batch_size, config.total_steps = 16, 10
+    found = aot_compile.preflight(config, topologies.find("v5e:2x4"), 0.5, devices=jax.devices())
+    assert found["fits"] and found["batch"] == 16 and (found["task"], found["variant"]) == ("classify", "ti")
+    (bucket,) = found["buckets"]
+    assert bucket["inputs"]["image"] == [64, 64, 3] and bucket["hbm"] == found["hbm"]
+    assert re.search(r"bucket 0 +image 64x64x3, ", table(found))
+    with pytest.raises(UserError, match="--bucket=1: batches have 1 shapes"):
+        aot_compile.preflight(config, topologies.find("v5e:2x4"), 0.5, devices=jax.devices(), bucket=1)
+    config.init = "nowhere"
+    with pytest.raises(UserError, match="no weights at nowhere.*--config.init= --config.model.variant=NAME"):
+        aot_compile.task_of(config)
+    config.init, config.total_steps = "", 0
+    with pytest.raises(UserError, match="give --config.total_steps=N"):
+        aot_compile.task_of(config)
+
+
 # -- the search -------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +248,8 @@ class Measure:
         micro = config.grad_cache.micro_batch if "grad_cache" in config else 0
         self.asked.append((remat, micro))
         peak = 1 + MEMORY[remat] * (micro or local)
-        return {"fits": peak <= self.capacity, "hbm": {"peak": peak}, "remat": remat, "micro_batch": micro}
+        found = {"fits": peak <= self.capacity, "hbm": {"peak": peak}, "remat": remat, "micro_batch": micro}
+        return found | {"batch_per_chip": local}
 
 
 @pytest.fixture

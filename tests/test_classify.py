@@ -258,7 +258,9 @@ def test_stacked_layers_get_their_own_factor():
 def classify(protocol, workdir, weights, pictures, *options):
     data = "test" if protocol in ("zeroshot", "fewshot") else "train"
     fixed = ["--config.eval.batch_size=24", f"--config.init={weights}", f"--config.data.{data}={pictures}"]
-    return run_main(f"--config=configs/classify.py:protocol={protocol}", *fixed, f"--workdir={workdir}", *options)
+    return run_main(
+        f"--config=configs/classify.py:protocol={protocol},runlocal", *fixed, f"--workdir={workdir}", *options
+    )
 
 
 def result(workdir):
@@ -285,7 +287,7 @@ def test_zero_shot_on_twenty_images(zero_shot):
 
 
 def test_fine_tuning_with_the_unicl_loss(weights, pictures, tmp_path, capsys):
-    options = ["--config.epochs=3", "--config.optim.learning_rate=0.01", "--config.data.workers=0"]
+    options = ["--config.epochs=3", "--config.total_steps=0", "--config.optim.learning_rate=0.01"]
     options += ["--config.optim.layer_decay=0.8", "--config.optim.ema_decay=0.5", "--config.wise_ft=(0.5,)"]
     assert classify("finetune_unicl", tmp_path / "run", weights, pictures, *options) == 0
     found = result(tmp_path / "run")
@@ -304,7 +306,7 @@ def test_fine_tuning_with_the_unicl_loss(weights, pictures, tmp_path, capsys):
 
 
 def test_linear_head_learns_the_colours_and_spares_the_text_tower(weights, pictures, tmp_path):
-    options = ["--config.epochs=8", "--config.optim.learning_rate=0.02", "--config.data.workers=0"]
+    options = ["--config.epochs=8", "--config.total_steps=0", "--config.optim.learning_rate=0.02"]
     options += ["--config.forgetting.source=", "--config.eval.every=0"]
     assert classify("finetune_linear", tmp_path / "run", weights, pictures, *options) == 0
     assert result(tmp_path / "run")["eval/test/top1"] >= 0.75
@@ -356,7 +358,7 @@ def image_only(weights, tmp_path_factory):
 
 @pytest.mark.parametrize("protocol", ["probe", "finetune_linear"])
 def test_weights_without_a_text_tower(image_only, pictures, tmp_path, protocol):
-    options = ["epochs=1", "optim.layer_decay=0.8", "data.workers=0"]
+    options = ["epochs=1", "total_steps=0", "optim.layer_decay=0.8"]
     assert classify(protocol, tmp_path / "run", image_only, pictures, *(f"--config.{o}" for o in options)) == 0
     headline = {"probe": "probe/top1", "finetune_linear": "test/top1"}[protocol]
     assert 0 <= result(tmp_path / "run")[f"eval/{headline}"] <= 1

@@ -10,14 +10,21 @@ from configs.common import parse_arg
 from configs.pretrain import get_config
 from florence_jax.errors import UserError
 from florence_jax.models.sizes import VARIANTS
-from florence_jax.tasks import create_task
+from florence_jax.tasks import TASKS, create_task
+from florence_jax.tasks.finetune import FineTune
+from florence_jax.tasks.pretrain import Pretrain
 from florence_jax.train.loop import run
 from florence_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 TRAINING = ("pretrain",)
-# These start from other runs or from raw data: test_classify.py, test_index.py and test_curation_sample.py run them.
+# These start from other runs or from raw data: test_classify.py, test_index.py and test_curation_sample.py run each of
+# their protocols, at this size.
 ELSEWHERE = ("classify", "retrieve", "curate")
+SCHEMA = {
+    "data": {"train", "test", "train_ops", "eval_ops", "workers", "cache", "on_corrupt"},
+    "eval": {"every", "batch_size", "source"},
+}
 
 
 def test_every_config_file_is_known_here():
@@ -30,13 +37,25 @@ def test_smoke_test_size_builds(name):
     assert importlib.import_module(f"configs.{name}").get_config("runlocal").lock().is_locked
 
 
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_one_schema(name):
+    get = importlib.import_module(f"configs.{name}").get_config
+    for protocol in TASKS[name]:
+        config = get(f"protocol={protocol}" if protocol else None)
+        assert config.task == name and config.get("protocol", "") == protocol
+        for part, keys in SCHEMA.items():
+            assert set(config[part]) - {"captions"} == keys
+        assert config.mode == ("train" if issubclass(TASKS[name][protocol], (Pretrain, FineTune)) else "eval")
+
+
 @pytest.mark.parametrize("name", TRAINING)
 def test_runlocal_runs(name, tmp_path):
     config = importlib.import_module(f"configs.{name}").get_config("runlocal")
     config.total_steps, config.optim.warmup_steps, config.log.every = 2, 0, 1
     config.data.train = tiny_pairs(tmp_path / "pairs")  # no evaluation: it has tests of its own
-    config.lock()
+    before = config.lock().to_dict()
     assert run(config, create_task(config), tmp_path) == 0
+    assert config.to_dict() == before  # a task reads it, and no more
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 

@@ -115,8 +115,10 @@ def test_several_captions_in_either_field(field):
 
 
 def retrieve(protocol, workdir, weights, *options):
-    fixed = [f"--config.init={weights}", "--config.eval.batch_size=24", "--config.data.workers=0"]
-    return run_main(f"--config=configs/retrieve.py:protocol={protocol}", *fixed, f"--workdir={workdir}", *options)
+    fixed = [f"--config.init={weights}", "--config.eval.batch_size=24"]
+    return run_main(
+        f"--config=configs/retrieve.py:protocol={protocol},runlocal", *fixed, f"--workdir={workdir}", *options
+    )
 
 
 def test_zero_shot_retrieval_on_twenty_images(weights, pictures, tmp_path):
@@ -140,7 +142,11 @@ def test_retrieval_starts_from_the_moving_average(weights, pictures):
 
 def test_fine_tuned_retrieval_on_a_split_file(weights, pictures, tmp_path):
     file = split_file(tmp_path / "d.json")
-    options = [f"--config.data.train=karpathy:{file}:train+restval@{pictures}", "--config.epochs=2"]
+    options = [
+        f"--config.data.train=karpathy:{file}:train+restval@{pictures}",
+        "--config.epochs=2",
+        "--config.total_steps=0",
+    ]
     options += [f"--config.eval.source=karpathy:{file}:test@{pictures}"]
     assert retrieve("finetune", tmp_path / "run", weights, *options) == 0
     found = json.loads((tmp_path / "run" / "result.json").read_text())

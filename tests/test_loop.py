@@ -64,7 +64,7 @@ def test_a_run_leaves_its_files(finished):
     assert {"train/loss", "train/floor", "perf/step_seconds", "perf/data_wait_share"} <= lines[0].keys()
     result = json.loads((finished / "result.json").read_text())
     assert result["step"] == 8 and 0 <= result["eval/held_out/i2t_r@10"] <= 1
-    assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [6, 8]
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["6", "8", "model.json"]
     assert next((finished / "tensorboard").glob("events*")).stat().st_size > 0
 
 
@@ -295,7 +295,7 @@ def test_non_finite_loss_names_the_step_and_saves_nothing(pairs, tmp_path):
     config = tiny_config(pairs)
     with pytest.raises(UserError, match="loss of step 1 is nan"):
         run(config, Poisoned(config), tmp_path)
-    assert not list((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["model.json"]
 
 
 def test_corrupt_record_is_counted_and_skipped_or_an_error(tmp_path):

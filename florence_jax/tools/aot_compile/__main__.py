@@ -5,10 +5,16 @@
     python -m florence_jax.tools.aot_compile --config=... --topology=v5e:16x16 --search
     python -m florence_jax.tools.aot_compile --config=... --topology=v5e:16x16 --slices=2
     python -m florence_jax.tools.aot_compile --config=... --topology=v5p:4x8x8 --shardings=FILE
+    python -m florence_jax.tools.aot_compile --config=configs/classify.py:protocol=finetune_unicl,res=512 \
+        --config.init= --config.model.variant=H --config.data.train= --config.total_steps=1560 --topology=v5p:4x8x8
 
 Takes the configuration, with its --config.x= options, that would be trained. A table goes to stderr and one JSON line
 to stdout; the exit code is 0 where the step fits, 1 where it does not. The compiler is the one a TPU would use: it
 fails where the chip's memory would not be enough. It needs libtpu (pip install '.[aot]').
+
+Any configuration that trains is compiled, for every shape of its batches (--bucket=N: for one of them). Neither weights
+nor data are needed: where a configuration starts from weights, --config.init= --config.model.variant=NAME; where it
+counts epochs, --config.data.train= --config.total_steps=N (with data, a batch is at most as large as they are).
 
 The FLOPs come from the model (the compiler's own count takes the body of a scan once), and the expected step time is
 those at a given --mfu, not a measurement.
@@ -19,10 +25,11 @@ the parameters as JSON and compiles nothing; it does not need libtpu.
 """
 
 import copy
+import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,14 +45,16 @@ from florence_jax.models.sizes import resolve_config
 from florence_jax.params.rules import path_string
 from florence_jax.params.sharding import BATCH_AXES, batch_sharding, mesh_sizes, param_shardings
 from florence_jax.tasks import create_task
+from florence_jax.tasks.base import Task
 from florence_jax.tools.aot_compile import report, topologies
 from florence_jax.tools.aot_compile.topologies import Topology
-from florence_jax.train.loop import Trainer
+from florence_jax.train.loop import Trainer, variants
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Slice to compile for: KIND:SHAPE in chips, for example v5p:4x8x8.")
 _SLICES = flags.DEFINE_integer("slices", 1, "How many such slices, joined by the data centre's network.")
 _MFU = flags.DEFINE_float("mfu", 0.4, "Share of the chip's peak at which to state the step time.", 0.001, 1.0)
 _SEARCH = flags.DEFINE_bool("search", False, "Find the lightest remat policy and the largest micro-batch that fit.")
+_BUCKET = flags.DEFINE_integer("bucket", None, "Compile for this shape of the batch only; default: for each.")
 _SHARDINGS = flags.DEFINE_string("shardings", None, "Only write the parameters' partition as JSON to this file.")
 # By what they compute twice: nothing; the attention core; all but linear layers and attention; everything.
 LIGHTEST_FIRST = ("none", "attention", "dots", "block")
@@ -64,17 +73,21 @@ def main(argv: Sequence[str]) -> None:
         if _SHARDINGS.value:
             write_shardings(config, topology.chips, Path(_SHARDINGS.value))
             return
-        report = search(config, topology, _MFU.value) if _SEARCH.value else preflight(config, topology, _MFU.value)
+        compile_all = functools.partial(preflight, bucket=_BUCKET.value)
+        measure = functools.partial(search, measure=compile_all) if _SEARCH.value else compile_all
+        result = measure(config, topology, _MFU.value)
     except UserError as error:
         fail(error)
     except OSError as error:
         fail(UserError(f"{error}; choose a writable --shardings file"))
-    print(report.table(report), file=sys.stderr, flush=True)
-    print(json.dumps(report), flush=True)
-    sys.exit(0 if report["fits"] else 1)
+    print(report.table(result), file=sys.stderr, flush=True)
+    print(json.dumps(result), flush=True)
+    sys.exit(0 if result["fits"] else 1)
 
 
-def preflight(config: ConfigDict, topology: Topology, mfu: float, devices: list[Any] | None = None) -> dict[str, Any]:
+def preflight(
+    config: ConfigDict, topology: Topology, mfu: float, devices: list[Any] | None = None, bucket: int | None = None
+) -> dict[str, Any]:
     """Compiles the training step of `config` for `topology` and reports.
 
     Args:
@@ -82,74 +95,111 @@ def preflight(config: ConfigDict, topology: Topology, mfu: float, devices: list[
       topology: slice; gives the chip's memory and peak.
       mfu: at which to state the step time.
       devices: to compile for; default: the slice's, from libtpu.
+      bucket: the one shape of the batch to compile for; default: each.
 
     Returns:
-      {"topology", "slices", "chips", "mesh", "variant", "res", "dtype", "remat", "micro_batch" (0: no gradient cache),
-      "batch", "batch_per_chip", "parameters", "fits", "hbm": {"capacity", "arguments", "temporaries", "peak" (bytes a
-      chip), "share" (peak over capacity)}, "model_flops" (of a step, all chips), "collectives" (see
-      `aot_report.collectives`), "expected": {"mfu", "step_seconds", "examples_per_second_per_chip"},
-      "compile_seconds", "compiler"}. Where the step does not fit, "hbm" has only what the compiler says.
+      {"topology", "slices", "chips", "mesh", "task", "variant", "dtype", "remat", "micro_batch" (0: no gradient cache),
+      "batch", "batch_per_chip", "parameters", "fits", "buckets" (see `compile_bucket`), "hbm", "collectives" (of the
+      bucket that needs most), "model_flops" (of a step, all chips), "expected": {"mfu", "step_seconds",
+      "examples_per_second_per_chip"}, "compile_seconds", "compiler"}.
 
     Raises:
       UserError: for what the configuration gets wrong, a missing compiler included.
     """
     devices = topologies.devices(topology) if devices is None else devices
-    trainer = Trainer(config, create_task(config), Path(config.workdir), devices)
-    began = time.perf_counter()
-    hbm, found = compile_step(trainer)
-    hbm["capacity"] = topology.chip.hbm
-    if "peak" in hbm:
-        hbm["share"] = hbm["peak"] / hbm["capacity"]
-    flops = trainer.task.flops_per_example * config.batch_size
+    task = task_of(config)
+    chosen = range(len(task.batches)) if bucket is None else [bucket]
+    if bucket is not None and not 0 <= bucket < len(task.batches):
+        raise UserError(f"--bucket={bucket}: batches have {len(task.batches)} shapes, numbered from 0")
+    trainer = Trainer(config, task, Path(config.workdir), devices)
+    step = trainer.make_step()
+    buckets = [compile_bucket(trainer, step, number, topology) for number in chosen]
+    worst = max(buckets, key=lambda found: (not found["fits"], found["hbm"].get("peak", 0)))
+    flops = task.flops_per_example * task.plan.batch_size
     seconds = flops / (topology.chips * topology.chip.peak_flops * mfu)
     return describe(trainer, topology) | {
-        "fits": found is not None and hbm["share"] <= 1,
-        "hbm": hbm,
+        "fits": worst["fits"],
+        "buckets": buckets,
+        "hbm": worst["hbm"],
         "model_flops": flops,
-        "collectives": found or {},
+        "collectives": worst["collectives"],
         "expected": {
             "mfu": mfu,
             "step_seconds": seconds,
-            "examples_per_second_per_chip": config.batch_size / seconds / topology.chips,
+            "examples_per_second_per_chip": task.plan.batch_size / seconds / topology.chips,
         },
-        "compile_seconds": round(time.perf_counter() - began, 1),
+        "compile_seconds": round(sum(found["compile_seconds"] for found in buckets), 1),
         "compiler": f"libtpu {_version('libtpu')}, jax {jax.__version__}",
     }
 
 
+def task_of(config: ConfigDict) -> Task:
+    """The task of `config`; what it lacks of weights is said with the way around it."""
+    try:
+        return create_task(config)
+    except UserError as error:
+        if not config.init:
+            raise
+        way = "a preflight needs no weights: --config.init= --config.model.variant=NAME"
+        raise UserError(f"{error} ({way})") from error
+
+
 def describe(trainer: Trainer, topology: Topology) -> dict[str, Any]:
     """What was compiled."""
-    config, model = trainer.config, trainer.task.model.config
+    config, task = trainer.config, trainer.task
     cache = config.get("grad_cache") or {}
     return {
         "topology": topology.name,
         "slices": topology.slices,
         "chips": topology.chips,
         "mesh": dict(trainer.mesh.shape),
-        "variant": model.variant,
-        "res": model.res,
-        "dtype": model.dtype,
-        "remat": model.remat,
+        "task": task.name,
+        "variant": variants(task),
+        "dtype": config.precision,
+        "remat": towers_of(task)["overrides"].get("remat", "none"),
         "micro_batch": cache.get("micro_batch", 0),
-        "batch": config.batch_size,
-        "batch_per_chip": config.batch_size // topology.chips,
+        "batch": task.plan.batch_size,
+        "batch_per_chip": task.plan.batch_size // topology.chips,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(trainer.target["params"])),
     }
 
 
-def compile_step(trainer: Trainer) -> tuple[dict[str, int], dict[str, dict[str, int]] | None]:
-    """Compiles the trainer's step for its devices; nothing is allocated on them.
+def towers_of(task: Task) -> dict[str, Any]:
+    """The towers' part of a model's description."""
+    return task.description["parts"]["towers"]
+
+
+def compile_bucket(trainer: Trainer, step: Any, bucket: int, topology: Topology) -> dict[str, Any]:
+    """Compiles the trainer's step for its devices and one shape of the batch; nothing is allocated on them.
 
     Returns:
-      (bytes of memory on a device, collectives); the latter None where the memory is not enough.
+      {"bucket", "inputs" ({name: shape of one example}), "fits", "hbm": {"capacity", "arguments", "temporaries", "peak"
+      (bytes a chip), "share" (peak over capacity)}, "collectives" (see `report.collectives`), "compile_seconds"}. Where
+      the step does not fit, "hbm" has only what the compiler says, and "collectives" nothing.
     """
-    sharding = batch_sharding(trainer.mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        for name, leaf in trainer.task.batch_shapes().items()
+    began = time.perf_counter()
+    sharding, shapes = batch_sharding(trainer.mesh), trainer.task.batches[bucket]
+    batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in shapes.items()}
+    hbm, found = compile_step(trainer, step, batch)
+    hbm["capacity"] = topology.chip.hbm
+    if "peak" in hbm:
+        hbm["share"] = hbm["peak"] / hbm["capacity"]
+    return {
+        "bucket": bucket,
+        "inputs": {name: list(leaf.shape[1:]) for name, leaf in shapes.items()},
+        "fits": found is not None and hbm["share"] <= 1,
+        "hbm": hbm,
+        "collectives": found or {},
+        "compile_seconds": round(time.perf_counter() - began, 1),
     }
+
+
+def compile_step(
+    trainer: Trainer, step: Any, batch: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[dict[str, Any], dict[str, dict[str, int]] | None]:
+    """(bytes of memory on a device, collectives) of the step; the latter None where the memory is not enough."""
     with jax.set_mesh(trainer.mesh):  # Pallas kernels ask the mesh in context which chip they are compiled for
-        lowered = trainer.make_step().lower(trainer.target, batch)
+        lowered = step.lower(trainer.target, batch)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -194,22 +244,22 @@ def search(
         changed.model.overrides.remat = remat
         if "grad_cache" in changed:
             changed.grad_cache.micro_batch = micro_batch
-        report = measure(changed, topology, mfu)
-        short = {"remat": remat, "micro_batch": micro_batch, "fits": report["fits"], "peak": report["hbm"].get("peak")}
+        found = measure(changed, topology, mfu)
+        short = {"remat": remat, "micro_batch": micro_batch, "fits": found["fits"], "peak": found["hbm"].get("peak")}
         tried.append(short)
         print(json.dumps(short), file=sys.stderr, flush=True)
-        return report | {"tried": tried}
+        return found | {"tried": tried}
 
     policies = remat_policies(config)
     for remat in policies:
-        if (report := attempt(remat, 0))["fits"]:
-            return report
-    local = config.batch_size // topology.chips
+        if (found := attempt(remat, 0))["fits"]:
+            return found
+    local = found["batch_per_chip"]
     sizes = [size for size in range(1, local) if local % size == 0] if "grad_cache" in config else []
     for remat in policies:
         if best := largest_that_fits(sizes, lambda size, remat=remat: attempt(remat, size)):
             return best
-    return report | {"tried": tried}
+    return found | {"tried": tried}
 
 
 def largest_that_fits(sizes: list[int], attempt: Callable[[int], dict[str, Any]]) -> dict[str, Any] | None:
@@ -219,8 +269,8 @@ def largest_that_fits(sizes: list[int], attempt: Callable[[int], dict[str, Any]]
     low, high = 0, len(sizes)  # sizes[low] fits, sizes[high] does not
     while high - low > 1:
         middle = (low + high) // 2
-        if (report := attempt(sizes[middle]))["fits"]:
-            low, best = middle, report
+        if (found := attempt(sizes[middle]))["fits"]:
+            low, best = middle, found
         else:
             high = middle
     return best
@@ -229,9 +279,10 @@ def largest_that_fits(sizes: list[int], attempt: Callable[[int], dict[str, Any]]
 def remat_policies(config: ConfigDict) -> list[str]:
     """Those of `LIGHTEST_FIRST` that the model of `config` knows."""
     policies = []
+    towers = towers_of(task_of(config))
     for remat in LIGHTEST_FIRST:
         try:
-            resolve_config(config.model.variant, **{**config.model.overrides, "remat": remat})
+            resolve_config(towers["variant"], **{**towers["overrides"], "remat": remat})
         except UserError:
             continue
         policies.append(remat)
@@ -245,7 +296,7 @@ def shardings(config: ConfigDict, chips: int) -> dict[str, Any]:
       {"mesh": {axis: size}, "params": {path: [mesh axis or None for each axis of the tensor]}}.
     """
     sizes = mesh_sizes(config.mesh.data, config.mesh.fsdp, chips)
-    params = jax.eval_shape(create_task(config).init, jax.random.key(0))
+    params = jax.eval_shape(task_of(config).init, jax.random.key(0))
     placed = param_shardings(params, AbstractMesh(sizes, BATCH_AXES))
     leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(placed), strict=True)
     return {

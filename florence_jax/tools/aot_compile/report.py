@@ -169,9 +169,10 @@ def table(report: dict[str, Any]) -> str:
     slices = f"{report['slices']} slices of " if report["slices"] > 1 else ""
     rows = [
         ("slice", f"{slices}{report['topology']}, {report['chips']} chips, mesh " + _pairs(report["mesh"])),
-        ("model", f"{report['variant']} at {report['res']} px, {report['parameters'] / 1e6:.1f} M parameters"),
+        ("model", f"{report['task']} {report['variant']}, {report['parameters'] / 1e6:.1f} M parameters"),
         ("compute", f"{report['dtype']}, remat={report['remat']}, micro-batch {report['micro_batch'] or 'none'}"),
         ("batch", f"{report['batch']}, {report['batch_per_chip']} a chip"),
+        *((f"  bucket {found['bucket']}", _bucket(found)) for found in report["buckets"]),
         ("HBM", f"{_gib(memory['capacity'])} a chip"),
         ("  arguments", _gib(memory.get("arguments"))),
         ("  temporaries", _gib(memory.get("temporaries"))),
@@ -190,6 +191,12 @@ def table(report: dict[str, Any]) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _bucket(found: dict[str, Any]) -> str:
+    """A line about one shape of the batch."""
+    inputs = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in found["inputs"].items() if shape)
+    return f"{inputs}: {_gib(found['hbm'].get('peak'))}, {'fits' if found['fits'] else 'DOES NOT FIT'}"
 
 
 def _pairs(mapping: dict[str, int]) -> str:
