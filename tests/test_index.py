@@ -21,7 +21,7 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.retrieval import CaptionRetrieval, open_retrieval
 from florence_jax.page import Example
 from florence_jax.params.sharding import make_mesh
-from florence_jax.params.weights import load_parameters, make_description, save_pretrained
+from florence_jax.params.weights import load, make_description, save_pretrained
 from florence_jax.tasks import create_task
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.tools import index as tool
@@ -133,10 +133,10 @@ def test_retrieval_starts_from_the_moving_average(weights, pictures):
     config.init, config.eval.source = weights, pictures
     task = create_task(config.lock())
     fresh = jax.jit(task.init)(jax.random.key(1))
-    expected = load_parameters(weights, fresh)
+    expected = load(weights, fresh)
     jax.tree.map(np.testing.assert_array_equal, task.start(fresh), expected)
     jax.tree.map(np.testing.assert_array_equal, task.load(make_mesh(-1, 1)), expected)
-    last = load_parameters(weights, fresh, average=False)
+    last = load(weights, fresh, average=False)
     assert np.allclose(jax.tree.leaves(expected)[0], 1.5 * jax.tree.leaves(last)[0])
 
 

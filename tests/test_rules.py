@@ -30,13 +30,13 @@ def test_rules_of_another_form_are_one_message(rules):
         match_rules(rules, TREE, what="test")
 
 
-def test_spare_rules_may_decide_nothing_but_every_leaf_has_one():
-    assert match_rules(((r"c", 0), (r".*", 1)), TREE, what="test", spare=True) == {
-        "a": {"kernel": 1, "bias": 1},
+def test_default_rules_may_decide_nothing_but_every_leaf_has_one():
+    assert match_rules(((r"a/.*", 2),), TREE, what="test", defaults=((r"c", 0), (r".*", 1))) == {
+        "a": {"kernel": 2, "bias": 2},
         "b": {"kernel": 1},
     }
     with pytest.raises(UserError, match="parameters without a rule: a/bias"):
-        match_rules(((r"c", 0), (r".*/kernel", 1)), TREE, what="test", spare=True)
+        match_rules((), TREE, what="test", defaults=((r"c", 0), (r".*/kernel", 1)))
 
 
 @pytest.mark.parametrize("variant", ["ti", "T", "H"])

@@ -104,13 +104,14 @@ class Checkpoints:
             "same command again: it resumes from the last complete checkpoint"
         )
 
-    def restore(self, target: Any, step: int | None = None) -> Any:
+    def restore(self, target: Any, step: int | None = None, *, partial: bool = False) -> Any:
         """Reads a checkpoint into the structure, dtypes and shardings of `target`.
 
         Args:
           target: tree of `jax.ShapeDtypeStruct` with shardings (or arrays); may be a part of what was saved, such as
             `{"params": ...}` alone.
           step: which checkpoint; default the newest.
+          partial: what `target` has may be a part of what was saved at any depth; nothing else is read.
 
         Raises:
           UserError: if there is none, if names or shapes differ (all differences are listed), or if the storage does
@@ -122,7 +123,7 @@ class Checkpoints:
             raise UserError(f"no complete checkpoint in {self.directory}: train first, or point at a finished run")
         try:
             with _quiet_failure():
-                return self._read(target, step)
+                return self._read(target, step, partial)
         except (UserError, MemoryError, jax.errors.JaxRuntimeError):
             raise  # none of them says that the files are damaged
         except Exception as error:  # TensorStore and Orbax raise every kind for damaged files
@@ -134,11 +135,11 @@ class Checkpoints:
                 ) from error
         raise UnreadableCheckpoint(f"checkpoint {self.directory}/{step} is damaged: {first}")
 
-    def _read(self, target: Any, step: int) -> Any:
+    def _read(self, target: Any, step: int, partial: bool) -> Any:
         metadata = self._manager.item_metadata(step)
         if not metadata:
             raise UnreadableCheckpoint(f"checkpoint {self.directory}/{step} is damaged: its list of arrays is missing")
-        self._check_match(target, step)
+        self._check_match(target, step, partial)
         kinds = {_name(path): leaf.dtype for path, leaf in _leaves(metadata)}
         wanted = jax.tree_util.tree_map_with_path(
             lambda path, x: jax.ShapeDtypeStruct(x.shape, kinds[_name(path)], sharding=x.sharding), dict(target)
@@ -153,6 +154,11 @@ class Checkpoints:
         )
         expected = state.pop(DIGEST, {})
         found = _all_digests(state)
+        for root in expected if partial else ():
+            there = sorted(name for name in kinds if name == root or name.startswith(f"{root}/"))
+            places = {name: i for i, name in enumerate(there)}
+            read = sorted(_name(path) for path, _ in jax.tree_util.tree_leaves_with_path({root: state[root]}))
+            expected[root] = expected[root][[places[name] for name in read]]
         if bad := [root for root in expected if not np.array_equal(expected[root], found[root])]:
             raise UnreadableCheckpoint(
                 f"checkpoint {self.directory}/{step} is damaged: the checksums of {', '.join(bad)} are not those of "
@@ -181,17 +187,6 @@ class Checkpoints:
         self._manager.reload()
         return str(aside)
 
-    def entries(self, root: str) -> tuple[str, ...]:
-        """Names directly under `root` in the newest checkpoint, such as the towers under 'params'.
-
-        Raises:
-          UserError: if there is no checkpoint.
-        """
-        if (step := self.latest_step()) is None:
-            raise UserError(f"no complete checkpoint in {self.directory}: train first, or point at a finished run")
-        paths = (_name(path).split("/") for path, _ in _leaves(self._manager.item_metadata(step)))
-        return tuple(dict.fromkeys(path[1] for path in paths if path[0] == root and len(path) > 1))
-
     def shapes(self, root: str) -> dict[str, tuple[int, ...]]:
         """Shape of every leaf under `root` in the newest checkpoint, by path, such as 'image/norm/scale'.
 
@@ -204,13 +199,14 @@ class Checkpoints:
         prefix = f"{root}/"
         return {name.removeprefix(prefix): shape for name, shape in found.items() if name.startswith(prefix)}
 
-    def _check_match(self, target: Any, step: int) -> None:
-        """Compares names and shapes of the parameters before anything is read."""
+    def _check_match(self, target: Any, step: int, partial: bool) -> None:
+        """Compares names and shapes of the parameters before anything is read; if partial, of those of `target`."""
         saved = {_name(p): tuple(m.shape) for p, m in _leaves(self._manager.item_metadata(step))}
         wanted = {_name(p): tuple(leaf.shape) for p, leaf in _leaves(target)}
         roots = {name.split("/", 1)[0] for name in wanted}
         lines = [f"{n}: not in the checkpoint" for n in sorted(wanted.keys() - saved.keys())]
-        lines += [f"{n}: not in the model" for n in sorted(saved.keys() - wanted.keys()) if n.split("/", 1)[0] in roots]
+        others = () if partial else sorted(saved.keys() - wanted.keys())
+        lines += [f"{n}: not in the model" for n in others if n.split("/", 1)[0] in roots]
         lines += [
             f"{n}: {saved[n]} in the checkpoint, {wanted[n]} in the model"
             for n in sorted(wanted.keys() & saved.keys())

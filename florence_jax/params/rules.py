@@ -1,7 +1,7 @@
 """Parameter policy by path: one function that maps regular expressions on parameter paths to values."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -9,17 +9,24 @@ import jax
 from florence_jax.errors import UserError
 
 T = TypeVar("T")
+Rules = Sequence[tuple[str, T]]
 
 
 class Policy(NamedTuple):
-    """What happens to the parameters of a task, by path; each a sequence of (pattern, value), see `match_rules`.
+    """What a task wants of its parameters: rules by path, each ((pattern, value), ...).
+
+    A run's configuration is asked first (`optim.lr_rules`, `optim.decay_rules`, `mesh.sharding_rules`), then the task's
+    policy, then the project's own rules, which have an answer for every path; the first match wins.
 
     Attributes:
-      lr: multipliers of the learning rate. decay: whether weights decay. (): the project's own rules.
+      lr: multiplier of the learning rate; 0 freezes; a tuple has one for each of the blocks stacked along axis 0.
+      decay: whether weight decay applies.
+      sharding: see `sharding.SHARDING_RULES`.
     """
 
-    lr: Sequence[tuple[str, Any]] = ()
-    decay: Sequence[tuple[str, Any]] = ()
+    lr: Rules[float | tuple[float, ...]] = ()
+    decay: Rules[bool] = ()
+    sharding: Rules[int | str] = ()
 
 
 def path_string(path: Sequence[Any]) -> str:
@@ -27,40 +34,52 @@ def path_string(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def match_rules(rules: Sequence[tuple[str, T]], params: Any, *, what: str, spare: bool = False) -> Any:
+def first_match(rules: Rules[Any], what: str) -> Callable[[str], int | None]:
+    """A function from a whole path to the number of the first rule whose pattern matches it, None if none does.
+
+    Raises:
+      UserError: for rules of another form; `what` they are for is said in the message.
+    """
+    try:
+        compiled = [re.compile(pattern) for pattern, _ in rules]
+    except (re.error, TypeError, ValueError) as error:
+        raise UserError(f"{what} rules {rules!r}: {error}; write (('PATTERN', VALUE), ...)") from error
+    return lambda name: next((i for i, pattern in enumerate(compiled) if pattern.fullmatch(name)), None)
+
+
+def match_rules(rules: Rules[T], params: Any, *, what: str, defaults: Rules[T] = ()) -> Any:
     """Gives every leaf of `params` the value of the first rule whose pattern matches its whole path.
 
     Args:
       rules: (regular expression, value) pairs, tried in order against paths like 'image/stage0/plain/attn/qkv/kernel'.
+        Somebody wrote them for this model, so that one that decides nothing is a mistake.
       params: a nested dict of arrays or shapes.
       what: what the rules are for ('weight decay'), used in messages.
-      spare: whether a rule may decide nothing. For this project's own rules, which fit every model, also one without a
-        text tower; never for rules that somebody wrote for one model.
+      defaults: rules tried after these. They fit many models, so that any may decide nothing.
 
     Returns:
       A tree shaped like `params` with a rule's value at every leaf.
 
     Raises:
-      UserError: if a leaf matches no rule, or a rule decides no leaf and `spare` is off; all offenders are listed. Also
-        for rules of another form.
+      UserError: if a leaf matches no rule, or one of `rules` decides no leaf; all offenders are listed. Also for rules
+        of another form.
     """
-    try:
-        compiled = [(re.compile(pattern), value) for pattern, value in rules]
-    except (re.error, TypeError, ValueError) as error:
-        raise UserError(f"{what} rules {rules!r}: {error}; write (('PATTERN', VALUE), ...)") from error
-    used = [0] * len(compiled)
+    find, given = first_match(rules, what), len(rules)
+    find_default = first_match(defaults, what)
+    used = [0] * given
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     values, orphans = [], []
     for path, _ in leaves:
         name = path_string(path)
-        hit = next((i for i, (pattern, _) in enumerate(compiled) if pattern.fullmatch(name)), None)
-        if hit is None:
+        if (hit := find(name)) is not None:
+            used[hit] += 1
+            values.append(rules[hit][1])
+        elif (hit := find_default(name)) is not None:
+            values.append(defaults[hit][1])
+        else:
             orphans.append(name)
             values.append(None)
-        else:
-            used[hit] += 1
-            values.append(compiled[hit][1])
-    idle = [] if spare else [rules[i][0] for i, count in enumerate(used) if not count]
+    idle = [rules[i][0] for i, count in enumerate(used) if not count]
     if orphans or idle:
         parts = []
         if orphans:
@@ -69,3 +88,28 @@ def match_rules(rules: Sequence[tuple[str, T]], params: Any, *, what: str, spare
             parts.append("rules that decide no parameter: " + ", ".join(repr(r) for r in idle))
         raise UserError(f"{what} rules do not fit the model; " + "; ".join(parts))
     return jax.tree_util.tree_unflatten(structure, values)
+
+
+def split(params: Mapping[str, Any], names: Collection[str], prefix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the rest, the leaves with these paths) of a nested dict, as nested dicts without empty ones."""
+    rest: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
+    for key, value in params.items():
+        name = prefix + key
+        if isinstance(value, Mapping):
+            inner = split(value, names, f"{name}/")
+            rest |= {key: inner[0]} if inner[0] else {}
+            chosen |= {key: inner[1]} if inner[1] else {}
+        elif name in names:
+            chosen[key] = value
+        else:
+            rest[key] = value
+    return rest, chosen
+
+
+def overlay(params: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`params` with the leaves of `over` in place of its own, or beside them."""
+    out = dict(params)
+    for key, value in over.items():
+        out[key] = overlay(out[key], value) if isinstance(out.get(key), Mapping) else value
+    return out

@@ -130,7 +130,7 @@ def param_shardings(params: Any, mesh: Mesh, rules: Any = SHARDING_RULES) -> Any
       UserError: listing every tensor whose named axis does not divide by the `fsdp` size: never a silent replica.
     """
     fsdp = mesh.shape["fsdp"]
-    axes = match_rules(rules, params, what="sharding", spare=rules is SHARDING_RULES)
+    axes = match_rules((), params, what="sharding", defaults=rules)
     offenders = []
 
     def place(path: Any, leaf: Any, axis: int | str) -> NamedSharding:

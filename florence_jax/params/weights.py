@@ -1,22 +1,26 @@
 """Parameters with their description: a checkpoint folder that says what it holds and what for, in `model.json`."""
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
+from jax.sharding import NamedSharding
 
 from florence_jax.errors import UserError
 from florence_jax.files import write_bytes
-from florence_jax.models.resize import resize_bias_tables, resize_position_embedding
 from florence_jax.params.checkpoint import Checkpoints
-from florence_jax.params.rules import path_string
+from florence_jax.params.rules import Rules, first_match, path_string
+from florence_jax.params.sharding import place, replicated
 
 MODEL_FILE = "model.json"
 FORMAT = 1
+ACTIONS = ("read", "new", "adapt")  # what `load` does with a parameter
 TOKENIZER_BYTES = 16 * 2**20  # a larger file is not copied beside model.json, only named
 COMPANIONS = {"vocab.json": ("merges.txt",)}  # files that a tokenizer's file is of no use without
 
@@ -187,99 +191,188 @@ def describe(init: str) -> Description:
     return found
 
 
-def load_parameters(
-    folder: str, like: Mapping[str, Any], new: tuple[str, ...] = (), average: bool = True
+def load(
+    folder: str,
+    like: Mapping[str, Any],
+    rules: Rules[str] = ((".*", "read"),),
+    adapt: Callable[[str, np.ndarray, Any], np.ndarray | None] | None = None,
+    average: bool = True,
 ) -> dict[str, Any]:
     """Parameters of the newest checkpoint, on the devices of `like`.
 
-    Bias tables and position embeddings of another window or image size are resized (bicubic); everything else must
-    have its shape.
+    Only the leaves that are needed are read, each straight to its place. A folder may hold more parts (top-level
+    entries) than `like` has: those are left.
 
     Args:
       folder: that holds the checkpoints.
       like: arrays, or `jax.ShapeDtypeStruct` with shardings.
-      new: top-level entries that are not read, but taken from `like`; and, where the checkpoint has them, left there.
-      average: take the moving average where the run kept one.
+      rules: (pattern, what) pairs, the first match of a leaf's whole path wins: 'read'; 'new', taken from `like`, and
+        where the folder holds it, left there; 'adapt', read, and where its shape is another, put through `adapt`.
+      adapt: `adapt(path, saved, like) -> array of the shape of like`, or None where it cannot; a model's method.
+      average: take the moving average where the run kept one (of what it trained; the rest never changed).
 
     Raises:
-      UserError: for missing, unknown and mis-shaped parameters, all in one message.
+      UserError: for missing, unknown and mis-shaped parameters, and leaves without a rule, all in one message.
     """
     checkpoints = Checkpoints(folder, read_only=True)
     try:
-        part = "ema" if average and checkpoints.entries("ema") else "params"
-        saved = checkpoints.shapes(part)
-        wanted = {name: tree for name, tree in like.items() if name not in new}
-
-        def target(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-            name = path_string(path)
-            shape = saved.get(name, leaf.shape) if _resizable(name) else leaf.shape
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
-
-        tree = jax.tree_util.tree_map_with_path(target, wanted)
-        ignored = {name: shape for name, shape in saved.items() if name.split("/")[0] in new}
-        for name, shape in ignored.items():
-            _insert(tree, name, jax.ShapeDtypeStruct(shape, np.float32, sharding=jax.tree.leaves(like)[0].sharding))
-        read = checkpoints.restore({part: tree})[part]
+        saved = {name: ("params", shape) for name, shape in checkpoints.shapes("params").items()}
+        if average:
+            saved |= {name: ("ema", shape) for name, shape in checkpoints.shapes("ema").items()}
+        wanted = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
+        read, changed, fresh, wrong = _sorted_out(wanted, saved, rules)
+        adapted, failed = _adapted(checkpoints, changed, wanted, saved, adapt)
+        if wrong := sorted(wrong + failed):
+            raise UserError(
+                f"the weights in {folder} do not fit the model; {len(wrong)} mismatches: {'; '.join(wrong)}. Use the "
+                "model they were trained with, or rules that say what is new"
+            )
+        values = {name: wanted[name] for name in fresh} | adapted
+        values |= _read(checkpoints, {name: wanted[name] for name in read}, saved)
     finally:
         checkpoints.close()
-    read = {name: read[name] for name in wanted}
-    fitted = jax.tree_util.tree_map_with_path(_fitted, read, wanted)
-    return fitted | {name: like[name] for name in new if name in like}
+    if adapted or fresh:
+        tops = "".join(
+            f", {len(names)} {how} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+            for how, names in (("adapted", adapted), ("new", fresh))
+            if names
+        )
+        _say(f"weights of {folder}: {len(read)} parameters read{tops}")
+    return jax.tree_util.tree_map_with_path(lambda path, _: values[path_string(path)], dict(like))
+
+
+def _sorted_out(
+    wanted: Mapping[str, Any], saved: Mapping[str, tuple[str, tuple[int, ...]]], rules: Rules[str]
+) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Paths to read as they are, to adapt, and to take new; and what is wrong with the others, a line each."""
+    if unknown := sorted({str(how) for _, how in rules} - set(ACTIONS)):
+        raise UserError(f"rules for loading weights: unknown {', '.join(unknown)}; choose of {', '.join(ACTIONS)}")
+    find = first_match(rules, "loading")
+    read, changed, fresh, wrong = [], [], [], []
+    for name, leaf in wanted.items():
+        hit = find(name)
+        how, shape = None if hit is None else rules[hit][1], saved.get(name, (None, None))[1]
+        if how is None:
+            wrong.append(f"{name}: no rule for it")
+        elif how == "new":
+            fresh.append(name)
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                wrong.append(f"{name}: new, but there are no values to take")
+        elif shape is None:
+            wrong.append(f"{name}: not in the checkpoint")
+        elif shape == tuple(leaf.shape):
+            read.append(name)
+        elif how == "adapt":
+            changed.append(name)
+        else:
+            wrong.append(f"{name}: {shape} in the checkpoint, {tuple(leaf.shape)} in the model")
+    parts = {name.split("/", 1)[0] for name in wanted}
+    for name in saved.keys() - wanted.keys():
+        hit = find(name)
+        if name.split("/", 1)[0] in parts and (hit is None or rules[hit][1] != "new"):
+            wrong.append(f"{name}: not in the model")
+    return read, changed, fresh, wrong
+
+
+def _adapted(
+    checkpoints: Checkpoints,
+    names: Sequence[str],
+    wanted: Mapping[str, Any],
+    saved: Mapping[str, tuple[str, tuple[int, ...]]],
+    adapt: Callable[[str, np.ndarray, Any], np.ndarray | None] | None,
+) -> tuple[dict[str, jax.Array], list[str]]:
+    """Arrays of another shape in that of the model; and a line for each that cannot be."""
+
+    def whole(leaf: Any) -> Any:
+        sharding = leaf.sharding
+        return replicated(sharding.mesh) if isinstance(sharding, NamedSharding) else sharding
+
+    shapes = {n: jax.ShapeDtypeStruct(saved[n][1], wanted[n].dtype, sharding=whole(wanted[n])) for n in names}
+    adapted, failed = {}, []
+    for name, value in _read(checkpoints, shapes, saved).items():
+        leaf = wanted[name]
+        target = leaf
+        if isinstance(leaf, jax.Array):  # whole on every process, as `adapt` may take rows of it
+            target = np.asarray(jax.jit(jnp.copy, out_shardings=whole(leaf))(leaf))
+        made = None if adapt is None else adapt(name, np.asarray(value), target)
+        if made is None or made.shape != leaf.shape:
+            failed.append(f"{name}: {value.shape} in the checkpoint cannot be made {tuple(leaf.shape)} of the model")
+        else:
+            adapted[name] = place(made.astype(leaf.dtype), leaf.sharding)
+    return adapted, failed
+
+
+def _read(
+    checkpoints: Checkpoints, shapes: Mapping[str, Any], saved: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> dict[str, jax.Array]:
+    """The leaves with these paths, in these shapes, dtypes and places."""
+    target: dict[str, Any] = {}
+    for name, leaf in shapes.items():
+        parent = target.setdefault(saved[name][0], {})
+        *above, last = name.split("/")
+        for part in above:
+            parent = parent.setdefault(part, {})
+        parent[last] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    if not target:
+        return {}
+    found = checkpoints.restore(target, partial=True)
+    return {path_string(path[1:]): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+
+
+def _of_names(node: Any, names: Collection[str], prefix: str = "") -> Any:
+    """An optimizer's state without the leaves of other paths; what is no dict keeps its length, as it was saved so."""
+    if isinstance(node, Mapping):
+        found = {key: _of_names(value, names, f"{prefix}{key}/") for key, value in node.items()}
+        return {key: value for key, value in found.items() if jax.tree.leaves(value)}
+    if isinstance(node, tuple):
+        keys = getattr(node, "_fields", range(len(node)))
+        found = [_of_names(value, names, f"{prefix}{key}/") for key, value in zip(keys, node, strict=True)]
+        return type(node)(*found) if hasattr(node, "_fields") else tuple(found)
+    return node if prefix.rstrip("/") in names else {}
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Prints a line, once: evaluators that compare with the start load it again."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def load_optimizer(init: str, like: Any) -> Any:
     """The optimizer state of the newest checkpoint of a run, to go on with the same moments in another stage.
 
-    The learning-rate schedule keeps the count of `like`, that is, starts anew. Moments of bias tables and position
-    embeddings whose shape is another now start at zero: a resized second moment could be negative.
+    The learning-rate schedule keeps the count of `like`, that is, starts anew. Moments start at zero where that run has
+    none (it froze the parameter), or of another shape now: a resized second moment could be negative.
 
     Args:
       init: as for `checkpoint_folder`.
       like: the fresh state, placed on the devices.
 
     Raises:
-      UserError: no checkpoint, or one of another optimizer or architecture.
+      UserError: no checkpoint, or one of another optimizer.
     """
-    checkpoints = Checkpoints(checkpoint_folder(init), read_only=True)
+    folder = checkpoint_folder(init)
+    checkpoints = Checkpoints(folder, read_only=True)
     try:
         saved = checkpoints.shapes("opt_state")
-
-        def target(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-            name = path_string(path)
-            shape = saved.get(name, leaf.shape) if _resizable(name) else leaf.shape
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
-
-        read = checkpoints.restore({"opt_state": jax.tree_util.tree_map_with_path(target, like)})["opt_state"]
+        leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+        names = [path_string(path) for path, _ in leaves]
+        fresh = dict(zip(names, (leaf for _, leaf in leaves), strict=True))
+        if missing := [name for name, leaf in fresh.items() if not leaf.shape and name not in saved]:
+            raise UserError(
+                f"the optimizer state in {folder} is of another optimizer: it lacks {', '.join(missing)}; leave out "
+                "--config.init_optimizer"
+            )
+        known = {name: leaf for name, leaf in fresh.items() if saved.get(name) == tuple(leaf.shape)}
+        read = checkpoints.restore({"opt_state": _of_names(like, known)}, partial=True)["opt_state"]
     finally:
         checkpoints.close()
+    if len(known) < len(names):
+        _say(f"optimizer state of {folder}: {len(known)} arrays read, {len(names) - len(known)} start at zero")
+    fresh |= {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(read)}
+    state = jax.tree_util.tree_unflatten(structure, list(fresh.values()))
 
     def choose(fresh: Any, old: Any) -> Any:
-        return fresh if isinstance(fresh, optax.ScaleByScheduleState) or fresh.shape != old.shape else old
+        return fresh if isinstance(fresh, optax.ScaleByScheduleState) else old
 
-    return jax.tree.map(choose, like, read, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
-
-
-def _insert(tree: dict[str, Any], path: str, leaf: Any) -> None:
-    *parents, last = path.split("/")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-    tree[last] = leaf
-
-
-def _resizable(name: str) -> bool:
-    return name.endswith(("relative_position_bias_table", "image/position_embedding"))
-
-
-def _fitted(path: Any, leaf: jax.Array, like: Any) -> jax.Array:
-    """A leaf of the checkpoint in the shape of `like`."""
-    if leaf.shape == like.shape:
-        return leaf
-    name = path_string(path)
-    if name == "image/position_embedding":
-        table = resize_position_embedding(np.asarray(leaf), round((like.shape[0] - 1) ** 0.5))
-    else:
-        last = "relative_position_bias_table"
-        table = resize_bias_tables({last: np.asarray(leaf)}, (round(like.shape[-2] ** 0.5) + 1) // 2)[last]
-    if table.shape != like.shape:
-        raise UserError(f"{name}: {leaf.shape} in the checkpoint cannot be resized to {like.shape} of the model")
-    return jax.device_put(table, like.sharding)
+    return jax.tree.map(choose, like, state, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))

@@ -17,12 +17,14 @@ from florence_jax.models.base import Model
 from florence_jax.models.layers import unit_norm
 from florence_jax.models.sizes import VARIANTS, resolve_config
 from florence_jax.params.sharding import param_shardings
-from florence_jax.params.weights import Description, describe, load_parameters
+from florence_jax.params.weights import Description, describe, load
 
 # Channel statistics of ImageNet, in units of a full-scale pixel.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 DEFAULT_TOKENIZER = "sentencepiece"  # the shipped one
+# For `params.weights.load`: what depends on the image size is resized where it differs; all else must have its shape.
+RESIZED = ((r".*/relative_position_bias_table|image/position_embedding", "adapt"), (".*", "read"))
 
 
 class Encoder:
@@ -111,10 +113,11 @@ class Encoder:
         return {"variant": self.variant, "overrides": self.overrides, "entries": entries}
 
     def load(self, like: Mapping[str, Any], new: tuple[str, ...] = ()) -> dict[str, Any]:
-        """The folder's parameters on the devices of `like`, see `params.weights.load_parameters`."""
+        """The folder's parameters on the devices of `like`, but for the entries `new`; see `params.weights.load`."""
         if not self.description.folder:
             raise UserError("no weights to load: give them with --config.init=DIR")
-        return load_parameters(self.description.folder, like, (*new, *(() if "head" in like else ("head",))))
+        rules = (*((f"{name}(/.*)?", "new") for name in new), *RESIZED)
+        return load(self.description.folder, like, rules, self.model.adapt)
 
     def load_on(self, mesh: Mesh) -> dict[str, Any]:
         """The folder's parameters, sharded over a mesh."""

@@ -30,9 +30,9 @@ from florence_jax.models.base import Model
 from florence_jax.models.flops import forward_flops
 from florence_jax.params.rules import Policy
 from florence_jax.params.sharding import ambient_batch_axes, param_shardings
-from florence_jax.params.weights import checkpoint_folder, load_parameters, make_description
+from florence_jax.params.weights import checkpoint_folder, load, make_description
 from florence_jax.tasks.base import Params, Plan, Task, make_identity, make_plan
-from florence_jax.tasks.encoder import build_model, normalise
+from florence_jax.tasks.encoder import RESIZED, build_model, normalise
 
 # CLIP's bounds of the learned logit scale (the logarithm of the multiplier), applied after each update.
 LOGIT_SCALE_RANGE = (0.0, float(np.log(100.0)))
@@ -125,7 +125,7 @@ class Pretrain(Task):
 
     def start(self, params: Params) -> Params:
         """The parameters of the run `config.init`, bias tables resized where the window is another."""
-        return load_parameters(checkpoint_folder(self.config.init), params, average=False)
+        return load(checkpoint_folder(self.config.init), params, RESIZED, self.model.adapt, average=False)
 
     def load(self, mesh: Mesh) -> Params:
         """The parameters of `config.init`: the moving average where that run kept one."""
@@ -133,7 +133,7 @@ class Pretrain(Task):
         like = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(shapes, mesh)
         )
-        return load_parameters(checkpoint_folder(self.config.init), like)
+        return load(checkpoint_folder(self.config.init), like, RESIZED, self.model.adapt)
 
     def loss(
         self, params: Params, batch: dict[str, jax.Array], key: jax.Array

@@ -12,9 +12,9 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Evaluator
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.models.base import Model
-from florence_jax.params.weights import checkpoint_folder, load_parameters, make_description
+from florence_jax.params.weights import checkpoint_folder, load, make_description
 from florence_jax.tasks.base import Params, Plan, Suite, make_identity, make_plan
-from florence_jax.tasks.encoder import Encoder, open_encoder
+from florence_jax.tasks.encoder import RESIZED, Encoder, open_encoder
 from florence_jax.tasks.pretrain import Pretrain, open_held_out
 
 
@@ -117,7 +117,7 @@ class FineTuneRetrieval(Pretrain):
         """The parameters of `config.init`: the moving average where that run kept one, as everywhere but in training
         that goes on.
         """
-        return load_parameters(checkpoint_folder(self.config.init), params)
+        return load(checkpoint_folder(self.config.init), params, RESIZED, self.model.adapt)
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
         """See `pretrain.open_held_out`."""

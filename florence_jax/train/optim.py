@@ -62,8 +62,8 @@ def make_optimizer(
         raise UserError(f"optim.mu_dtype={optim.mu_dtype!r}: choose one of {', '.join(MU_DTYPES)}")
     schedule = make_schedule(optim, total_steps)
     given = optim.get("decay_rules")
-    decay = match_rules(given or DECAY_RULES, params, what="weight decay", spare=not given)
-    multiplier = match_rules(optim.get("lr_rules") or ((".*", 1.0),), params, what="learning rate")
+    decay = match_rules(given or (), params, what="weight decay", defaults=DECAY_RULES)
+    multiplier = match_rules(optim.get("lr_rules") or (), params, what="learning rate", defaults=((".*", 1.0),))
     parts = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm else []
     parts += [
         optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps, mu_dtype=optim.mu_dtype),
