@@ -80,11 +80,15 @@ def common(workdir: str) -> ConfigDict:
             "mesh": {
                 "data": -1,  # -1: all remaining devices
                 "fsdp": 1,  # devices that parameters, gradients and optimizer state are split over
+                "sharding_rules": (),  # ((path pattern, axis | 'largest' | 'replicate'), ...), before the task's
                 "fsdp_across_slices": False,  # may fsdp reach over the slow network between TPU slices, GPU nodes
             },
             "optim": {
                 "learning_rate": 5e-4,
-                "final_fraction": 0.01,  # the cosine ends at this fraction of learning_rate
+                "schedule": "cosine",  # 'cosine' | 'linear' | 'steps', after the warm-up
+                "final_fraction": 0.01,  # cosine and linear end at this fraction of learning_rate
+                "step_at": (0.67, 0.92),  # steps: shares of total_steps after which the rate is multiplied ...
+                "step_factor": 0.1,  # ... by this
                 "warmup_steps": 0,
                 "b1": 0.9,
                 "b2": 0.98,
@@ -93,8 +97,8 @@ def common(workdir: str) -> ConfigDict:
                 "weight_decay": 0.1,
                 "clip_norm": 1.0,  # 0: no clipping
                 "ema_decay": 0.0,  # 0: no moving average
-                "decay_rules": (),  # ((path pattern, bool), ...), first match wins; (): train/optim.py's rules
-                "lr_rules": (),  # ((path pattern, multiplier), ...); 0 freezes
+                "decay_rules": (),  # ((path pattern, bool), ...), first match wins, before the task's and the project's
+                "lr_rules": (),  # ((path pattern, multiplier), ...) likewise; 0 freezes
             },
             "checkpoint": {
                 "every": 1000,

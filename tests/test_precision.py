@@ -130,7 +130,7 @@ def test_first_moment_in_bfloat16():
     for dtype in ("float32", "bfloat16"):
         optim = common("unused").optim
         optim.update(mu_dtype=dtype, decay_rules=((".*", True),))
-        optimizer, _ = make_optimizer(optim, 10, params)
+        optimizer = make_optimizer(optim, 10, params).transform
         state = optimizer.init(params)
         for _ in range(3):
             updates[dtype], state = optimizer.update(grads, state, params)

@@ -83,15 +83,76 @@ def test_optimizer_state_follows_its_parameters(problem):
     assert placed["step"].spec == PartitionSpec()
 
 
-def test_indivisible_tensors_are_all_named():
-    params = {
-        "a": {"kernel": jnp.ones((4, 6))},
-        "b": {"kernel": jnp.ones((4, 10)), "token_embedding": jnp.ones((8, 3))},
-        "logit_scale": jnp.ones(()),
-    }
+def moments(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]
+
+
+@pytest.mark.parametrize("kind", ["multi_transform", "masked"])
+def test_moments_of_a_wrapped_optimizer_follow_their_parameters(kind):
+    """The structure of the state is another than that of the parameters."""
+    params = {"a": {"kernel": jnp.ones((2, 4)), "scale": jnp.ones(4)}, "b": {"kernel": jnp.ones((3, 8))}}
+    if kind == "multi_transform":
+        optimizer = optax.multi_transform({"x": optax.adam(1e-3), "y": optax.sgd(0.1, 0.9)}, {"a": "x", "b": "y"})
+    else:
+        optimizer = optax.masked(optax.adam(1e-3), {"a": True, "b": False})
+    mesh = make_mesh(4, 2)
+    state = init_state(params, optimizer, ema=False)
+    shardings = state_shardings(state, param_shardings(params, mesh), mesh)
+    placed = jax.device_put(state, shardings)
+    sharded = [leaf for leaf in moments(placed["opt_state"]) if leaf.ndim == 2]
+    assert len(sharded) == (3 if kind == "multi_transform" else 2)
+    for leaf in sharded:
+        assert leaf.sharding.spec == PartitionSpec(None, "fsdp")
+        assert leaf.addressable_shards[0].data.size == leaf.size // 2
+
+
+def test_an_array_of_the_state_without_a_parameter_is_an_error():
+    params = {"a": {"kernel": jnp.ones((2, 4))}}
+    mesh = make_mesh(4, 2)
+    opt_state = {"factors": {"a": {"kernel": jnp.ones(2)}}, "history": jnp.ones((5, 3)), "count": jnp.ones(())}
     with pytest.raises(UserError) as error:
-        param_shardings(params, make_mesh(2, 4))
-    assert "a/kernel (4, 6) axis -1" in str(error.value) and "b/kernel (4, 10)" in str(error.value)
+        state_shardings({"params": params, "opt_state": opt_state}, param_shardings(params, mesh), mesh)
+    assert "opt_state/history (5, 3)" in str(error.value)
+    assert "opt_state/factors/a/kernel (2,), which is not the (2, 4) of a/kernel" in str(error.value)
+    assert "count" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "shape,split",
+    [
+        ((64, 1), ("fsdp", None)),
+        ((64, 27), ("fsdp", None)),
+        ((1024, 3129), ("fsdp", None)),
+        ((6, 64, 27), (None, "fsdp", None)),
+        ((64, 8), (None, "fsdp")),
+        ((3, 3, 5, 7), ()),  # small, and 2 divides none
+    ],
+)
+def test_heads_of_any_width_are_split_where_they_can_be(shape, split):
+    params = {"head": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
+    assert param_shardings(params, make_mesh(4, 2))["head"]["kernel"].spec == PartitionSpec(*split)
+
+
+def test_what_cannot_be_split_is_all_named():
+    shapes = {
+        "a": {"kernel": (513, 1027)},
+        "b": {"kernel": (4, 10), "token_embedding": (9, 3)},
+        "c": {"weight": (4, 6)},
+    }
+    params = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple)
+    )
+    with pytest.raises(UserError) as error:
+        param_shardings(params, make_mesh(2, 4), (("b/kernel", -1),), (("c/.*", -1),))
+    for line in ("a/kernel (513, 1027) largest", "b/kernel (4, 10) axis -1", "b/token_embedding (9, 3) axis 0"):
+        assert line in str(error.value)
+    assert "c/weight (4, 6) axis -1" in str(error.value)
+    given = (("a/.*", "replicate"), ("b/kernel", 0), (".*/token_embedding", "largest"), ("c/weight", 0))
+    found = param_shardings(params, make_mesh(2, 4), given, (("c/.*", -1),))
+    assert found["c"]["weight"].spec == PartitionSpec("fsdp", None) and found["a"]["kernel"].spec == PartitionSpec()
+    assert found["b"]["token_embedding"].spec == PartitionSpec()
+    with pytest.raises(UserError, match="sharding rules do not fit the model; rules that decide no parameter: 'd/.*'"):
+        param_shardings(params, make_mesh(1, 1, jax.devices()[:1]), (("d/.*", 0),))
 
 
 # -- several slices ---------------------------------------------------------------------------------------------------

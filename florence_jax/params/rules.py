@@ -90,6 +90,47 @@ def match_rules(rules: Rules[T], params: Any, *, what: str, defaults: Rules[T] =
     return jax.tree_util.tree_unflatten(structure, values)
 
 
+def lr_multipliers(rules: Rules[Any], params: Any, policy: Policy) -> Any:
+    """The multiplier of the learning rate of each parameter, a tree like `params`: 1 where no rule says otherwise.
+
+    Args:
+      rules: of the configuration, `optim.lr_rules`.
+      params: the parameters, or their shapes.
+      policy: of the task.
+    """
+    return match_rules(rules, params, what="learning rate", defaults=(*policy.lr, (".*", 1.0)))
+
+
+def frozen_paths(multiplier: Any) -> frozenset[str]:
+    """Paths of the parameters whose multiplier, from `lr_multipliers`, is 0.
+
+    Raises:
+      UserError: if some of the blocks of a stacked parameter are to be frozen, and some not.
+    """
+    frozen, mixed = set(), []
+    for path, value in jax.tree_util.tree_leaves_with_path(multiplier, is_leaf=lambda node: isinstance(node, tuple)):
+        zeros = [factor == 0 for factor in (value if isinstance(value, tuple) else (value,))]
+        if all(zeros):
+            frozen.add(path_string(path))
+        elif any(zeros):
+            mixed.append(path_string(path))
+    if mixed:
+        raise UserError(
+            f"a learning rate of 0 for some of the stacked blocks of {', '.join(mixed)}: they can be frozen together, "
+            "or one by one with --config.model.overrides.scan=False"
+        )
+    return frozenset(frozen)
+
+
+def frozen_entries(rules: Rules[Any], params: Mapping[str, Any], policy: Policy) -> frozenset[str]:
+    """Top-level names all of whose parameters are frozen: such a part runs as in evaluation, without stochastic depth.
+
+    Arguments as for `lr_multipliers`.
+    """
+    rest, _ = split(params, frozen_paths(lr_multipliers(rules, params, policy)))
+    return frozenset(params.keys() - rest.keys())
+
+
 def split(params: Mapping[str, Any], names: Collection[str], prefix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
     """(the rest, the leaves with these paths) of a nested dict, as nested dicts without empty ones."""
     rest: dict[str, Any] = {}

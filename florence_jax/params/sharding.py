@@ -9,6 +9,7 @@ the fast links only, and once a step the gradients' shards cross the slow networ
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,16 +17,19 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from florence_jax.errors import UserError
-from florence_jax.params.rules import match_rules, path_string
+from florence_jax.params.rules import Rules, match_rules, path_string
 
 BATCH_AXES = ("data", "fsdp")
-# A rule's value names the axis of the tensor to split over `fsdp` (negative counts from the end), or 'replicate'.
-# Matrices and convolutions split their output channels; vectors, tables and the scalar are small and replicated.
-SHARDING_RULES = (
-    (r".*/kernel", -1),
+# A rule's value names the axis of the tensor to split over `fsdp` (negative counts from the end); or 'replicate'; or
+# 'largest': the last axis if fsdp divides it, else the largest axis that it divides, else whole on every device if the
+# tensor has less than `SMALL` bytes. Matrices and convolutions so split their output channels, and heads of 1, 27 or
+# 3,129 outputs their input channels; what is known to be small stays whole.
+SHARDING_RULES: Rules[int | str] = (
+    (r"(.*/)?(bias|scale|logit_scale|relative_position_bias_table|position_embedding|class_embedding)", "replicate"),
     (r".*/token_embedding", 0),
-    (r".*", "replicate"),
+    (r".*", "largest"),
 )
+SMALL = 2**20
 
 
 def mesh_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
@@ -123,21 +127,29 @@ def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def param_shardings(params: Any, mesh: Mesh, rules: Any = SHARDING_RULES) -> Any:
+def param_shardings(params: Any, mesh: Any, rules: Rules[int | str] = (), policy: Rules[int | str] = ()) -> Any:
     """A `NamedSharding` for every leaf of `params` (arrays or shapes) by the path rules.
 
+    Args:
+      params: the parameters, or their shapes.
+      mesh: a `Mesh` or `AbstractMesh`.
+      rules: of the run's configuration (`mesh.sharding_rules`), asked first; values as in `SHARDING_RULES`.
+      policy: of the task, asked next, before `SHARDING_RULES`.
+
     Raises:
-      UserError: listing every tensor whose named axis does not divide by the `fsdp` size: never a silent replica.
+      UserError: listing every tensor that cannot be split as its rule says: never a silent replica. Also for rules of
+        another form, or those of the configuration that decide nothing.
     """
     fsdp = mesh.shape["fsdp"]
-    axes = match_rules((), params, what="sharding", defaults=rules)
+    axes = match_rules(rules, params, what="sharding", defaults=(*policy, *SHARDING_RULES))
     offenders = []
 
-    def place(path: Any, leaf: Any, axis: int | str) -> NamedSharding:
-        if axis == "replicate" or fsdp == 1:
-            return replicated(mesh)
-        if leaf.shape[axis] % fsdp:
-            offenders.append(f"{path_string(path)} {tuple(leaf.shape)} axis {axis}")
+    def place(path: Any, leaf: Any, rule: int | str) -> NamedSharding:
+        axis = _axis(leaf, rule, fsdp)
+        if axis is None:
+            asked = rule if isinstance(rule, str) else f"axis {rule}"
+            offenders.append(f"{path_string(path)} {tuple(leaf.shape)} {asked}")
+        if not isinstance(axis, int) or fsdp == 1:
             return replicated(mesh)
         spec: list[str | None] = [None] * leaf.ndim
         spec[axis] = "fsdp"
@@ -146,17 +158,61 @@ def param_shardings(params: Any, mesh: Mesh, rules: Any = SHARDING_RULES) -> Any
     tree = jax.tree_util.tree_map_with_path(place, params, axes)
     if offenders:
         raise UserError(
-            f"not divisible by mesh.fsdp={fsdp}: {'; '.join(offenders)}; choose a smaller fsdp, another axis "
-            "or 'replicate'"
+            f"not divisible by mesh.fsdp={fsdp}: {'; '.join(offenders)}; choose a smaller fsdp, or another axis or "
+            "'replicate' for them with --config.mesh.sharding_rules=\"(('PATTERN', AXIS),)\""
         )
     return tree
 
 
-def state_shardings(state: Any, params_sharding: Any, mesh: Mesh) -> Any:
-    """Shardings of a whole train state: sub-trees shaped like the parameters follow them, the rest replicates."""
-    structure = jax.tree.structure(params_sharding)
+def _axis(leaf: Any, rule: int | str, fsdp: int) -> int | str | None:
+    """The axis to split, 'replicate', or None if the rule cannot be followed."""
+    if rule == "replicate":
+        return "replicate"
+    if rule == "largest":
+        if not leaf.ndim:
+            return "replicate"
+        if leaf.shape[-1] % fsdp == 0:
+            return leaf.ndim - 1
+        if divided := [axis for axis in range(leaf.ndim) if leaf.shape[axis] % fsdp == 0]:
+            return max(divided, key=lambda axis: (leaf.shape[axis], axis))
+        return "replicate" if math.prod(leaf.shape) * leaf.dtype.itemsize < SMALL else None
+    known = isinstance(rule, int) and -leaf.ndim <= rule < leaf.ndim
+    return rule if known and leaf.shape[rule] % fsdp == 0 else None
 
-    def is_params(node: Any) -> bool:
-        return jax.tree.structure(node) == structure
 
-    return jax.tree.map(lambda node: params_sharding if is_params(node) else replicated(mesh), state, is_leaf=is_params)
+def state_shardings(state: Mapping[str, Any], params_sharding: Any, mesh: Mesh) -> Any:
+    """Shardings of a whole train state: an array that belongs to a parameter lies as the parameter does.
+
+    It belongs to the parameter whose path is the end of its own ('opt_state/1/mu/image/norm/scale'), however the
+    optimizer wraps its state. Scalars are replicated.
+
+    Args:
+      state: the state, or its shapes; its "params" are the parameters.
+      params_sharding: of them, see `param_shardings`.
+      mesh: device mesh.
+
+    Raises:
+      UserError: listing every other array that is of no parameter, or not of its shape: never a silent replica.
+    """
+    shapes = {_names(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(state["params"])}
+    places = {_names(path): place for path, place in jax.tree_util.tree_leaves_with_path(params_sharding)}
+    offenders = []
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        names = _names(path)
+        owner = next((names[i:] for i in range(len(names)) if names[i:] in shapes), None)
+        if owner is not None and shapes[owner] == tuple(leaf.shape):
+            return places[owner]
+        if leaf.shape:
+            of = f", which is not the {shapes[owner]} of {'/'.join(owner)}" if owner else ""
+            offenders.append(f"{path_string(path)} {tuple(leaf.shape)}{of}")
+        return replicated(mesh)
+
+    tree = jax.tree_util.tree_map_with_path(place, state)
+    if offenders:
+        raise UserError(f"no parameter says how these arrays of the train state are split: {'; '.join(offenders)}")
+    return tree
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(path_string((entry,)) for entry in path)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from florence_jax.data.pipeline import TrainData
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
-from florence_jax.params.rules import Policy
+from florence_jax.params.rules import Policy, frozen_entries
 
 Params = dict[str, Any]
 WARMUP_SHARE = 0.1  # of a run that is counted in epochs: the most that its warm-up may take
@@ -84,9 +84,9 @@ class Task(Suite, Protocol):
     charts: Sequence[Chart] = ()
 
     @property
-    @abc.abstractmethod
     def policy(self) -> Policy:
-        """Learning rate, weight decay and sharding by the path of a parameter."""
+        """Learning rate, weight decay and sharding by the path of a parameter, after the configuration's own rules."""
+        return Policy()
 
     @property
     @abc.abstractmethod
@@ -118,6 +118,12 @@ class Task(Suite, Protocol):
         Raises:
           UserError: for a source that is not there.
         """
+
+
+def frozen_parts(task: Task, config: ConfigDict) -> frozenset[str]:
+    """Top-level entries of the parameters that this run does not train at all: they run as in evaluation."""
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    return frozen_entries(config.optim.lr_rules, shapes, task.policy)
 
 
 def make_plan(config: ConfigDict, examples: int | None = None) -> Plan:

@@ -21,7 +21,7 @@ from florence_jax.losses.unicl import unicl
 from florence_jax.models.flops import forward_flops
 from florence_jax.params.layer_decay import layer_decay_rules
 from florence_jax.params.rules import Policy
-from florence_jax.tasks.base import Params, Task, make_plan
+from florence_jax.tasks.base import Params, Task, frozen_parts, make_plan
 from florence_jax.tasks.classify import ClassificationSuite
 from florence_jax.tasks.pretrain import IN_BATCH, LOGIT_SCALE, clamp_logit_scale
 
@@ -31,7 +31,7 @@ HEAD_INITS = ("zeros", "text")
 class FineTune(ClassificationSuite, Task):
     """What both ways share: the plan, the layers' learning rates, the evaluators."""
 
-    frozen: tuple[str, ...] = ()  # entries of the parameters that the loss does not reach: decay must not either
+    unused: tuple[str, ...] = ()  # entries of the parameters that the loss does not reach
 
     def __init__(self, config: ConfigDict):
         super().__init__(config)
@@ -43,15 +43,21 @@ class FineTune(ClassificationSuite, Task):
 
     @functools.cached_property
     def policy(self) -> Policy:
-        """The rules of `config.optim`; without any, layer decay, and nothing for what is frozen."""
-        optim = self.config.optim
-        if optim.lr_rules:
-            return Policy(optim.lr_rules, optim.decay_rules)
+        """What the loss does not reach is frozen, the rest has layer decay."""
         shapes = jax.eval_shape(self.init, jax.random.key(0))
-        frozen = [name for name in shapes if name in self.frozen]
-        rest = {name: tree for name, tree in shapes.items() if name not in frozen}
-        rules = ((rf"{name}(/.*)?", 0.0) for name in frozen)
-        return Policy((*rules, *layer_decay_rules(rest, optim.layer_decay)), optim.decay_rules)
+        rest = {name: tree for name, tree in shapes.items() if name not in self.unused}
+        frozen = ((rf"{name}(/.*)?", 0.0) for name in self.unused)
+        return Policy(lr=(*frozen, *layer_decay_rules(rest, self.config.optim.layer_decay)))
+
+    @functools.cached_property
+    def frozen(self) -> frozenset[str]:
+        """See `frozen_parts`."""
+        return frozen_parts(self, self.config)
+
+    def encode(self, params: Params, inputs: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+        """The towers' outputs in training."""
+        train = "image" not in self.frozen
+        return self.encoder.model.apply(params, inputs, train=train, rngs={"drop_path": key})
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters of the towers."""
@@ -137,7 +143,7 @@ class FineTuneUniCL(FineTune):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """UniCL over images and class prompts, labels being classes."""
         inputs = {"image": self.encoder.normalise(batch["image"]), "text": batch["text"]}
-        out = self.encoder.model.apply(params, inputs, train=True, rngs={"drop_path": key})
+        out = self.encode(params, inputs, key)
         loss, metrics = unicl(out["image/embedding"], out["text/embedding"], batch["label"], out["logit_scale"])
         return loss, metrics | {"logit_scale": out["logit_scale"]}
 
@@ -157,8 +163,8 @@ class FineTuneLinear(FineTune):
         if config.head_init not in HEAD_INITS:
             raise UserError(f"config.head_init={config.head_init!r} is unknown; choose 'zeros' or 'text'")
         self.from_text = self.needs_text = config.head_init == "text"
-        unused = ("text", "text_projection", "logit_scale")
-        self.frozen = unused if self.from_text else (*unused, "image_projection")
+        others = ("text", "text_projection", "logit_scale")
+        self.unused = others if self.from_text else (*others, "image_projection")
         super().__init__(config)
         if config.wise_ft and not self.from_text:
             raise UserError("config.wise_ft with a linear head needs --config.head_init=text: a zero head is no start")
@@ -202,7 +208,7 @@ class FineTuneLinear(FineTune):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross entropy of the head; with several classes an image, of each class against the rest."""
         inputs = {"image": self.encoder.normalise(batch["image"])}
-        logits = self._head(params, self.encoder.model.apply(params, inputs, train=True, rngs={"drop_path": key}))
+        logits = self._head(params, self.encode(params, inputs, key))
         if self._known_classes.multi:
             known = (batch["label"] >= 0).astype(jnp.float32)
             entropy = optax.sigmoid_binary_cross_entropy(logits, (batch["label"] > 0).astype(jnp.float32))

@@ -28,10 +28,9 @@ from florence_jax.losses.grad_cache import encode_pairs
 from florence_jax.losses.unicl import unicl, unicl_sharded
 from florence_jax.models.base import Model
 from florence_jax.models.flops import forward_flops
-from florence_jax.params.rules import Policy
 from florence_jax.params.sharding import ambient_batch_axes, param_shardings
 from florence_jax.params.weights import checkpoint_folder, load, make_description
-from florence_jax.tasks.base import Params, Plan, Task, make_identity, make_plan
+from florence_jax.tasks.base import Params, Plan, Task, frozen_parts, make_identity, make_plan
 from florence_jax.tasks.encoder import RESIZED, build_model, normalise
 
 # CLIP's bounds of the learned logit scale (the logarithm of the multiplier), applied after each update.
@@ -91,10 +90,10 @@ class Pretrain(Task):
         """See `Task`."""
         return make_plan(self.config)
 
-    @property
-    def policy(self) -> Policy:
-        """The rules of `config.optim`."""
-        return Policy(self.config.optim.lr_rules, self.config.optim.decay_rules)
+    @functools.cached_property
+    def frozen(self) -> frozenset[str]:
+        """See `frozen_parts`."""
+        return frozen_parts(self, self.config)
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -144,13 +143,13 @@ class Pretrain(Task):
         by far the larger part of a step, learns from K descriptions at once. With `config.grad_cache.micro_batch` the
         towers run a micro-batch at a time: same value, same gradients.
         """
-        axes, cache = ambient_batch_axes(), self.config.grad_cache
+        axes, cache, train = ambient_batch_axes(), self.config.grad_cache, "image" not in self.frozen
         texts = batch["text"].shape[1]
 
         def encode(params: Any, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
             change = {"image": self._normalise, "text": lambda ids: ids.reshape(-1, ids.shape[-1])}  # (b K, L)
             inputs = {name: change[name](x) if name in change else x for name, x in inputs.items()}
-            out = self.model.apply(params, inputs, train=True, rngs={"drop_path": key})
+            out = self.model.apply(params, inputs, train=train, rngs={"drop_path": key})
             back = {"image/embedding": (-1,), "text/embedding": (-1, texts)}
             return {name: out[name].reshape(*back[name], out[name].shape[-1]) for name in back if name in out}
 

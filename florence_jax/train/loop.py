@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -39,7 +38,7 @@ from florence_jax.train.metrics import (
 )
 from florence_jax.train.optim import make_optimizer
 from florence_jax.train.report import results_table, write_report
-from florence_jax.train.state import eval_params, init_state
+from florence_jax.train.state import eval_params, eval_part, init_state, start_average
 from florence_jax.train.step import make_train_step
 from florence_jax.train.workdir import (
     check_same_run,
@@ -167,10 +166,9 @@ def variants(suite: Suite) -> str:
 
 
 def resolved_optim(config: ConfigDict, task: Task) -> ConfigDict:
-    """`config.optim` with what the task makes of it: warm-up steps, and rules by path."""
+    """`config.optim` with the task's warm-up steps."""
     optim = ConfigDict(config.optim.to_dict())
     optim.warmup_steps = task.plan.warmup_steps
-    optim.lr_rules, optim.decay_rules = tuple(task.policy.lr), tuple(task.policy.decay)
     return optim
 
 
@@ -200,8 +198,9 @@ class Trainer:
         _check_intervals(config)
         self.is_main = jax.process_index() == 0
         abstract = jax.eval_shape(task.init, jax.random.key(config.seed))
-        self.optimizer, self.schedule = make_optimizer(resolved_optim(config, task), task.plan.total_steps, abstract)
-        self._params_sharding = param_shardings(abstract, self.mesh)
+        optim, policy = resolved_optim(config, task), task.policy
+        self.optimizer = make_optimizer(optim, task.plan.total_steps, abstract, policy)
+        self._params_sharding = param_shardings(abstract, self.mesh, config.mesh.sharding_rules, policy.sharding)
         shapes = jax.eval_shape(self._fresh_state, jax.random.key(config.seed))
         self.shardings = state_shardings(shapes, self._params_sharding, self.mesh)
         self.target = jax.tree.map(
@@ -213,15 +212,15 @@ class Trainer:
         self._batch_sharding = batch_sharding(self.mesh)
 
     def _fresh_state(self, key: jax.Array) -> dict[str, Any]:
-        return init_state(self.task.init(key), self.optimizer, ema=self.config.optim.ema_decay > 0)
+        optimizer, ema = self.optimizer, self.config.optim.ema_decay > 0
+        return init_state(self.task.init(key), optimizer.transform, ema=ema, frozen=optimizer.frozen)
 
     # -- starting ---------------------------------------------------------------------------------------------------
 
     def restore_for_evaluation(self) -> None:
         """Loads only the parameters to evaluate, of the newest checkpoint."""
-        part = "ema" if self.config.optim.ema_decay > 0 else "params"
         checkpoints = Checkpoints(str(self.directory), read_only=True)
-        self.state = checkpoints.restore({"step": self.target["step"], part: self.target[part]})
+        self.state = checkpoints.restore(eval_part(self.target), partial=True)
         checkpoints.close()
 
     def _start(self, checkpoints: Checkpoints) -> int:
@@ -253,7 +252,7 @@ class Trainer:
             if self.config.init_optimizer:
                 state["opt_state"] = load_optimizer(self.config.init, state["opt_state"])
             if "ema" in state:
-                state["ema"] = jax.tree.map(jnp.copy, state["params"])
+                state["ema"] = start_average(state["params"], self.optimizer.frozen)
         return state
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -309,12 +308,13 @@ class Trainer:
         """The jitted train step; see `step.make_train_step`."""
         return make_train_step(
             self.task,
-            self.optimizer,
-            self.schedule,
+            self.optimizer.transform,
+            self.optimizer.schedule,
             seed=self.config.seed,
             ema_decay=self.config.optim.ema_decay,
             mesh=self.mesh,
             shardings=self.shardings,
+            frozen=self.optimizer.frozen,
         )
 
     def _steps(

@@ -1,6 +1,6 @@
-"""AdamW with per-path weight decay and learning rate, warm-up + cosine schedule, gradient clipping."""
+"""AdamW with weight decay and learning rate by path, frozen parts, warm-up and three schedules, gradient clipping."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -8,62 +8,97 @@ import optax
 from ml_collections import ConfigDict
 
 from florence_jax.errors import UserError
-from florence_jax.params.rules import match_rules
+from florence_jax.params.rules import Policy, Rules, frozen_paths, lr_multipliers, match_rules, split
 
 # Vectors (norm scales, biases), the bias tables, embeddings and the logit scale are not decayed (UniCL's intent).
-DECAY_RULES = (
+DECAY_RULES: Rules[bool] = (
     (r".*/(bias|scale)", False),
     (r".*/(relative_position_bias_table|position_embedding|token_embedding|class_embedding)", False),
     (r"logit_scale", False),
     (r".*", True),
 )
 MU_DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("cosine", "linear", "steps")
+NO_POLICY = Policy()
 
 
 def make_schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
-    """Linear warm-up over `optim.warmup_steps` to `optim.learning_rate`, then cosine to `optim.final_fraction` of it.
+    """Linear warm-up over `optim.warmup_steps` to `optim.learning_rate`, then `optim.schedule`.
+
+    'cosine' and 'linear' fall to `optim.final_fraction` of it at the last step; 'steps' stays, and is multiplied by
+    `optim.step_factor` at each of `optim.step_at`, shares of all steps.
 
     Raises:
-      UserError: if the warm-up does not end before the last step.
+      UserError: if the warm-up does not end before the last step; for an unknown schedule, and shares that do not
+        ascend between the end of the warm-up and 1.
     """
-    if not 0 <= optim.warmup_steps < total_steps:
-        raise UserError(
-            f"optim.warmup_steps={optim.warmup_steps} must be at least 0 and below total_steps={total_steps}"
+    peak, warmup = optim.learning_rate, optim.warmup_steps
+    if not 0 <= warmup < total_steps:
+        raise UserError(f"optim.warmup_steps={warmup} must be at least 0 and below total_steps={total_steps}")
+    if optim.schedule not in SCHEDULES:
+        raise UserError(f"optim.schedule={optim.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
+    if optim.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            init_value=0.0 if warmup else peak,
+            peak_value=peak,
+            warmup_steps=warmup,
+            decay_steps=total_steps,
+            end_value=peak * optim.final_fraction,
         )
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if optim.warmup_steps else optim.learning_rate,
-        peak_value=optim.learning_rate,
-        warmup_steps=optim.warmup_steps,
-        decay_steps=total_steps,
-        end_value=optim.learning_rate * optim.final_fraction,
-    )
+    if optim.schedule == "linear":
+        after = optax.linear_schedule(peak, peak * optim.final_fraction, total_steps - warmup)
+    else:
+        places = [round(share * total_steps) - warmup for share in optim.step_at]
+        if places != sorted(set(places)) or not all(0 < place < total_steps - warmup for place in places):
+            raise UserError(
+                f"optim.step_at={tuple(optim.step_at)}: shares of the {total_steps} steps, ascending, each after the "
+                f"{warmup} of the warm-up and below 1, such as (0.67, 0.92)"
+            )
+        after = optax.piecewise_constant_schedule(peak, dict.fromkeys(places, optim.step_factor))
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 
 
-def make_optimizer(
-    optim: ConfigDict, total_steps: int, params: Any
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
+class Optimizer(NamedTuple):
+    """What trains the parameters of a run.
+
+    Attributes:
+      transform: of the parameters that are trained, without the frozen ones.
+      schedule: learning rate by step.
+      frozen: paths of the parameters whose learning rate is 0: they have no gradient, no moments, no decay, no moving
+        average and no part in the clip norm. For `rules.split`.
+    """
+
+    transform: optax.GradientTransformation
+    schedule: optax.Schedule
+    frozen: frozenset[str]
+
+
+def make_optimizer(optim: ConfigDict, total_steps: int, params: Any, policy: Policy = NO_POLICY) -> Optimizer:
     """Builds the optimizer of a run.
 
     Args:
-      optim: `learning_rate`, `warmup_steps`, `final_fraction`, `b1`, `b2`, `eps`, `mu_dtype` (how the first moment is
-        stored, `MU_DTYPES`; computed in float32 either way), `weight_decay`, `clip_norm` (0 = off), `lr_rules`
-        ((pattern, multiplier) pairs; a multiplier of 0 freezes; a tuple has one for each of the blocks stacked along
-        axis 0), `decay_rules` likewise with booleans.
-      total_steps: length of the cosine.
+      optim: `learning_rate`, `warmup_steps`, `schedule` and what belongs to it (see `make_schedule`), `b1`, `b2`,
+        `eps`, `mu_dtype` (how the first moment is stored, `MU_DTYPES`; computed in float32 either way),
+        `weight_decay`, `clip_norm` (0 = off), `lr_rules` ((pattern, multiplier) pairs; a multiplier of 0 freezes; a
+        tuple has one for each of the blocks stacked along axis 0), `decay_rules` likewise with booleans.
+      total_steps: length of the schedule.
       params: the parameters, or their shapes.
-
-    Returns:
-      (optimizer, learning-rate schedule).
+      policy: the task's rules, asked after those of `optim`.
 
     Raises:
-      UserError: for an unknown `mu_dtype`, or a warm-up that is too long.
+      UserError: for an unknown `mu_dtype`, as `make_schedule` and `rules.match_rules`, or if nothing is trained.
     """
     if optim.mu_dtype not in MU_DTYPES:
         raise UserError(f"optim.mu_dtype={optim.mu_dtype!r}: choose one of {', '.join(MU_DTYPES)}")
     schedule = make_schedule(optim, total_steps)
-    given = optim.get("decay_rules")
-    decay = match_rules(given or (), params, what="weight decay", defaults=DECAY_RULES)
-    multiplier = match_rules(optim.get("lr_rules") or (), params, what="learning rate", defaults=((".*", 1.0),))
+    multiplier = lr_multipliers(optim.lr_rules, params, policy)
+    frozen = frozen_paths(multiplier)
+    decay = match_rules(optim.decay_rules, params, what="weight decay", defaults=(*policy.decay, *DECAY_RULES))
+    decay, multiplier = split(decay, frozen)[0], split(multiplier, frozen)[0]
+    if not multiplier:
+        raise UserError(
+            "the learning rate of all parameters is 0, so that nothing is trained: see config.optim.lr_rules"
+        )
     parts = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm else []
     parts += [
         optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps, mu_dtype=optim.mu_dtype),
@@ -71,13 +106,13 @@ def make_optimizer(
         scale_by_tree(multiplier),
         optax.scale_by_learning_rate(schedule),
     ]
-    return optax.chain(*parts), schedule
+    return Optimizer(optax.chain(*parts), schedule, frozen)
 
 
 def scale_by_tree(multiplier: Any) -> optax.GradientTransformation:
     """Multiplies each update by what stands at its place in `multiplier`.
 
-    A Python float (1.0 is a no-op, 0.0 freezes), or a tuple of them, one for each entry along the update's axis 0.
+    A Python float (1.0 is a no-op), or a tuple of them, one for each entry along the update's axis 0.
     """
 
     def scale(u: jax.Array, m: float | tuple[float, ...]) -> jax.Array:

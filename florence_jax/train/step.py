@@ -1,6 +1,6 @@
 """One optimizer step as a single jitted function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from florence_jax.params.rules import overlay, split
 from florence_jax.params.sharding import batch_sharding, replicated
 from florence_jax.tasks.base import Task
 
@@ -21,13 +22,14 @@ def make_train_step(
     ema_decay: float,
     mesh: Mesh,
     shardings: Any,
+    frozen: Collection[str] = (),
 ) -> Callable[[dict[str, Any], dict[str, jax.Array]], tuple[dict[str, Any], dict[str, jax.Array]]]:
     """Builds `step(state, batch) -> (state, metrics)`; the old state's buffers are donated.
 
     The step's random key is `fold_in(key(seed), step)`, so a resumed run draws what an undisturbed one would. After
     the update the task may project the parameters (the logit-scale clamp) and, with `ema_decay` > 0, the moving
-    average follows. Metrics are float32 scalars: the task's own, `loss`, `grad_norm` (before clipping),
-    `learning_rate`, `skipped_records` (corrupt records passed over since the start).
+    average follows. Metrics are float32 scalars: the task's own, `loss`, `grad_norm` (of what is trained, before
+    clipping), `learning_rate`, `skipped_records` (corrupt records passed over since the start).
 
     Args:
       task: gives the loss and the projection.
@@ -36,19 +38,26 @@ def make_train_step(
       ema_decay: of the moving average; 0 when the state has none.
       mesh: device mesh; batches arrive sharded over it.
       shardings: the state's, from `sharding.state_shardings`.
+      frozen: paths of the parameters that are not differentiated and stay bit for bit as they are.
     """
+
+    def loss_of(trained: Any, still: Any, batch: dict[str, jax.Array], key: jax.Array) -> Any:
+        return task.loss(overlay(still, trained), batch, key)
 
     def step(state: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         batch = dict(batch)
+        trained, still = split(state["params"], frozen)
         skipped = state["skipped_records"] + batch.pop("corrupt").sum()
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # seen by `sharding.ambient_batch_axes` and the model
-            (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state["params"], batch, key)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = task.project(optax.apply_updates(state["params"], updates))
+            (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, still, batch, key)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], trained)
+        projected = task.project(overlay(still, optax.apply_updates(trained, updates)))
+        trained = split(projected, frozen)[0]
+        params = overlay(still, trained)
         new = {"step": state["step"] + 1, "skipped_records": skipped, "params": params, "opt_state": opt_state}
         if ema_decay:
-            new["ema"] = optax.incremental_update(params, state["ema"], 1.0 - ema_decay)
+            new["ema"] = optax.incremental_update(trained, state["ema"], 1.0 - ema_decay)
         metrics = metrics | {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),

@@ -93,7 +93,7 @@ class DeviceStep:
             config.mesh.data, config.mesh.fsdp = 1, len(devices)
         trainer = Trainer(config.lock(), create_task(config), Path(config.workdir), devices)
         ema = config.optim.ema_decay > 0
-        make = jax.jit(lambda key: init_state(trainer.task.init(key), trainer.optimizer, ema=ema))
+        make = jax.jit(lambda key: init_state(trainer.task.init(key), trainer.optimizer.transform, ema=ema))
         self._state = jax.device_put(make(jax.random.key(0)), trainer.shardings)
         self._batch = jax.device_put(random_batch(trainer.task.batches[0]), batch_sharding(trainer.mesh))
         self._step = trainer.make_step()
