@@ -29,7 +29,8 @@ def make_train_step(
     The step's random key is `fold_in(key(seed), step)`, so a resumed run draws what an undisturbed one would. After
     the update the task may project the parameters (the logit-scale clamp) and, with `ema_decay` > 0, the moving
     average follows. Metrics are float32 scalars: the task's own, `loss`, `grad_norm` (of what is trained, before
-    clipping), `learning_rate`, `skipped_records` (corrupt records passed over since the start).
+    clipping), `learning_rate`, `skipped_records` (corrupt records passed over since the start) and, where a batch says
+    it, `padded_share` of its pictures' pixels.
 
     Args:
       task: gives the loss and the projection.
@@ -48,6 +49,7 @@ def make_train_step(
         batch = dict(batch)
         trained, still = split(state["params"], frozen)
         skipped = state["skipped_records"] + batch.pop("corrupt").sum()
+        padded = batch.pop("padded", None)
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # seen by `sharding.ambient_batch_axes` and the model
             (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, still, batch, key)
@@ -64,7 +66,7 @@ def make_train_step(
             "skipped_records": skipped.astype(jnp.float32),
             "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
         }
-        return new, metrics
+        return new, metrics if padded is None else metrics | {"padded_share": padded.mean()}
 
     return jax.jit(
         step,
