@@ -6,7 +6,8 @@
         --config.data.train=gs://bucket/pairs --config.batch_size=24576
 
 Arguments: variant = ti | T | S | B | L | H; res = image size (0: the stage's); stage = 1 | 2 | 3 of the paper's
-schedule (see `STAGES`; docs/stages.md has the commands); runlocal.
+schedule (see `STAGES`; docs/stages.md has the commands); runlocal. Held out: --config.data.test=IMAGES (with classes)
+for zero-shot classification, --config.eval.source=PAIRS for retrieval.
 The first command was run on 2 CPU cores (see README for times and results); T to H have been compiled and stepped
 on random data only, never trained to convergence by this project.
 """

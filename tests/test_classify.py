@@ -271,13 +271,15 @@ def result(workdir):
 def zero_shot(weights, pictures, names_file, tmp_path_factory):
     """The workdir of a zero-shot evaluation of all twenty images."""
     workdir = tmp_path_factory.mktemp("zero_shot") / "run"
-    assert classify("zeroshot", workdir, weights, pictures, f"--config.classes={names_file}") == 0
+    options = [f"--config.classes={names_file}", f"--config.eval.source={pictures}"]
+    assert classify("zeroshot", workdir, weights, pictures, *options) == 0
     return workdir
 
 
 def test_zero_shot_on_twenty_images(zero_shot):
     found = result(zero_shot)
     assert found["eval/zero_shot/images"] == 20 and 0 <= found["eval/zero_shot/top1"] <= 1
+    assert found["eval/held_out/images"] == 20 and "step" in found
     page = (zero_shot / "report.html").read_text()
     assert "zero_shot: confusion" in page and "lime" not in page and page.count("data:image") > 3
     assert "model: ti" in page
@@ -412,6 +414,11 @@ def test_weights_of_an_import_and_another_resolution(weights, tmp_path):
         ("zeroshot", ["--config.templates=nowhere"], "no prompt templates for 'nowhere'"),
         ("zeroshot", ["--config.metric=f1"], "metric 'f1' is unknown"),
         ("zeroshot", ["--config.model.overrides.res=37"], "res=37"),
+        ("zeroshot", ["--config.mode=train"], "nothing is trained here"),
+        ("fewshot", ["--config.data.train=emoji:train"], "'fewshot' trains nothing: give the images as"),
+        ("probe", ["--config.data.train="], "no images to evaluate on: give --config.data.test=DATA"),
+        ("finetune_linear", ["--config.init="], "no weights: give them with --config.init=DIR; or the size"),
+        ("finetune_linear", ["--config.model.variant=B"], "are of variant ti, not B"),
         ("paint", [], "unknown protocol 'paint'"),
         ("finetune_linear", ["--config.wise_ft=(0.5,)"], "with a linear head needs --config.head_init=text"),
         ("finetune_linear", ["--config.head_init=ones"], "config.head_init='ones' is unknown"),

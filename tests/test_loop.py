@@ -20,6 +20,7 @@ from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
+from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks import create_suite, create_task
 from florence_jax.tasks.pretrain import Pretrain
 from florence_jax.train import loop
@@ -118,8 +119,13 @@ def test_a_config_json_that_cannot_be_read_is_one_message(pairs, tmp_path):
 
 def test_a_mistake_in_the_evaluation_costs_no_training(pairs, tmp_path):
     with pytest.raises(UserError, match="'gone' does not exist"):
-        train(tiny_config(pairs, **{"eval.source": "gone"}), tmp_path)
-    assert not (tmp_path / "metrics.jsonl").exists()
+        train(tiny_config(pairs, **{"eval.source": "gone"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretraining_is_watched_by_images_and_by_pairs(pictures):
+    task = create_task(tiny_config(pictures, **{"data.test": pictures}))
+    assert [evaluator.name for evaluator in task.evaluators(make_mesh(-1, 1))] == ["test", "held_out"]
 
 
 def test_the_first_moment_may_get_another_dtype(finished, pairs, tmp_path, capsys):
