@@ -198,7 +198,7 @@ def test_command_on_a_folder(folder, tmp_path, capsys, monkeypatch):
     assert sum(row["is_representative"] == "True" for row in clusters) == 15
     assert [row["status"] for row in clusters if row["size"] == "0"] == ["corrupt"]
     sheet = (out / "contact_sheet.html").read_text()
-    assert sheet.count("<section>") == 5 and sheet.count("data:image/webp;base64,") == 37
+    assert sheet.count("<section>") == 5 and sheet.count("data:image/") == 37
     assert not list(out.glob("*.partial*"))
 
 

@@ -2,12 +2,17 @@
 
 import itertools
 
+import apache_beam as beam
 import numpy as np
 import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from curation_tools import ONE_PROCESS
 
-from florence_jax.curation.dedup import components, join
+from florence_jax.curation.dedup import components, join, rounds
 from florence_jax.curation.dedup.join import HashRows, Join, block_edges, candidate_edges, covering_tables
+from florence_jax.curation.table import load_array, read_table
 from florence_jax.errors import UserError
+from florence_jax.files import read_json
 
 
 def random_rows(n, seed=0):
@@ -200,22 +205,93 @@ def plain_union_find(edges, n):
     return np.array([root(i) for i in range(n)])
 
 
+def one_graph(rng):
+    """Graphs of GRAPHS and a chain side by side: (edges, nodes)."""
+    edges, n = [], 0
+    names = ("random", "star", "percolating", "clusters")
+    for part, size in [*(GRAPHS[name](rng) for name in names), chain(rng.permutation(60))]:
+        edges.append(n + part)
+        n += size
+    return np.sort(np.concatenate(edges), axis=1), n
+
+
+def chain(nodes):
+    return np.stack([nodes[:-1], nodes[1:]], axis=1), len(nodes)
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 def test_components_equal_union_find(name):
     edges, n = GRAPHS[name](np.random.default_rng(0))
     expected = plain_union_find(edges, n)
     assert (components.union_find(edges, n) == expected).all()
-    stars, rounds = components.alternating_rounds(edges)
-    assert (components.labels_of_stars(stars, n) == expected).all()
-    assert (components.labels_of_stars(components.star_edges(edges), n) == expected).all()
-    assert rounds <= (2 if name in ("star", "none") else 12)
+    stars = components.star_edges(edges)
+    labels = np.arange(n)
+    labels[stars[:, 1]] = stars[:, 0]
+    assert (labels == expected).all() and (stars == components.distinct(stars[::-1])).all()
+
+
+def clusters_of(folder, rows, parts, build):
+    """(column "cluster" of all parts, sizes of the components) as a run writes them."""
+    ends = np.linspace(0, rows, parts + 1).astype(int)
+    ends[1] = ends[0]  # a part may be empty
+    with beam.Pipeline(options=PipelineOptions(ONE_PROCESS)) as root:
+        _ = build(root) | rounds.WriteClusters(str(folder), np.diff(ends).tolist())
+    tables = [read_table(f"{folder}/part-{i:05d}.parquet") for i in range(parts)]
+    assert [len(table) for table in tables] == np.diff(ends).tolist()
+    return np.concatenate([table["cluster"].to_numpy() for table in tables]), read_json(f"{folder}/sizes.json")
+
+
+def test_files_of_clusters_equal_union_find(tmp_path):
+    """By one worker, and by rounds on Beam, which a restart goes on with; whatever the partitions."""
+
+    def run(build):
+        runs.append(build)
+        with beam.Pipeline(options=PipelineOptions(ONE_PROCESS)) as root:
+            build(root)
+
+    edges, n = one_graph(np.random.default_rng(0))
+    labels = plain_union_find(edges, n)
+    members = np.bincount(labels, minlength=n)
+    expected = np.where(members[labels] > 1, labels, -1)
+    sizes = {str(size): count for size, count in zip(*np.unique(members[members > 1], return_counts=True), strict=True)}
+    runs, folder, parts = [], str(tmp_path / "edges"), 3
+    run(lambda root: root | beam.Create([edges[::2], edges[1::2]]) | rounds.WriteEdges(folder, parts))
+    paths = rounds.edge_paths(folder)
+    assert sum(len(load_array(path)) for path in paths) == len(components.distinct(edges))
+    one = clusters_of(tmp_path, n, parts, lambda root: root | beam.Create([paths]) | beam.Map(rounds.stars_of_files))
+    assert (one[0] == expected).all() and one[1] == sizes
+    files = rounds.star_files(folder, parts, run)
+    number = len(runs)
+    assert 3 < number <= 10 and rounds.star_files(folder, parts, run) == files and len(runs) == number
+    shared = clusters_of(tmp_path, n, 5, lambda root: root | beam.Create(files) | beam.Map(load_array))
+    assert (shared[0] == expected).all() and shared[1] == sizes
+    with pytest.raises(UserError, match="still changed in round 2; lower"):
+        rounds.star_files(folder, parts, run, max_rounds=2)
+    nothing = clusters_of(tmp_path / "none", 4, 2, lambda root: root | beam.Create([]))
+    assert nothing[0].tolist() == [-1] * 4 and nothing[1] == {}
+
+
+def star_rounds(edges):
+    """(stars, rounds until nothing changes) of a graph in one partition."""
+    for done in itertools.count(1):
+        large = components.star_round(components.both_ways(edges), large=True)
+        before, edges = edges, components.star_round(components.downward(large), large=False)
+        if np.array_equal(before, edges):
+            return edges, done
+
+
+@pytest.mark.parametrize("order", ["sorted", "shuffled"])
+def test_rounds_of_a_long_chain_grow_with_its_logarithm(order):
+    n = 1 << 15
+    nodes = np.arange(n) if order == "sorted" else np.random.default_rng(0).permutation(n)
+    stars, done = star_rounds(chain(nodes)[0])
+    assert done <= 17 and (stars[:, 0] == 0).all() and (stars[:, 1] == np.arange(1, n)).all()
 
 
 def test_star_edges_need_few_rounds():
     edges, _ = GRAPHS["clusters"](np.random.default_rng(0))
     parts = [components.star_edges(part) for part in np.array_split(edges, 7)]  # as blocks of a join emit them
-    _, rounds = components.alternating_rounds(np.concatenate(parts))
-    assert rounds <= 4
+    assert star_rounds(np.concatenate(parts))[1] <= 5
 
 
 def test_rounds_by_partition_of_the_nodes():
@@ -223,13 +299,8 @@ def test_rounds_by_partition_of_the_nodes():
     whole = components.star_round(components.both_ways(edges), large=True)
     pairs = components.both_ways(edges)
     parts = [components.star_round(pairs[pairs[:, 0] % 4 == i], large=True) for i in range(4)]
-    assert (np.unique(np.concatenate(parts), axis=0) == whole).all()
-
-
-def test_too_few_rounds_are_an_error():
-    edges, _ = GRAPHS["shuffled path"](np.random.default_rng(0))
-    with pytest.raises(UserError, match="still changed in round 2"):
-        components.alternating_rounds(edges, 2)
+    assert (components.distinct(np.concatenate(parts)) == whole).all()
+    assert (whole == np.unique(whole, axis=0)).all()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Near-duplicate clusters on Beam: exact copies, the covering-design join, and connected components in rounds.
+"""Edges between near-duplicates on Beam: exact copies, and the covering-design join.
 
 Rows are numbered in the order of the table, so that the numbers, and with them all edges, do not depend on the order
 of the input or on the workers. Edges are int64 (e, 2) arrays, (smaller, larger) row number.
@@ -21,20 +21,8 @@ from florence_jax.curation.dedup.clusters import (
     measured_rows,
     wide_hashes,
 )
-from florence_jax.curation.dedup.components import (
-    MAX_ROUNDS,
-    both_ways,
-    downward,
-    labels_of_stars,
-    star_round,
-    union_find,
-)
 from florence_jax.curation.dedup.join import HashRows, block_edges, covering_tables, merge_counts, partition_of
-from florence_jax.curation.table import load_array, read_table, save_array, with_column
-from florence_jax.errors import UserError
-from florence_jax.files import read_json, write_json
-
-Run = Callable[[Callable[[beam.Pipeline], None]], None]
+from florence_jax.curation.table import read_table, with_column
 
 
 class CandidateEdges(beam.PTransform):
@@ -138,118 +126,3 @@ def _merge(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     for count in counts:
         total = merge_counts(total, count)
     return dict(total)
-
-
-class WriteEdges(beam.PTransform):
-    """Edge arrays -> `edges-00000.npy`, ... in a folder, divided by their larger end."""
-
-    def __init__(self, folder: str, count: int):
-        super().__init__()
-        self._folder, self._count = folder, count
-
-    def expand(self, edges: beam.PCollection[np.ndarray]) -> beam.PCollection[None]:
-        """One shuffle."""
-        return (
-            edges
-            | "Divide" >> beam.FlatMap(_divide, self._count, 1)
-            | "Group" >> beam.GroupByKey()
-            | "Write" >> beam.MapTuple(functools.partial(_write_edges, folder=self._folder))
-        )
-
-
-def _divide(edges: np.ndarray, count: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
-    numbers = edges[:, end] % count
-    for number in np.unique(numbers).tolist():
-        yield number, edges[numbers == number]
-
-
-def _write_edges(number: int, parts: Iterable[np.ndarray], folder: str) -> None:
-    edges = np.concatenate(list(parts))
-    edges = np.unique(np.sort(edges, axis=1), axis=0)
-    save_array(f"{folder}/edges-{number:05d}.npy", edges)
-
-
-# -- components -------------------------------------------------------------------------------------------------------
-
-
-def labels_in_memory(paths: Iterable[str], rows: int) -> np.ndarray:
-    """int64 (rows,): the smallest row number of each component."""
-    edges = [load_array(path) for path in paths]
-    return union_find(np.concatenate(edges) if edges else np.zeros((0, 2), np.int64), rows)
-
-
-class StarRound(beam.PTransform):
-    """Paths of edge files -> the same components one round further, in a folder, and how many edges are new.
-
-    `changed.json` in the folder holds the number; at 0 the edges are stars.
-    """
-
-    def __init__(self, folder: str, count: int):
-        super().__init__()
-        self._folder, self._count = folder, count
-
-    def expand(self, paths: beam.PCollection[str]) -> beam.PCollection[None]:
-        """Three shuffles: by node for the large-star, again for the small-star, and by edge to compare."""
-        before = paths | "Spread" >> beam.Reshuffle() | beam.Map(load_array)
-        after = before
-        for name, neighbours, large in (("Large", both_ways, True), ("Small", downward, False)):
-            after = (
-                after
-                | f"{name}Ends" >> beam.Map(neighbours)
-                | f"{name}Divide" >> beam.FlatMap(_divide, self._count, 0)
-                | f"{name}Meet" >> beam.GroupByKey()
-                | f"{name}Star" >> beam.MapTuple(functools.partial(_star, large=large))
-            )
-        divided = {
-            "before": before | "DivideBefore" >> beam.FlatMap(_divide, self._count, 1),
-            "after": after | "DivideAfter" >> beam.FlatMap(_divide, self._count, 1),
-        }
-        changed = (
-            divided
-            | "Compare" >> beam.CoGroupByKey()
-            | beam.MapTuple(functools.partial(_write_round, folder=self._folder))
-        )
-        return changed | beam.CombineGlobally(sum) | beam.Map(_write_changed, self._folder)
-
-
-def _star(number: int, parts: Iterable[np.ndarray], large: bool) -> np.ndarray:
-    return star_round(np.unique(np.concatenate(list(parts)), axis=0), large)
-
-
-def _write_round(number: int, both: Mapping[str, Iterable[np.ndarray]], folder: str) -> int:
-    old, new = (
-        np.unique(np.concatenate([np.zeros((0, 2), np.int64), *both[name]]), axis=0) for name in ("before", "after")
-    )
-    save_array(f"{folder}/edges-{number:05d}.npy", new)
-    return len(np.unique(np.concatenate([old, new]), axis=0)) - len(old)
-
-
-def _write_changed(changed: int, folder: str) -> None:
-    write_json(f"{folder}/changed.json", int(changed))
-
-
-def labels_in_rounds(folder: str, rows: int, count: int, run: Run, paths_of: Callable[[str], list[str]]) -> np.ndarray:
-    """The labels of `labels_in_memory`, by rounds on Beam, each a checkpoint that a restart finds.
-
-    Args:
-      folder: with the edges; round i is in its sub-folder `round-i`.
-      rows: of the table.
-      count: partitions.
-      run: runs a pipeline.
-      paths_of: the edge files of a folder.
-
-    Raises:
-      UserError: if MAX_ROUNDS are too few.
-    """
-    before = folder
-    for number in range(1, MAX_ROUNDS + 1):
-        after = f"{folder}/round-{number:02d}"
-        if (changed := read_json(f"{after}/changed.json")) is None:
-            paths = paths_of(before)
-            run(lambda pipeline, p=paths, a=after: pipeline | beam.Create(p) | StarRound(a, count))
-            changed = read_json(f"{after}/changed.json")
-        if not changed:
-            stars = [load_array(path) for path in paths_of(after)]
-            return labels_of_stars(np.concatenate([np.zeros((0, 2), np.int64), *stars]), rows)
-        before = after
-    raise UserError(f"near-duplicates: components still change after {MAX_ROUNDS} rounds; lower near_duplicates.k")
