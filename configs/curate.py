@@ -39,7 +39,7 @@ def _input() -> dict:
         "workdir": "runs/curate",  # --workdir overrides it
         "seed": 0,
         "parts": 0,  # of the table of scores; 0: by the number of input splits
-        "max_edges_in_memory": 200_000_000,  # between near-duplicates; more are joined in rounds on the runner
+        "max_edges_in_memory": 200_000_000,  # between near-duplicates, of one worker; more are joined in rounds
         "measure": {
             "rows_per_split": 8192,
             "max_pixels": 64_000_000,  # as the header states them; more is a decompression bomb
