@@ -1,5 +1,6 @@
 """The audit: the log accounts for every pair, the report shows what it may, the metadata is valid Croissant."""
 
+import collections
 import hashlib
 import json
 import re
@@ -10,7 +11,8 @@ import pytest
 from curation_tools import ONE_PROCESS, pairs, picture, small_config, write_parquet
 
 from florence_jax.curation.driver import curate
-from florence_jax.curation.output.funnel import AuditError, Funnel, joined_parts
+from florence_jax.curation.keyed import keyed_hash
+from florence_jax.curation.output.funnel import TOP, AuditError, Funnel, joined_part
 from florence_jax.curation.output.funnel_page import write_html
 from florence_jax.curation.run import Run
 from florence_jax.curation.table import DECISIONS, uid_of
@@ -65,9 +67,33 @@ def test_a_log_that_does_not_account_for_a_pair_is_an_error(run):
     for wrong in (table.slice(1), pa.concat_tables([table, table.slice(0, 1)])):
         pq.write_table(wrong, path)
         with pytest.raises(AuditError, match="not for the same uids"):
-            list(joined_parts(str(workdir), 3))
+            [joined_part(str(workdir), number) for number in range(3)]
+    path.unlink()
+    with pytest.raises(AuditError, match="0 decisions"):
+        joined_part(str(workdir), int(path.stem[-5:]))
     path.write_bytes(whole)
-    assert sum(map(len, joined_parts(str(workdir), 3))) == 40
+    assert sum(len(joined_part(str(workdir), number)) for number in range(3)) == 40
+
+
+def test_counts_on_beam_equal_those_of_one_list(run):
+    workdir, summary = run
+    rows = [row for number in range(3) for row in joined_part(str(workdir), number).to_pylist()]
+    funnel = Funnel(json.loads((workdir / "audit" / "facts.json").read_text()))
+    assert funnel.reasons == collections.Counter((row["stage"], row["reason"]) for row in rows)
+    for title, column in (("domain", "host"), ("source", "source"), ("language", "language")):
+        values = collections.Counter(row[column] for row in rows)
+        kept = collections.Counter(row[column] for row in rows if row["stage"] == "output")
+        expected = [
+            (value, n, kept[value]) for value, n in sorted(values.items(), key=lambda item: (-item[1], item[0]))
+        ]
+        assert [(row["value"], row["pairs"], row["kept"]) for row in summary["slices"][title]] == expected[:TOP]
+    shown = [row for row in rows if row["listed"] is None]
+    shown.sort(key=lambda row: keyed_hash(0, row["uid"], "example"))
+    for stage, reason in funnel.reasons:
+        expected = [row for row in shown if (row["stage"], row["reason"]) == (stage, reason)]
+        assert funnel.examples(stage, reason) == expected[: 0 if stage == "quarantine" else 6]
+    (copy,) = funnel.examples("near_duplicates", "exact_copy")
+    assert set(funnel.partners) == {copy["value"]} and copy["value"] in {uid_of("p", "0000"), uid_of("p", "0001")}
 
 
 def test_report_shows_reasons_with_pictures_and_hides_what_it_must(run):
@@ -87,10 +113,8 @@ def test_report_shows_reasons_with_pictures_and_hides_what_it_must(run):
 
 def test_a_report_without_examples(run, tmp_path):
     workdir, summary = run
-    funnel = Funnel(0, examples=0)
-    for part in joined_parts(str(workdir), 3):
-        funnel.add(part)
-        funnel.find_partners(part)
+    facts = json.loads((workdir / "audit" / "facts.json").read_text())
+    funnel = Funnel(facts | {"examples": [], "partners": []})
     assert funnel.stages(row["stage"] for row in summary["stages"]) == summary["stages"]
     write_html(str(tmp_path / "funnel.html"), str(workdir), summary, funnel)
     text = (tmp_path / "funnel.html").read_text()
@@ -108,7 +132,7 @@ def test_croissant_validates_and_reads_the_records(run):
     found = [record for name in names for record in dataset.records(name)]
     assert len(found) == summary["records"]
     uids = {next(value for field, value in record.items() if field.endswith("/key")).decode() for record in found}
-    assert uids == set((workdir / "output" / "uids.txt").read_text().split())
+    assert uids == {uid for path in (workdir / "output" / "uids").iterdir() for uid in path.read_text().split()}
 
 
 def test_datasheet_states_counts_and_open_questions(run):

@@ -61,7 +61,9 @@ def test_checksums_list_and_no_leftovers(run):
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=output, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count(": OK") == 6
     assert not [path for path in (tmp / "w").rglob("*") if "tmp" in path.name]
-    uids = (output / "uids.txt").read_text().split()
+    lists = sorted((output / "uids").iterdir())
+    assert [path.name for path in lists] == ["uids-00000-of-00002.txt", "uids-00001-of-00002.txt"]
+    uids = [uid for path in lists for uid in path.read_text().split()]
     assert uids == sorted(uids) and len(uids) == COUNT
     manifests = [json.loads((output / "manifest" / f"{i:05d}.json").read_text()) for i in range(2)]
     assert sum(manifest["records"] for manifest in manifests) == COUNT
@@ -91,6 +93,7 @@ def test_other_shards_replace_the_old_and_faces_are_blurred(run):
     curate(changed, str(tmp / "w2"), ONE_PROCESS)
     names = sorted(path.name for path in (tmp / "w2" / "output").glob("pairs-*"))
     assert names == [f"pairs-{i:05d}-of-00004.array_record" for i in range(4)]
+    assert {path.name[-12:] for path in (tmp / "w2" / "output" / "uids").iterdir()} == {"of-00004.txt"}
     after = open_source(str(tmp / "w2" / "output"))
     for record in after.__getitems__(range(3)):
         both = (original[record["key"]], record["image"])

@@ -13,7 +13,7 @@ from florence_jax.curation.dedup.join import DEFAULT_JOIN
 from florence_jax.curation.driver import curate
 from florence_jax.curation.filters.captions import text_id
 from florence_jax.curation.main import beam_options, with_sample
-from florence_jax.curation.output.funnel import joined_parts
+from florence_jax.curation.output.funnel import joined_part
 from florence_jax.curation.plan import make_all
 from florence_jax.curation.table import uid_of
 from florence_jax.data.sources.catalog import open_source
@@ -51,7 +51,7 @@ def test_every_planted_fault_is_found(run):
     workdir, summary = run
     truth = json.loads((workdir / "sample" / "truth.json").read_text())
     parts = len(list((workdir / "table").glob("part-*.parquet")))
-    rows = [row for part in joined_parts(str(workdir), parts) for row in part.to_pylist()]
+    rows = [row for i in range(parts) for row in joined_part(str(workdir), i).to_pylist()]
     decisions = {row["uid"]: (row["stage"], row["reason"]) for row in rows}
     assert len(decisions) == summary["rows"] == sum(map(len, truth.values())) > 1000
     found = collections.defaultdict(collections.Counter)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from florence_jax.files import read_bytes, write_file
@@ -83,7 +84,10 @@ def uid_of(source: str, key: str) -> str:
 
 def prefixes(identifiers: pa.ChunkedArray) -> np.ndarray:
     """uint32 (N,): the first 32 bits of hexadecimal identifiers, for dividing rows among partitions in sorted order."""
-    return np.array([int(text[:8], 16) for text in identifiers.to_pylist()], np.uint32)
+    digits = pc.binary_slice(identifiers.cast(pa.binary()), 0, 8).cast(pa.binary(8)).combine_chunks()
+    codes = np.frombuffer(digits.buffers()[1] or b"", np.uint8, 8 * len(digits), 8 * digits.offset).reshape(-1, 8)
+    values = np.where(codes >= ord("a"), codes - (ord("a") - 10), codes - ord("0")).astype(np.uint32)
+    return np.bitwise_or.reduce(values << np.arange(28, -1, -4, dtype=np.uint32), axis=1)
 
 
 def partitions(identifiers: pa.ChunkedArray, count: int) -> np.ndarray:

@@ -4,13 +4,14 @@ import datetime
 from collections.abc import Mapping
 from typing import Any
 
-import pyarrow.compute as pc
+import apache_beam as beam
 
 import florence_jax
 from florence_jax.curation.output.croissant import write_croissant, write_datasheet
-from florence_jax.curation.output.funnel import AuditError, Funnel, joined_parts
+from florence_jax.curation.output.funnel import AuditError, CountParts, Funnel
 from florence_jax.curation.output.funnel_page import write_html
-from florence_jax.files import write_bytes, write_json
+from florence_jax.curation.output.uid_lists import WriteUids, remove_other_lists
+from florence_jax.files import read_json, write_json
 
 
 def write_audit(
@@ -20,7 +21,7 @@ def write_audit(
     decisions: Mapping[str, Any],
     output: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Checks the decision log, and writes the report, the metadata and the list of uids.
+    """Checks the decision log, and writes the report, the metadata and the lists of uids.
 
     Args:
       run: the `driver.Run`.
@@ -32,15 +33,10 @@ def write_audit(
     Raises:
       AuditError: if the counts do not add up.
     """
-    funnel = Funnel(run.rules.seed, run.config["report"]["examples"])
-    kept: list[str] = []
-    for part in joined_parts(run.workdir, len(table["parts"])):
-        funnel.add(part)
-        kept += part.filter(pc.equal(part["stage"], "output"))["uid"].to_pylist()
-    for part in joined_parts(run.workdir, len(table["parts"])):
-        funnel.find_partners(part)
+    facts = count_log(run, len(table["parts"]), decisions["shards"])
+    funnel = Funnel(facts)
     stages = funnel.stages(decisions["stages"])
-    if sum(funnel.reasons.values()) != table["rows"] or not stages[-1]["kept"] == output["records"] == len(kept):
+    if sum(funnel.reasons.values()) != table["rows"] or not stages[-1]["kept"] == output["records"] == facts["kept"]:
         raise AuditError(
             f"{table['rows']} pairs, {sum(funnel.reasons.values())} decisions, {output['records']} records"
         )
@@ -56,17 +52,51 @@ def write_audit(
         "benchmarks": funnel.benchmark_table(sorted(run.rules.benchmarks)),
         "near_duplicate_join": clusters["join"],
         "component_sizes": clusters["sizes"],
-        "quarantined": len(funnel.listed),
+        "quarantined": facts["listed"],
         "root": output["root"],
         "config": run.rules.digest,
         "version": florence_jax.__version__,
     }
     report = f"{run.workdir}/report"
     write_json(f"{report}/funnel.json", summary)
-    write_bytes(f"{run.workdir}/output/uids.txt", "".join(f"{uid}\n" for uid in kept).encode())
-    write_bytes(f"{report}/quarantine.txt", "".join(f"{uid}\n" for uid in sorted(funnel.listed)).encode())
     write_html(f"{report}/funnel.html", run.workdir, summary, funnel)
     today = datetime.date.today().isoformat()
     write_croissant(f"{run.workdir}/output/croissant.json", run.config["output"], output, today)
     write_datasheet(f"{run.workdir}/output/DATASHEET.md", run.config, summary, today)
     return summary
+
+
+def count_log(run: Any, parts: int, shards: int) -> dict[str, Any]:
+    """Joins the table with the decision log on the runner; only counts and a few rows come back.
+
+    Writes the uids that are in the output to output/uids/, in as many files as it has shards, and those on a hash list
+    to report/quarantine.txt.
+
+    Args:
+      run: the `driver.Run`.
+      parts: of the table.
+      shards: of the output.
+
+    Returns:
+      The facts of `CountParts`, with "kept" and "listed", the numbers of those uids. They are in audit/facts.json.
+    """
+    path = f"{run.workdir}/audit/facts.json"
+    kept = f"{run.workdir}/output/uids/uids-{{:05d}}-of-{shards:05d}.txt"
+
+    def pipeline(root: beam.Pipeline) -> None:
+        counted = CountParts(run.workdir, parts, run.rules.seed, run.config["report"]["examples"])
+        found = root | beam.Create(range(parts)) | counted
+        numbers = {
+            "kept": found["kept"] | "WriteKept" >> WriteUids(kept, shards),
+            "listed": found["listed"] | "WriteListed" >> WriteUids(f"{run.workdir}/report/quarantine.txt", 1),
+        }
+        sides = {name: beam.pvalue.AsSingleton(number) for name, number in numbers.items()}
+        _ = found["facts"] | "WriteFacts" >> beam.Map(_write_facts, path, **sides)
+
+    run.beam(pipeline)
+    remove_other_lists(kept, shards)
+    return read_json(path)
+
+
+def _write_facts(facts: Mapping[str, Any], path: str, kept: int, listed: int) -> None:
+    write_json(path, {**facts, "kept": kept, "listed": listed})
