@@ -1,17 +1,21 @@
 """Scores of pictures: which pairs are scored, what is kept of it, and clusters of the embeddings."""
 
+import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-from curation_tools import pairs, small_config, write_parquet
+import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from curation_tools import ONE_PROCESS, pairs, small_config, write_parquet
 
 from florence_jax.curation import stages
 from florence_jax.curation.dedup.stage import caption_choice, choose
 from florence_jax.curation.ingest.inputs import list_splits
 from florence_jax.curation.ingest.measure import measure_split
 from florence_jax.curation.plan import make_all
-from florence_jax.curation.scores import phase
+from florence_jax.curation.scores import clusters, phase
 from florence_jax.curation.scores.clusters import cluster_embeddings
-from florence_jax.curation.table import read_table, uid_of, with_column
+from florence_jax.curation.table import load_array, read_table, uid_of, with_column
+from florence_jax.errors import UserError
 
 NAMES = ("relevance", "nsfw")
 
@@ -62,14 +66,58 @@ def test_clusters_of_what_is_alive(tmp_path):
     phase.fill_missing_parts(str(tmp_path), NAMES, 3)
     for number, uids in enumerate(["abc", "d"]):
         phase._write_alive(number, pa.table({"uid": list(uids)}), str(tmp_path))
-    folder = cluster_embeddings(str(tmp_path), 3, 2, 0)
+    folder = cluster_embeddings(str(tmp_path), 3, 2, 0, run_beam)
     parts = [read_table(f"{folder}/part-{i:05d}.parquet") for i in range(3)]
     assert parts[0]["uid"].to_pylist() == ["a", "b", "c"]
     assert parts[0]["embedding_cluster"].to_pylist() in ([0, -1, 1], [1, -1, 0])
     assert all(part.schema.equals(parts[0].schema) and len(part) == 0 for part in parts[1:])
     phase.fill_missing_parts(str(tmp_path / "none"), NAMES, 1)
-    folder = cluster_embeddings(str(tmp_path / "none"), 1, 2, 0)
+    folder = cluster_embeddings(str(tmp_path / "none"), 1, 2, 0, run_beam)
     assert len(read_table(f"{folder}/part-00000.parquet")) == 0
+
+
+def run_beam(build):
+    with beam.Pipeline(options=PipelineOptions(ONE_PROCESS)) as root:
+        build(root)
+
+
+def test_clusters_depend_on_nothing_but_the_pairs(tmp_path, monkeypatch):
+    """Centres of a part of the pairs, in one part or in three; every pair is with its nearest centre."""
+    monkeypatch.setattr(clusters, "SAMPLE", 20)
+    rng = np.random.default_rng(0)
+    uids = [f"{i * 7919 % 600:032x}" for i in range(300)]
+    x = {uid: (10 * np.eye(4)[i % 4] + rng.normal(0, 0.3, 4)).astype(np.float32) for i, uid in enumerate(uids)}
+    found = []
+    for folder, parts in ((tmp_path / "one", 1), (tmp_path / "three", 3)):
+        for number in range(parts):
+            rows = [((uid, "t"), {"embedding": x[uid].tolist()}) for uid in uids if int(uid, 16) % parts == number]
+            phase._write_scores(number, rows, str(folder), NAMES)
+            phase._write_alive(number, pa.table({"uid": [uid for (uid, _), _ in rows]}), str(folder))
+        made = cluster_embeddings(str(folder), parts, 4, 0, run_beam)
+        tables = [read_table(f"{made}/part-{i:05d}.parquet") for i in range(parts)]
+        found.append({uid: n for t in tables for uid, n in zip(*t.select(["uid", "embedding_cluster"]), strict=True)})
+    assert {str(uid): n.as_py() for uid, n in found[0].items()} == {str(uid): n.as_py() for uid, n in found[1].items()}
+    labels = {str(uid): n.as_py() for uid, n in found[0].items()}
+    assert len({(i % 4, labels[uid]) for i, uid in enumerate(uids)}) == 4
+    centres = [load_array(str(tmp_path / name / "centres.npy")) for name in ("one", "three")]
+    assert (centres[0] == centres[1]).all()
+    plain = ((np.stack([x[uid] for uid in uids])[:, None] - centres[0]) ** 2).sum(-1).argmin(1)
+    assert plain.tolist() == [labels[uid] for uid in uids]
+    drawn = [
+        len(table) for number in range(3) for _, table in clusters._sample(number, str(tmp_path / "three"), 0, 80, 300)
+    ]
+    assert 50 < sum(drawn) < 110
+
+
+def test_kmeans_edges():
+    assert clusters.kmeans(np.zeros((3, 2), np.float32), 5, 0).tolist() == [[0, 0]] * 3
+    rows = np.arange(6, dtype=np.float32).reshape(3, 2)
+    assert sorted(clusters.nearest(rows, clusters.kmeans(rows, 9, 0)).tolist()) == [0, 1, 2]
+    for bad in (np.zeros((0, 2), np.float32), np.full((2, 2), np.nan, np.float32)):
+        with pytest.raises(UserError, match="k-means"):
+            clusters.kmeans(bad, 2, 0)
+    with pytest.raises(UserError, match="finite embeddings"):
+        clusters.nearest(np.full((1, 2), np.inf, np.float32), rows)
 
 
 def test_scores_of_pictures_do_not_choose_representatives(tmp_path):

@@ -1,4 +1,4 @@
-"""Selection: metadata queries against a naive search, balance and its simulator, k-means, information, learnability."""
+"""Selection: metadata queries against a naive search, balance and its simulator, information, learnability."""
 
 import pickle
 import re
@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 
-from florence_jax.curation.scores.clusters import kmeans
 from florence_jax.curation.select import queries
 from florence_jax.curation.select.queries import (
     Matches,
@@ -193,30 +192,6 @@ def test_information_of_known_frequencies():
     assert information("A zebra, a cat", counts, 4) == (4.0, 4 / 3)
     assert information("unknown", counts, 4) == (2.0, 2.0)
     assert information("", counts, 4) == (0.0, 0.0)
-
-
-def test_kmeans_finds_separated_clusters_the_same_way_every_time():
-    rng = np.random.default_rng(0)
-    centres = np.array([[0, 0], [10, 0], [0, 10], [10, 10.0]])
-    truth = rng.integers(0, 4, 400)
-    x = (centres[truth] + rng.normal(0, 0.3, (400, 2))).astype(np.float32)
-    labels, found = kmeans(x, 4, seed=0)
-    assert len({(a, b) for a, b in zip(truth, labels, strict=True)}) == 4
-    np.testing.assert_allclose(found[labels], centres[truth], atol=0.2)
-    again, _ = kmeans(x, 4, seed=0)
-    np.testing.assert_array_equal(labels, again)
-    spread = ((x - found[labels]) ** 2).sum()
-    assert spread == pytest.approx(
-        ((x - np.stack([x[labels == k].mean(0) for k in range(4)])[labels]) ** 2).sum(), rel=1e-4
-    )
-
-
-def test_kmeans_edges():
-    assert kmeans(np.zeros((3, 2)), 5, 0)[0].tolist() == [0, 0, 0]  # equal rows: the first centre
-    assert sorted(kmeans(np.arange(6.0).reshape(3, 2), 9, 0)[0].tolist()) == [0, 1, 2]
-    for bad in (np.zeros((0, 2)), np.full((2, 2), np.nan)):
-        with pytest.raises(UserError, match="k-means"):
-            kmeans(bad, 2, 0)
 
 
 def test_cluster_balance_is_exact():

@@ -7,7 +7,6 @@ Beam moves thousands of rows as one element. What the stages decide is in `decid
 """
 
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from florence_jax.curation.output.shards import PLAN, by_shard, shard_count, wit
 from florence_jax.curation.plan import FIELD, Rules, make_stages
 from florence_jax.curation.run import Run, part_paths
 from florence_jax.curation.table import DECISIONS, SCORES, read_table, save_array, with_column, write_table
-from florence_jax.files import json_digest, list_files, read_bytes, read_json, write_json
+from florence_jax.files import json_digest, list_files, read_json, write_json
 
 
 def with_fields(block: pa.Table, rules: Rules) -> pa.Table:
@@ -91,7 +90,7 @@ def build_decisions(run: Run, table: Mapping[str, Any], scores: str, benchmarks:
     count = len(table["parts"])
     shards = run.config["output"]["shards"] or shard_count(table["rows"], run.config["output"]["records_per_shard"])
     contents = [part["sha256"] for part in table["parts"]]
-    made = [hashlib.sha256(read_bytes(path)).hexdigest() for _, path in part_paths(scores, count)] if scores else []
+    made = read_json(f"{scores}/digest.json") if scores else ""
     stages = [stage.name for stage in make_stages(run.rules, count)]
     digest = json_digest([contents, run.rules.digest, run.rules.measure.digest, made, shards, stages])
 

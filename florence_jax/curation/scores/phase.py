@@ -6,6 +6,7 @@ scored has null, and is tried again by the next run.
 """
 
 import functools
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from florence_jax.curation.scores.clusters import cluster_embeddings
 from florence_jax.curation.scores.models import CallableModelHandler, CheckpointLoader, JaxModelHandler, ScorePairs
 from florence_jax.curation.stages import load_blocks
 from florence_jax.curation.table import concatenate, read_table, with_column, write_table
-from florence_jax.files import exists, json_digest
+from florence_jax.files import exists, json_digest, read_bytes, write_json
 
 CHECKPOINT = "checkpoint:"
 BATCH = 64
@@ -157,17 +158,37 @@ def build_scores(run: Run, table: Mapping[str, Any]) -> str:
     """Folder of the scores of pictures, '' if the configuration asks for none."""
     if not run.rules.scorers:
         return ""
-    from florence_jax.curation.scores import phase  # loads JAX
-
-    count, step = len(table["parts"]), phase.newest_step(run.rules)
+    count, step = len(table["parts"]), newest_step(run.rules)
     # Not in the digest: thresholds. Pairs that a new one lets live are scored, the others are known.
     models = json_digest([table["digest"], run.rules.scorers, run.rules.select.cluster_t > 0, step])
     folder = f"{run.workdir}/scores/{models}"
     parts = part_paths(f"{run.workdir}/table", count)
     remove_folder(f"{folder}/alive")  # of an earlier run
-    score = phase.ScoreAlive(run.workdir, run.rules, count, f"{run.workdir}/clusters", folder, step)
+    score = ScoreAlive(run.workdir, run.rules, count, f"{run.workdir}/clusters", folder, step)
     run.beam(lambda root: root | beam.Create(parts) | score)
-    phase.fill_missing_parts(folder, run.rules.scorers, count)
-    if not run.rules.select.cluster_t:
-        return folder
-    return cluster_embeddings(folder, count, run.rules.clusters, run.rules.seed)
+    fill_missing_parts(folder, run.rules.scorers, count)
+    if run.rules.select.cluster_t:
+        folder = cluster_embeddings(folder, count, run.rules.clusters, run.rules.seed, run.beam)
+    run.beam(lambda root: root | beam.Create(part_paths(folder, count)) | WriteDigest(f"{folder}/digest.json"))
+    return folder
+
+
+class WriteDigest(beam.PTransform):
+    """(number, path) of parts -> a JSON file with a text that stands for the contents of all."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self._path = path
+
+    def expand(self, parts: beam.PCollection[tuple[int, str]]) -> beam.PCollection[None]:
+        """Each worker reads its parts; what comes together is a hash for each."""
+        hashes = parts | beam.Reshuffle() | beam.MapTuple(_hash_part) | beam.combiners.ToList()
+        return hashes | beam.Map(_write_digest, self._path)
+
+
+def _hash_part(number: int, path: str) -> tuple[int, str]:
+    return number, hashlib.sha256(read_bytes(path)).hexdigest()
+
+
+def _write_digest(hashes: Sequence[tuple[int, str]], path: str) -> None:
+    write_json(path, json_digest(sorted(hashes)))
