@@ -51,23 +51,8 @@ class Run:
         self._beam_args = list(beam_args)
 
     def beam(self, build: Callable[[beam.Pipeline], Any]) -> None:
-        """Runs the pipeline that `build` adds to; a UserError or OSError in a worker is raised here as one."""
-        options = PipelineOptions(self._beam_args)
-        try:
-            with beam.Pipeline(runner=_runner(options), options=options) as pipeline:
-                build(pipeline)
-        except UserError:
-            raise
-        except Exception as error:  # runners wrap what a worker raised in types of their own
-            message = re.search(r"UserError: (.*?)(?: \[while running|\\n|\n|$)", str(error))
-            if message:
-                raise UserError(message[1]) from error
-            if trouble := runner_trouble(error):
-                raise UserError(f"--runner={options.view_as(StandardOptions).runner}: {trouble}") from error
-            message = re.search(r"(?:OS|Permission)Error: (\[Errno [^\\\n]*?) \[while running", str(error))
-            if message:
-                raise OSError(message[1]) from error
-            raise
+        """Runs the pipeline that `build` adds to, as `run_pipeline` does."""
+        run_pipeline(build, self._beam_args)
 
     def phase(
         self, name: str, digest: str, build: Callable[[str], Mapping[str, Any]], again: bool = False
@@ -89,6 +74,31 @@ class Run:
         manifest = {"digest": digest, **build(folder)}
         write_json(f"{folder}/manifest.json", manifest)
         return manifest
+
+
+def run_pipeline(build: Callable[[beam.Pipeline], Any], beam_args: Sequence[str]) -> None:
+    """Runs the pipeline that `build` adds to; a UserError or OSError in a worker is raised here as one.
+
+    Args:
+      build: gets the empty pipeline.
+      beam_args: options for Beam.
+    """
+    options = PipelineOptions(list(beam_args))
+    try:
+        with beam.Pipeline(runner=_runner(options), options=options) as pipeline:
+            build(pipeline)
+    except UserError:
+        raise
+    except Exception as error:  # runners wrap what a worker raised in types of their own
+        message = re.search(r"UserError: (.*?)(?: \[while running|\\n|\n|$)", str(error))
+        if message:
+            raise UserError(message[1]) from error
+        if trouble := runner_trouble(error):
+            raise UserError(f"--runner={options.view_as(StandardOptions).runner}: {trouble}") from error
+        message = re.search(r"(?:OS|Permission)Error: (\[Errno [^\\\n]*?) \[while running", str(error))
+        if message:
+            raise OSError(message[1]) from error
+        raise
 
 
 def _runner(options: PipelineOptions) -> Any:

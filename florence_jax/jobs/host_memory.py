@@ -1,6 +1,7 @@
 """The C library's memory on a machine without an accelerator, where XLA computes in it."""
 
 import ctypes
+import importlib.metadata
 import importlib.util
 import os
 import sys

@@ -8,7 +8,14 @@ import apache_beam as beam
 
 from florence_jax.curation.dedup.benchmarks import BenchmarkIndex
 from florence_jax.curation.dedup.on_beam import CandidateEdges
-from florence_jax.curation.dedup.rounds import WriteClusters, WriteEdges, edge_paths, star_files, stars_of_files
+from florence_jax.curation.dedup.rounds import (
+    RunBeam,
+    WriteClusters,
+    WriteEdges,
+    edge_paths,
+    star_files,
+    stars_of_files,
+)
 from florence_jax.curation.ingest.hashing import measure
 from florence_jax.curation.run import Run, part_paths
 from florence_jax.curation.table import load_array
@@ -31,19 +38,32 @@ def build_clusters(run: Run, table: Mapping[str, Any]) -> dict[str, Any]:
             run.beam(lambda root: _find_edges(root, starts, run.rules, count, edges))
             found = read_json(f"{edges}/found.json")
         in_memory = found["edges"] <= run.config["max_edges_in_memory"]
-        files = None if in_memory else star_files(edges, count, run.beam)
-
-        def pipeline(root: beam.Pipeline) -> None:
-            if files is None:
-                stars = root | beam.Create([edge_paths(edges)]) | "Join" >> beam.Map(stars_of_files)
-            else:
-                stars = root | beam.Create(files) | "Spread" >> beam.Reshuffle() | "Read" >> beam.Map(load_array)
-            _ = stars | WriteClusters(folder, rows)
-
-        run.beam(pipeline)
+        write_clusters(edges, folder, rows, in_memory, run.beam)
         return {**found, "sizes": read_json(f"{folder}/sizes.json"), "in_memory": in_memory}
 
     return run.phase("clusters", digest, build)
+
+
+def write_clusters(edges: str, folder: str, rows: Sequence[int], in_memory: bool, run: RunBeam) -> None:
+    """Joins edges to components and writes the cluster of every row, and the sizes, as `WriteClusters` says.
+
+    Args:
+      edges: folder of the edge files.
+      folder: for the result.
+      rows: of each part of the table.
+      in_memory: whether one worker joins them all, instead of rounds.
+      run: runs a pipeline.
+    """
+    files = None if in_memory else star_files(edges, len(rows), run)
+
+    def pipeline(root: beam.Pipeline) -> None:
+        if files is None:
+            stars = root | beam.Create([edge_paths(edges)]) | "Join" >> beam.Map(stars_of_files)
+        else:
+            stars = root | beam.Create(files) | "Spread" >> beam.Reshuffle() | "Read" >> beam.Map(load_array)
+        _ = stars | WriteClusters(folder, rows)
+
+    run(pipeline)
 
 
 def _find_edges(root: beam.Pipeline, starts: Sequence[tuple[str, int]], rules: Any, count: int, folder: str) -> None:

@@ -1,7 +1,7 @@
 """The audit: every uid once in the decision log, counts that add up, drop rates by slice, and the funnel report."""
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import apache_beam as beam
@@ -33,7 +33,8 @@ def write_audit(
     Raises:
       AuditError: if the counts do not add up.
     """
-    facts = count_log(run, len(table["parts"]), decisions["shards"])
+    examples = run.config["report"]["examples"]
+    facts = count_log(run.workdir, len(table["parts"]), decisions["shards"], run.rules.seed, examples, run.beam)
     funnel = Funnel(facts)
     stages = funnel.stages(decisions["stages"])
     if sum(funnel.reasons.values()) != table["rows"] or not stages[-1]["kept"] == output["records"] == facts["kept"]:
@@ -66,34 +67,38 @@ def write_audit(
     return summary
 
 
-def count_log(run: Any, parts: int, shards: int) -> dict[str, Any]:
+def count_log(
+    workdir: str, parts: int, shards: int, seed: int, examples: int, run: Callable[[Callable], None]
+) -> dict[str, Any]:
     """Joins the table with the decision log on the runner; only counts and a few rows come back.
 
     Writes the uids that are in the output to output/uids/, in as many files as it has shards, and those on a hash list
     to report/quarantine.txt.
 
     Args:
-      run: the `driver.Run`.
+      workdir: of the run.
       parts: of the table.
       shards: of the output.
+      seed: of the choice of examples.
+      examples: a reason.
+      run: runs a pipeline.
 
     Returns:
       The facts of `CountParts`, with "kept" and "listed", the numbers of those uids. They are in audit/facts.json.
     """
-    path = f"{run.workdir}/audit/facts.json"
-    kept = f"{run.workdir}/output/uids/uids-{{:05d}}-of-{shards:05d}.txt"
+    path = f"{workdir}/audit/facts.json"
+    kept = f"{workdir}/output/uids/uids-{{:05d}}-of-{shards:05d}.txt"
 
     def pipeline(root: beam.Pipeline) -> None:
-        counted = CountParts(run.workdir, parts, run.rules.seed, run.config["report"]["examples"])
-        found = root | beam.Create(range(parts)) | counted
+        found = root | beam.Create(range(parts)) | CountParts(workdir, parts, seed, examples)
         numbers = {
             "kept": found["kept"] | "WriteKept" >> WriteUids(kept, shards),
-            "listed": found["listed"] | "WriteListed" >> WriteUids(f"{run.workdir}/report/quarantine.txt", 1),
+            "listed": found["listed"] | "WriteListed" >> WriteUids(f"{workdir}/report/quarantine.txt", 1),
         }
         sides = {name: beam.pvalue.AsSingleton(number) for name, number in numbers.items()}
         _ = found["facts"] | "WriteFacts" >> beam.Map(_write_facts, path, **sides)
 
-    run.beam(pipeline)
+    run(pipeline)
     remove_other_lists(kept, shards)
     return read_json(path)
 
