@@ -3,14 +3,19 @@
 import io
 
 import apache_beam as beam
+import numpy as np
 import pytest
 from curation_tools import ONE_PROCESS, picture, small_config
 from PIL import Image
 
+from florence_jax.curation.dedup.components import union_find
 from florence_jax.curation.dedup.phase import build_benchmarks
+from florence_jax.curation.dedup.rounds import edge_paths
 from florence_jax.curation.dedup.stage import benchmark_index
 from florence_jax.curation.ingest.hashing import measure
 from florence_jax.curation.run import Run
+from florence_jax.curation.table import load_array, read_table
+from florence_jax.tools.bench import curate_memory
 
 
 def full_disk(element):
@@ -45,3 +50,28 @@ def test_animated_benchmark_pictures_follow_the_rules_of_measuring(tmp_path):
         found = measure(picture(0), run.rules.measure.limits)
         known.append(benchmark_index(build_benchmarks(run)).query([found], 0.0))
     assert known[0] == [None] and known[1][0]["benchmark"] == "b"
+
+
+def test_the_memory_benchmark_runs_the_phases(tmp_path, monkeypatch):
+    """On made-up files of 3,000 pairs; the clusters are those of union-find, the uids those of the log."""
+    monkeypatch.setattr(curate_memory, "CHAIN", 8)
+    folder, rows = str(tmp_path), 3000
+    curate_memory.make_run(folder, rows)
+    figures = curate_memory.measure_phases(folder, rows, ONE_PROCESS)
+    assert list(figures["peak_mb"]) == ["components", "audit", "embeddings"]
+    peaks = [figures["base_mb"], *figures["peak_mb"].values()]
+    assert peaks == sorted(peaks) and peaks[0] > 1
+    labels = union_find(np.concatenate([load_array(path) for path in edge_paths(f"{folder}/clusters/edges")]), rows)
+    alone = np.bincount(labels, minlength=rows)[labels] == 1
+    parts = [read_table(f"{folder}/clusters/part-{i:05d}.parquet")["cluster"].to_numpy() for i in range(4)]
+    assert (np.concatenate(parts) == np.where(alone, -1, labels)).all() and 500 < alone.sum() < rows - 500
+    logs = [read_table(f"{folder}/decisions/log-{i:05d}.parquet") for i in range(4)]
+    kept = [
+        uid
+        for log in logs
+        for uid, stage in zip(*log.select(["uid", "stage"]).to_pydict().values(), strict=True)
+        if stage == "output"
+    ]
+    assert (tmp_path / "output/uids/uids-00000-of-00001.txt").read_text().split() == kept
+    found = [read_table(f"{folder}/scores/clustered/part-{i:05d}.parquet")["embedding_cluster"] for i in range(4)]
+    assert sum(map(len, found)) == rows and set(np.concatenate(found)) == set(range(curate_memory.CENTRES))

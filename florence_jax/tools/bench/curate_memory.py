@@ -11,7 +11,7 @@ of the same kind and are not run: of those, the main process reads a few facts f
   `sizes`  for each: `base_mb`, the peak of the main process after a pipeline over three numbers; `peak_mb`, after each
            phase; `seconds`; `runner_mb`, the peak of the job server;
   `bytes_per_row`  growth of the peak from the smallest to the largest size.
-With --runner=direct the pipelines run as `--runner=DirectRunner --workers=2` does, where the main process is the runner.
+With --runner=direct they run as with `--runner=DirectRunner --workers=2`, where the main process is the runner too.
 Peaks are VmHWM of /proc (Linux).
 """
 
