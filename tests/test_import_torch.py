@@ -23,7 +23,9 @@ from florence_jax.models.sizes import VARIANTS, resolve_config
 from florence_jax.params.checkpoint import Checkpoints
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks.encoder import Encoder
-from florence_jax.tools.import_torch.__main__ import convert, main
+from florence_jax.tools.import_torch.__main__ import main
+from florence_jax.tools.import_torch.convert import convert
+from florence_jax.tools.import_torch.families import FAMILIES
 from florence_jax.tools.import_torch.files import read_state_dict
 
 POOLED = [
@@ -123,8 +125,8 @@ def test_patch_merging_golden():
 def test_unicl_namings(names):
     """Every naming gives the same parameters as the first, whose numbers `test_unicl_golden` checks."""
     options = dict(text_heads=2)
-    config, params, _ = convert(unicl_state(**names), "unicl", options=options, res=64, window=4)
-    want_config, want, _ = convert(unicl_state(), "unicl", options=options, res=64, window=4)
+    config, params, _ = convert(unicl_state(**names), FAMILIES["unicl"], options=options, res=64, window=4)
+    want_config, want, _ = convert(unicl_state(), FAMILIES["unicl"], options=options, res=64, window=4)
     assert config == want_config
     jax.tree.map(np.testing.assert_array_equal, params, want)
 
@@ -156,7 +158,7 @@ def test_scanned_layout():
             name.replace("blocks.0", f"blocks.{block}"): shape for name, shape in last.items() if "blocks.0" in name
         }
     state = fill(deep | last, 0.2)
-    config, params, _ = convert(state, "swin", res=64, window=4)
+    config, params, _ = convert(state, FAMILIES["swin"], res=64, window=4)
     shapes = jax.eval_shape(
         build(config.variant, **{k: config[k] for k in config if k != "variant"}).init, jax.random.key(0)
     )
@@ -209,20 +211,21 @@ def test_clip_namings(naming):
     options = dict(heads=(2,), text_heads=2)
     state = fill(clip_shapes(), 0.2)
     extras = {"input_resolution": np.int64(24), "context_length": np.int64(6), "vocab_size": np.int64(20)}
-    config, params, dropped = convert(naming(state), "clip", options=options)
-    want_config, want, want_dropped = convert(state | extras, "clip", options=options)
+    config, params, dropped = convert(naming(state), FAMILIES["clip"], options=options)
+    want_config, want, want_dropped = convert(state | extras, FAMILIES["clip"], options=options)
     assert config == want_config and config.image_activation == "quick_gelu" and config.text_eps == 1e-5
     assert want_dropped == sorted(extras) and len(dropped) == (naming is transformers_names)
     jax.tree.map(np.testing.assert_array_equal, params, want)
 
 
 def test_clip_position_embeddings_for_another_size():
-    config, params, _ = convert(fill(clip_shapes(), 0.2), "clip", options=dict(heads=(2,), text_heads=2), res=40)
+    options = dict(heads=(2,), text_heads=2)
+    config, params, _ = convert(fill(clip_shapes(), 0.2), FAMILIES["clip"], options=options, res=40)
     assert config.res == 40 and params["image"]["position_embedding"].shape == (26, 16)
     with pytest.raises(UserError, match="patch_size=8"):
-        convert(fill(clip_shapes(), 0.2), "clip", options=dict(heads=(2,), text_heads=2), res=36)
+        convert(fill(clip_shapes(), 0.2), FAMILIES["clip"], options=dict(heads=(2,), text_heads=2), res=36)
     with pytest.raises(UserError, match="--window is for Swin"):
-        convert(fill(clip_shapes(), 0.2), "clip", options=dict(heads=(2,), text_heads=2), window=7)
+        convert(fill(clip_shapes(), 0.2), FAMILIES["clip"], options=dict(heads=(2,), text_heads=2), window=7)
 
 
 def test_open_clip_configuration_and_half_precision(tmp_path, capsys):
@@ -250,18 +253,18 @@ def test_open_clip_configuration_and_half_precision(tmp_path, capsys):
 
 def test_window_and_resolution():
     """--res alone gives the window res / 32, in stages with a smaller map the side of that map."""
-    config, params, _ = convert(swin_state(), "swin", res=256)
+    config, params, _ = convert(swin_state(), FAMILIES["swin"], res=256)
     assert (config.res, config.window) == (256, 8)
     name = "relative_position_bias_table"
     table = params["image"]["stage0_pair0"]["plain"]["attention"][name]
     matrix = bicubic_matrix(7, 15)
     source = swin_state()[f"layers.0.blocks.0.{TABLE}"][:, 0].reshape(7, 7)
     np.testing.assert_allclose(table[:, 0].reshape(15, 15), matrix @ source @ matrix.T, atol=1e-6)
-    config, params, _ = convert(swin_state(), "swin", res=32, window=8)
+    config, params, _ = convert(swin_state(), FAMILIES["swin"], res=32, window=8)
     tables = [params["image"][f"stage{i}_pair0"]["shifted"]["attention"][name].shape for i in range(2)]
     assert config.window == 8 and tables == [(225, 2), (49, 4)]  # maps of 8 and 4
     with pytest.raises(UserError, match="does not divide by window=6"):
-        convert(swin_state(), "swin", res=64, window=6)
+        convert(swin_state(), FAMILIES["swin"], res=64, window=6)
 
 
 @pytest.mark.parametrize("width,heads", [(1280, 16), (1408, 16), (1664, 16), (1280, 20)])
@@ -275,7 +278,7 @@ def test_heads_of_a_wide_tower_stay_as_they_are(width, heads):
         if not name.startswith(deep)
     }
     options = {"text_heads": 2} | ({} if heads == 16 else {"heads": (heads,)})
-    config, _, _ = convert(state, "openclip", options=options)
+    config, _, _ = convert(state, FAMILIES["openclip"], options=options)
     assert (config.image_width, config.heads) == (width, (heads,))
 
 
@@ -283,7 +286,7 @@ def test_another_resolution_keeps_a_window_that_fits():
     """7 tokens at 448 pixels: the window of the row, though not at this size of image."""
     state = swin_state()
     state |= {name: np.zeros((169, len(table[0]))) for name, table in state.items() if name.endswith(TABLE)}
-    config, params, _ = convert(state, "swin", res=448, window=7)
+    config, params, _ = convert(state, FAMILIES["swin"], res=448, window=7)
     assert (config.res, config.window) == (448, 7)
     assert params["image"]["stage0_pair0"]["plain"]["attention"]["relative_position_bias_table"].shape == (169, 2)
 
@@ -295,7 +298,7 @@ def test_mismatches_are_listed_together():
     state[f"layers.1.blocks.1.{TABLE}"] = np.zeros((81, 4))
     state |= {"layers.0.blocks.0.attn.logit_scale": np.zeros((2, 1, 1)), "module.norm.bias": np.zeros(16)}
     with pytest.raises(UserError) as caught:
-        convert(state, "swin", res=64, window=4)
+        convert(state, FAMILIES["swin"], res=64, window=4)
     message = str(caught.value)
     assert "--from=swin; 6 mismatches" in message
     for part in (
@@ -312,14 +315,14 @@ def test_mismatches_are_listed_together():
 @pytest.mark.parametrize("family", ["swin", "unicl", "clip", "openclip"])
 def test_another_networks_file(family):
     with pytest.raises(UserError, match=f"not a checkpoint of --from={family}.*conv1.weight"):
-        convert({"conv1.weight": np.zeros((8, 3, 7, 7))}, family)
+        convert({"conv1.weight": np.zeros((8, 3, 7, 7))}, FAMILIES[family])
 
 
 def test_a_wrong_family_is_an_error():
     with pytest.raises(UserError, match="--from=clip"):
-        convert(unicl_state(), "clip")
+        convert(unicl_state(), FAMILIES["clip"])
     with pytest.raises(UserError, match="visual.conv1.weight"):
-        convert(fill(clip_shapes(), 0.2) | swin_state(), "swin")
+        convert(fill(clip_shapes(), 0.2) | swin_state(), FAMILIES["swin"])
 
 
 def test_mistakes_on_the_command_line(tmp_path, capsys):

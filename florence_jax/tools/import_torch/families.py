@@ -1,0 +1,9 @@
+"""The table of families. A new one is a file with its `Family`, and a line here."""
+
+from florence_jax.tools.import_torch.clip import CLIP
+from florence_jax.tools.import_torch.family import Family
+from florence_jax.tools.import_torch.openclip import OPENCLIP
+from florence_jax.tools.import_torch.swin import SWIN
+from florence_jax.tools.import_torch.unicl import UNICL
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (SWIN, UNICL, CLIP, OPENCLIP)}
