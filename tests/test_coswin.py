@@ -10,7 +10,15 @@ from florence_jax.errors import UserError
 from florence_jax.models import coswin
 from florence_jax.models.layers import convolve, convolve_reference, gelu, scale_branch, survival
 from florence_jax.models.resize import bicubic_matrix, resize_bias_tables
-from florence_jax.models.windows import SwinBlock, WindowAttention, _partition, relative_position_index, shift_mask
+from florence_jax.models.windows import (
+    SwinBlock,
+    WindowAttention,
+    attention_mask,
+    partition,
+    relative_position_index,
+    unpartition,
+    zero_outside,
+)
 
 TINY = dict(width=8, depths=(2, 2), heads=(2, 4), window=4)
 
@@ -34,12 +42,68 @@ def test_relative_position_index():
         [13, 12, 11, 8, 7, 6],
         [14, 13, 12, 9, 8, 7],
     ]
-    np.testing.assert_array_equal(relative_position_index(2, 3), expected)
+    np.testing.assert_array_equal(relative_position_index((2, 3)), expected)
 
 
 def test_shift_mask():
     open_pairs = [np.ones((4, 4)), *[np.equal.outer(ids, ids) for ids in ([0, 1, 0, 1], [0, 0, 1, 1])], np.eye(4)]
-    np.testing.assert_array_equal(shift_mask(4, 4, 2, 1), np.where(open_pairs, 0, -100))
+    np.testing.assert_array_equal(attention_mask((4, 4), (2, 2), (1, 1))[0], np.where(open_pairs, 0, -100))
+
+
+def windows_reference(sizes, window, shift, valid):
+    """Window by window, token by token: (flat position, region, whether it lies within `valid`)."""
+    found = []
+    for corner in np.ndindex(*(n // side for n, side in zip(sizes, window, strict=True))):
+        tokens = []
+        for offset in np.ndindex(*window):
+            rolled = [c * side + o for c, side, o in zip(corner, window, offset, strict=True)]
+            position = [(r + s) % n for r, s, n in zip(rolled, shift, sizes, strict=True)]
+            region = [
+                (r >= n - side) + (r >= n - s) for r, n, side, s in zip(rolled, sizes, window, shift, strict=True)
+            ]
+            inside = all(p < v for p, v in zip(position, valid, strict=True))
+            tokens.append((int(np.ravel_multi_index(position, sizes)), region, inside))
+        found.append(tokens)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sizes", "window", "shift", "valid"),
+    [
+        ((6, 4), (3, 2), (1, 1), (5, 3)),
+        ((4, 6, 4), (2, 3, 2), (1, 1, 1), (3, 5, 4)),
+        ((2, 4, 4), (2, 2, 2), (0, 1, 1), (2, 3, 4)),
+    ],
+)
+def test_windows_of_two_and_three_axes(sizes, window, shift, valid):
+    """Places, masks and bias rows against loops over tokens."""
+    tokens = windows_reference(sizes, window, shift, valid)
+    grid = np.arange(np.prod(sizes)).reshape(1, *sizes, 1)
+    rolled = np.roll(grid, [-n for n in shift], range(1, len(sizes) + 1))
+    got = partition(rolled, window)
+    np.testing.assert_array_equal(got[0, :, :, 0], [[position for position, *_ in one] for one in tokens])
+    np.testing.assert_array_equal(unpartition(got, sizes, window), rolled)
+    blocked = [[[a[1] != b[1] or not b[2] for b in one] for a in one] for one in tokens]
+    masks = attention_mask(sizes, window, shift, jnp.array([sizes, valid]))
+    np.testing.assert_array_equal(masks[1], np.where(blocked, -100, 0))
+    np.testing.assert_array_equal(masks[0], attention_mask(sizes, window, shift)[0])
+    places, box = np.array(list(np.ndindex(*window))), 2 * np.array(window) - 1
+    index = [[np.ravel_multi_index(q - k + np.array(window) - 1, box) for k in places] for q in places]
+    np.testing.assert_array_equal(relative_position_index(window), index)
+
+
+def test_block_over_three_axes():
+    """Windows of one frame: each frame as in two axes. Of two: a frame beyond `valid` changes nothing."""
+    x = jnp.asarray(cosx(2, 3, 4, 6, 8))
+    plain = SwinBlock(heads=2, window=(2, 2), shift=(1, 1), mask_padding=True)
+    params = random_params(plain, x[:, 0], scale=0.3)
+    want = apply(plain, params, x.reshape(6, 4, 6, 8)).reshape(x.shape)
+    got = apply(SwinBlock(heads=2, window=(1, 2, 2), shift=(0, 1, 1), mask_padding=True), params, x)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    video = SwinBlock(heads=2, window=(2, 2, 2), shift=(1, 1, 1), mask_padding=True)
+    params = random_params(video, x, scale=0.3)
+    got = apply(video, params, x.at[:, 2].set(99.0), None, jnp.array([[2, 4, 6]] * 2))[:, :2]
+    np.testing.assert_allclose(got, apply(video, params, x[:, :2]), atol=1e-5)
 
 
 def test_window_attention_golden():
@@ -53,7 +117,7 @@ def test_window_attention_golden():
 
 def test_block_golden():
     params = convert(fill(block_shapes(8, 2, 2), 0.3), ((r"^attn\.", "attention."),))
-    y = apply(SwinBlock(heads=2, window=2, shift=1), params, cosx(1, 4, 4, 8))
+    y = apply(SwinBlock(heads=2, window=(2, 2), shift=(1, 1)), params, cosx(1, 4, 4, 8))
     first = [0.05370901, -0.21070657, 0.51468390, 1.51771960, 2.50698446, 2.82391190, 2.19822526, 1.00562574]
     np.testing.assert_allclose(y[0, 0, 0], first, atol=1e-5)
     assert_sums(y, 69.07122041, 173.42517637)
@@ -86,7 +150,11 @@ def test_coswin_golden(size, window, mode, pooled, total, magnitude):
     model = coswin.CoSwin(**TINY | dict(window=window), size_mode=mode, out_stages=(1,))
     image = sinx(0.013, 1, 3, *size).transpose(0, 2, 3, 1)
     if mode == "detection":
-        y = apply(model, coswin_params(window, output_norm="norm1"), image)["norm1"]
+        params = coswin_params(window, output_norm="norm1")
+        outputs = apply(model, params | {"norm": params["norm1"]}, image)
+        y = outputs["norm1"]
+        np.testing.assert_allclose(outputs["pooled"], y.mean((1, 2)), atol=1e-6)
+        np.testing.assert_allclose(outputs["tokens"], y.reshape(1, -1, 16), atol=1e-6)
         np.testing.assert_allclose(y.mean((1, 2))[0, :4], pooled, atol=1e-5)
         assert_sums(y, total, magnitude)
     else:
@@ -139,25 +207,58 @@ def test_scan_equals_unrolled(remat):
 def test_mask_padding_equals_attention_over_real_tokens():
     """A 4 x 3 map in a 4 x 4 window: with the flag, the same as a 4 x 3 window with the matching part of the table."""
     x = jnp.asarray(cosx(2, 4, 3, 8))
-    params = random_params(SwinBlock(heads=2, window=4), x, scale=0.3)
+    params = random_params(SwinBlock(heads=2, window=(4, 4), shift=(0, 0)), x, scale=0.3)
     params["mlp"]["fc2"] = jax.tree.map(jnp.zeros_like, params["mlp"]["fc2"])  # the attention branch alone
     table = params["attention"]["relative_position_bias_table"].reshape(7, 7, 2)[:, 1:6].reshape(35, 2)
     cropped = params["attention"] | {"relative_position_bias_table": table}
     tokens = apply(coswin.LayerNorm(), params["norm1"], x).reshape(2, 1, 12, 8)
     want = x + apply(WindowAttention(heads=2, window=(4, 3)), cropped, tokens).reshape(x.shape)
     error = {
-        flag: jnp.abs(apply(SwinBlock(heads=2, window=4, mask_padding=flag), params, x) - want).max()
+        flag: jnp.abs(apply(SwinBlock(2, (4, 4), (0, 0), mask_padding=flag), params, x) - want).max()
         for flag in (True, False)
     }
     assert error[True] < 1e-5 < 1e-2 < error[False]
 
 
-def test_mask_of_shifted_padded_map():
-    mask = np.asarray(SwinBlock(heads=2, window=4, shift=2, mask_padding=True)._mask(6, 7, 2, 1))
-    real = np.zeros((8, 8), bool)
-    real[:6, :7] = True
-    keys = _partition(np.roll(real, (-2, -2), (0, 1))[None, :, :, None], 4)[0, :, None, :, 0]
-    np.testing.assert_array_equal(mask, np.where(keys, shift_mask(8, 8, 4, 2), -100))
+def alone_and_padded(model, params, image, heights, widths):
+    """Outputs of each picture in its own size, and of all in one batch padded with noise."""
+    batch = np.random.default_rng(1).normal(size=(len(heights), *image.shape)).astype(np.float32)
+    sizes = list(zip(heights, widths, strict=True))
+    for row, (height, width) in zip(batch, sizes, strict=True):
+        row[:height, :width] = image[:height, :width]
+    run = jax.jit(lambda image, valid: model.apply({"params": params}, image, valid=valid))
+    alone = [run(row[None, :height, :width], None) for row, (height, width) in zip(batch, sizes, strict=True)]
+    return alone, run(batch, jnp.array(sizes))
+
+
+@pytest.mark.parametrize("embedding", ["conv", "patch"])
+def test_a_padded_picture_is_as_one_alone(embedding):
+    """With `mask_padding` every output of the picture's own part; without it, as padded with zeros."""
+    model = coswin.CoSwin(**TINY, size_mode="detection", mask_padding=True, embedding=embedding, out_stages=(1,))
+    image = np.float32(2 * np.sin(0.7 * np.arange(48 * 64 * 3)).reshape(48, 64, 3))
+    params = random_params(model, image[None], scale=0.3)
+    alone, padded = alone_and_padded(model, params, image, (30, 48), (37, 21))
+    for i, outputs in enumerate(alone):
+        for name in ("stage0", "stage1", "norm1"):
+            height, width = outputs[name].shape[1:3]
+            assert padded[name].shape[1:3] != (height, width)
+            np.testing.assert_array_equal(padded[f"valid{name[-1]}"][i], (height, width))
+            np.testing.assert_allclose(padded[name][i, :height, :width], outputs[name][0], atol=1e-5)
+        np.testing.assert_allclose(padded["pooled"][i], outputs["pooled"][0], atol=1e-5)
+    run = jax.jit(model.clone(mask_padding=False).apply)
+    zeros, noise = (np.full((1, 48, 64, 3), value, np.float32) for value in (0, 9))
+    zeros[0, :30, :37] = noise[0, :30, :37] = image[:30, :37]
+    got, want = run({"params": params}, noise, valid=jnp.array([[30, 37]])), run({"params": params}, zeros)
+    np.testing.assert_allclose(got["stage1"], want["stage1"], atol=1e-6)
+    assert jnp.abs(got["norm1"][0, :2] - padded["norm1"][0, :2]).max() > 1e-3
+    height, width = got["valid1"][0]
+    own = want["tokens"].reshape(want["stage1"].shape)[0, :height, :width]
+    np.testing.assert_allclose(got["pooled"][0], own.mean((0, 1)), atol=1e-5)
+
+
+def test_zero_outside():
+    got = zero_outside(jnp.ones((2, 2, 3, 1)), jnp.array([[1, 2], [2, 0]]))[..., 0]
+    np.testing.assert_array_equal(got, [[[1, 1, 0], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]]])
 
 
 def test_stochastic_depth():

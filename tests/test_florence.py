@@ -81,6 +81,7 @@ def test_outputs_and_params(encoded):
         "logit_scale": (),
         "image/stage0": (3, 8, 8, 16),
         "image/stage1": (3, 4, 4, 32),
+        "image/tokens": (3, 16, 32),
         "image/pooled": (3, 32),
         "image/embedding": (3, 12),
         "text/tokens": (3, 8, 32),
@@ -162,16 +163,24 @@ def test_adapt_grows_tables():
 def test_an_image_tower_alone(encoded):
     params, outputs = encoded
     alone = jax.jit(build("ti", **SMALL).apply)({"image": params["image"]}, {"image": small_batch()["image"]})
-    assert set(alone) == {"image/stage0", "image/stage1", "image/pooled"}
+    assert set(alone) == {"image/stage0", "image/stage1", "image/tokens", "image/pooled"}
     np.testing.assert_allclose(alone["image/pooled"], outputs["image/pooled"], atol=1e-5)
 
 
-def test_detection_outputs():
+def test_detection_outputs(encoded):
+    """Parameters of classification are enough but for the stages' own norms; the embeddings are theirs."""
+    classifier, _ = encoded
     model = build("ti", **SMALL | dict(size_mode="detection", out_stages=(1,)))
-    batch = {"image": small_batch(2, 40)["image"][:, :36]}
-    outputs = jax.eval_shape(lambda: model.apply(model.init(jax.random.key(0)), batch))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert set(shapes["image"]) - set(classifier["image"]) == {"norm1"} and set(shapes) == set(classifier)
+    assert build("ti", **SMALL).inputs.keys() == model.inputs.keys() - {"image_valid"}
+    batch = {"image": small_batch(2, 40)["image"][:, :36], "image_valid": jnp.array([[36, 40], [20, 33]])}
+    outputs = jax.eval_shape(model.apply, shapes, batch)
     assert outputs["image/stage0"].shape == (2, 9, 10, 16) and outputs["image/norm1"].shape == (2, 5, 5, 32)
-    assert "image/embedding" not in outputs and "image/norm0" not in outputs
+    assert outputs["image/embedding"].shape == (2, 12) and outputs["image/valid1"].shape == (2, 2)
+    assert outputs["image/tokens"].shape == (2, 25, 32) and "image/norm0" not in outputs
+    with pytest.raises(UserError, match="image_valid without image"):
+        model.apply(classifier, {"image_valid": batch["image_valid"]})
 
 
 def test_bfloat16_embeddings_are_float32_and_close(encoded):

@@ -13,8 +13,8 @@ SIZES = dict(vocab_size=20, length=6, width=8, layers=2, heads=2)
 IDS = jnp.array([[18, 5, 7, 19, 0, 0], [18, 3, 19, 19, 19, 19]])
 
 
-def apply(ids, **options):
-    return jax.jit(TextTransformer(**SIZES | options).apply)({"params": text_params()}, jnp.asarray(ids))
+def apply(ids, lengths=None, **options):
+    return jax.jit(TextTransformer(**SIZES | options).apply)({"params": text_params()}, jnp.asarray(ids), lengths)
 
 
 def test_golden():
@@ -41,6 +41,28 @@ def test_non_causal_tower_ignores_padding_only():
     later = apply([[18, 5, 7, 2]], causal=False)["tokens"]
     assert jnp.abs(later[:, 0] - b["tokens"][:, 0]).max() > 1e-3  # the first token sees the last
     assert bool(jnp.isfinite(apply([[0, 0, 0]], causal=False, pooling="mean")["pooled"]).all())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(causal=False, pooling="mean"), dict(causal=False, pooling="eot"), dict(pooling="eos", eot_id=19), dict()],
+)
+def test_padding_is_known_by_length(options):
+    """Id 0 is a word, whatever lies behind the text is not, and more of it changes nothing."""
+    texts, lengths = jnp.array([[18, 0, 7, 19, 0], [18, 19, 19, 3, 3]]), jnp.array([4, 2])
+    got = apply(texts, lengths, **options)["pooled"]
+    again = apply(jnp.concatenate([texts, jnp.array([[5], [19]])], 1), lengths, **options)["pooled"]
+    np.testing.assert_allclose(again, got, atol=1e-6)
+    alone = apply(texts[:1, :4], lengths[:1], **options)["pooled"]
+    np.testing.assert_allclose(got[:1], alone, atol=1e-6)
+    if not options.get("causal", True):
+        assert jnp.abs(got[0] - apply(texts, **options)["pooled"][0]).max() > 1e-3  # known by its id, 0 is left out
+
+
+def test_lengths_of_usual_texts_change_nothing():
+    for options in (dict(causal=False, pooling="mean"), dict()):
+        want, got = apply(IDS[:1], **options), apply(IDS[:1], jnp.array([4]), **options)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize(

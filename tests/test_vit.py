@@ -12,20 +12,23 @@ from florence_jax.errors import UserError
 from florence_jax.models.florence import build, parameter_count
 from florence_jax.models.resize import resize_position_embedding
 from florence_jax.models.vit import ViT
-from florence_jax.tools.import_torch.__main__ import convert
+from florence_jax.tools.import_torch.convert import convert
+from florence_jax.tools.import_torch.families import FAMILIES
 
 IMAGE = sinx(0.013, 1, 3, 24, 24).transpose(0, 2, 3, 1)
 IDS = jnp.array([[18, 5, 7, 19, 0, 0], [18, 3, 19, 19, 19, 19]])
 
 
 def load(family="clip"):
-    config, params, dropped = convert(fill(clip_shapes(), 0.2), family, options=dict(heads=(2,), text_heads=2))
+    config, params, dropped = convert(
+        fill(clip_shapes(), 0.2), FAMILIES[family], options=dict(heads=(2,), text_heads=2)
+    )
     assert not dropped
     return build(config.variant, **{name: config[name] for name in config if name != "variant"}), params
 
 
 def numpy_vit(image, activation):
-    """The tower in float64 from the PyTorch layouts: (patch states (9, 16), class state after the last LayerNorm)."""
+    """The tower in float64 from the PyTorch layouts: patch states (9, 16), all states after the last LayerNorm."""
     weights = {name.removeprefix("visual."): value for name, value in fill(clip_shapes(), 0.2).items()}
 
     def norm(x, name):
@@ -49,7 +52,7 @@ def numpy_vit(image, activation):
         x = x + attend(norm(x, block + "ln_1"), block + "attn")
         hidden = norm(x, block + "ln_2") @ weights[block + "mlp.c_fc.weight"].T + weights[block + "mlp.c_fc.bias"]
         x = x + activation(hidden) @ weights[block + "mlp.c_proj.weight"].T + weights[block + "mlp.c_proj.bias"]
-    return x[1:], norm(x[0], "ln_post")
+    return x[1:], norm(x, "ln_post")
 
 
 ACTIVATIONS = {
@@ -88,9 +91,10 @@ def test_golden(family, image, text):
     np.testing.assert_allclose(out["text/pooled"] @ kernels["text"], text, atol=1e-5)
     np.testing.assert_allclose(out["image/embedding"], [image / np.linalg.norm(image)], atol=1e-5)
     np.testing.assert_allclose(out["logit_scale"], 1.1496477, rtol=1e-6)
-    states, pooled = numpy_vit(np.float64(IMAGE[0]), ACTIVATIONS[family])
+    states, normed = numpy_vit(np.float64(IMAGE[0]), ACTIVATIONS[family])
     np.testing.assert_allclose(out["image/stage0"].reshape(9, 16), states, atol=1e-5)
-    np.testing.assert_allclose(out["image/pooled"][0], pooled, atol=1e-5)
+    np.testing.assert_allclose(out["image/pooled"][0], normed[0], atol=1e-5)
+    np.testing.assert_allclose(out["image/tokens"][0], normed[1:], atol=1e-5)
 
 
 def test_scan_remat_and_bfloat16():

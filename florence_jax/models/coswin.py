@@ -6,6 +6,7 @@ own patch embedding and patch merging, is the option `embedding='patch'`. Maps a
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
@@ -24,18 +25,20 @@ from florence_jax.models.layers import (
     remat_module,
     survival,
 )
-from florence_jax.models.windows import SIZE_MODES, SwinPair, pad_to_multiple, stage_window
+from florence_jax.models.windows import SIZE_MODES, SwinPair, pad_to_multiple, stage_window, zero_outside
 
 EMBEDDINGS = ("conv", "patch")
 STAGE_CONV = ((7, 4, 2), (3, 2, 1))  # kernel, stride, padding of the first and of the later embeddings
 
+Size = TypeVar("Size", int, jax.Array)
 
-def conv_size(size: int, kernel: int, stride: int, padding: int) -> int:
+
+def conv_size(size: Size, kernel: int, stride: int, padding: int) -> Size:
     """Side of a convolution's output map: floor((size + 2 * padding - kernel) / stride) + 1."""
     return (size + 2 * padding - kernel) // stride + 1
 
 
-def embedded_size(size: int, stage: int, embedding: str = "conv") -> int:
+def embedded_size(size: Size, stage: int, embedding: str = "conv") -> Size:
     """Side of the map of `stage` from the side of its input (pixels for stage 0); see `CoSwin.embedding`."""
     if embedding == "patch":
         return -(-size // (2 if stage else 4))
@@ -81,7 +84,7 @@ class PatchMerging(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), features)."""
-        x = pad_to_multiple(x, 2)
+        x = pad_to_multiple(x, (2, 2))
         x = jnp.concatenate([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], axis=-1)
         x = LayerNorm(dtype=self.dtype, name="norm")(x)
         reduction = nn.Dense(self.features, use_bias=False, dtype=self.dtype, kernel_init=NORMAL, name="reduction")
@@ -115,10 +118,10 @@ class CoSwin(nn.Module):
         sizes that do not divide are padded with zeros at the bottom and right, as in Swin's detectors).
       mlp_ratio: hidden width of the MLPs over the channels.
       drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first block.
-      size_mode: 'classification' (fixed sizes, final LayerNorm + average pooling) or 'detection' (any size, one
-        LayerNorm `norm{i}` per stage in `out_stages`, no pooling).
-      mask_padding: detection mode only; keep padded positions out of attention (default: they take part, as in the
-        published detectors).
+      size_mode: 'classification' (fixed sizes) or 'detection' (any size, and one more LayerNorm `norm{i}` for each
+        stage in `out_stages`).
+      mask_padding: detection mode only; keep padded positions out of attention and of the next embedding, so that
+        they change nothing (default: they take part, as in the published detectors).
       out_stages: detection mode only; the stages that get a `norm{i}`.
       remat: one of `layers.REMATS`; the unit is a pair of blocks.
       scan: scan over the pairs of a stage that has several (parameters stacked on axis 0 under `pairs`); otherwise,
@@ -142,7 +145,11 @@ class CoSwin(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: jax.Array, train: bool = False, examples: jax.Array | None = None
+        self,
+        image: jax.Array,
+        train: bool = False,
+        examples: jax.Array | None = None,
+        valid: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         """Encodes images.
 
@@ -150,39 +157,62 @@ class CoSwin(nn.Module):
           image: float (B, H, W, 3), normalised.
           train: apply stochastic depth; needs rng 'drop_path' if `drop_path` > 0.
           examples: int32 (B,), ids by which images draw their stochastic depth; default: positions in the batch.
+          valid: int32 (B, 2), height and width in pixels of each image inside a padded batch, detection mode only;
+            pixels beyond them count as zeros. Default: all of it.
 
         Returns:
-          'stage{i}': (B, h, w, C_i), each stage's map before any output norm; in classification mode 'pooled'
-          float32 (B, C_last); in detection mode 'norm{i}' (B, h, w, C_i) for the stages in `out_stages`.
+          'stage{i}': (B, h, w, C_i), each stage's map before any output norm; 'tokens' (B, h * w, C_last), the last one
+          after its LayerNorm `norm`; 'pooled' float32 (B, C_last), their average, without padding; in detection mode
+          'norm{i}' (B, h, w, C_i) for the stages in `out_stages`, and with `valid` 'valid{i}' int32 (B, 2), the sizes
+          of the images' own parts of 'stage{i}'.
 
         Raises:
-          UserError: odd depths, unknown size mode or embedding, sizes that do not fit the windows, or no key to draw
-            stochastic depth with.
+          UserError: odd depths, unknown size mode or embedding, sizes that do not fit the windows, `valid` in
+            classification mode, or no key to draw stochastic depth with.
         """
+        self._check(valid)
+        factors = self._factors(train, len(image), examples)
+        outputs, x = {}, image.astype(self.dtype)
+        if valid is not None:
+            x = zero_outside(x, valid)
+        for i, depth in enumerate(self.depths):
+            start = sum(self.depths[:i]) // 2
+            if i and valid is not None and self.mask_padding:
+                x = zero_outside(x, valid)
+            x = self._embed(i, x)
+            if valid is not None:
+                outputs[f"valid{i}"] = valid = embedded_size(valid, i, self.embedding)
+            x = self._stage(i, x, None if factors is None else factors[start : start + depth // 2], valid)
+            outputs[f"stage{i}"] = x
+        if self.size_mode == "detection":
+            for i in self.out_stages:
+                outputs[f"norm{i}"] = LayerNorm(dtype=self.dtype, name=f"norm{i}")(outputs[f"stage{i}"])
+        x = LayerNorm(name="norm")(x)
+        if valid is None:
+            outputs["pooled"] = x.mean((1, 2))
+        else:
+            outputs["pooled"] = zero_outside(x, valid).sum((1, 2)) / jnp.maximum(valid.prod(1, keepdims=True), 1)
+        outputs["tokens"] = x.astype(self.dtype).reshape(len(x), -1, x.shape[-1])
+        return outputs
+
+    def _check(self, valid: jax.Array | None) -> None:
         check_stages(self.width, self.depths, self.heads)
         if self.size_mode not in SIZE_MODES:
             raise UserError(f"size_mode={self.size_mode!r}: choose one of {', '.join(SIZE_MODES)}")
         if self.embedding not in EMBEDDINGS:
             raise UserError(f"embedding={self.embedding!r}: choose one of {', '.join(EMBEDDINGS)}")
-        factors = None
-        if train and self.drop_path > 0:
-            if not self.has_rng("drop_path"):
-                raise UserError("training with drop_path > 0 needs rngs={'drop_path': key}")
-            rates = np.linspace(0, self.drop_path, sum(self.depths), dtype=np.float32)
-            examples = jnp.arange(len(image)) if examples is None else examples
-            factors = survival(self.make_rng("drop_path"), rates, examples).reshape(-1, 2, 2, len(image))
-        outputs, x = {}, image.astype(self.dtype)
-        for i, depth in enumerate(self.depths):
-            start = sum(self.depths[:i]) // 2
-            x = self._embed(i, x)
-            x = self._stage(i, x, None if factors is None else factors[start : start + depth // 2])
-            outputs[f"stage{i}"] = x
-        if self.size_mode == "detection":
-            for i in self.out_stages:
-                outputs[f"norm{i}"] = LayerNorm(dtype=self.dtype, name=f"norm{i}")(outputs[f"stage{i}"])
-        else:
-            outputs["pooled"] = LayerNorm(name="norm")(x).mean((1, 2))
-        return outputs
+        if valid is not None and self.size_mode != "detection":
+            raise UserError("images padded to a common size need size_mode='detection'")
+
+    def _factors(self, train: bool, batch: int, examples: jax.Array | None) -> jax.Array | None:
+        """Stochastic depth's (pairs, block, branch, B), or None."""
+        if not train or self.drop_path == 0:
+            return None
+        if not self.has_rng("drop_path"):
+            raise UserError("training with drop_path > 0 needs rngs={'drop_path': key}")
+        rates = np.linspace(0, self.drop_path, sum(self.depths), dtype=np.float32)
+        examples = jnp.arange(batch) if examples is None else examples
+        return survival(self.make_rng("drop_path"), rates, examples).reshape(-1, 2, 2, batch)
 
     def _embed(self, stage: int, x: jax.Array) -> jax.Array:
         features, name = self.width * 2**stage, f"stage{stage}_embed"
@@ -190,25 +220,31 @@ class CoSwin(nn.Module):
             return ConvEmbed(features, *STAGE_CONV[min(stage, 1)], self.dtype, name=name)(x)
         if stage:
             return PatchMerging(features, self.dtype, name=name)(x)
-        return ConvEmbed(features, 4, 4, 0, self.dtype, name=name)(pad_to_multiple(x, 4))
+        return ConvEmbed(features, 4, 4, 0, self.dtype, name=name)(pad_to_multiple(x, (4, 4)))
 
-    def _stage(self, stage: int, x: jax.Array, factors: jax.Array | None) -> jax.Array:
+    def _stage(self, stage: int, x: jax.Array, factors: jax.Array | None, valid: jax.Array | None) -> jax.Array:
         pairs = self.depths[stage] // 2
         window, shift = stage_window(x.shape[1], x.shape[2], self.window, self.size_mode)
         scanned = self.scan and pairs > 1
         pair = remat_module(SwinPair, self.remat, scanned=scanned)
         arguments = dict(
             heads=self.heads[stage],
-            window=window,
-            shift=shift,
+            window=(window,) * 2,
+            shift=(shift,) * 2,
             mlp_ratio=self.mlp_ratio,
             mask_padding=self.mask_padding,
             core=attention_core(self.remat),
             dtype=self.dtype,
         )
         if scanned:
-            pair = nn.scan(pair, variable_axes={"params": 0}, split_rngs={"params": True}, length=pairs)
-            return pair(**arguments, name=f"stage{stage}_pairs")(x, factors)[0]
+            pair = nn.scan(
+                pair,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=pairs,
+            )
+            return pair(**arguments, name=f"stage{stage}_pairs")(x, factors, valid)[0]
         for j in range(pairs):
-            x = pair(**arguments, name=f"stage{stage}_pair{j}")(x, None if factors is None else factors[j])[0]
+            x = pair(**arguments, name=f"stage{stage}_pair{j}")(x, None if factors is None else factors[j], valid)[0]
         return x

@@ -46,7 +46,7 @@ def _image_macs(config: ModelConfig) -> float:
         # Padding adds tokens to attention but not to the MLP.
         per_block = _block_macs(side**2, width, 0, config.mlp_ratio) + (padded**2 - side**2) * 4 * width**2
         macs += depth * (per_block + 2 * padded**2 * window**2 * width)
-    return macs + (width * config.projection if config.size_mode == "classification" else 0)
+    return macs + width * config.projection
 
 
 def _text_macs(config: ModelConfig) -> float:

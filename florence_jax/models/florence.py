@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from florence_jax.errors import UserError
 from florence_jax.models.base import Model
 from florence_jax.models.coswin import CoSwin
 from florence_jax.models.flops import forward_flops
@@ -66,13 +67,17 @@ class _Florence(nn.Module):
         outputs = {}
         if self._has("logit_scale"):
             outputs["logit_scale"] = jnp.exp(self.logit_scale.astype(jnp.float32))
+        for needed, given in (("image", "image_valid"), ("text", "text_length")):
+            if given in batch and needed not in batch:
+                raise UserError(f"the batch holds {given} without {needed}")
         if "image" in batch:
-            image = self.image(batch["image"], train, batch.get("example"))
+            valid = {"valid": batch["image_valid"]} if "image_valid" in batch else {}
+            image = self.image(batch["image"], train, batch.get("example"), **valid)
             outputs |= {f"image/{name}": value for name, value in image.items()}
-            if "pooled" in image and self._has("image_projection"):
+            if self._has("image_projection"):
                 outputs["image/embedding"] = self.image_projection(image["pooled"])
         if "text" in batch:
-            text = self.text(batch["text"])
+            text = self.text(batch["text"], batch.get("text_length"))
             outputs |= {f"text/{name}": value for name, value in text.items()}
             outputs["text/embedding"] = self.text_projection(text["pooled"])
         return outputs
@@ -83,22 +88,26 @@ def _model(config: ModelConfig) -> Model[ModelConfig]:
         "image": jax.ShapeDtypeStruct((1, config.res, config.res, 3), jnp.float32),
         "example": jax.ShapeDtypeStruct((1,), jnp.int32),
         "text": jax.ShapeDtypeStruct((1, config.text_length), jnp.int32),
+        "text_length": jax.ShapeDtypeStruct((1,), jnp.int32),
     }
+    if config.size_mode == "detection":
+        inputs["image_valid"] = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return Model(_Florence(config), config, inputs, optional=tuple(inputs), flops=forward_flops(config))
 
 
 def build(variant: str, **overrides: Any) -> Model[ModelConfig]:
     """Builds a model from the variants table: {"image", "text", "image_projection", "text_projection", "logit_scale"}.
 
-    Its inputs, each optional: "image" float (B, H, W, 3), already normalised; "text" int32 (B, L); "example" int32
-    (B,), ids by which images draw their stochastic depth, default: positions in the batch. Training with drop_path > 0
-    needs rngs={'drop_path': key}.
+    Its inputs, each optional: "image" float (B, H, W, 3), already normalised; "example" int32 (B,), ids by which images
+    draw their stochastic depth, default: positions in the batch; in detection mode "image_valid" int32 (B, 2), height
+    and width in pixels of each image inside a padded batch; "text" int32 (B, L); "text_length" int32 (B,), its tokens
+    before the padding. Training with drop_path > 0 needs rngs={'drop_path': key}.
 
-    Its outputs, of the towers whose input the batch holds: 'image/stage{i}' (B, h, w, C_i) (ViT: its patches' states as
-    'image/stage0'), 'image/pooled' (B, C) float32, 'image/embedding' (B, D) float32 of unit norm; in detection mode
-    'image/norm{i}' instead of the last two; 'text/tokens' (B, L, W), 'text/pooled', 'text/embedding' likewise;
-    'logit_scale' float32 scalar, the factor of the logits (= exp of the parameter). The parameters {"image"} alone give
-    neither 'image/embedding' nor 'logit_scale'.
+    Its outputs, of the towers whose input the batch holds: 'image/stage{i}' (B, h, w, C_i), 'image/tokens' (B, h * w,
+    C), the last stage after its LayerNorm, 'image/pooled' (B, C) float32, 'image/embedding' (B, D) float32 of unit
+    norm (see `CoSwin` for more in detection mode); 'text/tokens' (B, L, W), 'text/pooled', 'text/embedding' likewise;
+    'logit_scale' float32 scalar, the factor of the logits (= exp of the parameter). A ViT has one stage, its patches.
+    The parameters {"image"} alone give neither 'image/embedding' nor 'logit_scale'.
 
     Args:
       variant: a key of `VARIANTS`.

@@ -65,10 +65,11 @@ class TextTransformer(nn.Module):
       causal: each token sees itself and earlier ones (no padding mask, as in CLIP); otherwise all tokens see all
         tokens but padding.
       pooling: 'eot' = state at the largest id (CLIP: its end token is the last of the vocabulary); 'eos' = state at
-        the first `eot_id`; 'first' = state at position 0; 'mean' = average over the tokens that are not padding.
+        the first `eot_id`; both, where lengths are given, at the last token before the padding, which is the end token;
+        'first' = state at position 0; 'mean' = average over the tokens that are not padding.
       eps: of LayerNorm; 1e-5 in CLIP, 1e-12 in UniCL's checkpoints.
       activation: 'quick_gelu' (CLIP) or 'gelu'.
-      pad_id, eot_id: the tokenizer's padding and end-of-text ids.
+      pad_id, eot_id: the tokenizer's padding and end-of-text ids. Where no lengths are given, `pad_id` is padding.
       remat: one of `layers.REMATS`; the unit is a block.
       scan: scan over the layers if there are more than two (parameters stacked on axis 0 under `layers`); otherwise
         plain modules `layer0`, `layer1`, ...
@@ -91,11 +92,13 @@ class TextTransformer(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, ids: jax.Array) -> dict[str, jax.Array]:
+    def __call__(self, ids: jax.Array, lengths: jax.Array | None = None) -> dict[str, jax.Array]:
         """Encodes texts.
 
         Args:
           ids: int32 (B, L), L <= `length`.
+          lengths: int32 (B,), tokens before the padding. Without it padding is known by its id, which CLIP's
+            vocabulary gives to a word as well.
 
         Returns:
           'tokens': (B, L, W) after the final LayerNorm; 'pooled': float32 (B, W).
@@ -107,9 +110,13 @@ class TextTransformer(nn.Module):
         embedding = self.param("token_embedding", NORMAL, (self.vocab_size, self.width))
         positions = self.param("position_embedding", NORMAL, (self.length, self.width))
         x = constrain(jnp.take(embedding, ids, axis=0)) + positions[None, : ids.shape[1]]
-        x = self._blocks(x.astype(self.dtype), self._bias(ids))
+        if lengths is None:
+            real = ids != self.pad_id
+        else:
+            real = jnp.arange(ids.shape[1])[None] < lengths[:, None]
+        x = self._blocks(x.astype(self.dtype), self._bias(real))
         x = LayerNorm(eps=self.eps, name="norm")(x)
-        return {"tokens": x.astype(self.dtype), "pooled": self._pool(x, ids)}
+        return {"tokens": x.astype(self.dtype), "pooled": self._pool(x, ids, real, lengths)}
 
     def _check(self, length: int) -> None:
         if length > self.length:
@@ -121,12 +128,12 @@ class TextTransformer(nn.Module):
         if self.width % self.heads:
             raise UserError(f"text_width={self.width} does not divide by text_heads={self.heads}")
 
-    def _bias(self, ids: jax.Array) -> jax.Array:
+    def _bias(self, real: jax.Array) -> jax.Array:
         lowest = np.finfo(np.float32).min  # finite: an all-padding text must not give NaN
         if self.causal:
-            mask = np.tril(np.ones((ids.shape[1],) * 2, bool))[None, None]
+            mask = np.tril(np.ones((real.shape[1],) * 2, bool))[None, None]
         else:
-            mask = (ids != self.pad_id)[:, None, None]
+            mask = real[:, None, None]
         return jnp.where(mask, jnp.float32(0), lowest)
 
     def _blocks(self, x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -152,11 +159,14 @@ class TextTransformer(nn.Module):
             x = block(**block_args, name=f"layer{i}")(x, bias)[0]
         return x
 
-    def _pool(self, x: jax.Array, ids: jax.Array) -> jax.Array:
+    def _pool(self, x: jax.Array, ids: jax.Array, real: jax.Array, lengths: jax.Array | None) -> jax.Array:
         if self.pooling == "mean":
-            real = (ids != self.pad_id).astype(x.dtype)
+            real = real.astype(x.dtype)
             return jnp.einsum("blw,bl->bw", x, real) / jnp.maximum(real.sum(1, keepdims=True), 1)
         if self.pooling == "first":
             return x[:, 0]
-        index = jnp.argmax(ids if self.pooling == "eot" else ids == self.eot_id, axis=1)
+        if lengths is None:
+            index = jnp.argmax(ids if self.pooling == "eot" else ids == self.eot_id, axis=1)
+        else:
+            index = jnp.maximum(lengths - 1, 0)
         return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]

@@ -71,8 +71,8 @@ class ViT(nn.Module):
           train, examples: ignored; the tower has no stochastic depth.
 
         Returns:
-          'stage0': (B, h, w, W), the patches' states after the last block; 'pooled': float32 (B, W), the class
-          token's after the last LayerNorm.
+          'stage0': (B, h, w, W), the patches' states after the last block; 'tokens' (B, h * w, W), the same after the
+          last LayerNorm; 'pooled': float32 (B, W), the class token's after it.
 
         Raises:
           UserError: an image of another size than `res`, or a `res` that does not divide by the patch size.
@@ -91,8 +91,13 @@ class ViT(nn.Module):
         token = jnp.broadcast_to(token[None, None], (batch, 1, self.width))
         x = jnp.concatenate([token, x.reshape(batch, side**2, self.width)], axis=1) + positions[None]
         x = self._blocks(LayerNorm(dtype=self.dtype, name="norm_pre")(x))
-        pooled = LayerNorm(name="norm")(x[:, 0])
-        return {"stage0": x[:, 1:].reshape(batch, side, side, self.width), "pooled": pooled}
+        norm = LayerNorm(name="norm")
+        patches = x[:, 1:]
+        return {
+            "stage0": patches.reshape(batch, side, side, self.width),
+            "tokens": norm(patches).astype(self.dtype),
+            "pooled": norm(x[:, 0]),
+        }
 
     def _blocks(self, x: jax.Array) -> jax.Array:
         scanned = self.scan and self.layers > 2

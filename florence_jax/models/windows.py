@@ -1,7 +1,11 @@
-"""Window attention and the blocks made of it (Swin), over maps of any size."""
+"""Window attention and the blocks made of it: Swin over maps (height, width), Video Swin over (time, height, width).
+
+The number of axes is that of `window`; maps are (B, *sizes, C), of any size. Tokens and windows are row-major.
+"""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -15,65 +19,101 @@ SIZE_MODES = ("classification", "detection")
 MASKED = -100.0  # Swin's additive mask value: finite, so that a softmax row never becomes NaN
 
 
-def relative_position_index(height: int, width: int) -> np.ndarray:
-    """Row of the bias table for each (query, key) pair of a window: int32 (height * width, height * width).
+def relative_position_index(window: Sequence[int]) -> np.ndarray:
+    """Row of the bias table for each (query, key) pair of a window: int32 (tokens, tokens).
 
-    With tokens row-major, entry (p, q) = (yp - yq + height - 1) * (2 * width - 1) + (xp - xq + width - 1).
+    The row-major index of the difference (query - key) + side - 1 along each axis, in a box of sides 2 * side - 1.
     """
-    y, x = np.divmod(np.arange(height * width, dtype=np.int32), np.int32(width))
-    return (y[:, None] - y[None] + height - 1) * (2 * width - 1) + (x[:, None] - x[None] + width - 1)
+    sides = np.asarray(window, np.int32)[:, None, None]
+    positions = np.indices(window, np.int32).reshape(len(window), -1)
+    difference = positions[:, :, None] - positions[:, None] + sides - 1
+    return np.ravel_multi_index(tuple(difference), [2 * side - 1 for side in window]).astype(np.int32)
 
 
-def window_regions(height: int, width: int, window: int, shift: int) -> np.ndarray:
-    """Region id of every token of the rolled grid, window by window: int32 (windows, window**2).
+def window_regions(sizes: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> np.ndarray:
+    """Region id of every token of the rolled grid, window by window: int32 (windows, tokens).
 
     Each axis has the bands [0, n - window), [n - window, n - shift), [n - shift, n); tokens of one window attend to
-    each other only inside one region, because rolling put pixels from opposite borders side by side.
+    each other only inside one region, because rolling put tokens from opposite borders side by side.
     """
-
-    def band(n: int) -> np.ndarray:
+    grid = np.zeros((), np.int32)
+    for n, side, rolled in zip(sizes, window, shift, strict=True):
         i = np.arange(n, dtype=np.int32)
-        return (i >= n - window).astype(np.int32) + (i >= n - shift)
-
-    grid = 3 * band(height)[:, None] + band(width)[None]
-    return _partition(grid[None, :, :, None], window)[0, :, :, 0]
+        grid = 3 * grid[..., None] + (i >= n - side).astype(np.int32) + (i >= n - rolled)
+    return partition(grid[None, ..., None], window)[0, :, :, 0]
 
 
-def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
-    """Additive mask of the shifted block, 0 inside a region and -100 across: float32 (windows, tokens, tokens)."""
-    regions = window_regions(height, width, window, shift)
-    return np.where(regions[:, :, None] == regions[:, None], 0, MASKED).astype(np.float32)
+def attention_mask(
+    sizes: Sequence[int], window: Sequence[int], shift: Sequence[int], valid: Sequence[int] | jax.Array | None = None
+) -> jax.Array | None:
+    """Additive mask of window attention, 0 or -100, over a map that `window` divides.
+
+    Args:
+      sizes: of the map.
+      window, shift: see `SwinBlock`; a shifted map is masked across regions.
+      valid: the part of the map that may be attended to: its sizes (axes,), or one for each example, int32 (B, axes).
+
+    Returns:
+      float32 (1 or B, windows, tokens or 1, tokens); None where nothing is masked.
+    """
+    # Compared in the graph from small per-token constants: spelled out, a large map's masks would be megabytes.
+    blocked = None
+    if any(shift):
+        regions = jnp.asarray(window_regions(sizes, window, shift))[None]
+        blocked = regions[..., None] != regions[:, :, None]
+    if valid is not None:
+        positions = np.moveaxis(np.indices(sizes, np.int32), 0, -1)
+        positions = np.roll(positions, [-n for n in shift], range(len(sizes)))
+        positions = jnp.asarray(partition(positions[None], window))
+        ends = jnp.asarray(valid, jnp.int32).reshape(-1, 1, 1, len(sizes))
+        keys = (positions >= ends).any(-1)[:, :, None]
+        blocked = keys if blocked is None else blocked | keys
+    return None if blocked is None else jnp.where(blocked, jnp.float32(MASKED), jnp.float32(0))
 
 
-def _partition(x: jax.Array | np.ndarray, window: int) -> jax.Array | np.ndarray:
-    """(B, H, W, C) -> (B, windows, window**2, C), windows row-major; the batch axis stays apart for sharding."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // window, window, width // window, window, channels)
-    return x.swapaxes(2, 3).reshape(batch, -1, window * window, channels)
+def partition(x: jax.Array | np.ndarray, window: Sequence[int]) -> jax.Array | np.ndarray:
+    """(B, *sizes, C) -> (B, windows, tokens, C), for sizes that divide; the batch axis stays apart for sharding."""
+    batch, *sizes, channels = x.shape
+    axes = range(1, 2 * len(window), 2)
+    split = [n for size, side in zip(sizes, window, strict=True) for n in (size // side, side)]
+    x = x.reshape(batch, *split, channels).transpose(0, *axes, *(axis + 1 for axis in axes), 2 * len(window) + 1)
+    return x.reshape(batch, -1, math.prod(window), channels)
 
 
-def _unpartition(x: jax.Array, height: int, width: int, window: int) -> jax.Array:
-    """Inverse of `_partition`: (B, windows, window**2, C) -> (B, H, W, C)."""
-    batch, channels = x.shape[0], x.shape[-1]
-    x = x.reshape(batch, height // window, width // window, window, window, channels)
-    return x.swapaxes(2, 3).reshape(batch, height, width, channels)
+def unpartition(x: jax.Array, sizes: Sequence[int], window: Sequence[int]) -> jax.Array:
+    """Inverse of `partition`: (B, windows, tokens, C) -> (B, *sizes, C)."""
+    batch, channels, count = x.shape[0], x.shape[-1], len(window)
+    grid = [size // side for size, side in zip(sizes, window, strict=True)]
+    order = [axis for i in range(1, count + 1) for axis in (i, i + count)]
+    x = x.reshape(batch, *grid, *window, channels).transpose(0, *order, 2 * count + 1)
+    return x.reshape(batch, *sizes, channels)
 
 
-def pad_to_multiple(x: jax.Array, side: int) -> jax.Array:
-    """(B, H, W, C) with zeros added at the bottom and right until H and W divide by `side`."""
-    bottom, right = -x.shape[1] % side, -x.shape[2] % side
-    return jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0))) if bottom or right else x
+def pad_to_multiple(x: jax.Array, sides: Sequence[int]) -> jax.Array:
+    """(B, *sizes, C) with zeros added at the end of each axis until it divides by its side."""
+    ends = [-size % side for size, side in zip(x.shape[1:-1], sides, strict=True)]
+    return jnp.pad(x, ((0, 0), *((0, end) for end in ends), (0, 0))) if any(ends) else x
+
+
+def zero_outside(x: jax.Array, valid: jax.Array) -> jax.Array:
+    """(B, *sizes, C) with zeros from `valid` on, int32 (B, axes), the size of each example's own part."""
+    inside = jnp.ones((1,) * (x.ndim - 1), bool)
+    for axis, size in enumerate(x.shape[1:-1]):
+        shape = [size if i == axis + 1 else 1 for i in range(x.ndim - 1)]
+        ends = valid[:, axis].reshape(-1, *(1,) * (x.ndim - 2))
+        inside = inside & (jnp.arange(size).reshape(shape) < ends)
+    return jnp.where(inside[..., None], x, jnp.zeros((), x.dtype))
 
 
 class WindowAttention(nn.Module):
     """Multi-head attention inside windows with a learned relative position bias (Swin, equation 4).
 
-    `x` is (B, windows, tokens, C) with tokens = height * width of `window`; `mask` is None or an additive float32
-    array (windows, tokens, tokens). Returns (B, windows, tokens, C). `core` is `attention` or a form of it.
+    `x` is (B, windows, tokens, C) with the tokens of `window`; `mask` as `attention_mask` gives it. Returns (B,
+    windows, tokens, C). `core` is `attention` or a form of it.
     """
 
     heads: int
-    window: tuple[int, int]
+    window: tuple[int, ...]
     core: Callable[..., jax.Array] = attention
     dtype: Dtype = jnp.float32
 
@@ -82,75 +122,69 @@ class WindowAttention(nn.Module):
         """(B, windows, tokens, C) -> the same shape."""
         dense = functools.partial(Dense, dtype=self.dtype)
         q, k, v = split_heads(dense(3 * x.shape[-1], name="qkv")(x), self.heads)
-        entries = (2 * self.window[0] - 1) * (2 * self.window[1] - 1)
+        entries = math.prod(2 * side - 1 for side in self.window)
         table = self.param("relative_position_bias_table", NORMAL, (entries, self.heads))
-        bias = table.T[:, relative_position_index(*self.window)][None, None]  # (1, 1, heads, tokens, tokens)
+        bias = table.T[:, relative_position_index(self.window)][None, None]  # (1, 1, heads, tokens, tokens)
         if mask is not None:
-            bias = bias + mask[None, :, None]
+            bias = bias + mask[:, :, None]
         return dense(x.shape[-1], name="proj")(self.core(q, k, v, bias))
 
 
 class SwinBlock(nn.Module):
-    """One pre-norm Swin block on a map: (B, H, W, C) -> (B, H, W, C).
+    """One pre-norm Swin block on a map: (B, *sizes, C) -> the same shape.
 
-    A map that does not divide by `window` is padded with zeros at the bottom and right after the first LayerNorm
-    and cropped after attention. Padded positions take part as keys, as in Swin's detectors, unless `mask_padding`.
+    A map that does not divide by `window` is padded with zeros at the ends after the first LayerNorm and cropped after
+    attention. Padded positions take part as keys, as in Swin's detectors, unless `mask_padding`.
 
     Attributes:
       heads: attention heads.
-      window: side of the square window, in tokens.
-      shift: rows and columns the map is rolled by before partitioning; 0 = plain windows.
+      window: sides of the window, in tokens.
+      shift: what the map is rolled by along each axis before partitioning; zeros = plain windows.
       mlp_ratio: hidden width of the MLP over C.
-      mask_padding: keep padded positions out of the softmax.
+      mask_padding: keep padded positions, and those beyond an example's own size, out of the softmax.
       core: `attention` or a form of it.
     """
 
     heads: int
-    window: int
-    shift: int = 0
+    window: tuple[int, ...]
+    shift: tuple[int, ...]
     mlp_ratio: float = 4
     mask_padding: bool = False
     core: Callable[..., jax.Array] = attention
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, factors: jax.Array | None = None) -> jax.Array:
-        """(B, H, W, C) -> the same shape; `factors` (2, B) are stochastic depth's, of the two branches, or None."""
+    def __call__(self, x: jax.Array, factors: jax.Array | None = None, valid: jax.Array | None = None) -> jax.Array:
+        """(B, *sizes, C) -> the same shape.
+
+        Args:
+          x: the map.
+          factors: (2, B), stochastic depth's, of the two branches, or None.
+          valid: int32 (B, axes), the size of each example's own part of the map, or None: all of it.
+        """
 
         def branch(y: jax.Array, i: int) -> jax.Array:
             return y if factors is None else scale_branch(y, factors[i])
 
         norm = functools.partial(LayerNorm, dtype=self.dtype)
-        x = x + branch(self._attend(norm(name="norm1")(x)), 0)
+        x = x + branch(self._attend(norm(name="norm1")(x), valid), 0)
         mlp = Mlp(round(self.mlp_ratio * x.shape[-1]), "gelu", self.dtype, name="mlp")
         return x + branch(mlp(norm(name="norm2")(x)), 1)
 
-    def _attend(self, x: jax.Array) -> jax.Array:
-        height, width = x.shape[1:3]
-        bottom, right = -height % self.window, -width % self.window
-        x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0))) if bottom or right else x
-        x = jnp.roll(x, (-self.shift, -self.shift), (1, 2)) if self.shift else x
-        windows = _partition(x, self.window)
-        attend = WindowAttention(self.heads, (self.window,) * 2, self.core, self.dtype, name="attention")
-        windows = attend(windows, self._mask(height, width, bottom, right))
-        x = _unpartition(windows, height + bottom, width + right, self.window)
-        x = jnp.roll(x, (self.shift, self.shift), (1, 2)) if self.shift else x
-        return x[:, :height, :width]
-
-    def _mask(self, height: int, width: int, bottom: int, right: int) -> jax.Array | None:
-        """Additive float32 mask (windows, tokens, tokens), or None."""
-        # Compared in the graph from small per-token constants: spelled out, a large map's masks would be megabytes.
-        blocked = None
-        if self.shift:
-            regions = jnp.asarray(window_regions(height + bottom, width + right, self.window, self.shift))
-            blocked = regions[:, :, None] != regions[:, None]
-        if self.mask_padding and (bottom or right):
-            padded = np.pad(np.zeros((height, width), bool), ((0, bottom), (0, right)), constant_values=True)
-            padded = np.roll(padded, (-self.shift, -self.shift), (0, 1))
-            padded = jnp.asarray(_partition(padded[None, :, :, None], self.window)[0, :, :, 0])
-            keys = jnp.broadcast_to(padded[:, None], (*padded.shape, self.window**2))
-            blocked = keys if blocked is None else blocked | keys
-        return None if blocked is None else jnp.where(blocked, jnp.float32(MASKED), jnp.float32(0))
+    def _attend(self, x: jax.Array, valid: jax.Array | None) -> jax.Array:
+        sizes, axes = x.shape[1:-1], tuple(range(1, x.ndim - 1))
+        x = pad_to_multiple(x, self.window)
+        padded = x.shape[1:-1]
+        if not self.mask_padding:
+            valid = None
+        elif valid is None and padded != sizes:
+            valid = sizes
+        x = jnp.roll(x, tuple(-n for n in self.shift), axes) if any(self.shift) else x
+        attend = WindowAttention(self.heads, self.window, self.core, self.dtype, name="attention")
+        windows = attend(partition(x, self.window), attention_mask(padded, self.window, self.shift, valid))
+        x = unpartition(windows, padded, self.window)
+        x = jnp.roll(x, self.shift, axes) if any(self.shift) else x
+        return x[(slice(None), *(slice(size) for size in sizes))]
 
 
 class SwinPair(nn.Module):
@@ -160,16 +194,16 @@ class SwinPair(nn.Module):
     """
 
     heads: int
-    window: int
-    shift: int
+    window: tuple[int, ...]
+    shift: tuple[int, ...]
     mlp_ratio: float = 4
     mask_padding: bool = False
     core: Callable[..., jax.Array] = attention
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, factors: jax.Array | None) -> tuple[jax.Array, None]:
-        """(B, H, W, C) -> the same shape, None; `factors` (2, 2, B): stochastic depth's by block, branch."""
+    def __call__(self, x: jax.Array, factors: jax.Array | None, valid: jax.Array | None) -> tuple[jax.Array, None]:
+        """(B, *sizes, C) -> the same shape, None; `factors` (2, 2, B): by block, branch; see `SwinBlock`."""
         block = functools.partial(
             SwinBlock,
             heads=self.heads,
@@ -180,12 +214,12 @@ class SwinPair(nn.Module):
             dtype=self.dtype,
         )
         first, second = (None, None) if factors is None else factors
-        x = block(shift=0, name="plain")(x, first)
-        return block(shift=self.shift, name="shifted")(x, second), None
+        x = block(shift=(0,) * len(self.window), name="plain")(x, first, valid)
+        return block(shift=self.shift, name="shifted")(x, second, valid), None
 
 
 def stage_window(height: int, width: int, window: int, size_mode: str) -> tuple[int, int]:
-    """Effective (window, shift) of a stage whose map is height x width.
+    """Effective (window, shift) of a stage of pictures whose map is height x width; both are the same on both axes.
 
     'classification' (Swin's classifier): a map no larger than the window is one window, without shift, and the map
     must divide by the window. 'detection' (Swin's detectors): neither shrinks nor cancels, any size is padded.
