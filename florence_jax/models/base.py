@@ -40,7 +40,7 @@ class Model(Generic[ConfigT]):
     ):
         self.config, self.inputs, self.optional = config, dict(inputs), tuple(optional)
         self.flops: dict[str, float] = dict(flops or {})
-        self._module = module
+        self._module: Any = module
 
     def init(self, key: jax.Array) -> Params:
         """Draws all parameters, float32; works under `jax.jit` and `jax.eval_shape`."""

@@ -125,9 +125,8 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.
     XLA's CPU compiler has no fast form of a convolution that is dilated (gradients), larger than its map, or inside a
     loop, but fast matrix products: there it is written as one.
     """
-    options = dict(stride=stride, padding=padding)
-    by_patches = functools.partial(convolve_patches, **options)
-    reference = functools.partial(convolve_reference, **options)
+    by_patches = functools.partial(convolve_patches, stride=stride, padding=padding)
+    reference = functools.partial(convolve_reference, stride=stride, padding=padding)
     return jax.lax.platform_dependent(x, kernel, cpu=by_patches, default=reference)
 
 

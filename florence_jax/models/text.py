@@ -130,11 +130,8 @@ class TextTransformer(nn.Module):
 
     def _bias(self, real: jax.Array) -> jax.Array:
         lowest = np.finfo(np.float32).min  # finite: an all-padding text must not give NaN
-        if self.causal:
-            mask = np.tril(np.ones((real.shape[1],) * 2, bool))[None, None]
-        else:
-            mask = real[:, None, None]
-        return jnp.where(mask, jnp.float32(0), lowest)
+        causal = np.tril(np.ones((real.shape[1],) * 2, bool))[None, None]
+        return jnp.where(causal if self.causal else real[:, None, None], jnp.float32(0), lowest)
 
     def _blocks(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         scanned = self.scan and self.layers > 2

@@ -6,6 +6,7 @@ The number of axes is that of `window`; maps are (B, *sizes, C), of any size. To
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,7 @@ from florence_jax.errors import UserError
 from florence_jax.models.layers import NORMAL, Dense, Dtype, LayerNorm, Mlp, attention, scale_branch, split_heads
 
 SIZE_MODES = ("classification", "detection")
+Array = TypeVar("Array", jax.Array, np.ndarray)
 MASKED = -100.0  # Swin's additive mask value: finite, so that a softmax row never becomes NaN
 
 
@@ -57,21 +59,20 @@ def attention_mask(
       float32 (1 or B, windows, tokens or 1, tokens); None where nothing is masked.
     """
     # Compared in the graph from small per-token constants: spelled out, a large map's masks would be megabytes.
-    blocked = None
+    blocked: jax.Array | None = None
     if any(shift):
         regions = jnp.asarray(window_regions(sizes, window, shift))[None]
-        blocked = regions[..., None] != regions[:, :, None]
+        blocked = jnp.not_equal(regions[..., None], regions[:, :, None])
     if valid is not None:
         positions = np.moveaxis(np.indices(sizes, np.int32), 0, -1)
-        positions = np.roll(positions, [-n for n in shift], range(len(sizes)))
-        positions = jnp.asarray(partition(positions[None], window))
+        positions = partition(np.roll(positions, [-n for n in shift], range(len(sizes)))[None], window)
         ends = jnp.asarray(valid, jnp.int32).reshape(-1, 1, 1, len(sizes))
-        keys = (positions >= ends).any(-1)[:, :, None]
+        keys = (jnp.asarray(positions) >= ends).any(-1)[:, :, None]
         blocked = keys if blocked is None else blocked | keys
     return None if blocked is None else jnp.where(blocked, jnp.float32(MASKED), jnp.float32(0))
 
 
-def partition(x: jax.Array | np.ndarray, window: Sequence[int]) -> jax.Array | np.ndarray:
+def partition(x: Array, window: Sequence[int]) -> Array:
     """(B, *sizes, C) -> (B, windows, tokens, C), for sizes that divide; the batch axis stays apart for sharding."""
     batch, *sizes, channels = x.shape
     axes = range(1, 2 * len(window), 2)
@@ -175,13 +176,12 @@ class SwinBlock(nn.Module):
         sizes, axes = x.shape[1:-1], tuple(range(1, x.ndim - 1))
         x = pad_to_multiple(x, self.window)
         padded = x.shape[1:-1]
-        if not self.mask_padding:
-            valid = None
-        elif valid is None and padded != sizes:
-            valid = sizes
+        own: tuple[int, ...] | jax.Array | None = None
+        if self.mask_padding:
+            own = sizes if valid is None and padded != sizes else valid
         x = jnp.roll(x, tuple(-n for n in self.shift), axes) if any(self.shift) else x
         attend = WindowAttention(self.heads, self.window, self.core, self.dtype, name="attention")
-        windows = attend(partition(x, self.window), attention_mask(padded, self.window, self.shift, valid))
+        windows = attend(partition(x, self.window), attention_mask(padded, self.window, self.shift, own))
         x = unpartition(windows, padded, self.window)
         x = jnp.roll(x, self.shift, axes) if any(self.shift) else x
         return x[(slice(None), *(slice(size) for size in sizes))]

@@ -97,7 +97,7 @@ def _stack(params: Mapping[str, Any]) -> dict[str, Any]:
                 groups.setdefault(stem, []).append(name)
         for stem, members in groups.items():
             if len(members) > (2 if stem == "layer" else 1):
-                members.sort(key=lambda name, stem=stem: int(name.removeprefix(stem)))
+                members.sort(key=lambda name: (len(name), name))  # by number: the stem is the same
                 stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[blocks.pop(name) for name in members])
                 blocks[f"{stem}s"] = stacked
         out[entry] = blocks

@@ -29,7 +29,7 @@ def open_clip_options(file: Path) -> dict[str, Any]:
         model, preprocess = content["model_cfg"], content.get("preprocess_cfg", {})
         vision, text = model["vision_cfg"], model["text_cfg"]
         activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
-        options = dict(image_activation=activation, text_activation=activation)
+        options: dict[str, Any] = dict(image_activation=activation, text_activation=activation)
         if "width" in vision and "head_width" in vision:
             options["heads"] = (vision["width"] // vision["head_width"],)
         if "heads" in text:
