@@ -29,8 +29,9 @@ A preflight of fine-tuning (florence_jax.tools.aot_compile) needs neither weight
 
 from ml_collections import ConfigDict
 
-from configs.common import common, model_overrides, parse_arg
+from florence_jax.config_files import parse_arg
 from florence_jax.errors import UserError
+from florence_jax.train.defaults import common, model_overrides
 
 EVALUATED = ("zeroshot", "probe", "fewshot")
 TRAINED = ("finetune_unicl", "finetune_linear")

@@ -14,7 +14,7 @@ its sample.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs.common import parse_arg
+from florence_jax.config_files import parse_arg
 from florence_jax.errors import UserError
 
 PRESETS = ("sample", "florence", "coyo", "datacomp_basic")

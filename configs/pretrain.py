@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from configs.common import common, model_overrides, parse_arg
+from florence_jax.config_files import parse_arg
 from florence_jax.errors import UserError
 from florence_jax.models.sizes import VARIANTS
+from florence_jax.train.defaults import common, model_overrides
 
 TRAIN_OPS = "decode|rrc({res}, scale=(0.5, 1.0), interpolation=bilinear)|flip(0.5)|jitter(0.4, 0.4, 0.4)"
 # Of every variant under 'runlocal': minutes on a laptop, with the variant's own tokens, pooling and masks.

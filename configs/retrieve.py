@@ -17,8 +17,9 @@ stated); a smaller data set gets a batch of at most its own size. Flickr30k and 
 
 from ml_collections import ConfigDict
 
-from configs.common import common, model_overrides, parse_arg
+from florence_jax.config_files import parse_arg
 from florence_jax.errors import UserError
+from florence_jax.train.defaults import common, model_overrides
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -6,9 +6,11 @@ from typing import NoReturn
 from absl import flags
 from ml_collections import config_flags
 
+from florence_jax.config_files import ConfigFileParser
 from florence_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).", lock_config=True)
+flags.FLAGS["config"].parser = ConfigFileParser("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: the config's workdir.")
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.common import common, model_overrides
 from florence_jax.data.pipeline import TrainData
 from florence_jax.evaluators.base import Evaluator
 from florence_jax.tasks.base import Task, make_identity, make_plan
@@ -15,6 +14,7 @@ from florence_jax.tools.aot_compile import __main__ as aot_compile
 from florence_jax.tools.aot_compile import topologies
 from florence_jax.tools.aot_compile.report import table
 from florence_jax.train import loop
+from florence_jax.train.defaults import common, model_overrides
 from florence_jax.train.metrics import read_metrics
 
 SIZES = ((4, 8), (8, 4))

@@ -7,11 +7,11 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from configs.common import common
 from florence_jax.losses.grad_cache import encode_cached
 from florence_jax.params.checkpoint import Checkpoints
 from florence_jax.params.rules import Policy, frozen_entries, path_string, split
 from florence_jax.params.sharding import ambient_batch_axes, batch_sharding, make_mesh, param_shardings, state_shardings
+from florence_jax.train.defaults import common
 from florence_jax.train.optim import make_optimizer
 from florence_jax.train.state import eval_params, eval_part, init_state
 from florence_jax.train.step import make_train_step

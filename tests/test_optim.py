@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.common import common
 from florence_jax.errors import UserError
 from florence_jax.params.rules import Policy, split
+from florence_jax.train.defaults import common
 from florence_jax.train.optim import make_optimizer, make_schedule
 
 PARAMS = {

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.common import common
 from configs.pretrain import get_config
 from florence_jax.errors import UserError
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import layers
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks import pretrain
+from florence_jax.train.defaults import common
 from florence_jax.train.optim import make_optimizer
 
 SIZES = dict(

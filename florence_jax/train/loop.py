@@ -56,7 +56,7 @@ def run(config: ConfigDict, suite: Suite, workdir: Path) -> int:
     """Trains (or resumes, or only evaluates) one run in `workdir`. What is no `Task` is only evaluated.
 
     Args:
-      config: locked configuration, see `configs/common.py`.
+      config: locked configuration, see `train/defaults.py`.
       suite: what to train or evaluate.
       workdir: receives config.json, metrics.jsonl, checkpoints/, tensorboard/, result.json, report.html and the
         evaluators' files; it is made once the data are known to be there.

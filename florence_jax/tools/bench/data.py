@@ -34,7 +34,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs.pretrain import get_config
+from florence_jax.config_files import read_config
 from florence_jax.data.ops.image import Decode
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.pipeline import Stream
@@ -146,7 +146,7 @@ def measure(records: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict
 
 def make_config(path: str, args: argparse.Namespace) -> ConfigDict:
     """The pretraining config on the records of `path`."""
-    config = get_config(f"variant=T,res={args.res}")
+    config = read_config(f"configs/pretrain.py:variant=T,res={args.res}")
     config.batch_size = args.batch
     config.data.train = path
     config.data.workers = args.workers

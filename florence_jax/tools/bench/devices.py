@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs.pretrain import get_config
+from florence_jax.config_files import read_config
 from florence_jax.errors import UserError
 from florence_jax.models.sizes import VARIANTS
 from florence_jax.params.sharding import batch_sharding
@@ -87,7 +87,7 @@ class DeviceStep:
     """The trainer's step over `devices`, for as many pairs as `count` devices take; each call runs one and waits."""
 
     def __init__(self, args: argparse.Namespace, count: int, devices: list[Any]):
-        config = get_config(f"variant={args.variant}")
+        config = read_config(f"configs/pretrain.py:variant={args.variant}")
         config.batch_size = args.batch * count
         if args.zero:
             config.mesh.data, config.mesh.fsdp = 1, len(devices)

@@ -1,42 +1,10 @@
-"""What every configuration shares: the argument string and the defaults of the training system."""
+"""What every training configuration starts from: the defaults of the training system."""
 
 from typing import Any, get_origin, get_type_hints
 
 from ml_collections import ConfigDict, config_dict
 
-from florence_jax.errors import UserError
 from florence_jax.models.sizes import ModelConfig
-
-
-def parse_arg(arg: str | None, **defaults: str | int | bool) -> ConfigDict:
-    """Parses 'variant=H,res=384,runlocal' from `--config=file.py:ARG`.
-
-    Args:
-      arg: comma-separated `name=value`, or a bare `name` for a switch.
-      **defaults: the known names, with default values whose types the given values take.
-
-    Returns:
-      A ConfigDict with every known name.
-
-    Raises:
-      UserError: for an unknown name or a value of the wrong type.
-    """
-    values = dict(defaults)
-    for item in filter(None, (arg or "").split(",")):
-        name, equals, text = item.partition("=")
-        if name not in defaults:
-            raise UserError(f"unknown config argument {name!r}; known: {', '.join(sorted(defaults))}")
-        kind = type(defaults[name])
-        if kind is bool:
-            if equals and text not in ("True", "False"):
-                raise UserError(f"config argument {item!r}: write {name}, {name}=True or {name}=False")
-            values[name] = text != "False"
-            continue
-        try:
-            values[name] = kind(text)
-        except ValueError as error:
-            raise UserError(f"config argument {item!r}: {name} takes {kind.__name__} values") from error
-    return ConfigDict(values)
 
 
 def model_overrides() -> ConfigDict:
