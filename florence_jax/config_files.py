@@ -37,7 +37,11 @@ class ConfigFileParser(config_flags.ConfigFileFlagParser):
     def parse(self, path: str) -> ConfigDict:
         """The configuration of 'FILE.py' or 'FILE.py:ARG'."""
         name, colon, arg = path.partition(":")
-        return super().parse(find_config(name) + colon + arg)
+        try:
+            return super().parse(find_config(name) + colon + arg)
+        except UserError as error:
+            # ml_collections raises it anew, with its traceback in the message; the original is the context.
+            raise error.__context__ if isinstance(error.__context__, UserError) else error from None
 
 
 def read_config(path: str) -> ConfigDict:

@@ -1,17 +1,23 @@
 """Test-wide settings: eight simulated CPU devices and no silent rank promotion."""
 
 import os
+import shutil
 import tempfile
 
 import jax
 import pytest
 from absl import flags
 
-# Programs compiled by one test are found by the others, by worker processes and by commands that tests start.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="florence_jax_cache_"))
+# Programs compiled by one test are found by the others, by worker processes and by commands that tests start, until the
+# run ends. The process that makes the folder removes it: worker processes inherit the variable.
+CACHE = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="florence_jax_cache_")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -19,6 +25,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # grain's worker processes read absl flags; outside an absl app they must be marked as parsed.
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
+
+
+def pytest_unconfigure():
+    """Removes the compiled programs of this run."""
+    if CACHE:
+        shutil.rmtree(CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
