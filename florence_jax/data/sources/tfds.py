@@ -66,10 +66,8 @@ def open_tfds(spec: str) -> TfdsSource:
     match = re.fullmatch(r"tfds:(.+):([^:\[\]]+(?:\[[^\]]*\])?(?:\+.+)?)", spec)
     if not match:
         raise UserError(f"data source {spec!r}: write tfds:NAME:SPLIT, for example tfds:cifar10:train")
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise UserError(f"data source {spec} needs TFDS: pip install tensorflow-datasets") from error
+    import tensorflow_datasets as tfds  # a second that other sources need not wait for; it brings no TensorFlow
+
     name, split = match.groups()
     try:
         builder = tfds.builder(name)
