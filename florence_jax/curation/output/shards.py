@@ -200,18 +200,14 @@ class WriteShards(beam.PTransform):
             shards
             | beam.Reshuffle()
             | "Write" >> beam.Map(self._writer)
-            | beam.combiners.ToList()
+            | "Count" >> beam.combiners.Count.PerElement()
+            | beam.combiners.ToDict()
             | "Report" >> beam.Map(_write_counts, self._path)
         )
 
 
-def _write_counts(written: Sequence[bool], path: str) -> None:
-    write_json(path, {"written": sum(written), "unchanged": len(written) - sum(written)})
-
-
-def shard_names(manifests: Sequence[Mapping[str, Any]]) -> list[str]:
-    """All files that the manifests name, sorted."""
-    return sorted(name for manifest in manifests for name in manifest["files"])
+def _write_counts(counts: Mapping[bool, int], path: str) -> None:
+    write_json(path, {"written": counts.get(True, 0), "unchanged": counts.get(False, 0)})
 
 
 def is_shard(name: str) -> bool:
