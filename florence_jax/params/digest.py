@@ -16,7 +16,8 @@ def digests(leaves: Sequence[jax.Array]) -> jax.Array:
     It is sum_i (2 i + 1) * bits_i modulo 2^32 over the elements in row-major order: integer sums are exact in any
     order, and an odd factor lets no change of a single element go unnoticed. One pass over the memory.
     """
-    placed = next((x.sharding for x in leaves if isinstance(getattr(x, "sharding", None), NamedSharding)), None)
+    found = (getattr(x, "sharding", None) for x in leaves)
+    placed = next((sharding for sharding in found if isinstance(sharding, NamedSharding)), None)
     everywhere = None if placed is None else NamedSharding(placed.mesh, PartitionSpec())
     return jax.jit(_digests, out_shardings=everywhere)(list(leaves))
 

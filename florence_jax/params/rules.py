@@ -68,7 +68,8 @@ def match_rules(rules: Rules[T], params: Any, *, what: str, defaults: Rules[T] =
     find_default = first_match(defaults, what)
     used = [0] * given
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    values, orphans = [], []
+    values: list[T | None] = []
+    orphans = []
     for path, _ in leaves:
         name = path_string(path)
         if (hit := find(name)) is not None:

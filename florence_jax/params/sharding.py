@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from florence_jax.errors import UserError
 from florence_jax.params.rules import Rules, match_rules, path_string
@@ -117,7 +117,7 @@ def ambient_batch_axes() -> tuple[str, ...]:
     return tuple(axis for axis in BATCH_AXES if shape.get(axis, 1) > 1)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -127,12 +127,14 @@ def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def param_shardings(params: Any, mesh: Any, rules: Rules[int | str] = (), policy: Rules[int | str] = ()) -> Any:
+def param_shardings(
+    params: Any, mesh: Mesh | AbstractMesh, rules: Rules[int | str] = (), policy: Rules[int | str] = ()
+) -> Any:
     """A `NamedSharding` for every leaf of `params` (arrays or shapes) by the path rules.
 
     Args:
       params: the parameters, or their shapes.
-      mesh: a `Mesh` or `AbstractMesh`.
+      mesh: device mesh, or its shape alone.
       rules: of the run's configuration (`mesh.sharding_rules`), asked first; values as in `SHARDING_RULES`.
       policy: of the task, asked next, before `SHARDING_RULES`.
 

@@ -322,8 +322,8 @@ def _read(
 def _of_names(node: Any, names: Collection[str], prefix: str = "") -> Any:
     """An optimizer's state without the leaves of other paths; what is no dict keeps its length, as it was saved so."""
     if isinstance(node, Mapping):
-        found = {key: _of_names(value, names, f"{prefix}{key}/") for key, value in node.items()}
-        return {key: value for key, value in found.items() if jax.tree.leaves(value)}
+        inner = {key: _of_names(value, names, f"{prefix}{key}/") for key, value in node.items()}
+        return {key: value for key, value in inner.items() if jax.tree.leaves(value)}
     if isinstance(node, tuple):
         keys = getattr(node, "_fields", range(len(node)))
         found = [_of_names(value, names, f"{prefix}{key}/") for key, value in zip(keys, node, strict=True)]

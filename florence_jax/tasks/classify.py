@@ -125,7 +125,7 @@ class ClassificationSuite(Suite):
 
     def load(self, mesh: Mesh) -> Params:
         """The weights of `config.init`."""
-        return self.encoder.load_on(mesh)
+        return self.encoder.load_on(mesh, self.config.mesh.sharding_rules)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 

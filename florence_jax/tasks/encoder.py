@@ -16,6 +16,7 @@ from florence_jax.models import florence
 from florence_jax.models.base import Model
 from florence_jax.models.layers import unit_norm
 from florence_jax.models.sizes import VARIANTS, resolve_config
+from florence_jax.params.rules import Rules
 from florence_jax.params.sharding import param_shardings
 from florence_jax.params.weights import Description, describe, load
 
@@ -119,12 +120,11 @@ class Encoder:
         rules = (*((f"{name}(/.*)?", "new") for name in new), *RESIZED)
         return load(self.description.folder, like, rules, self.model.adapt)
 
-    def load_on(self, mesh: Mesh) -> dict[str, Any]:
-        """The folder's parameters, sharded over a mesh."""
+    def load_on(self, mesh: Mesh, rules: Rules[int | str] = ()) -> dict[str, Any]:
+        """The folder's parameters, sharded over a mesh; `rules` are asked before the project's `SHARDING_RULES`."""
         shapes = jax.eval_shape(self.init, jax.random.key(0))
-        like = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(shapes, mesh)
-        )
+        places = param_shardings(shapes, mesh, policy=rules)
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
         return self.load(like)
 
     @functools.cached_property

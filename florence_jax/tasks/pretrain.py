@@ -129,9 +129,8 @@ class Pretrain(Task):
     def load(self, mesh: Mesh) -> Params:
         """The parameters of `config.init`: the moving average where that run kept one."""
         shapes = jax.eval_shape(self.init, jax.random.key(0))
-        like = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(shapes, mesh)
-        )
+        places = param_shardings(shapes, mesh, self.config.mesh.sharding_rules, self.policy.sharding)
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
         return load(checkpoint_folder(self.config.init), like, RESIZED, self.model.adapt)
 
     def loss(

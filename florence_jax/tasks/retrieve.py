@@ -60,7 +60,7 @@ class RetrievalSuite(Suite):
 
     def load(self, mesh: Mesh) -> Params:
         """The weights of `config.init`."""
-        return self.encoder.load_on(mesh)
+        return self.encoder.load_on(mesh, self.config.mesh.sharding_rules)
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
         """See `pretrain.open_held_out`."""

@@ -296,8 +296,10 @@ def shardings(config: ConfigDict, chips: int) -> dict[str, Any]:
       {"mesh": {axis: size}, "params": {path: [mesh axis or None for each axis of the tensor]}}.
     """
     sizes = mesh_sizes(config.mesh.data, config.mesh.fsdp, chips)
-    params = jax.eval_shape(task_of(config).init, jax.random.key(0))
-    placed = param_shardings(params, AbstractMesh(sizes, BATCH_AXES))
+    task = task_of(config)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    mesh = AbstractMesh(sizes, BATCH_AXES)
+    placed = param_shardings(params, mesh, config.mesh.sharding_rules, task.policy.sharding)
     leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(placed), strict=True)
     return {
         "mesh": dict(zip(BATCH_AXES, sizes, strict=True)),
