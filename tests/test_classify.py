@@ -21,6 +21,7 @@ from florence_jax.evaluators.metrics import answers, confusion_matrix, mean_per_
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.zero_shot import ZeroShot
 from florence_jax.models import florence
+from florence_jax.params.checkpoint import Checkpoints
 from florence_jax.params.layer_decay import layer_decay_rules
 from florence_jax.params.rules import match_rules
 from florence_jax.params.sharding import make_mesh, replicated
@@ -316,6 +317,11 @@ def test_linear_head_learns_the_colours_and_spares_the_text_tower(weights, pictu
     mesh = make_mesh(-1, 1)
     old, new = before.load_on(mesh), after.load_on(mesh)
     assert "head" in after.description.entries and "head" not in new
+    assert after.description.classes == ("blue things", "green things", "grey", "red things")
+    checkpoints = Checkpoints(after.description.folder, read_only=True)
+    moments = {name.split("/")[2] for name in checkpoints.shapes("opt_state") if "/mu/" in name or "/nu/" in name}
+    checkpoints.close()
+    assert moments == {"image", "head"}
     for name in ("text", "text_projection", "image_projection", "logit_scale"):
         jax.tree.map(np.testing.assert_array_equal, old[name], new[name])
     assert not np.array_equal(old["image"]["norm"]["scale"], new["image"]["norm"]["scale"])
