@@ -13,6 +13,7 @@ from florence_jax.models.base import Model
 from florence_jax.models.florence import build, parameter_count
 from florence_jax.models.resize import resize_bias_tables, resize_position_embedding
 from florence_jax.models.sizes import VARIANTS
+from florence_jax.params.rules import path_string
 
 SMALL = dict(depths=(2, 2), image_width=16, heads=(2, 4), text_width=32, vocab_size=50, text_length=8, projection=12)
 
@@ -181,6 +182,22 @@ def test_detection_outputs(encoded):
     assert outputs["image/tokens"].shape == (2, 25, 32) and "image/norm0" not in outputs
     with pytest.raises(UserError, match="image_valid without image"):
         model.apply(classifier, {"image_valid": batch["image_valid"]})
+
+
+def test_a_detector_takes_what_a_classifier_learned():
+    """All has its shape but the tables of a stage whose map was smaller than the window, which are resized."""
+
+    def leaves(model):
+        found = jax.tree_util.tree_leaves_with_path(jax.eval_shape(model.init, jax.random.key(0)))
+        return {path_string(path): leaf for path, leaf in found}
+
+    detector = build("ti", **SMALL, window=8, size_mode="detection")
+    saved, wanted = leaves(build("ti", **SMALL, window=8)), leaves(detector)
+    assert wanted.keys() - saved.keys() == {f"image/norm{i}/{name}" for i in (0, 1) for name in ("scale", "bias")}
+    changed = {name for name, leaf in saved.items() if leaf.shape != wanted[name].shape}
+    assert changed == {f"image/stage1_pair0/{b}/attention/relative_position_bias_table" for b in ("plain", "shifted")}
+    for name in changed:
+        assert detector.adapt(name, np.zeros(saved[name].shape), wanted[name]).shape == (225, 4)
 
 
 def test_bfloat16_embeddings_are_float32_and_close(encoded):

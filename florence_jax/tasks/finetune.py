@@ -18,7 +18,6 @@ from florence_jax.evaluators.classification import Classification
 from florence_jax.evaluators.finetuning import Forgetting, Interpolated
 from florence_jax.evaluators.zero_shot import class_embeddings, open_zero_shot
 from florence_jax.losses.unicl import unicl
-from florence_jax.models.flops import forward_flops
 from florence_jax.params.layer_decay import layer_decay_rules
 from florence_jax.params.rules import Policy
 from florence_jax.tasks.base import Params, Task, frozen_parts, make_plan
@@ -122,7 +121,7 @@ class FineTuneUniCL(FineTune):
         super().__init__(config)
         if self.classes is not None and self.classes.multi:
             raise UserError("finetune_unicl needs one class an image; use protocol=finetune_linear for several")
-        self.flops_per_example = 3.0 * sum(forward_flops(self.encoder.model.config).values())
+        self.flops_per_example = 3.0 * sum(self.encoder.model.flops.values())
 
     @property
     def batches(self) -> tuple[Mapping[str, jax.ShapeDtypeStruct], ...]:
@@ -171,7 +170,7 @@ class FineTuneLinear(FineTune):
         if self.from_text and not config.init:
             raise UserError("config.head_init='text' needs weights, --config.init=DIR")
         self.predict["logits"] = self._logits
-        self.flops_per_example = 3.0 * forward_flops(self.encoder.model.config)["image"]
+        self.flops_per_example = 3.0 * self.encoder.model.flops["image"]
 
     @property
     def _known_classes(self) -> ClassIndex:

@@ -27,7 +27,6 @@ from florence_jax.evaluators.zero_shot import open_zero_shot
 from florence_jax.losses.grad_cache import encode_pairs
 from florence_jax.losses.unicl import unicl, unicl_sharded
 from florence_jax.models.base import Model
-from florence_jax.models.flops import forward_flops
 from florence_jax.params.sharding import ambient_batch_axes, param_shardings
 from florence_jax.params.weights import checkpoint_folder, load, make_description
 from florence_jax.tasks.base import Params, Plan, Task, frozen_parts, make_identity, make_plan
@@ -73,7 +72,7 @@ class Pretrain(Task):
         for ops in (self.train_ops, self.eval_ops):
             parse_ops(ops, {})
         self._captions = self.caption_fields().split("|")  # the fields of each text of a picture
-        flops = forward_flops(self.model.config)
+        flops = self.model.flops
         self.flops_per_example = 3.0 * (flops["image"] + len(self._captions) * flops["text"])
         self.predict = {"image": self._embed_image, "text": self._embed_text}
 

@@ -22,7 +22,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,7 +35,6 @@ from florence_jax.jobs.hardware import PEAK_FLOPS
 from florence_jax.losses.unicl import unicl
 from florence_jax.models import florence
 from florence_jax.models.base import Model
-from florence_jax.models.flops import forward_flops
 from florence_jax.models.layers import REMATS
 from florence_jax.models.sizes import VARIANTS, ModelConfig
 from florence_jax.tools.aot_compile import report
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if rival is not None:
         report |= timing.ratio_report(times["image_tower_seconds"], times["torch_seconds"])
     report.setdefault("seconds", report["image_tower_seconds"])
-    return describe(args) | speed(model.config, report, args) | report | device()
+    return describe(args) | speed(model.flops, report, args) | report | device()
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
@@ -105,9 +104,8 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names} | {"towers": "image" if args.image_only else "image+text"}
 
 
-def speed(config: ModelConfig, report: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def speed(flops: Mapping[str, float], report: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """`images_per_s`, `gflops_per_s` and `mfu` of `seconds` (three times the forward pass, without recomputation)."""
-    flops = forward_flops(config)
     per_image = 3 * (flops["image"] if args.image_only else sum(flops.values()))
     rate = args.batch / report["seconds"]
     peak = args.peak_tflops * 1e12 if args.peak_tflops else PEAK_FLOPS.get(jax.devices()[0].device_kind)
