@@ -197,9 +197,3 @@ def test_border_needs_a_picture_inside():
     assert hashing.trim(plane) is None  # a dot: too small to stand for the picture
     plane[20:80, 10:90] = np.arange(80, dtype=np.uint8) * 3
     assert hashing.trim(plane) == (10, 20, 90, 80)
-
-
-def test_expected_false_neighbours():
-    assert hashing.expected_false_neighbours(1, 64) == pytest.approx(1)
-    assert hashing.expected_false_neighbours(3e9, 4) == pytest.approx(4.0e-4, rel=0.02)
-    assert hashing.expected_false_neighbours(3e9, 8) == pytest.approx(2.16, rel=0.01)

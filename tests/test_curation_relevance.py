@@ -8,6 +8,7 @@ import apache_beam as beam
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pytest
 from apache_beam.testing import test_pipeline
 from apache_beam.testing.util import assert_that, equal_to
@@ -25,11 +26,12 @@ from florence_jax.curation.scores.models import (
 from florence_jax.curation.select.relevance import (
     RelevanceRules,
     RelevanceThreshold,
-    decide_relevance,
     kept_count,
-    relevance_threshold,
+    locate,
     score_histogram,
+    threshold_at,
 )
+from florence_jax.curation.select.stage import relevance_decisions
 from florence_jax.errors import UserError
 from florence_jax.params.checkpoint import Checkpoints
 from florence_jax.tasks.pretrain import Pretrain
@@ -219,39 +221,38 @@ def exact(scores, keep):
     return float(finite[kept_count(len(finite), keep) - 1])
 
 
-@pytest.mark.parametrize("keep", [0.001, 0.15, 0.3, 0.5, 1.0])
-def test_the_threshold_is_an_exact_order_statistic(keep):
+def test_the_threshold_is_an_exact_order_statistic_for_any_division_into_blocks():
     scores = np.random.default_rng(1).normal(0, 0.3, 5001).astype(np.float32)
     scores[:40] = scores[40]  # ties
     scores[50:60] = (0.0, -0.0, np.nan, np.inf, -np.inf, 1e-40, -1e-40, 1, -1, 3e38)
-    threshold = relevance_threshold(scores, RelevanceRules(keep=keep))
-    assert threshold == exact(scores, keep)
     finite = scores[np.isfinite(scores)]
-    kept = [decide_relevance(float(s), threshold) is None for s in finite]
-    assert sum(kept) >= kept_count(len(finite), keep) > sum(finite > np.float32(threshold))
+    few = np.float32([0.1, 0.2, 0.3])
+    cases = [(scores, parts, RelevanceRules(keep=keep), exact(scores, keep)) for keep, parts in ((0.001, 7), (0.3, 1))]
+    cases.append((few, 1, RelevanceRules(min_score=0.25), 0.25))
+    cases.append((few, 3, RelevanceRules(min_score=0.15, keep=0.3), float(np.float32(0.3))))
+    with test_pipeline.TestPipeline() as pipeline:  # one for all: starting it is what takes time
+        for i, (values, parts, rules, expected) in enumerate(cases):
+            blocks = pipeline | f"Blocks{i}" >> beam.Create(np.array_split(values, parts))
+            assert_that(blocks | f"Threshold{i}" >> RelevanceThreshold(rules), equal_to([expected]), f"Check{i}")
+    for keep in (0.001, 0.3, 0.5, 1.0):
+        _, decisions = relevance_decisions(pa.table({"relevance": finite}), exact(scores, keep))
+        assert decisions.count(None) >= kept_count(len(finite), keep) > sum(finite > np.float32(exact(scores, keep)))
 
 
-def test_the_beam_threshold_is_the_same_for_any_division_into_blocks():
+def test_order_statistics_from_histograms_and_their_edges():
     scores = np.random.default_rng(2).normal(0, 0.3, 1000).astype(np.float32)
-    rules = RelevanceRules(keep=0.3)
-    with test_pipeline.TestPipeline() as pipeline:
-        for parts in (1, 7):
-            blocks = pipeline | f"Blocks{parts}" >> beam.Create(np.array_split(scores, parts))
-            threshold = blocks | f"Threshold{parts}" >> RelevanceThreshold(rules)
-            assert_that(threshold, equal_to([exact(scores, 0.3)]), f"Check{parts}")
-
-
-def test_absolute_threshold_and_edges():
-    scores = np.float32([0.1, 0.2, 0.3])
-    assert relevance_threshold(scores, RelevanceRules(min_score=0.25)) == 0.25
-    assert relevance_threshold(scores, RelevanceRules(min_score=0.15, keep=0.3)) == float(np.float32(0.3))
-    assert relevance_threshold(np.float32([np.nan]), RelevanceRules()) == -np.inf
-    assert decide_relevance(0.28, 0.28) is None
-    assert decide_relevance(0.2, 0.28) == ("relevance", 0.2, 0.28)
-    assert decide_relevance(float("nan"), -np.inf)[0] == "relevance"
+    for keep in (0.15, 0.5, 1.0):
+        bucket, rank = locate(score_histogram(scores), kept_count(1000, keep))
+        assert threshold_at(bucket, locate(score_histogram(scores, bucket), rank)[0]) == exact(scores, keep)
+    assert threshold_at(*locate(score_histogram(np.float32([np.nan])), 0)) == -np.inf
     assert kept_count(10, 0.3) == 3 and kept_count(1000, 0.1) == 100 and kept_count(3, 0.5) == 2
     with pytest.raises(UserError, match="keep=0"):
         RelevanceRules(keep=0)
+
+
+def test_decisions_by_the_threshold():
+    _, decisions = relevance_decisions(pa.table({"relevance": np.float32([0.25, 0.125, np.nan])}), 0.25)
+    assert decisions == [None, ("relevance", 0.125, 0.25), ("unscored", "", 0.25)]
 
 
 def test_histograms_of_parts_add_up():

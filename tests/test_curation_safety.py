@@ -11,7 +11,7 @@ from PIL import Image
 
 from florence_jax.curation.filters import known_pictures, opt_out, post_filter
 from florence_jax.curation.filters.known_pictures import PDQ_QUALITY, QUARANTINE_REASONS, HashList, pdq_hash, pdqhash
-from florence_jax.curation.filters.licences import blocking_domain, host_of, normalise_licence, takedown_clusters
+from florence_jax.curation.filters.licences import blocking_domain, host_of, normalise_licence
 from florence_jax.curation.filters.opt_out import (
     OptOutRules,
     SiteRules,
@@ -177,15 +177,6 @@ def test_site_rules_that_cannot_be_meant():
     ):
         with pytest.raises(UserError, match=message):
             SiteRules(robots, tdmrep)
-
-
-def test_site_rules_from_a_folder(tmp_path):
-    (tmp_path / "B.com").mkdir()
-    with pytest.raises(UserError, match="HOST/robots.txt"):
-        SiteRules.from_folder(str(tmp_path))
-    (tmp_path / "B.com" / "tdmrep.json").write_text('[{"location": "/art", "tdm-reservation": 1}]')
-    sites = SiteRules.from_folder(str(tmp_path))
-    assert sites.decide("https://b.com/art/1.png", OptOutRules())[0] == "tdmrep"
 
 
 def test_protego_is_named_when_missing(monkeypatch):
@@ -450,12 +441,6 @@ def test_takedown_by_uid_url_and_hash(tmp_path):
     (tmp_path / "bad").write_text("remove me\n")
     with pytest.raises(UserError, match="line 1"):
         Takedown.from_file(str(tmp_path / "bad"))
-
-
-def test_takedown_removes_all_near_duplicates():
-    taken = np.array([False, True, False, False, False])
-    assert takedown_clusters(taken, ["a", "b", "b", "c", "b"]).tolist() == [False, True, True, False, True]
-    assert takedown_clusters(np.zeros(0, bool), []).tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ import pickle
 import re
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from florence_jax.curation.select import queries
 from florence_jax.curation.select.queries import (
+    UNMATCHED,
     Matches,
     Metadata,
     ahocorasick,
@@ -18,13 +20,13 @@ from florence_jax.curation.select.queries import (
 )
 from florence_jax.curation.select.rules import (
     SelectRules,
-    balance_scores,
     cluster_scores,
     decide_selection,
     information,
     learnability,
     word_counts,
 )
+from florence_jax.curation.select.stage import query_ranks, with_balance
 from florence_jax.errors import UserError
 
 needs_automaton = pytest.mark.skipif(ahocorasick is None, reason="pyahocorasick is not installed")
@@ -94,72 +96,72 @@ def zipf_matches(pairs=20_000, queries=300, seed=0):
     return Matches.build([f"{i:08x}" for i in range(pairs)], drawn, queries), [f"query {q}" for q in range(queries)]
 
 
+def balance(matches, entries, seed=3, order=slice(None)):
+    """(smallest t that keeps each pair, number of its queries), by the functions of the stage.
+
+    `order`: of the matches in the block.
+    """
+    uids = np.array(matches.uids)
+    names = np.array([*entries, UNMATCHED])[matches.queries]  # -1 is the last
+    block = query_ranks(pa.table({"uid": uids[matches.pairs][order], "query": names[order]}), seed)
+    found = with_balance(pa.table({"uid": uids}), block)
+    return found["balance_t"].to_numpy(), found["matches"].to_numpy()
+
+
 @pytest.fixture(scope="module")
 def zipf():
     matches, entries = zipf_matches()
-    return matches, entries, balance_scores(matches, entries, seed=3)
+    return matches, entries, *balance(matches, entries)
 
 
 def test_matches_in_compressed_rows():
     matches = Matches.build(["a", "b", "c"], [[0, 2], [], [2]], 3)
     assert matches.pairs.tolist() == [0, 0, 1, 2] and matches.queries.tolist() == [0, 2, -1, 2]
     assert matches.counts().tolist() == [1, 0, 2, 1]
-    assert matches.per_pair().tolist() == [2, 0, 1]
+    scores, queries = balance(matches, ["x", "y", "z"])
+    assert queries.tolist() == [2, 0, 1] and scores[:2].tolist() == [1, 1] and scores[2] in (1, 2)
 
 
 def test_each_query_admits_exactly_t_pairs(zipf):
-    matches, entries, scores = zipf
+    matches, entries, scores, _ = zipf
     for t in (1, 20, 500):
         # A pair is admitted through a query if its rank there is within t: recompute it from single queries.
         for query in (0, 5, 250):
             rows = matches.pairs[matches.queries == query]
             alone = Matches.build([matches.uids[i] for i in rows], [[query]] * len(rows), matches.size)
-            admitted = balance_scores(alone, entries, seed=3) <= t
+            admitted = balance(alone, entries)[0] <= t
             assert admitted.sum() == min(t, len(rows))
             assert (scores[rows[admitted]] <= t).all()
 
 
 def test_sampling_is_nested_in_t_and_does_not_depend_on_order(zipf):
-    matches, entries, scores = zipf
+    matches, entries, scores, _ = zipf
     sizes = [int((scores <= t).sum()) for t in (1, 10, 100, 10_000)]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
-    order = np.random.default_rng(1).permutation(len(matches.uids))
-    rows = [matches.queries[matches.pairs == i] for i in order[:2000]]
-    part = Matches.build(
-        [matches.uids[i] for i in order[:2000]], [[q for q in r if q >= 0] for r in rows], matches.size
-    )
-    expected = balance_scores(part, entries, 3, matches.counts())
-    whole = balance_scores(matches, entries, 3, matches.counts())
-    np.testing.assert_array_equal(expected, whole[order[:2000]])
+    order = np.random.default_rng(1).permutation(len(matches.pairs))
+    np.testing.assert_array_equal(balance(matches, entries, order=order)[0], scores)
 
 
 @pytest.mark.parametrize("keep_unmatched", [False, True])
 @pytest.mark.parametrize("t", [20, 200])
 def test_the_predicted_size_is_within_one_percent(zipf, t, keep_unmatched):
-    matches, entries, scores = zipf
-    kept = (scores <= t) & ((matches.per_pair() > 0) | keep_unmatched)
+    matches, entries, scores, queries = zipf
+    kept = (scores <= t) & ((queries > 0) | keep_unmatched)
     counts, n = matches.counts(), len(matches.uids)
     assert predict_size(matches, counts, n, t, keep_unmatched) == pytest.approx(kept.sum(), rel=0.01)
     naive = np.minimum(counts[:-1], t).sum()
     assert t < 100 or naive > 1.1 * kept.sum()  # adding up over queries counts pairs several times
 
 
-def test_streaming_scores_keep_about_as_many(zipf):
-    matches, entries, scores = zipf
-    streamed = balance_scores(matches, entries, 3, matches.counts())
-    for t in (20, 200):
-        assert (streamed < t).sum() == pytest.approx((scores <= t).sum(), rel=0.05)
-
-
 def test_a_sample_predicts_the_whole(zipf):
-    matches, _, _ = zipf
+    matches = zipf[0]
     counts, n = matches.counts(), len(matches.uids)
     part = Matches(matches.uids[:5000], matches.pairs[matches.pairs < 5000], matches.queries[matches.pairs < 5000], 300)
     assert predict_size(part, counts, n, 100) == pytest.approx(predict_size(matches, counts, n, 100), rel=0.03)
 
 
 def test_t_for_a_size_and_for_a_tail_share(zipf):
-    matches, _, _ = zipf
+    matches = zipf[0]
     counts, n = matches.counts(), len(matches.uids)
     t = t_for_size(matches, counts, n, 5000)
     assert predict_size(matches, counts, n, t) <= 5000 < predict_size(matches, counts, n, t + 1)

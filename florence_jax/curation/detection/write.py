@@ -17,24 +17,6 @@ from florence_jax.errors import UserError
 
 RECORDS_PER_SHARD = 4096
 PLAN = "plan.json"
-ARRAYS = {
-    "boxes": np.float32,
-    "class_ids": np.int32,
-    "box_sources": np.int32,
-    "iscrowd": bool,
-    "is_group_of": bool,
-    "scores": np.float32,
-    "negative_ids": np.int32,
-    "not_exhaustive_ids": np.int32,
-    "positive_ids": np.int32,
-}
-
-
-def detection_arrays(record: dict[str, Any]) -> dict[str, Any]:
-    """A record with its lists as arrays: boxes float32 (N, 4), scores float32 (N,) with NaN for None, ids int32."""
-    arrays = {name: np.array(record[name], dtype) for name, dtype in ARRAYS.items()}
-    arrays["boxes"] = arrays["boxes"].reshape(-1, 4)
-    return record | arrays
 
 
 def shard_digest(key: str) -> int:

@@ -1,16 +1,10 @@
-"""The post-filter: licences, opt-outs, blocked domains, unsafe pictures, known-hash lists, personal data, takedowns."""
+"""Licences in one form, and the hosts of URLs."""
 
 import re
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
-import numpy as np
-
 UNKNOWN_LICENCE = "unknown"
-# -- licences and hosts -----------------------------------------------------------------------------------------------
-
-
 _CC_URL = re.compile(r"creativecommons\.org/(?:licenses/([a-z-]+)/([\d.]+)|publicdomain/(zero|mark)/[\d.]+)")
 _CC_NAME = re.compile(
     r"(?:(?:cc|creative commons)[ _-]+)(by(?:[ _-]+(?:nc|nd|sa))*)(?:[ _-]*v?(\d\.\d))?"
@@ -63,14 +57,3 @@ def blocking_domain(host: str, domains: Collection[str]) -> str:
     """
     labels = host.split(".")
     return next((d for i in range(len(labels)) if (d := ".".join(labels[i:])) in domains), "")
-
-
-def takedown_clusters(taken: np.ndarray, clusters: np.ndarray | Sequence[Any]) -> np.ndarray:
-    """bool (N,): `taken`, plus every other member of a near-duplicate cluster with a taken member.
-
-    Args:
-      taken: bool (N,).
-      clusters: (N,) cluster label of each record, of any sortable type.
-    """
-    _, places = np.unique(np.asarray(clusters), return_inverse=True)
-    return np.bincount(places, weights=taken)[places] > 0 if len(places) else np.zeros(0, bool)

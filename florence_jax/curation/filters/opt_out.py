@@ -9,7 +9,6 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -123,21 +122,6 @@ class SiteRules:
         self._robots = _by_host("robots.txt", robots)
         self._tdmrep = {host: _tdm_rules(host, text) for host, text in _by_host("tdmrep.json", tdmrep).items()}
         self._parsed: dict[str, Any] = {}
-
-    @classmethod
-    def from_folder(cls, folder: str) -> "SiteRules":
-        """Reads HOST/robots.txt and HOST/tdmrep.json for each sub-folder HOST.
-
-        Raises:
-          UserError: if there is no such folder, or none of the files in it, and as the constructor does.
-        """
-        found: dict[str, dict[str, str]] = {"robots.txt": {}, "tdmrep.json": {}}
-        for name, texts in found.items():
-            for file in sorted(Path(folder).glob(f"*/{name}")):
-                texts[file.parent.name] = file.read_text("utf-8", "replace")
-        if not any(found.values()):
-            raise UserError(f"site rules {folder}: no HOST/robots.txt or HOST/tdmrep.json in it")
-        return cls(found["robots.txt"], found["tdmrep.json"])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_parsed": {}}

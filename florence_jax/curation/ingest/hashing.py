@@ -18,7 +18,6 @@ Hashes of other views of the picture come at the price of a small matrix product
 import dataclasses
 import hashlib
 import io
-import math
 from typing import Any
 
 import numpy as np
@@ -303,13 +302,3 @@ def hash_bits(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def bit_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Hamming distance of uint64 arrays (..., words), summed over the last axis; any broadcastable shapes."""
     return np.bitwise_count(a ^ b).sum(axis=-1, dtype=np.int32)
-
-
-def expected_false_neighbours(images: float, distance: int, bits: int = 64) -> float:
-    """How many of `images` independent, balanced `bits`-bit hashes lie within `distance` of a given one, by chance.
-
-    Hashes with exactly half of their bits set differ in an even number of bits; of each half, j bits change places.
-    """
-    half = bits // 2
-    near = sum(math.comb(half, j) ** 2 for j in range(distance // 2 + 1))
-    return images * near / math.comb(bits, half)

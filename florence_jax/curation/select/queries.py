@@ -110,10 +110,6 @@ class Matches:
         """int64 (size + 1,): pairs per query; the last is that of the pairs without a query."""
         return np.bincount(self.queries % (self.size + 1), minlength=self.size + 1)
 
-    def per_pair(self) -> np.ndarray:
-        """int64 (N,): queries that each pair matches."""
-        return np.bincount(self.pairs[self.queries >= 0], minlength=len(self.uids))
-
 
 def predict_size(matches: Matches, counts: np.ndarray, pairs: int, t: float, keep_unmatched: bool = False) -> float:
     """Expected number of pairs kept at t, from the counts and the matches of all pairs or of a uniform sample.

@@ -9,15 +9,9 @@ from fractions import Fraction
 import apache_beam as beam
 import numpy as np
 
-from florence_jax.curation.blocks import Decision
 from florence_jax.errors import UserError
 
 _BUCKETS = 1 << 16
-
-
-def decide_relevance(score: float, threshold: float) -> Decision | None:
-    """('relevance', score, threshold) if the score is below the threshold or not a number, else None."""
-    return None if score >= threshold else ("relevance", float(score), float(threshold))
 
 
 def kept_count(total: int, keep: float) -> int:
@@ -43,18 +37,6 @@ class RelevanceRules:
     def __post_init__(self):
         if not 0 < self.keep <= 1:
             raise UserError(f"relevance.keep={self.keep} must be above 0 and at most 1")
-
-
-def relevance_threshold(scores: np.ndarray, rules: RelevanceRules) -> float:
-    """The threshold of `decide_relevance` for the finite scores of a whole set, float32 (N,).
-
-    The score of the last pair kept, exactly, not an interpolation; at least `min_score`.
-    """
-    blocks = [np.asarray(scores, np.float32)]
-    upper = sum(map(score_histogram, blocks))
-    chosen = locate(upper, kept_count(int(upper.sum()), rules.keep))
-    lower = sum(score_histogram(block, chosen[0]) for block in blocks)
-    return max(threshold_at(chosen[0], locate(lower, chosen[1])[0]), _least(rules))
 
 
 def _least(rules: RelevanceRules) -> float:
@@ -93,7 +75,10 @@ def threshold_at(upper: int, lower: int) -> float:
 
 
 class RelevanceThreshold(beam.PTransform):
-    """float32 blocks of scores -> one float, `relevance_threshold` of all of them, in two passes over the scores.
+    """float32 blocks of scores -> one float: the score of the last pair to keep, in two passes over the scores.
+
+    It is a score of the set, not an interpolation, or `min_score`, if that is larger. Scores that are not finite do not
+    count.
 
     Args:
       rules: with the share to keep and the absolute threshold.

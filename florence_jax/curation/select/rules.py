@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from florence_jax.curation.blocks import Decision
-from florence_jax.curation.keyed import fractions, keyed_hashes, rank_within
-from florence_jax.curation.select.queries import UNMATCHED, Matches, spaced
+from florence_jax.curation.keyed import keyed_hashes, rank_within
+from florence_jax.curation.select.queries import spaced
 from florence_jax.errors import UserError
 
 
@@ -59,31 +59,6 @@ def decide_selection(scores: Mapping[str, Any], rules: SelectRules) -> Decision 
     if rules.min_gap is not None and not scores["gap"] >= rules.min_gap:  # NaN is dropped too
         return "learnability", scores["gap"], rules.min_gap
     return None
-
-
-def balance_scores(matches: Matches, entries: Sequence[str], seed: int, counts: np.ndarray | None = None) -> np.ndarray:
-    """The smallest t that keeps each pair.
-
-    Args:
-      matches: of all pairs, or of a part of them with `counts` given.
-      entries: texts of the queries: the keyed hash is that of (seed, uid, query text), so ids may change.
-      counts: int64 (size + 1,) of the whole set. If given, a pair's rank within a query is not counted but expected
-        (hash fraction times count): no grouping by query, so that it scales; a query then keeps t pairs on average.
-
-    Returns:
-      float64 (N,): minimum over the matched queries of the pair's rank, counted from 1. With exact ranks (`counts`
-      None) a query admits exactly min(t, count) pairs.
-    """
-    names = [entries[q] if q >= 0 else UNMATCHED for q in matches.queries.tolist()]
-    uids = [matches.uids[i] for i in matches.pairs.tolist()]
-    hashes = keyed_hashes(seed, uids, names)
-    if counts is None:
-        ranks = rank_within(matches.queries, hashes, uids) + 1.0
-    else:
-        ranks = fractions(hashes) * counts[matches.queries]  # index -1 is the last, the count of the unmatched
-    best = np.full(len(matches.uids), np.inf)
-    np.minimum.at(best, matches.pairs, ranks)
-    return best
 
 
 # -- informativeness --------------------------------------------------------------------------------------------------
