@@ -1,13 +1,17 @@
-"""Files here and in buckets: whole or not at all, JSON, listings, digests."""
+"""Files here and in buckets: whole or not at all, JSON, tables of text, listings, digests."""
 
+import codecs
+import contextlib
+import csv
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import fsspec
 
@@ -25,14 +29,14 @@ def join(folder: str, *names: str) -> str:
     return "/".join([folder.rstrip("/"), *names])
 
 
-def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def filesystem(path: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a path or URL, and the path in it.
 
     Raises:
       UserError: if fsspec does not know the protocol, or its package is not installed.
     """
     try:
-        return fsspec.core.url_to_fs(path)
+        return fsspec.core.url_to_fs(os.fspath(path))
     except (ImportError, ValueError) as error:
         raise UserError(f"cannot open {path}: {error} (s3fs for s3://, gcsfs for gs://)") from error
 
@@ -43,7 +47,7 @@ def exists(path: str) -> bool:
     return fs.exists(inner)
 
 
-def read_bytes(path: str, offset: int = 0, size: int = -1) -> bytes:
+def read_bytes(path: str | os.PathLike, offset: int = 0, size: int = -1) -> bytes:
     """A whole file, or `size` bytes of it from `offset` on. Raises OSError."""
     fs, inner = filesystem(path)
     if size < 0 and not offset:
@@ -51,13 +55,12 @@ def read_bytes(path: str, offset: int = 0, size: int = -1) -> bytes:
     return fs.cat_file(inner, start=offset, end=None if size < 0 else offset + size)
 
 
-def write_file(path: str, write: Callable[[str], None]) -> tuple[int, str]:
-    """Lets `write` fill a temporary local file, then gives it its name in one step.
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[str]:
+    """A local file to fill: when the block ends it gets its name in one step, and if the block fails nothing is left.
 
-    On a local disk the temporary file lies beside the result and is renamed; elsewhere it is uploaded whole.
-
-    Returns:
-      Size in bytes and sha256 (hexadecimal) of the file.
+    On a local disk the temporary file ('.NAME.HEX.tmp') lies beside the result and is renamed; elsewhere it is uploaded
+    whole.
     """
     fs, inner = filesystem(path)
     local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
@@ -66,10 +69,8 @@ def write_file(path: str, write: Callable[[str], None]) -> tuple[int, str]:
         os.makedirs(folder, exist_ok=True)
         temporary = os.path.join(folder, f".{os.path.basename(inner)}.{uuid.uuid4().hex}.tmp")
         try:
-            write(temporary)
+            yield temporary
             with open(temporary, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                size = file.tell()
                 os.fsync(file.fileno())
             if local:
                 os.replace(temporary, inner)
@@ -82,10 +83,23 @@ def write_file(path: str, write: Callable[[str], None]) -> tuple[int, str]:
     finally:
         if not local:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_file(path: str | os.PathLike, write: Callable[[str], None]) -> tuple[int, str]:
+    """Lets `write` fill the file of `replacing`.
+
+    Returns:
+      Size in bytes and sha256 (hexadecimal) of the file.
+    """
+    with replacing(path) as temporary:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.tell()
     return size, digest
 
 
-def write_bytes(path: str, data: bytes) -> tuple[int, str]:
+def write_bytes(path: str | os.PathLike, data: bytes) -> tuple[int, str]:
     """Writes a file in one step; returns its size and sha256."""
 
     def write(temporary: str) -> None:
@@ -95,12 +109,17 @@ def write_bytes(path: str, data: bytes) -> tuple[int, str]:
     return write_file(path, write)
 
 
-def write_json(path: str, value: Any) -> tuple[int, str]:
+def write_text(path: str | os.PathLike, text: str) -> tuple[int, str]:
+    """Writes UTF-8 in one step, with '?' for lone surrogates (as names of files can hold); returns size and sha256."""
+    return write_bytes(path, text.encode("utf-8", "replace"))
+
+
+def write_json(path: str | os.PathLike, value: Any) -> tuple[int, str]:
     """Writes indented JSON in one step; returns size and sha256."""
     return write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: str) -> Any | None:
+def read_json(path: str | os.PathLike) -> Any | None:
     """The content of a JSON file; None if it is not there."""
     try:
         return json.loads(read_bytes(path))
@@ -115,3 +134,117 @@ def list_files(folder: str, suffix: str) -> list[str]:
         return []
     names = (os.path.basename(path) for path in fs.ls(inner, detail=False))
     return sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
+
+
+# -- tables of text ---------------------------------------------------------------------------------------------------
+
+
+class TableRow(NamedTuple):
+    """A row of a CSV or JSON-lines file.
+
+    Attributes:
+      line: number of its (last) line, from 1; within the part that is read.
+      at: the byte of the file where it begins.
+      fields: its values by the names of their columns; those at the end of a short row are missing.
+    """
+
+    line: int
+    at: int
+    fields: dict[str, Any]
+
+
+class _Lines:
+    """The lines of a text; `at`: the byte of the file where the next one begins."""
+
+    def __init__(self, text: io.TextIOWrapper, at: int):
+        self._text, self.at = text, at
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._text:
+            self.at += len(line.encode())
+            yield line
+
+
+@contextlib.contextmanager
+def _open_lines(path: str | os.PathLike, start: int, stop: int, newline: str) -> Iterator[_Lines]:
+    """A whole file line by line, or the bytes from `start` to `stop`, which are read at once."""
+    if start or stop >= 0:
+        binary = io.BytesIO(read_bytes(path, start, stop - start if stop >= 0 else -1))
+    else:
+        fs, inner = filesystem(path)
+        binary = fs.open(inner, "rb")
+    with binary:
+        marked = binary.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+        if not marked:
+            binary.seek(0)
+        yield _Lines(io.TextIOWrapper(binary, "utf-8", newline=newline), start + marked * len(codecs.BOM_UTF8))
+
+
+def csv_cells(path: str | os.PathLike, start: int = 0, stop: int = -1) -> Iterator[tuple[int, int, list[str]]]:
+    """(line, first byte, cells) of the rows of a CSV file, a heading among them; empty lines are left out.
+
+    Args:
+      path: of the file.
+      start, stop: bytes at which rows begin; 0 and -1 for the whole file, of which one line is in memory at a time.
+
+    Raises:
+      UserError: if it cannot be read, or is not comma-separated UTF-8.
+    """
+    line = 0
+    try:
+        with _open_lines(path, start, stop, newline="") as lines:
+            reader, at = csv.reader(lines, strict=True), lines.at
+            for cells in reader:
+                line = reader.line_num
+                if cells:
+                    yield line, at, cells
+                at = lines.at
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: line {line + 1}: {error}; it must be comma-separated UTF-8") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def table_rows(path: str | os.PathLike, start: int = 0, stop: int = -1) -> Iterator[TableRow]:
+    """The rows of a CSV file with a heading (.csv), or of a file with a JSON object a line.
+
+    Args:
+      path: of the file.
+      start, stop: as in `csv_cells`.
+
+    Raises:
+      UserError: if it cannot be read, is not UTF-8, or a row has more cells than the heading, or is no JSON object.
+    """
+    return (_csv_rows if os.fspath(path).endswith(".csv") else _json_rows)(path, start, stop)
+
+
+def _csv_rows(path: str | os.PathLike, start: int, stop: int) -> Iterator[TableRow]:
+    rows = csv_cells(path, start, stop)
+    _, _, heading = next(csv_cells(path) if start else rows, (0, 0, []))
+    for line, at, cells in rows:
+        if any(cell.strip() for cell in cells[len(heading) :]):
+            where = f"the row at byte {at}" if start else f"line {line}"
+            raise UserError(
+                f"cannot read {path}: {where} has more cells than the heading ({','.join(cells)[:100]}): quote texts "
+                "with commas"
+            )
+        yield TableRow(line, at, dict(zip(heading, cells, strict=False)))
+
+
+def _json_rows(path: str | os.PathLike, start: int, stop: int) -> Iterator[TableRow]:
+    number = 0
+    try:
+        with _open_lines(path, start, stop, newline="\n") as lines:
+            at = lines.at
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    fields = json.loads(line)
+                    if not isinstance(fields, dict):
+                        raise ValueError("not a JSON object")
+                    yield TableRow(number, at, fields)
+                at = lines.at
+    except ValueError as error:
+        line = number + isinstance(error, UnicodeDecodeError)  # text is decoded before it is divided into lines
+        raise UserError(f"cannot read {path}: line {line}: {error}; it must have one JSON object a line") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error

@@ -177,10 +177,10 @@ def test_class_folders(tmp_path):
         (
             "captions.csv",
             "file,caption\na.png,x,\nb.png,a cat, asleep\n",
-            "line 3 has more cells than the header",
+            "line 3 has more cells than the heading",
         ),
         ("metadata.jsonl", "{bad\n", "one JSON object a line"),
-        ("metadata.jsonl", "[1]\n", "line 1 is not a JSON object"),
+        ("metadata.jsonl", "[1]\n", "line 1: not a JSON object"),
         ("metadata.jsonl", "", "no rows"),
         ("metadata.jsonl", '{"file_name": "a.png"}\n', "no column 'caption'"),
         ("metadata.jsonl", '{"file_name": 3, "text": "x"}\n', "must name a file"),

@@ -6,9 +6,7 @@ box and 200 an image.
 
 import array
 import collections
-import csv
 import dataclasses
-import io
 import json
 import os
 import re
@@ -19,6 +17,7 @@ from etils import epath
 
 from florence_jax.data.json_stream import json_items
 from florence_jax.errors import UserError
+from florence_jax.files import csv_cells
 
 # In the order of preference: of two boxes for one object the one of the earlier set is kept.
 KINDS = ("coco", "lvis", "objects365", "openimages", "imagenet")
@@ -287,34 +286,23 @@ BOX_COLUMNS = ("ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax", "IsGroupO
 LABEL_COLUMNS = ("ImageID", "LabelName", "Confidence")
 
 
-def csv_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """(line number, the values of `columns`) of a CSV file with a header.
+def csv_columns(path: str, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """(line number, the values of `columns`) of a CSV file with a heading.
 
     Raises:
       UserError: for a missing column, or a line that is no complete row of UTF-8.
     """
-    lines = _csv_lines(path)
-    _, header = next(lines, (0, []))
+    rows = csv_cells(path)
+    _, _, header = next(rows, (0, 0, []))
     missing = [name for name in columns if name not in header]
     if missing:
         raise UserError(f"{path} has no column {', '.join(missing)}, only: {', '.join(header)[:200]}")
     places = [header.index(name) for name in columns]
     last = max(places)
-    for line, row in lines:
+    for line, _, row in rows:
         if len(row) <= last:
             raise UserError(f"{path} line {line}: not a complete row, {len(row)} columns of {len(header)}")
         yield line, [row[i] for i in places]
-
-
-def _csv_lines(path: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of a CSV file. Raises UserError for what is not CSV in UTF-8."""
-    with io.TextIOWrapper(epath.Path(path).open("rb"), "utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        try:
-            for row in reader:
-                yield reader.line_num, row
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path} line {reader.line_num + 1}: not a row of UTF-8 ({error})") from error
 
 
 def read_openimages(spec: SourceSpec) -> Annotations:
@@ -335,7 +323,7 @@ def read_openimages(spec: SourceSpec) -> Annotations:
     rows: dict[str, int] = {}
     skipped: collections.Counter = collections.Counter()
     image, category, boxes, group = array.array("i"), array.array("i"), array.array("d"), array.array("b")
-    for line, (image_id, label, *values) in csv_rows(spec.annotations, BOX_COLUMNS):
+    for line, (image_id, label, *values) in csv_columns(spec.annotations, BOX_COLUMNS):
         row = rows.setdefault(image_id, len(rows))
         number = numbers.get(label)
         if number is None:
@@ -373,7 +361,7 @@ def read_openimages(spec: SourceSpec) -> Annotations:
 
 
 def _openimages_classes(path: str, hierarchy: str) -> list[Category]:
-    rows = [row for _, row in _csv_lines(path) if row and row[0] != "LabelName"]  # V4 to V6 have no header
+    rows = [row for _, _, row in csv_cells(path) if row[0] != "LabelName"]  # V4 to V6 have no header
     if not rows or any(len(row) != 2 for row in rows):
         raise UserError(f"{path} must have two columns, label and name; get it from {PAGES['openimages']}")
     parents: dict[str, set[str]] = collections.defaultdict(set)
@@ -404,7 +392,7 @@ def _verified_labels(
 ) -> tuple[Pairs, Pairs]:
     """Positive and negative (image, category) pairs that people verified."""
     columns = {True: (array.array("i"), array.array("i")), False: (array.array("i"), array.array("i"))}
-    for line, (image_id, label, confidence) in csv_rows(path, LABEL_COLUMNS):
+    for line, (image_id, label, confidence) in csv_columns(path, LABEL_COLUMNS):
         row, number = rows.get(image_id), numbers.get(label)
         if row is None or number is None:
             skipped["label_of_other_image" if row is None else "label_of_other_category"] += 1

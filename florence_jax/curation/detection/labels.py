@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from etils import epath
 
-from florence_jax.data.annotations import KINDS, Annotations, Category, csv_rows
+from florence_jax.data.annotations import KINDS, Annotations, Category, csv_columns
 from florence_jax.data.captions import normalise_caption
 from florence_jax.errors import UserError
 
@@ -75,7 +75,7 @@ def read_rules(path: str) -> list[Rule]:
       UserError: for a missing column, an unknown source or an empty text.
     """
     rules = []
-    for line, (kind, category, text) in csv_rows(path, ("source", "category", "text")):
+    for line, (kind, category, text) in csv_columns(path, ("source", "category", "text")):
         if kind not in KINDS or not category or not class_text(text):
             raise UserError(f"{path} line {line}: needs a source ({', '.join(KINDS)}), a category and a text")
         rules.append((kind, category, text))

@@ -25,13 +25,12 @@ from florence_jax.curation.ingest.readers import (
     folder_tables,
     image_suffix,
     make_pair,
-    read_table_rows,
     tar_samples,
 )
 from florence_jax.data.records import BadRecord
 from florence_jax.data.sources.array_record import ArrayRecordSource
 from florence_jax.errors import UserError
-from florence_jax.files import filesystem, json_digest
+from florence_jax.files import filesystem, json_digest, table_rows
 
 Pair = dict[str, Any]
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -177,7 +176,7 @@ def _folder_splits(name: str, path: str, rows: int) -> list[Split]:
     splits: list[Split] = []
     for table in folder_tables(path):
         fs, inner = filesystem(table)
-        starts = [at for row, (at, _) in enumerate(read_table_rows(table)) if row % rows == 0]
+        starts = [row.at for number, row in enumerate(table_rows(table)) if number % rows == 0]
         stamp = fs.ukey(inner)
         splits += [Split(name, "table", table, "", *ends, stamp) for ends in itertools.pairwise([*starts, -1])]
     if splits:
@@ -239,8 +238,8 @@ def _read_array_record(split: Split, max_bytes: int) -> Iterator[Pair]:
 
 def _read_table(split: Split, max_bytes: int) -> Iterator[Pair]:
     folder = os.path.dirname(split.path)
-    for at, fields in read_table_rows(split.path, split.start, split.stop):
-        yield make_pair(fields, split.source, f"[{at}]", folder, max_bytes)
+    for row in table_rows(split.path, split.start, split.stop):
+        yield make_pair(row.fields, split.source, f"[{row.at}]", folder, max_bytes)
 
 
 def _read_folder(split: Split, max_bytes: int) -> Iterator[Pair]:

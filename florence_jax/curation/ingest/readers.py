@@ -1,17 +1,13 @@
 """What `inputs` needs to know of each format: field names, grouping of tar members, tables and files beside images."""
 
-import codecs
-import csv
-import io
 import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from florence_jax.data.sources.folder import IMAGE_SUFFIXES
-from florence_jax.errors import UserError
-from florence_jax.files import filesystem, read_bytes
+from florence_jax.data.sources.folder import IMAGE_SUFFIXES, TABLES
+from florence_jax.files import filesystem
 
 # Names of fields in data sets people have, the first that a record has wins; compared in lower case.
 KEYS = ("key", "uid", "sample_id", "id")
@@ -21,7 +17,6 @@ CAPTIONS = ("caption", "text", "txt", "title", "alt", "alt_text")
 URLS = ("url", "image_url")
 LICENCES = ("licence", "license")
 HEADERS = ("headers", "response_headers", "x_robots_tag")  # all that a record has count
-TABLES = ("captions.csv", "metadata.csv", "metadata.jsonl")
 # What tells 'name: value' from a value of X-Robots-Tag, in which a crawler's name may come first ('googlebot: noai').
 RESPONSE_HEADERS = frozenset(
     "accept-ranges age alt-svc cache-control connection content-disposition content-encoding content-language "
@@ -246,70 +241,6 @@ def folder_tables(folder: str) -> list[str]:
     """captions.csv, metadata.csv or metadata.jsonl of a folder: paths of those it has."""
     fs, inner = filesystem(folder)
     return [f"{folder.rstrip('/')}/{name}" for name in TABLES if fs.exists(f"{inner.rstrip('/')}/{name}")][:1]
-
-
-class _Lines:
-    """The lines of a text; `at`: where the next one begins, in bytes of the file."""
-
-    def __init__(self, text: str, newline: str, at: int):
-        self._lines, self.at = io.StringIO(text, newline=newline), at
-
-    def __iter__(self) -> Iterator[str]:
-        for line in self._lines:
-            self.at += len(line.encode())
-            yield line
-
-
-def read_table_rows(path: str, start: int = 0, stop: int = -1) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(first byte, fields) of the rows of a csv or jsonl file.
-
-    Args:
-      path: of the file.
-      start, stop: bytes at which rows begin; 0 and -1 for the whole file.
-
-    Raises:
-      UserError: if it is not comma-separated UTF-8 with a heading, or not one JSON object a line.
-    """
-    try:
-        data = read_bytes(path, start, stop - start if stop >= 0 else -1)
-        lines = _Lines(
-            data.decode("utf-8-sig"),
-            "" if path.endswith(".csv") else "\n",
-            start + len(codecs.BOM_UTF8) * data.startswith(codecs.BOM_UTF8),
-        )
-        yield from _csv_rows(path, lines, start) if path.endswith(".csv") else _json_rows(lines)
-    except (ValueError, csv.Error, OSError) as error:
-        raise UserError(f"cannot read {path}: {error}; it must be comma-separated UTF-8, or JSON lines") from error
-
-
-def _csv_rows(path: str, lines: _Lines, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = csv.reader(lines, strict=True)
-    if start:
-        fs, inner = filesystem(path)
-        with fs.open(inner, "rb") as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
-            names = next(csv.reader(text, strict=True))
-    else:
-        names = next(rows, [])
-    at = lines.at
-    for values in rows:
-        if any(cell.strip() for cell in values[len(names) :]):
-            raise csv.Error(
-                f"a row has more cells than the heading ({','.join(values)[:100]}): quote texts with commas"
-            )
-        if values:
-            yield at, dict(zip(names, values, strict=False))
-        at = lines.at
-
-
-def _json_rows(lines: _Lines) -> Iterator[tuple[int, dict[str, Any]]]:
-    at = lines.at
-    for line in lines:
-        if line.strip():
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("a line is not a JSON object")
-            yield at, row
-        at = lines.at
 
 
 def folder_rows(folder: str, short: str) -> Iterator[dict[str, Any]]:

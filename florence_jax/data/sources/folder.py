@@ -1,17 +1,17 @@
 """Folders of pictures with captions.csv, metadata.jsonl, or a sub-folder for each class."""
 
-import csv
-import io
-import json
 import os
 from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from florence_jax.data.records import BaseSource, Record, first_line, picture_bytes
+from florence_jax.data.records import BaseSource, Record, picture_bytes
 from florence_jax.errors import UserError
+from florence_jax.files import table_rows
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Tables of captions beside pictures, the first that a folder has counts.
+TABLES = ("captions.csv", "metadata.csv", "metadata.jsonl")
 # Names of the columns of captions.csv and of the fields of metadata.jsonl, first match wins.
 FILE_COLUMNS = ("file", "filename", "file_name", "filepath", "image")
 CAPTION_COLUMNS = ("caption", "text", "title")
@@ -46,9 +46,10 @@ class FolderSource(BaseSource):
 def open_folder(folder: str) -> FolderSource:
     """A folder of pictures as `catalog.open_source` describes it. Raises UserError."""
     path = epath.Path(folder)
-    for name, read in (("captions.csv", _csv_rows), ("metadata.csv", _csv_rows), ("metadata.jsonl", _jsonl_rows)):
+    for name in TABLES:
         if (path / name).exists():
-            return FolderSource(folder, _as_records(path / name, read(path / name)))
+            rows = [{"": row.line, **_named(row.fields)} for row in table_rows(path / name)]
+            return FolderSource(folder, _as_records(path / name, rows))
     rows = [
         {"key": f"{sub.name}/{file.name}", "caption": sub.name.replace("_", " ")}
         for sub in sorted(p for p in path.iterdir() if p.is_dir())
@@ -63,31 +64,9 @@ def open_folder(folder: str) -> FolderSource:
     return FolderSource(folder, rows)
 
 
-def _csv_rows(path: epath.Path) -> list[Record]:
-    try:
-        reader = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
-        rows = []
-        for row in reader:
-            if any(cell.strip() for cell in row.pop(None, ())):
-                raise csv.Error(f"line {reader.line_num} has more cells than the header: quote texts with commas")
-            rows.append({"": reader.line_num, **{k: v for k, v in row.items() if k and v is not None}})
-        return rows
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}; it must be comma-separated UTF-8") from error
-
-
-def _jsonl_rows(path: epath.Path) -> list[Record]:
-    rows = []
-    try:
-        for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), 1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is not a JSON object")
-                rows.append({"": number, **row})
-    except (ValueError, OSError) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}; it must have one JSON object a line") from error
-    return rows
+def _named(fields: Record) -> Record:
+    """Without the cells of columns that have no name."""
+    return {name: value for name, value in fields.items() if name}
 
 
 def _as_records(path: epath.Path, rows: Sequence[Record]) -> list[Record]:

@@ -4,7 +4,6 @@ The benchmark is Guo et al., A Broader Study of Cross-Domain Few-Shot Learning (
 the layout that its publishers distribute, with the classes that the benchmark uses.
 """
 
-import csv
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from florence_jax.data.records import ArraySource, BadRecord, Record, Source
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.folder import IMAGE_SUFFIXES, FolderSource
 from florence_jax.errors import UserError
+from florence_jax.files import table_rows
 
 ISIC_CSV = "ISIC2018_Task3_Training_GroundTruth.csv"
 ISIC_IMAGES = "ISIC2018_Task3_Training_Input"
@@ -215,10 +215,7 @@ def _first_file(folder: epath.Path, *names: str) -> epath.Path:
 
 
 def _rows(path: epath.Path, *columns: str) -> list[dict[str, str]]:
-    try:
-        rows = list(csv.DictReader(path.read_text().lstrip("\ufeff").splitlines()))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; it must be comma-separated UTF-8") from error
+    rows = [row.fields for row in table_rows(path)]
     if not rows or any(name not in rows[0] for name in columns):
         raise UserError(f"{path} must have rows with the columns {', '.join(columns)}")
     return rows
