@@ -1,51 +1,45 @@
-"""HTML pages that need no other file: style, curves, grids of pictures, contact sheets."""
+"""HTML pages that need no other file: one style, tables, curves, grids of pictures, contact sheets."""
 
 import html
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-SHEET_STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em;background:#fff;color:#222}
-section{border-top:1px solid #ccc;padding:.6em 0}h2{font-size:1em;margin:.2em 0 .6em}
-div{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0;width:160px;font-size:11px;overflow-wrap:anywhere}
-img{max-width:160px;max-height:160px;display:block;background:#eee}
-figcaption{margin-top:6px}.first img{outline:3px solid #2a7}"""
-
-
-def contact_sheet(title: str, note: str, groups: Iterable[tuple[str, Sequence[tuple[str, str]]]]) -> str:
-    """The page.
-
-    Args:
-      title, note: plain text. groups: (heading, [(thumbnail URL or '', caption), ...]); the first picture is marked.
-    """
-    parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{SHEET_STYLE}</style>"]
-    parts.append(f"<h1>{html.escape(title)}</h1><p>{html.escape(note)}</p>")
-    for heading, pictures in groups:
-        parts.append(f"<section><h2>{html.escape(heading)}</h2><div>")
-        for i, (url, caption) in enumerate(pictures):
-            image = f'<img src="{url}" alt="">' if url else ""
-            mark = " class=first" if not i else ""
-            parts.append(f"<figure{mark}>{image}<figcaption>{html.escape(caption)}</figcaption></figure>")
-        parts.append("</div></section>")
-    return "\n".join(parts) + "\n"
-
+from florence_jax.files import write_text
 
 DOTS = 20  # a curve of at most so many points shows them
 SMALLEST = 5e-4  # with three decimals, what is nearer to 0 would read 0.000
+TILE = 160  # pixels, of a figure's longer side
 COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8d6a9f", "#c77d0a", "#4a4a4a")
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.4em; } h2 { font-size: 1.15em; margin-top: 2em; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff; max-width: 1100px; margin: 2em auto;
+  padding: 0 1em; }
+h1 { font-size: 1.4em; } h2 { font-size: 1.15em; margin-top: 2em; } h3 { font-size: 1em; margin: 1.3em 0 .5em; }
+h2::first-letter, h3::first-letter { text-transform: uppercase; }
 table { border-collapse: collapse; } th { text-align: left; font-weight: 600; }
 td, th { padding: 3px 14px 3px 0; border-bottom: 1px solid #e4e4e4; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+code { font-size: 13px; overflow-wrap: anywhere; } .soft { color: #667; }
 svg { background: #fafafa; margin: 0 1em 1em 0; } svg text { font: 11px system-ui, sans-serif; fill: #444; }
 .row { display: flex; flex-wrap: wrap; gap: 8px; margin-bottom: 8px; align-items: stretch; }
 .cell { width: 128px; text-align: center; font-size: 12px; padding: 5px; border: 2px solid #ddd; border-radius: 5px;
   overflow-wrap: anywhere; display: flex; flex-direction: column; justify-content: center; align-items: center; }
 .cell img { max-width: 96px; max-height: 96px; } .cell.query { background: #f2f2f2; }
 .cell.right { border-color: #3a7d44; background: #eef7ef; } .cell.wrong { border-color: #d9b4ba; }
+.tiles { display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-start; }
+figure { margin: 0; width: 160px; font-size: 12px; } figure.large { width: 420px; }
+figcaption { margin-top: 5px; overflow-wrap: anywhere; } figcaption span { color: #667; display: block; }
+.pictures { display: flex; gap: 6px; align-items: center; justify-content: center; min-height: 96px; color: #667;
+  background: #f2f2f2; }
+.pictures img { max-width: 100%; max-height: 160px; } .pictures img:not(:only-child) { max-width: 77px; }
+.large .pictures img { max-height: none; } .first img { outline: 3px solid #3a7d44; }
+.side-by-side { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 24px 32px;
+  align-items: start; }
+.bar { display: flex; height: 16px; background: #f2f2f2; width: 360px; }
+.bar i { background: #1b6ca8; } .bar b { background: #e3a08a; }
+.key { display: inline-block; padding: 0 8px; margin-right: 8px; color: #fff; border-radius: 3px; }
 .warning { background: #fdf1dc; border-left: 4px solid #c77d0a; padding: 6px 12px; }
 .confusion td { text-align: center; min-width: 26px; padding: 3px; border: 1px solid #e4e4e4; }
 .confusion th { padding: 2px 8px; border: 0; white-space: nowrap; }
@@ -54,6 +48,64 @@ svg { background: #fafafa; margin: 0 1em 1em 0; } svg text { font: 11px system-u
 details { margin-top: 1em; } summary { cursor: pointer; }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px; }
 """
+_NUMBER = re.compile(r"-?[\d.,]+(?:e-?\d+)?%?")
+
+
+class Html(str):
+    """Text that is HTML already: it goes into a page as it is, any other text is escaped."""
+
+
+def markup(text: Any) -> str:
+    """What stands for a text, a whole number or a metric in a page."""
+    if isinstance(text, Html):
+        return text
+    if isinstance(text, int):
+        text = f"{text:,}"
+    return html.escape(show_number(text) if isinstance(text, float) else str(text))
+
+
+def table_html(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """A table; numbers, and the heads of columns that have some, are at the right. '' for one without rows."""
+    cells = [[markup(cell) for cell in row] for row in rows]
+    if not cells:
+        return ""
+    right = [any(map(_NUMBER.fullmatch, column)) for column in zip(*cells, strict=True)]
+
+    def line(tag: str, shown: Sequence[str], numbers: Sequence[bool]) -> str:
+        return "".join(
+            f'<{tag} class="n">{cell}</{tag}>' if number else f"<{tag}>{cell}</{tag}>"
+            for cell, number in zip(shown, numbers, strict=True)
+        )
+
+    body = "".join(f"<tr>{line('td', row, [bool(_NUMBER.fullmatch(c)) for c in row])}</tr>" for row in cells)
+    return f"<table><tr>{line('th', list(map(markup, head)), right)}</tr>{body}</table>"
+
+
+def figure_html(pictures: Sequence[str], caption: Any, note: Any = "", kind: str = "") -> str:
+    """Pictures with a text below; put figures into a `<div class="tiles">`.
+
+    Args:
+      pictures: data URIs; '' for one that cannot be shown.
+      caption, note: texts, or `Html`.
+      kind: class: 'large', or 'first' for a frame.
+    """
+    shown = "".join(f'<img src="{picture}" alt="">' if picture else "<span>no picture</span>" for picture in pictures)
+    below = f"{markup(caption)}<span>{markup(note)}</span>" if note else markup(caption)
+    style = f' class="{kind}"' if kind else ""
+    return f'<figure{style}><div class="pictures">{shown}</div><figcaption>{below}</figcaption></figure>'
+
+
+def contact_sheet(title: str, note: str, groups: Iterable[tuple[str, Sequence[tuple[str, str]]]]) -> str:
+    """A page of groups of pictures.
+
+    Args:
+      title, note: plain text. groups: (heading, [(data URI or '', caption), ...]); the first picture is marked.
+    """
+    parts = [f"<p>{markup(note)}</p>"]
+    for heading, pictures in groups:
+        figures = [figure_html([url], caption, kind="" if i else "first") for i, (url, caption) in enumerate(pictures)]
+        parts.append(f'<section><h2>{markup(heading)}</h2><div class="tiles">{"".join(figures)}</div></section>')
+    return page(title, "\n".join(parts))
 
 
 class Example(NamedTuple):
@@ -145,13 +197,12 @@ def _ticks(low: float, high: float) -> list[str]:
 def page(title: str, body: str) -> str:
     """A self-contained HTML page."""
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n"
     )
 
 
-def write_page(path: Path, title: str, body: str) -> None:
+def write_page(path: str | Path, title: str, body: str) -> None:
     """Writes `page` to `path`; the file appears under its name only when it is complete."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page(title, body))
-    partial.replace(path)
+    write_text(path, page(title, body))

@@ -13,7 +13,7 @@ WHITE = (255, 255, 255)
 MAGIC = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"RI": "WEBP"}
 THUMBNAIL = 96  # pixels of the longer side
 TINY = 48  # pictures of fewer pixels are enlarged
-SHEET_SIDE = 160  # pixels, on contact sheets
+MAX_SHOWN = 64_000_000  # pixels; a larger picture has no thumbnail
 
 
 def draw_boxes(
@@ -78,25 +78,40 @@ def open_picture(data: bytes | Image.Image) -> contextlib.AbstractContextManager
     return Image.open(io.BytesIO(data), formats=[known] if known else None)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture upright (EXIF), in RGB, transparent parts on white, 16-bit grey by its upper byte."""
-    image.load()
-    if "exif" in image.info or image.format == "TIFF":
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # 16-bit grey: converting would clip at 255
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+def flat(image: Image.Image) -> Image.Image:
+    """A loaded picture in 8 bits without transparency: 'L' where it is grey, else 'RGB'.
+
+    Transparent parts are laid on white; 16-bit grey is given by its upper byte.
+    """
+    if image.mode.startswith("I"):  # converting would clip at 255
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, WHITE)
         canvas.paste(image, mask=image.getchannel("A"))
         return canvas
-    return image.convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture upright (EXIF), in RGB, transparent parts on white, 16-bit grey by its upper byte."""
+    image.load()
+    if "exif" in image.info or image.format == "TIFF":
+        image = ImageOps.exif_transpose(image)
+    image = flat(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def upright_rgb(data: bytes | Image.Image) -> Image.Image:
+    """`to_rgb` of an encoded picture; PIL's own exceptions pass through."""
+    with open_picture(data) as image:
+        return to_rgb(image)
 
 
 def thumbnail(data: bytes | Image.Image | np.ndarray, side: int = THUMBNAIL) -> str:
-    """Data URI of a picture as the model sees it, its longer side at most `side` pixels; '' if it cannot be read.
+    """Data URI of a picture as the model sees it, its longer side at most `side` pixels.
+
+    '' for one that cannot be read, or of more than `MAX_SHOWN` pixels.
 
     Args:
       data: encoded, or a PIL picture, or uint8 (H, W), (H, W, 1) or (H, W, 3). Tiny ones are enlarged.
@@ -106,8 +121,9 @@ def thumbnail(data: bytes | Image.Image | np.ndarray, side: int = THUMBNAIL) -> 
         if isinstance(data, np.ndarray):
             data = Image.fromarray(np.squeeze(data))
         with open_picture(data) as image:
-            kept = isinstance(data, bytes) and TINY <= max(image.size) <= side and image.format in Image.MIME
-            if kept and image.mode == "RGB" and "exif" not in image.info:
+            if image.width * image.height > MAX_SHOWN:
+                return ""
+            if isinstance(data, bytes) and TINY <= max(image.size) <= side and _is_plain(image):
                 image.load()
                 return data_uri(data, Image.MIME[image.format])
             image.draft("RGB", (side, side))
@@ -117,6 +133,18 @@ def thumbnail(data: bytes | Image.Image | np.ndarray, side: int = THUMBNAIL) -> 
     if (times := TINY // max(image.size)) > 1:
         image = image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
     image.thumbnail((side, side))
+    return picture_uri(image)
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether a browser shows the file as the model sees it: one opaque upright RGB frame of a format it knows."""
+    moves = getattr(image, "is_animated", False)
+    shown = image.format in MAGIC.values() and image.mode == "RGB" and "exif" not in image.info
+    return shown and not moves and not image.has_transparency_data
+
+
+def picture_uri(image: Image.Image) -> str:
+    """An RGB picture as a data URI."""
     file = io.BytesIO()
     image.save(file, "WEBP", quality=80)
     return data_uri(file.getvalue(), "image/webp")

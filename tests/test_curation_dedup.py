@@ -199,7 +199,7 @@ def test_command_on_a_folder(folder, tmp_path, capsys, monkeypatch):
     assert [row["status"] for row in clusters if row["size"] == "0"] == ["corrupt"]
     sheet = (out / "contact_sheet.html").read_text()
     assert sheet.count("<section>") == 5 and sheet.count("data:image/") == 37
-    assert not list(out.glob("*.partial*"))
+    assert not list(out.glob("*.tmp"))
 
 
 def test_command_goes_on_from_an_index(folder, tmp_path, capsys):

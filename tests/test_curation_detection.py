@@ -198,7 +198,7 @@ def test_same_output_for_another_order_and_a_restart(world, built, tmp_path):
     assert contents(tmp_path) == first and len(first) > 8
     shard = next(p for p in sorted(tmp_path.rglob("*.array_record*")))
     others = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.array_record*") if p != shard}
-    shard.rename(f"{shard}.0123.tmp")  # as a kill leaves it
+    shard.rename(shard.with_name(f".{shard.name}.0123.tmp"))  # as a kill leaves it
     (tmp_path / "report.json").unlink()
     run(*command(world, tmp_path, "--shards=3"))
     assert contents(tmp_path) == first

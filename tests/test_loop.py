@@ -59,7 +59,7 @@ def test_a_run_leaves_its_files(finished):
     assert {"metrics.jsonl", "result.json", "report.html", "checkpoints", "tensorboard"} <= {
         path.name for path in finished.iterdir()
     }
-    assert not list(finished.glob("*.partial"))
+    assert not list(finished.glob("*.tmp"))
     lines = read_metrics(finished / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert {"train/loss", "train/floor", "perf/step_seconds", "perf/data_wait_share"} <= lines[0].keys()

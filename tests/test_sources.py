@@ -112,9 +112,12 @@ def test_write_rejects(tmp_path, record, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_write_into_missing_folder(tmp_path):
+def test_write_makes_the_folder_or_says_why_not(tmp_path):
+    record = {"key": "a", "image": b"x"}
+    assert write_array_record(str(tmp_path / "new" / "a.array_record"), [record]) == 1
     with pytest.raises(UserError, match="cannot write"):
-        write_array_record(str(tmp_path / "no" / "out.array_record"), records(1))
+        write_array_record(str(tmp_path / "new" / "a.array_record" / "b.array_record"), [record])
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.array_record"]
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------

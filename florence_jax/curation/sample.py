@@ -34,6 +34,7 @@ from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 from florence_jax.files import write_bytes, write_file, write_json
+from florence_jax.pictures import upright_rgb
 
 Row = dict[str, Any]
 SOURCES = ("web", "crawl", "folder", "records")
@@ -59,7 +60,7 @@ def _encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def _open(row: Row) -> Image.Image:
-    return Image.open(io.BytesIO(row["image"])).convert("RGB")
+    return upright_rgb(row["image"])
 
 
 def _resized(row: Row, factor: float) -> bytes:

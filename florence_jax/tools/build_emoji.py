@@ -40,6 +40,7 @@ from array_record.python import array_record_module
 from PIL import Image, features
 
 from florence_jax.errors import UserError
+from florence_jax.pictures import upright_rgb
 
 PACKAGES = {
     "noto": (
@@ -274,7 +275,7 @@ def read_records(packages: dict[str, dict[str, bytes]]) -> list[dict]:
 
 def decode(image: bytes) -> np.ndarray:
     """Decodes an encoded picture to uint8 (64, 64, 3)."""
-    return np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+    return np.asarray(upright_rgb(image))
 
 
 def picture_features(pictures: Sequence[np.ndarray]) -> Features:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from florence_jax.errors import UserError
+from florence_jax.files import write_text
 
 SETTINGS_FILE = "compare.json"
 
@@ -53,7 +54,7 @@ def claim(workdir: Path, settings: Mapping[str, Any]) -> None:
     Raises:
       UserError: if the folder holds a run that was started with something else, or not by a comparison.
     """
-    path, partial = workdir / SETTINGS_FILE, workdir / f"{SETTINGS_FILE}.partial"
+    path = workdir / SETTINGS_FILE
     if path.exists() or (workdir / "config.json").exists():
         try:
             found = json.loads(path.read_text())
@@ -66,9 +67,7 @@ def claim(workdir: Path, settings: Mapping[str, Any]) -> None:
                 "--workdir, or remove the folder"
             )
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(settings) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(settings) + "\n")
 
 
 def train(workdir: Path, settings: Mapping[str, Any]) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from florence_jax.evaluators.base import Chart
-from florence_jax.page import curve, show_number, write_page
+from florence_jax.page import curve, show_number, table_html, write_page
 
 
 def results_table(results: Mapping[str, float], chance: Mapping[str, float]) -> str:
@@ -52,16 +52,12 @@ def write_report(
     `facts` say which weights met which data, for somebody who sees only the page; empty ones are left out.
     """
     provenance = "; ".join(f"{name}: {value}" for name, value in facts.items() if value)
-    rows = "".join(
-        f'<tr><td>{html.escape(name)}</td><td class="n">{show_number(value)}</td>'
-        f'<td class="n">{f"{chance[name]:.3f}" if name in chance else ""}</td></tr>'
-        for name, value in results.items()
-    )
-    table = f"<table><tr><th>metric</th><th>value</th><th>chance</th></tr>{rows}</table>"
+    rows = [(name, float(value), float(chance[name]) if name in chance else "") for name, value in results.items()]
+    table = table_html(("metric", "value", "chance"), rows) or "<p>No evaluation set for this data.</p>"
     dump = html.escape(json.dumps(config, indent=1, default=str))
     body = [
         f"<p>{html.escape(provenance)}</p>",
-        "<h2>Results</h2>" + (table if results else "<p>No evaluation set for this data.</p>"),
+        f"<h2>Results</h2>{table}",
         f"<h2>Training</h2>{curves}" if (curves := history_curves(history, charts)) else "",
         *fragments,
         f"<details><summary>Configuration</summary><pre>{dump}</pre></details>",

@@ -33,8 +33,9 @@ from florence_jax.curation.dedup.clusters import Views, cluster, hash_rows, repr
 from florence_jax.curation.dedup.join import DEFAULT_JOIN, DESIGNS
 from florence_jax.curation.ingest.hashing import DEFAULT_LIMITS, measure
 from florence_jax.errors import UserError
-from florence_jax.page import contact_sheet
-from florence_jax.pictures import SHEET_SIDE, thumbnail
+from florence_jax.files import replacing, write_text
+from florence_jax.page import TILE, contact_sheet
+from florence_jax.pictures import thumbnail
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 CHUNK = 64  # pictures a worker process gets at a time
@@ -213,9 +214,11 @@ def cluster_rows(
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[tuple]) -> None:
     """Writes csv or parquet, by the suffix. Raises UserError where pyarrow is missing."""
-    partial = path.with_name(path.name + ".partial")
     if path.suffix == ".csv":
-        with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with (
+            replacing(path) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(columns)
             writer.writerows(rows)
@@ -226,15 +229,8 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[tuple]) -> No
         except ImportError as error:
             raise UserError("--table=parquet needs pyarrow: pip install pyarrow") from error
         listed = list(rows)
-        pq.write_table(pa.table({name: [row[i] for row in listed] for i, name in enumerate(columns)}), partial)
-    partial.replace(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name, then renames it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    partial.replace(path)
+        with replacing(path) as temporary:
+            pq.write_table(pa.table({name: [row[i] for row in listed] for i, name in enumerate(columns)}), temporary)
 
 
 def write_sheet(
@@ -254,7 +250,7 @@ def write_sheet(
     for key, _, where in items_of(args.input):
         if key in wanted:
             data = picture_bytes(where)
-            thumbnails[key] = thumbnail(data, SHEET_SIDE)
+            thumbnails[key] = thumbnail(data, TILE)
     groups = []
     for group in members.values():
         heading = f"{len(group)} pictures" + (f", {SHOWN} shown" if len(group) > SHOWN else "")

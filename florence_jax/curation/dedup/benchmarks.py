@@ -11,6 +11,7 @@ from florence_jax.curation.dedup.clusters import MIN_DETAIL, hash_rows
 from florence_jax.curation.dedup.join import DEFAULT_JOIN, HashRows, Join, compact, covering_tables
 from florence_jax.curation.ingest.hashing import bit_distance
 from florence_jax.errors import UserError
+from florence_jax.files import replacing
 
 
 class BenchmarkIndex:
@@ -111,13 +112,11 @@ class BenchmarkIndex:
         return counts
 
     def save(self, path: str | Path) -> None:
-        """Writes the index as .npz, under a temporary name first."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial.npz")
+        """Writes the index as .npz, in one step."""
         join = np.array(dataclasses.astuple(self.join))
         fields = {f"rows_{field.name}": getattr(self.rows, field.name) for field in dataclasses.fields(self.rows)}
-        np.savez_compressed(partial, names=np.array(self.names), owner=self.owner, ids=self.ids, join=join, **fields)
-        partial.replace(path)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, names=np.array(self.names), owner=self.owner, ids=self.ids, join=join, **fields)
 
     @classmethod
     def load(cls, path: str | Path) -> "BenchmarkIndex":

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from florence_jax.errors import UserError
+from florence_jax.files import replacing
 
 SCALARS = {"status": str, "width": np.int64, "height": np.int64, "bytes": np.int64, "detail": float, "aspect": float}
 
@@ -26,9 +27,8 @@ def save(path: Path, pictures: Mapping[str, Mapping[str, Any]]) -> None:
     columns["view_kind"] = np.array([kind for kind, _, _ in views], str)
     columns["view_h64"] = np.array([h64 for _, h64, _ in views], np.uint64)
     columns["view_h256"] = _bytes([h256 for _, _, h256 in views], 32)
-    partial = path.with_name(path.name + ".partial.npz")
-    np.savez_compressed(partial, **columns)
-    partial.replace(path)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **columns)
 
 
 def load(path: Path) -> dict[str, dict[str, Any]]:

@@ -27,6 +27,7 @@ from florence_jax.curation.dedup.join import DEFAULT_JOIN
 from florence_jax.curation.ingest.hashing import bit_distance, measure
 from florence_jax.data.sources.folder import IMAGE_SUFFIXES
 from florence_jax.errors import UserError
+from florence_jax.files import write_text
 
 MAX_SIDE = 500  # pixels of an original, about the size of a web picture
 TILES = (1, 2, 3)  # an original, its quarters and its ninths
@@ -321,9 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, part in result.items():
         print(f"{name}: {render(part)}\n")
     if args.out:
-        partial = Path(args.out + ".partial")
-        partial.write_text(json.dumps(result, indent=1))
-        partial.replace(args.out)
+        write_text(args.out, json.dumps(result, indent=1))
     return 0
 
 

@@ -34,7 +34,7 @@ from etils import epath
 from florence_jax.curation.detection.boxes import ACROSS_IOU, WITHIN_IOU
 from florence_jax.curation.detection.images import file_paths, image_facts
 from florence_jax.curation.detection.join import Merged, find_leaks, join_rows, refuse_leaks
-from florence_jax.curation.detection.labels import RULES, LabelSpace, csv_text, read_rules, write_text
+from florence_jax.curation.detection.labels import RULES, LabelSpace, csv_text, read_rules
 from florence_jax.curation.detection.pseudo import (
     THRESHOLD,
     load_teacher,
@@ -47,6 +47,7 @@ from florence_jax.curation.detection.sheet import write_sheet
 from florence_jax.curation.detection.write import prepare_folder, shards, write_records
 from florence_jax.data.annotations import KINDS, SPLITS, Annotations, SourceSpec, parse_spec, read_annotations
 from florence_jax.errors import UserError
+from florence_jax.files import write_text
 
 MERGE_COLUMNS = ("class_id", "text", "source", "category_id", "category", "how", "boxes_of_class")
 

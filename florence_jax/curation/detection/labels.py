@@ -11,7 +11,6 @@ import io
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from etils import epath
 
 from florence_jax.data.annotations import KINDS, Annotations, Category, csv_columns
 from florence_jax.data.captions import normalise_caption
@@ -199,10 +198,3 @@ def csv_text(columns: Sequence[str], rows: Iterable[dict]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
-
-
-def write_text(path: str, text: str) -> None:
-    """Writes a small file under its name only when complete."""
-    temporary = epath.Path(f"{path}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -21,6 +20,7 @@ from florence_jax.data.json_stream import json_items
 from florence_jax.data.ops.image import Decode
 from florence_jax.data.records import BadRecord
 from florence_jax.errors import UserError
+from florence_jax.files import replacing
 
 THRESHOLD = 0.5
 TEACHER_BATCH = 8
@@ -175,18 +175,13 @@ def run_teacher(spec: SourceSpec, teacher: Teacher, path: str, batch: int = TEAC
     """
     table = read_coco_like(spec)
     paths = file_paths(spec, table.files)
-    temporary = epath.Path(f"{path}.{uuid.uuid4().hex}.tmp")
     count = 0
-    try:
-        with temporary.open("w") as file:
-            for start in range(0, len(paths), batch):
-                for item in _detect(table, range(start, min(start + batch, len(paths))), teacher, paths):
-                    file.write(("[" if not count else ",") + "\n" + json.dumps(item))
-                    count += 1
-            file.write("\n]\n" if count else "[]\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "w") as file:
+        for start in range(0, len(paths), batch):
+            for item in _detect(table, range(start, min(start + batch, len(paths))), teacher, paths):
+                file.write(("[" if not count else ",") + "\n" + json.dumps(item))
+                count += 1
+        file.write("\n]\n" if count else "[]\n")
     return count
 
 

@@ -1,9 +1,7 @@
 """A page to look at: sampled records with their boxes drawn, and the counts of the build; one HTML file."""
 
-import base64
 import collections
 import html
-import io
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -12,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 from florence_jax.curation.detection.join import Merged
-from florence_jax.curation.detection.labels import write_text
 from florence_jax.curation.detection.write import read_picture, shard_digest
 from florence_jax.data.ops.image import Decode
 from florence_jax.data.records import BadRecord
-from florence_jax.pictures import draw_boxes
+from florence_jax.page import Html, figure_html, table_html, write_page
+from florence_jax.pictures import draw_boxes, picture_uri
 
 SAMPLES = 24
-SIDE = 420  # pixels of the longer side, as shown
+SIDE = 420  # pixels of the longer side, as a large figure shows it
 COLOURS = {
     "coco": "#e6194b",
     "lvis": "#0082c8",
@@ -28,16 +26,6 @@ COLOURS = {
     "imagenet": "#911eb4",
 }
 LABEL_ROWS = 24  # names written into one picture
-STYLE = """
-body { font: 14px/1.4 system-ui, sans-serif; margin: 24px; color: #222; max-width: 1340px }
-h1 { font-size: 20px } h2 { font-size: 16px; margin-top: 28px }
-table { border-collapse: collapse } td, th { padding: 2px 10px; border-bottom: 1px solid #ddd; text-align: right }
-table.text td, table.text th { text-align: left }
-td:first-child, th:first-child { text-align: left }
-.grid { display: flex; flex-wrap: wrap; gap: 18px } figure { margin: 0; width: 420px }
-figcaption { font-size: 12px; overflow-wrap: anywhere } img { display: block; max-width: 100% }
-.key { display: inline-block; padding: 0 8px; margin-right: 8px; color: #fff; border-radius: 3px }
-"""
 NAMED_LABELS = ("negative", "not_exhaustive", "positive")
 
 
@@ -68,20 +56,17 @@ def write_sheet(merged: Merged, report: dict[str, Any], path: str, count: int = 
     split_rows = [[split, *totals.values()] for split, totals in report["totals"].items()]
     source_rows = [[s["source"], *(v for v in s.values() if isinstance(v, int))] for s in report["sources"]]
     source_head = ["", *(k for k, v in report["sources"][0].items() if isinstance(v, int))]
+    title = f"Detection set: {len(merged)} images, {len(merged.boxes.record)} boxes, {len(merged.space)} classes"
     parts = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>Detection set</title>",
-        f"<style>{STYLE}</style><h1>Detection set: {len(merged)} images, {len(merged.boxes.record)} boxes, "
-        f"{len(merged.space)} classes</h1>",
         _table(["", *(name.replace("_", " ") for name in report["totals"]["train"])], split_rows),
-        f"<h2>Sampled records</h2><p>{key} a pseudo box has its score</p><div class='grid'>{''.join(figures)}</div>",
+        f"<h2>Sampled records</h2><p>{key} a pseudo box has its score</p><div class='tiles'>{''.join(figures)}</div>",
         "<h2>Sources</h2>",
         _turned_table(source_head, source_rows),
         f"<h2>Double boxes left out</h2>{_table(['kept + left out', 'boxes'], list(report['double_boxes'].items()))}",
-        f"<h2>Merged classes ({len(joined)})</h2>{_table(['class', 'categories'], joined[:200], 'text')}",
-        f"<h2>Kept apart ({len(apart)})</h2>{_table(['class', 'other class', 'why'], apart[:200], 'text')}",
-        "</html>\n",
+        f"<h2>Merged classes ({len(joined)})</h2>{_table(['class', 'categories'], joined[:200])}",
+        f"<h2>Kept apart ({len(apart)})</h2>{_table(['class', 'other class', 'why'], apart[:200])}",
     ]
-    write_text(path, "\n".join(parts))
+    write_page(path, title, "\n".join(parts))
 
 
 def _drawn(image: np.ndarray, record: dict[str, Any], side: int = SIDE) -> Image.Image:
@@ -101,10 +86,7 @@ def _figure(merged: Merged, number: int) -> str:
     try:
         decoded = Decode()({"key": record["key"], "image": read_picture(merged, number)}, np.random.default_rng(0))
     except BadRecord as bad:
-        return f"<figure><figcaption>{html.escape(str(bad))}</figcaption></figure>"
-    file = io.BytesIO()
-    _drawn(decoded["image"], record).save(file, "JPEG", quality=85)
-    data = base64.b64encode(file.getvalue()).decode()
+        return figure_html([""], str(bad), kind="large")
     split = "validation" if merged.validation[number] else "train"
     lines = [f"<b>{html.escape(record['key'])}</b> {split}, {record['width']} x {record['height']}"]
     lines[0] += f", {' + '.join(record['sources'])}, boxes: {len(record['boxes'])}"
@@ -117,20 +99,11 @@ def _figure(merged: Merged, number: int) -> str:
             lines.append(f"{name.replace('_', ' ')}: {html.escape(', '.join(texts[:12]))}{more}")
     if record["teacher"]:
         lines.append(f"teacher {html.escape(record['teacher'])}, score at least {record['threshold']}")
-    alt = html.escape(record["key"])
-    image = f"<img alt='{alt}' src='data:image/jpeg;base64,{data}'>"
-    return f"<figure>{image}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
+    return figure_html([picture_uri(_drawn(decoded["image"], record))], Html("<br>".join(lines)), kind="large")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], style: str = "numbers") -> str:
-    def line(tag: str, cells: Sequence[Any]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    return (
-        f"<table class={style}>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>"
-        if rows
-        else "<p>none</p>"
-    )
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    return table_html(head, rows) or "<p>none</p>"
 
 
 def _turned_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

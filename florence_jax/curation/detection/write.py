@@ -11,9 +11,9 @@ from etils import epath
 
 from florence_jax.curation.detection.images import image_digest, ordered_map
 from florence_jax.curation.detection.join import Merged
-from florence_jax.curation.detection.labels import write_text
 from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.errors import UserError
+from florence_jax.files import write_text
 
 RECORDS_PER_SHARD = 4096
 PLAN = "plan.json"
@@ -52,14 +52,14 @@ def prepare_folder(out: str, plan: dict[str, list], fingerprint: str) -> None:
     text = json.dumps({"fingerprint": fingerprint, "files": sorted(plan)}, indent=1) + "\n"
     path = epath.Path(out) / PLAN
     if path.exists() and path.read_text() == text:
-        for unfinished in epath.Path(out).glob("*/flod.array_record*.tmp"):
+        for unfinished in epath.Path(out).glob("*/.flod.array_record*.tmp"):
             unfinished.unlink()
         return
     if epath.Path(out).exists() and any(epath.Path(out).glob("*/flod.array_record*")):
         raise UserError(f"--out={out} holds records of another build: remove it or choose another folder")
     for name in plan:
         (epath.Path(out) / name).parent.mkdir(parents=True, exist_ok=True)
-    write_text(os.fspath(path), text)
+    write_text(path, text)
 
 
 def write_records(merged: Merged, out: str, plan: dict[str, np.ndarray], workers: int) -> dict[str, dict[str, Any]]:

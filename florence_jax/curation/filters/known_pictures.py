@@ -136,7 +136,8 @@ def _sha1(data: bytes) -> Any:
 def pdq_hash(data: bytes) -> tuple[np.ndarray, int]:
     """PDQ hash, uint8 (32,), and quality (0 to 100) of a fully decoded picture, by Meta's own code.
 
-    Only for matching lists: PDQ depends on the decoder and is slow.
+    Only for matching lists: PDQ depends on the decoder and is slow. Transparency is dropped, not laid on white, as by
+    those who make such lists.
 
     Raises:
       UserError: if pdqhash is not installed.

@@ -5,9 +5,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter
 
 from florence_jax.data.captions import normalise_caption
+from florence_jax.pictures import open_picture, to_rgb
 
 # (kind, start, end) in characters of the text.
 Span = tuple[str, int, int]
@@ -128,11 +129,12 @@ def blur_faces(data: bytes, detector: FaceDetector, margin: float = 0.1) -> tupl
 
     Returns:
       (encoded image, number of boxes); the bytes are the same ones if there is no face. JPEG stays JPEG (quality 95),
-      anything else becomes PNG; metadata, which may hold a thumbnail of the face, is not copied.
+      anything else becomes PNG, its transparent parts white; metadata, which may hold a thumbnail of the face, is not
+      copied.
     """
-    with Image.open(io.BytesIO(data)) as opened:
+    with open_picture(data) as opened:
         kind = "JPEG" if opened.format == "JPEG" else "PNG"
-        image = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+        image = np.asarray(to_rgb(opened))
     boxes = np.asarray(detector(image), np.float64).reshape(-1, 4)
     if not len(boxes):
         return data, 0

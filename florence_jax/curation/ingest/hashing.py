@@ -32,6 +32,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from florence_jax.pictures import flat
+
 # Readers by first bytes. They are called directly: `Image.open` would warn about, or refuse, a large picture before
 # its size is known to us, and would try formats that no web page shows.
 READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
@@ -168,7 +170,7 @@ def _decode(data: bytes, limits: Limits, result: dict[str, Any]) -> Image.Image:
             raise Unusable("too_narrow")
         if not limits.animated and getattr(image, "is_animated", False):
             raise Unusable("animated")
-        plane = _to_grey(image, alpha)
+        plane = _to_grey(image)
         if tiff:
             result.update(width=image.width, height=image.height)
     return plane.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE and not tiff else plane
@@ -181,22 +183,13 @@ def _orientation(image: Image.Image) -> int:
     return value if value in TRANSPOSE else 1
 
 
-def _to_grey(image: Image.Image, alpha: bool) -> Image.Image:
+def _to_grey(image: Image.Image) -> Image.Image:
     """Decodes to luma (ITU-R 601), transparency on white, both sides divided by the same power of two or integer."""
     if image.format == "JPEG":
         image.draft("L", (DECODE_SIDE, DECODE_SIDE))
     image.load()
-    if image.mode.startswith("I"):  # 16-bit grey: converting would clip at 255
-        wide = np.asarray(image).astype(np.uint32) >> 8
-        image = Image.fromarray(wide.clip(0, 255).astype(np.uint8))
-    elif alpha:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, (255, 255, 255))
-        canvas.paste(image, mask=image.getchannel("A"))
-        image = canvas
+    image = flat(image)
     factor = min(image.size) // DECODE_SIDE
-    if image.mode not in ("L", "RGB"):
-        image = image.convert("RGB")
     if factor > 1:
         image = image.reduce(factor)
     return image if image.mode == "L" else image.convert("L")

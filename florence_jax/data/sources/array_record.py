@@ -1,7 +1,6 @@
 """Records in ArrayRecord files, each a msgpack map."""
 
 import os
-import uuid
 from collections.abc import Iterable, Sequence
 
 import msgpack
@@ -11,6 +10,7 @@ from etils import epath
 
 from florence_jax.data.records import BadRecord, BaseSource, Record, first_line
 from florence_jax.errors import UserError
+from florence_jax.files import replacing
 
 
 class ArrayRecordSource(BaseSource):
@@ -75,25 +75,22 @@ def write_array_record(path: str, records: Iterable[Record]) -> int:
     Raises:
       UserError: for a record without "key" or "image", for no records, or if the file cannot be written.
     """
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     count = 0
     try:
-        writer = ArrayRecordWriter(temporary, "group_size:1")
-        try:
-            for record in records:
-                if not isinstance(record.get("key"), str) or not isinstance(record.get("image"), bytes):
-                    raise UserError(f"record {count} for {path} needs a str 'key' and an 'image' of bytes")
-                writer.write(msgpack.packb(record, use_bin_type=True))
-                count += 1
-        finally:
-            writer.close()
-        if not count:
-            raise UserError(f"no records to write to {path}")
-        epath.Path(temporary).replace(path)
+        with replacing(path) as temporary:
+            writer = ArrayRecordWriter(temporary, "group_size:1")
+            try:
+                for record in records:
+                    if not isinstance(record.get("key"), str) or not isinstance(record.get("image"), bytes):
+                        raise UserError(f"record {count} for {path} needs a str 'key' and an 'image' of bytes")
+                    writer.write(msgpack.packb(record, use_bin_type=True))
+                    count += 1
+            finally:
+                writer.close()
+            if not count:
+                raise UserError(f"no records to write to {path}")
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path}: {first_line(error)}") from error
-    finally:
-        epath.Path(temporary).unlink(missing_ok=True)
     return count
 
 

@@ -41,6 +41,7 @@ from ml_collections import ConfigDict
 
 from florence_jax.command_line import CONFIG, fail, no_more_arguments, parse_flags
 from florence_jax.errors import UserError
+from florence_jax.files import write_text
 from florence_jax.models.sizes import resolve_config
 from florence_jax.params.rules import path_string
 from florence_jax.params.sharding import BATCH_AXES, batch_sharding, mesh_sizes, param_shardings
@@ -314,9 +315,7 @@ def write_shardings(config: ConfigDict, chips: int, file: Path) -> None:
     """Writes `shardings` as JSON, a parameter a line."""
     result = shardings(config, chips)
     lines = ",\n".join(f"  {json.dumps(path)}: {json.dumps(spec)}" for path, spec in result["params"].items())
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(f'{{\n "mesh": {json.dumps(result["mesh"])},\n "params": {{\n{lines}\n }}\n}}\n')
-    partial.replace(file)
+    write_text(file, f'{{\n "mesh": {json.dumps(result["mesh"])},\n "params": {{\n{lines}\n }}\n}}\n')
 
 
 if __name__ == "__main__":
