@@ -67,13 +67,17 @@ def _input() -> dict:
 def _decisions() -> dict:
     """Scores and the decisions that need them."""
     return {
-        "scores": {  # field:NAME, module:function or checkpoint:WORKDIR
+        "scores": {  # field:NAME, module:function or checkpoint:FOLDER of a run or of imported weights
             "relevance": "",
             "nsfw": "",
             "learner_loss": "",
             "reference_loss": "",
         },
-        "relevance": {"min_score": placeholder(float), "keep": 1.0},
+        "relevance": {
+            "min_score": placeholder(float),
+            "keep": 1.0,
+            "tokenizer": "",  # of imported weights, whose folder does not name one
+        },
         "selection": {
             "t": 0,  # pairs a metadata query, 0 for no balancing
             "metadata": "",  # file with one query a line

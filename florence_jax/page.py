@@ -48,7 +48,7 @@ figcaption { margin-top: 5px; overflow-wrap: anywhere; } figcaption span { color
 details { margin-top: 1em; } summary { cursor: pointer; }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px; }
 """
-_NUMBER = re.compile(r"-?[\d.,]+(?:e-?\d+)?%?")
+_NUMBER = re.compile(r"-?[\d.,]+(?:e-?\d+)?%?|nan|-?inf")
 
 
 class Html(str):

@@ -227,7 +227,10 @@ def test_scores_selection_quarantine_and_decontamination(raw):
     # A lower threshold scores only what was not scored, and lets more live; balance is nested.
     scores = stamps(tmp / "w", "scores/*/*.parquet")
     kept = {key for key, value in found.items() if value[1] == "kept"}
-    more = config | {"relevance": {"min_score": 4.0, "keep": 1.0}, "selection": config["selection"] | {"t": 40}}
+    more = config | {
+        "relevance": config["relevance"] | {"min_score": 4.0},
+        "selection": config["selection"] | {"t": 40},
+    }
     curate(more, str(tmp / "w"), ONE_PROCESS)
     assert kept <= {key for key, value in log(tmp / "w").items() if value[1] == "kept"}
     assert stamps(tmp / "w", "scores/*/*.parquet") == scores

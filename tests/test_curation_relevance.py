@@ -12,7 +12,9 @@ import pyarrow as pa
 import pytest
 from apache_beam.testing import test_pipeline
 from apache_beam.testing.util import assert_that, equal_to
+from golden import clip_shapes, fill, swin_shapes
 from PIL import Image
+from safetensors.numpy import save_file
 
 from configs.pretrain import get_config
 from florence_jax.curation.scores.models import (
@@ -33,8 +35,10 @@ from florence_jax.curation.select.relevance import (
 )
 from florence_jax.curation.select.stage import relevance_decisions
 from florence_jax.errors import UserError
+from florence_jax.inference import Florence
 from florence_jax.params.checkpoint import Checkpoints
 from florence_jax.tasks.pretrain import Pretrain
+from florence_jax.tools.import_torch.__main__ import main as import_torch
 
 
 def png(seed, size=(40, 36)):
@@ -191,12 +195,10 @@ def test_checkpoint_scores_are_the_cosine_of_the_towers(run):
         assert_that(out["failures"] | beam.Keys(), equal_to(["corrupt", "empty"]), "failures")
 
 
-def test_a_run_that_is_not_there_or_of_another_task(tmp_path):
-    with pytest.raises(UserError, match="no run in"):
-        CheckpointLoader(str(tmp_path))()
-    (tmp_path / "config.json").write_text('{"task": "detect"}')
-    with pytest.raises(UserError, match="task 'detect'"):
-        CheckpointLoader(str(tmp_path))()
+def test_weights_that_are_not_there(tmp_path):
+    for folder, message in ((tmp_path / "none", "no weights at"), (tmp_path, "cannot tell which model")):
+        with pytest.raises(UserError, match=message):
+            CheckpointLoader(str(folder))()
 
 
 def test_a_moving_average_is_preferred(tmp_path, run):
@@ -211,6 +213,44 @@ def test_a_moving_average_is_preferred(tmp_path, run):
     loaded = CheckpointLoader(str(tmp_path))()
     assert isinstance(loaded, PairModel)
     np.testing.assert_array_equal(loaded.params["logit_scale"], ema["logit_scale"])
+
+
+def test_imported_clip_weights_score_as_they_embed(tmp_path, run):
+    """A CLIP-like file through the importer; its folder names no tokenizer, so the configuration must."""
+    merges = tmp_path / "merges.txt"
+    merges.write_text("#version: 0.2\nd o\ndo g</w>\n")
+    shapes = clip_shapes() | {"token_embedding.weight": (516, 8), "positional_embedding": (8, 8)}
+    save_file(
+        {name: np.asarray(value, np.float32, order="C") for name, value in fill(shapes, 0.2).items()},
+        tmp_path / "clip.safetensors",
+    )
+    folder = tmp_path / "clip"
+    command = ["--from=clip", f"--file={tmp_path}/clip.safetensors", f"--out={folder}"]
+    assert import_torch([*command, "--set", "heads=(2,)", "--set", "text_heads=2"]) == 0
+    with pytest.raises(UserError, match="relevance.tokenizer=FILE"):
+        CheckpointLoader(str(folder))()
+    handler = JaxModelHandler(CheckpointLoader(str(folder), str(merges), step=0), batch_size=2)
+    captions = ["a dog", "the sea"]
+    examples = [{"image": png(i), "caption": caption} for i, caption in enumerate(captions)]
+    found = [result["relevance"] for result in handler.run_inference(examples, handler.load_model())]
+    model = Florence(folder, tokenizer=str(merges))
+    pictures = [np.asarray(Image.open(io.BytesIO(example["image"]))) for example in examples]
+    cosines = np.sum(model.embed_images(pictures) * model.embed_texts(captions), axis=1)
+    np.testing.assert_allclose(found, cosines, atol=1e-5)
+    # A run goes on: scores of two of its checkpoints are not mixed.
+    with pytest.raises(UserError, match="a new checkpoint, 7 after 3"):
+        CheckpointLoader(str(run[0]), step=3)()
+
+
+def test_an_image_tower_alone_scores_nothing(tmp_path):
+    save_file(
+        {name: np.asarray(value, np.float32, order="C") for name, value in fill(swin_shapes(), 0.2).items()},
+        tmp_path / "s.safetensors",
+    )
+    command = ["--from=swin", f"--file={tmp_path}/s.safetensors", f"--out={tmp_path}/swin", "--res=64", "--window=4"]
+    assert import_torch(command) == 0
+    with pytest.raises(UserError, match="no text tower"):
+        CheckpointLoader(f"{tmp_path}/swin")()
 
 
 # -- thresholds -------------------------------------------------------------------------------------------------------

@@ -64,7 +64,8 @@ def test_every_planted_fault_is_found(run):
         assert set(found[fault]) <= allowed and found[fault][expected] >= 0.6 * sum(found[fault].values()), fault
     assert found["benchmark"] == {("decontamination", "benchmark_exact"): 10, ("decontamination", "benchmark_near"): 10}
     assert summary["benchmarks"] == [{"value": "sample", "exact": 10, "near": 10}]
-    assert "<td>sample</td><td class=n>10</td><td class=n>10</td>" in (workdir / "report" / "funnel.html").read_text()
+    page = (workdir / "report" / "funnel.html").read_text()
+    assert '<td>sample</td><td class="n">10</td><td class="n">10</td>' in page
     assert found["frequent"]["output", "kept"] == 20 and found["frequent"]["text", "frequency"] >= 35
     for form in ("cmyk", "alpha", "orientation"):
         assert found[form]["output", "kept"] >= 5

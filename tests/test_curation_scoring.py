@@ -52,11 +52,11 @@ def test_a_pair_is_scored_again_only_if_its_caption_changed_or_it_failed(tmp_pat
 
 def test_the_newest_checkpoint_is_part_of_what_scores_stand_for(tmp_path):
     rules = rules_of(scores={"relevance": f"checkpoint:{tmp_path}"})
-    assert phase.newest_step(rules) is None
+    assert phase.scoring_step(rules) is None
     for name in ("9", "12", "13.orbax-checkpoint-tmp-1"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert phase.newest_step(rules) == 12
-    assert phase.newest_step(rules_of(scores={"relevance": "m:f"})) is None
+    assert phase.scoring_step(rules) == 12
+    assert phase.scoring_step(rules_of(scores={"relevance": "m:f"})) is None
 
 
 def test_clusters_of_what_is_alive(tmp_path):

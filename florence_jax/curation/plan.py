@@ -53,7 +53,8 @@ class Rules:
       join: of near-duplicates, and `min_detail`: pictures with less are compared as exact copies only.
       star_above: components of more members are split again around their representatives.
       cap: pairs a caption.
-      scores: name of a score to what makes it: 'field:NAME', 'module:function' or 'checkpoint:WORKDIR'; '' for none.
+      scores: name of a score to what makes it: 'field:NAME', 'module:function' or 'checkpoint:FOLDER'; '' for none.
+      tokenizer: of that folder; '' for the one that it names.
       clusters: of the image embeddings, for `select.cluster_t`.
       metadata: queries, or None.
       benchmarks: name to folder of pictures that must not be trained on.
@@ -72,6 +73,7 @@ class Rules:
     text: TextRules
     cap: int
     scores: Mapping[str, str]
+    tokenizer: str
     clusters: int
     relevance: RelevanceRules
     select: SelectRules
@@ -117,7 +119,9 @@ def make_all(config: Mapping[str, Any]) -> Rules:
         raise UserError(f"near_duplicates.k={near['k']} must be one of {', '.join(map(str, DESIGNS))}")
     metadata, clusters = select.pop("metadata"), select.pop("clusters")
     select_rules = make_rules(SelectRules, select)
-    relevance = make_rules(RelevanceRules, config["relevance"])
+    relevance_options = dict(config["relevance"])
+    tokenizer = relevance_options.pop("tokenizer")
+    relevance = make_rules(RelevanceRules, relevance_options)
     _check_scores(config["scores"], select_rules, relevance, clusters, post["max_nsfw"])
     _check_output(config)
     if select_rules.t and not metadata:
@@ -136,6 +140,7 @@ def make_all(config: Mapping[str, Any]) -> Rules:
         text=text_rules,
         cap=cap,
         scores=dict(config["scores"]),
+        tokenizer=tokenizer,
         clusters=clusters,
         relevance=relevance,
         select=select_rules,
@@ -222,7 +227,7 @@ def _check_scores(
         raise UserError(f"scores.{sorted(unknown)[0]} is unknown; known: {', '.join(SCORES)}")
     for name, spec in scores.items():
         if spec and ":" not in spec:
-            raise UserError(f"scores.{name}={spec!r}: write field:NAME, module:function or checkpoint:WORKDIR")
+            raise UserError(f"scores.{name}={spec!r}: write field:NAME, module:function or checkpoint:FOLDER")
         if spec.startswith("checkpoint:") and name != "relevance":
             raise UserError(f"scores.{name}={spec!r}: a checkpoint gives 'relevance' only")
     needed = [("post_filter.max_nsfw", max_nsfw is not None, ("nsfw",))]
@@ -234,7 +239,7 @@ def _check_scores(
             raise UserError(f"{option} needs a score: set {' and '.join(f'scores.{name}' for name in names)}")
     if select.cluster_t and not (clusters and scores["relevance"].startswith("checkpoint:")):
         raise UserError(
-            "selection.cluster_t needs selection.clusters and image embeddings: set scores.relevance=checkpoint:WORKDIR"
+            "selection.cluster_t needs selection.clusters and image embeddings: set scores.relevance=checkpoint:FOLDER"
         )
 
 

@@ -34,6 +34,16 @@ class UnreadableCheckpoint(UserError):
     """A checkpoint that is truncated or corrupt."""
 
 
+def newest_step(folder: str) -> int | None:
+    """Step of the newest complete checkpoint of a folder, None if it has none.
+
+    For processes that only ask: `Checkpoints` would take hold of the accelerator, which their workers need.
+    """
+    return max(
+        (found.step for found in ocp.path.step.standard_name_format().find_all(epath.Path(folder))), default=None
+    )
+
+
 class Checkpoints:
     """The checkpoints of one run, under `directory`/<step>/.
 

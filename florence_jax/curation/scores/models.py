@@ -1,4 +1,4 @@
-"""Image-text relevance by a project checkpoint, or by any callable, through Beam's RunInference.
+"""Image-text relevance by trained weights, or by any callable, through Beam's RunInference.
 
 A record that cannot be scored (a picture that does not decode, an empty caption) becomes a dead letter with its reason,
 always the same ones. Anything else that goes wrong, such as a device out of memory, is raised, so that the runner tries
@@ -7,7 +7,6 @@ the bundle again: the outcome must not depend on the machine.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -16,14 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from apache_beam.ml.inference.base import KeyedModelHandler, ModelHandler, RunInference
-from etils import epath
-from ml_collections import ConfigDict
 
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.records import BadRecord
 from florence_jax.errors import UserError
-from florence_jax.params.checkpoint import Checkpoints
-from florence_jax.tasks.pretrain import Pretrain
+from florence_jax.params.checkpoint import newest_step
+from florence_jax.params.sharding import make_mesh
+from florence_jax.tasks.encoder import Encoder
 
 # {"image": encoded bytes, "caption": str}
 Pair = Mapping[str, Any]
@@ -203,64 +201,61 @@ class PairModel:
     """Cosine of the two embeddings of a pair; a `JaxModel`.
 
     Args:
-      task: gives the towers, the tokenizer and the image ops.
+      encoder: gives the towers, the tokenizer and the image ops.
       params: its parameters.
-      embeddings: also give the image embedding, for `select.kmeans`.
+      embeddings: also give the image embedding, for `select.cluster_t`.
     """
 
-    def __init__(self, task: Pretrain, params: Any, embeddings: bool = False):
-        self.params, self._task, self._embeddings = params, task, embeddings
-        self._ops = parse_ops(task.eval_ops, {})
+    def __init__(self, encoder: Encoder, params: Any, embeddings: bool = False):
+        self.params, self._predict, self._embeddings = params, encoder.predict, embeddings
+        self._ops, self._tokenizer = parse_ops(encoder.eval_ops, {}), encoder.tokenizer
 
     def prepare(self, example: Pair) -> dict[str, np.ndarray]:
         """{"image": uint8 (res, res, 3), "text": int32 (L,)}. Raises UserError for a bad image or caption."""
         decoded: dict[str, Any] = {"image": example["image"], "key": ""}
         for image_op in self._ops:
             decoded = image_op(decoded, np.random.default_rng(0))  # evaluation ops draw nothing
-        return {"image": decoded["image"], "text": self._task.tokenizer(example["caption"])}
+        return {"image": decoded["image"], "text": self._tokenizer(example["caption"])}
 
     def apply(self, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """{"relevance": float32 (B,)} and, if asked for, "embedding": float32 (B, D)."""
-        image = self._task.predict["image"](params, batch)
-        text = self._task.predict["text"](params, batch)
+        image, text = self._predict["image"](params, batch), self._predict["text"](params, batch)
         return {"relevance": jnp.sum(image * text, axis=-1)} | ({"embedding": image} if self._embeddings else {})
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointLoader:
-    """Loads a finished pretraining run; give it to `JaxModelHandler`.
+    """Loads weights that embed pictures and texts, of a run or imported; give it to `JaxModelHandler`.
 
     Attributes:
-      workdir: of the run: holds config.json and checkpoints/.
-      step: which checkpoint; None = the newest.
+      folder: workdir of a run, its checkpoints/, or a folder of florence_jax.tools.import_torch.
+      tokenizer: see `data.tokenizers.load_tokenizer`; '' for the one that the folder names.
+      step: of the newest checkpoint when the scoring was planned; None if that does not matter.
       embeddings: as in `PairModel`.
     """
 
-    workdir: str
+    folder: str
+    tokenizer: str = ""
     step: int | None = None
     embeddings: bool = False
 
     def __call__(self) -> PairModel:
-        """The model on the first local device, with the moving average of the weights where the run keeps one.
+        """The model on the first local device, with the moving average of the weights where the folder keeps one.
 
         Raises:
-          UserError: if the run is not there, is not of the task 'pretrain', or does not fit its own configuration.
+          UserError: if there are no such weights, no text tower, no tokenizer, or another checkpoint than `step` is the
+            newest by now: scores of two checkpoints cannot be compared.
         """
-        path = epath.Path(self.workdir) / "config.json"
-        try:
-            config = ConfigDict(json.loads(path.read_text()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"no run in {self.workdir}: {path} cannot be read ({error})") from error
-        if config.get("task") != "pretrain":
-            raise UserError(f"{self.workdir} is a run of task {config.get('task')!r}: relevance needs task 'pretrain'")
-        task = Pretrain(config)
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-            jax.eval_shape(task.init, jax.random.key(0)),
-        )
-        part = "ema" if config.optim.ema_decay > 0 else "params"
-        checkpoints = Checkpoints(str(epath.Path(self.workdir) / "checkpoints"), read_only=True)
-        params = checkpoints.restore({part: target}, self.step)[part]
-        checkpoints.close()
-        return PairModel(task, params, self.embeddings)
+        encoder = Encoder(self.folder, tokenizer=self.tokenizer)
+        if not encoder.has_text:
+            raise UserError(f"{self.folder} has no text tower: relevance needs weights with both towers")
+        if not encoder.tokenizer_spec:
+            raise UserError(
+                f"{self.folder} does not say which tokenizer it was trained with: give it with "
+                "--config.relevance.tokenizer=FILE (CLIP, OpenCLIP and UniCL: bpe_simple_vocab_16e6.txt.gz)"
+            )
+        params = encoder.load_on(make_mesh(1, 1, jax.local_devices()[:1]))
+        newest = newest_step(encoder.description.folder)
+        if self.step is not None and newest != self.step:
+            raise UserError(f"{self.folder} has a new checkpoint, {newest} after {self.step}: run again")
+        return PairModel(encoder, params, self.embeddings)

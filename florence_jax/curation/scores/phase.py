@@ -11,10 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
-import orbax.checkpoint as ocp
 import pyarrow as pa
 import pyarrow.compute as pc
-from etils import epath
 
 from florence_jax.curation.blocks import Repartition, by_identifier, chain, load_callable
 from florence_jax.curation.ingest.measure import image_bytes
@@ -25,6 +23,8 @@ from florence_jax.curation.scores.models import CallableModelHandler, Checkpoint
 from florence_jax.curation.stages import load_blocks
 from florence_jax.curation.table import concatenate, read_table, with_column, write_table
 from florence_jax.files import exists, json_digest, read_bytes, write_json
+from florence_jax.params.checkpoint import newest_step
+from florence_jax.params.weights import checkpoint_folder
 
 CHECKPOINT = "checkpoint:"
 BATCH = 64
@@ -74,21 +74,17 @@ class ScoreAlive(beam.PTransform):
         return results | beam.Flatten() | beam.GroupByKey() | "WriteScores" >> beam.MapTuple(write)
 
 
-def newest_step(rules: Rules) -> int | None:
-    """Step of the checkpoint that scores; None if none does, or if there is none yet, which loading it reports.
-
-    `Checkpoints` would take hold of the accelerator, which the workers need.
-    """
+def scoring_step(rules: Rules) -> int | None:
+    """Step of the checkpoint that scores; None if none does, or if there is none yet, which loading it reports."""
     spec = rules.scores.get("relevance", "")
-    if not spec.startswith(CHECKPOINT):
-        return None
-    folder = epath.Path(spec.removeprefix(CHECKPOINT)) / "checkpoints"
-    return max((found.step for found in ocp.path.step.standard_name_format().find_all(folder)), default=None)
+    return newest_step(checkpoint_folder(spec.removeprefix(CHECKPOINT))) if spec.startswith(CHECKPOINT) else None
 
 
 def _handler(spec: str, rules: Rules, step: int | None) -> Any:
     if spec.startswith(CHECKPOINT):
-        loader = CheckpointLoader(spec.removeprefix(CHECKPOINT), step, embeddings=rules.select.cluster_t > 0)
+        loader = CheckpointLoader(
+            spec.removeprefix(CHECKPOINT), rules.tokenizer, step, embeddings=rules.select.cluster_t > 0
+        )
         return JaxModelHandler(loader, BATCH)
     return CallableModelHandler(load_callable(spec), BATCH)
 
@@ -158,9 +154,11 @@ def build_scores(run: Run, table: Mapping[str, Any]) -> str:
     """Folder of the scores of pictures, '' if the configuration asks for none."""
     if not run.rules.scorers:
         return ""
-    count, step = len(table["parts"]), newest_step(run.rules)
+    count, step = len(table["parts"]), scoring_step(run.rules)
     # Not in the digest: thresholds. Pairs that a new one lets live are scored, the others are known.
-    models = json_digest([table["digest"], run.rules.scorers, run.rules.select.cluster_t > 0, step])
+    models = json_digest(
+        [table["digest"], run.rules.scorers, run.rules.select.cluster_t > 0, step, run.rules.tokenizer]
+    )
     folder = f"{run.workdir}/scores/{models}"
     parts = part_paths(f"{run.workdir}/table", count)
     remove_folder(f"{folder}/alive")  # of an earlier run
