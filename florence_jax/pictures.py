@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 WHITE = (255, 255, 255)
 # First bytes of the usual formats: PIL otherwise tries a dozen readers on every image.
-MAGIC = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"RI": "WEBP"}
-THUMBNAIL = 96  # pixels of the longer side
+USUAL_FORMATS = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"RI": "WEBP"}
+THUMBNAIL_SIDE = 96  # pixels of the longer side
 TINY = 48  # pictures of fewer pixels are enlarged
 MAX_SHOWN = 64_000_000  # pixels; a larger picture has no thumbnail
 
@@ -74,7 +74,7 @@ def open_picture(data: bytes | Image.Image) -> contextlib.AbstractContextManager
     """A picture to use in a `with` statement; PIL's own exceptions pass through."""
     if isinstance(data, Image.Image):
         return contextlib.nullcontext(data)  # its owner closes it
-    known = MAGIC.get(data[:2])
+    known = USUAL_FORMATS.get(data[:2])
     return Image.open(io.BytesIO(data), formats=[known] if known else None)
 
 
@@ -108,7 +108,7 @@ def upright_rgb(data: bytes | Image.Image) -> Image.Image:
         return to_rgb(image)
 
 
-def thumbnail(data: bytes | Image.Image | np.ndarray, side: int = THUMBNAIL) -> str:
+def thumbnail(data: bytes | Image.Image | np.ndarray, side: int = THUMBNAIL_SIDE) -> str:
     """Data URI of a picture as the model sees it, its longer side at most `side` pixels.
 
     '' for one that cannot be read, or of more than `MAX_SHOWN` pixels.
@@ -139,7 +139,7 @@ def thumbnail(data: bytes | Image.Image | np.ndarray, side: int = THUMBNAIL) -> 
 def _is_plain(image: Image.Image) -> bool:
     """Whether a browser shows the file as the model sees it: one opaque upright RGB frame of a format it knows."""
     moves = getattr(image, "is_animated", False)
-    shown = image.format in MAGIC.values() and image.mode == "RGB" and "exif" not in image.info
+    shown = image.format in USUAL_FORMATS.values() and image.mode == "RGB" and "exif" not in image.info
     return shown and not moves and not image.has_transparency_data
 
 

@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 
 from florence_jax.curation.detection import __main__ as detection
 from florence_jax.curation.detection.images import file_paths, turn_boxes
-from florence_jax.curation.detection.sheet import COLOURS, _drawn
+from florence_jax.curation.detection.sheet import SET_COLOURS, _drawn
 from florence_jax.curation.detection.write import shard_digest
 from florence_jax.data.annotations import SourceSpec
 from florence_jax.data.sources.catalog import open_source
@@ -179,7 +179,7 @@ def test_boxes_are_drawn_where_they_are():
         "scores": [None],
     }
     canvas = np.asarray(_drawn(np.zeros((100, 200, 3), np.uint8), record, side=400))
-    red = tuple(int(COLOURS["coco"][i : i + 2], 16) for i in (1, 3, 5))
+    red = tuple(int(SET_COLOURS["coco"][i : i + 2], 16) for i in (1, 3, 5))
     rows, columns = np.nonzero((canvas == red).all(-1))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (60, 119, 20, 99)
     assert not canvas[100, 60].any()  # the inside stays

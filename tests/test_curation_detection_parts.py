@@ -66,7 +66,7 @@ def test_clean_boxes(box, reason, clipped):
 
 
 def test_overlapping_pairs_equal_the_definition(monkeypatch):
-    monkeypatch.setattr(boxes_module, "TILE", 7)
+    monkeypatch.setattr(boxes_module, "TILE_ROWS", 7)
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 20, (40, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(5, 20, (40, 2))], 1)

@@ -1,9 +1,11 @@
 """The pipeline: the same output whatever the workers and the order, decisions without images, restarts, every stage."""
 
 import dataclasses
+import functools
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from apache_beam.runners.portability.local_job_service import LocalJobServicer
 from curation_tools import ONE_PROCESS, pairs, picture, small_config, write_parquet
 from PIL import Image
 
+from florence_jax.curation import plan, stages
+from florence_jax.curation.blocks import Stage, rows_of
 from florence_jax.curation.dedup.stage import cluster_decisions
 from florence_jax.curation.driver import curate
 from florence_jax.curation.filters.captions import text_decisions
@@ -29,7 +33,7 @@ from florence_jax.curation.output.phase import merkle_root
 from florence_jax.curation.plan import make_all
 from florence_jax.curation.run import runner_trouble
 from florence_jax.curation.select import simulate
-from florence_jax.curation.table import uid_of
+from florence_jax.curation.table import SCORES, uid_of
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 
@@ -90,6 +94,41 @@ def test_every_stage_and_its_reason(raw):
     assert len(labels) == 55 and labels <= set(range(summary["labels"]))
     assert sum(stage["came"] - stage["kept"] for stage in summary["stages"]) == 5
     assert any("after text  (file_name 1)" in line for line in lines_of(summary))
+
+
+def shop_decisions(block, number):
+    """A filter of these tests: captions with this number are from a shop."""
+    rows = rows_of(block, ("caption",))
+    return block, [("shop", number, "") if f"number {number} " in row["caption"] else None for row in rows]
+
+
+def test_a_new_stage_is_a_file_and_a_line_of_the_plan(raw, monkeypatch):
+    """The log, the report, the simulator's order and the columns that are read follow from the list."""
+    _, tmp = raw
+
+    def make_stages(rules, count, benchmarks=""):
+        listed = plan.make_stages(rules, count, benchmarks)
+        return [*listed[:2], Stage("shops", ("caption",), functools.partial(shop_decisions, number=7)), *listed[2:]]
+
+    monkeypatch.setattr(stages, "make_stages", make_stages)
+    summary = curate(small_config(f"p={tmp}/raw"), str(tmp / "w"), ONE_PROCESS)
+    found = log(tmp / "w")
+    assert found["0007"] == ("shops", "shop", "7") and found["0008"][0] == "output"
+    names = [stage["stage"] for stage in summary["stages"]]
+    assert names[:4] == ["quarantine", "validity", "shops", "size"] and len(names) == 10
+    assert (summary["stages"][2]["came"], summary["stages"][2]["kept"]) == (59, 58)
+    assert "<h2>shops</h2>" in (tmp / "w" / "report" / "funnel.html").read_text()
+
+
+def test_stages_can_be_sent_to_workers_and_read_what_they_name():
+    """Each that decides by itself, on a block with its columns only."""
+    listed = plan.make_stages(make_all(small_config("p")), 3)
+    assert len({stage.name for stage in listed}) == len(listed) == 9
+    added = {"flag": pa.array([], pa.string())}  # by near_duplicates
+    for stage in (stage for stage in listed if isinstance(stage, Stage)):
+        sent = pickle.loads(pickle.dumps(stage))
+        columns = {name: pa.array([], SCORES.field(name).type) for name in stage.columns}
+        assert sent.decide(pa.table(columns | added))[1] == []
 
 
 def test_order_splits_parts_and_workers_do_not_matter(raw):
@@ -205,11 +244,11 @@ def test_scores_selection_quarantine_and_decontamination(raw):
     found = log(tmp / "w")
     assert found["0030"][:2] == ("quarantine", "hash_list") and found["0003"][:2] == ("relevance", "unscored")
     assert found["0005"] == ("relevance", "relevance", "5")
-    stages = [stage for stage, _, _ in found.values()]
-    balanced = sum(stage == "selection" for stage in stages)
+    left = [stage for stage, _, _ in found.values()]
+    balanced = sum(stage == "selection" for stage in left)
     assert (
         60
-        - sum(stage in ("quarantine", "validity", "near_duplicates", "text", "relevance") for stage in stages)
+        - sum(stage in ("quarantine", "validity", "near_duplicates", "text", "relevance") for stage in left)
         - balanced
         == 30
     )

@@ -215,15 +215,16 @@ def test_a_moving_average_is_preferred(tmp_path, run):
     np.testing.assert_array_equal(loaded.params["logit_scale"], ema["logit_scale"])
 
 
+def save(state, path):
+    save_file({name: np.array(value, np.float32, order="C") for name, value in state.items()}, path)
+
+
 def test_imported_clip_weights_score_as_they_embed(tmp_path, run):
     """A CLIP-like file through the importer; its folder names no tokenizer, so the configuration must."""
     merges = tmp_path / "merges.txt"
     merges.write_text("#version: 0.2\nd o\ndo g</w>\n")
     shapes = clip_shapes() | {"token_embedding.weight": (516, 8), "positional_embedding": (8, 8)}
-    save_file(
-        {name: np.asarray(value, np.float32, order="C") for name, value in fill(shapes, 0.2).items()},
-        tmp_path / "clip.safetensors",
-    )
+    save(fill(shapes, 0.2), tmp_path / "clip.safetensors")
     folder = tmp_path / "clip"
     command = ["--from=clip", f"--file={tmp_path}/clip.safetensors", f"--out={folder}"]
     assert import_torch([*command, "--set", "heads=(2,)", "--set", "text_heads=2"]) == 0
@@ -243,10 +244,7 @@ def test_imported_clip_weights_score_as_they_embed(tmp_path, run):
 
 
 def test_an_image_tower_alone_scores_nothing(tmp_path):
-    save_file(
-        {name: np.asarray(value, np.float32, order="C") for name, value in fill(swin_shapes(), 0.2).items()},
-        tmp_path / "s.safetensors",
-    )
+    save(fill(swin_shapes(), 0.2), tmp_path / "s.safetensors")
     command = ["--from=swin", f"--file={tmp_path}/s.safetensors", f"--out={tmp_path}/swin", "--res=64", "--window=4"]
     assert import_torch(command) == 0
     with pytest.raises(UserError, match="no text tower"):

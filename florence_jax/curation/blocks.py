@@ -169,7 +169,7 @@ class _Decide(beam.DoFn):
             yield beam.pvalue.TaggedOutput("dropped", dropped)
 
 
-def chain(blocks: beam.PCollection[pa.Table], stages: Iterable[Stage | WideStage]) -> dict[str, Any]:
+def chain_stages(blocks: beam.PCollection[pa.Table], stages: Iterable[Stage | WideStage]) -> dict[str, Any]:
     """{"blocks": what the last stage keeps, "dropped": log rows of all, "entering": blocks before each stage}."""
     dropped, entering = [], {}
     for stage in stages:

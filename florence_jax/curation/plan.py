@@ -25,7 +25,7 @@ from florence_jax.errors import UserError
 from florence_jax.files import filesystem, json_digest, read_json
 
 FORMATS = ("array_record", "parquet", "webdataset")
-SCORES = ("relevance", "nsfw", "learner_loss", "reference_loss")
+SCORE_NAMES = ("relevance", "nsfw", "learner_loss", "reference_loss")
 FIELD = "field:"
 # Parts of the configuration that decisions depend on; a change of anything else moves no pair.
 DECIDING = (
@@ -223,8 +223,8 @@ def _check_scores(
     clusters: int,
     max_nsfw: float | None,
 ) -> None:
-    if unknown := set(scores) - set(SCORES):
-        raise UserError(f"scores.{sorted(unknown)[0]} is unknown; known: {', '.join(SCORES)}")
+    if unknown := set(scores) - set(SCORE_NAMES):
+        raise UserError(f"scores.{sorted(unknown)[0]} is unknown; known: {', '.join(SCORE_NAMES)}")
     for name, spec in scores.items():
         if spec and ":" not in spec:
             raise UserError(f"scores.{name}={spec!r}: write field:NAME, module:function or checkpoint:FOLDER")

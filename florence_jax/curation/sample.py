@@ -170,7 +170,7 @@ def build_sample(folder: str, seed: int = 0) -> dict[str, dict[str, str]]:
         row["key"] = f"{number:05d}"
         row.setdefault("url", f"https://site{number % 40}.example/{number:05d}.img")
     truth = {}
-    for number, (name, write) in enumerate(zip(SOURCES, WRITERS, strict=True)):
+    for number, (name, write) in enumerate(zip(SOURCES, SAMPLE_WRITERS, strict=True)):
         part = rows[number :: len(SOURCES)]
         keys = write(f"{folder}/{name}", part)
         truth[name] = {key: row["fault"] for key, row in zip(keys, part, strict=True)}
@@ -279,7 +279,7 @@ def _write_records(folder: str, rows: Sequence[Row]) -> list[str]:
     return [row["key"] for row in rows]
 
 
-WRITERS = (_write_parquet, _write_tars, _write_folder, _write_records)
+SAMPLE_WRITERS = (_write_parquet, _write_tars, _write_folder, _write_records)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

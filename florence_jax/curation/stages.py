@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from florence_jax.curation.blocks import Repartition, Stage, WideStage, by_identifier, chain, decision_rows
+from florence_jax.curation.blocks import Repartition, Stage, WideStage, by_identifier, chain_stages, decision_rows
 from florence_jax.curation.output.shards import PLAN, by_shard, shard_count, with_place
 from florence_jax.curation.plan import FIELD, Rules, make_stages
 from florence_jax.curation.run import Run, part_paths
@@ -114,7 +114,7 @@ def _decide(root: beam.Pipeline, run: Run, count: int, shards: int, folder: str,
     parts = root | beam.Create([part for part in part_paths(f"{workdir}/table", count)])
     stages = make_stages(rules, count, benchmarks)
     blocks = load_blocks(parts, run.rules, stages, f"{workdir}/clusters", scores)
-    decided = chain(blocks, stages)
+    decided = chain_stages(blocks, stages)
     placed = decided["blocks"] | "Place" >> beam.Map(with_place, rules.seed, shards)
     logs = (*decided["dropped"], placed | "Kept" >> beam.Map(_kept_rows)) | "AllLogs" >> beam.Flatten()
     by_uid = functools.partial(by_identifier, column="uid", count=count)

@@ -12,7 +12,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from florence_jax.curation.blocks import Repartition, chain
+from florence_jax.curation.blocks import Repartition, chain_stages
 from florence_jax.curation.dedup.clusters import (
     ASPECT_STEP,
     MEASURED,
@@ -43,7 +43,7 @@ class CandidateEdges(beam.PTransform):
         stages = rules.picture_stages()
         columns = sorted({"uid", "source", *MEASURED, *(name for stage in stages for name in stage.columns)})
         blocks = parts | "Spread" >> beam.Reshuffle() | beam.MapTuple(functools.partial(_numbered, columns=columns))
-        blocks = chain(blocks, stages)["blocks"]
+        blocks = chain_stages(blocks, stages)["blocks"]
         copies = _Collapse(functools.partial(_by_bytes, count=count), _equal_bytes)
         bytes_once = blocks | "Copies" >> copies
         detailed = bytes_once["blocks"] | "Detail" >> beam.Map(_detailed, rules.min_detail) | beam.Filter(len)

@@ -30,7 +30,19 @@ from florence_jax.curation.table import with_column
 from florence_jax.files import read_bytes
 
 # Columns that the choice of a representative reads, besides those of its picture.
-COMPARED = ("uid", "caption", "text", "mails", "phones", "cards", "url", "width", "height", "cluster", *TEXT_SCORES)
+_CAPTION_COLUMNS = (
+    "uid",
+    "caption",
+    "text",
+    "mails",
+    "phones",
+    "cards",
+    "url",
+    "width",
+    "height",
+    "cluster",
+    *TEXT_SCORES,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +130,7 @@ class NearDuplicates(WideStage):
     """
 
     def __init__(self, rules: DuplicateRules, count: int):
-        super().__init__("near_duplicates", (*COMPARED, *MEASURED, *post_filter_columns(rules.post_filter)))
+        super().__init__("near_duplicates", (*_CAPTION_COLUMNS, *MEASURED, *post_filter_columns(rules.post_filter)))
         self._rules, self._count = rules, count
 
     def expand(self, blocks: beam.PCollection[pa.Table]) -> Any:

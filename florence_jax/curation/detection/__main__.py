@@ -43,7 +43,7 @@ from florence_jax.curation.detection.pseudo import (
     read_synset_words,
     run_teacher,
 )
-from florence_jax.curation.detection.sheet import write_sheet
+from florence_jax.curation.detection.sheet import write_detection_sheet
 from florence_jax.curation.detection.write import prepare_folder, shards, write_records
 from florence_jax.data.annotations import KINDS, SPLITS, Annotations, SourceSpec, parse_spec, read_annotations
 from florence_jax.errors import UserError
@@ -52,7 +52,7 @@ from florence_jax.files import write_text
 MERGE_COLUMNS = ("class_id", "text", "source", "category_id", "category", "how", "boxes_of_class")
 
 
-def build(
+def build_detection_set(
     tables: Sequence[Annotations],
     out: str,
     *,
@@ -100,7 +100,7 @@ def build(
     report["settings"] = {"within_iou": within, "across_iou": across, "verified_pixels": verify}
     report["unused_rules"] = [rule for rule in space.unused_rules if rule not in RULES]
     _write_tables(merged, out, leaks)
-    write_sheet(merged, report, os.path.join(out, "sheet.html"))
+    write_detection_sheet(merged, report, os.path.join(out, "sheet.html"))
     write_text(os.path.join(out, "report.json"), json.dumps(report, indent=1) + "\n")
     return report
 
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not epath.Path(path).exists():
                 raise UserError(f"{path} does not exist")
         rules = (*RULES, *(read_rules(args.label_rules) if args.label_rules else ()))
-        report = build(
+        report = build_detection_set(
             _read_tables(args),
             args.out,
             rules=rules,

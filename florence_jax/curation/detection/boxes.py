@@ -10,7 +10,7 @@ import numpy as np
 MIN_SIDE = 1.0  # pixels; a thinner box has nothing to learn from
 WITHIN_IOU = 0.95  # one set drew the same box twice
 ACROSS_IOU = 0.7  # two sets drew a box for the same object
-TILE = 1024
+TILE_ROWS = 1024
 REASONS = ("ok", "not_finite", "zero_area", "outside", "thin")
 
 
@@ -65,16 +65,16 @@ def clean_boxes(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def overlapping_pairs(boxes: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs i < j of boxes (N, 4) with an IoU of at least `least` > 0, and that IoU; memory is TILE x N."""
+    """Pairs i < j of boxes (N, 4) with an IoU of at least `least` > 0, and that IoU; memory is TILE_ROWS x N."""
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     found = []
-    for start in range(0, len(boxes), TILE):
-        tile = boxes[start : start + TILE, None]
+    for start in range(0, len(boxes), TILE_ROWS):
+        tile = boxes[start : start + TILE_ROWS, None]
         # Only the rest of the row: pairs with an earlier box were met in an earlier tile.
         rest = boxes[None, start:]
         low, high = np.maximum(tile[..., :2], rest[..., :2]), np.minimum(tile[..., 2:], rest[..., 2:])
         common = np.maximum(high - low, 0).prod(-1)
-        iou = common / (area[start : start + TILE, None] + area[None, start:] - common)
+        iou = common / (area[start : start + TILE_ROWS, None] + area[None, start:] - common)
         i, j = np.nonzero(np.triu(iou >= least, 1))
         found.append((i + start, j + start, iou[i, j]))
     return tuple(np.concatenate(column) for column in zip(*found, strict=True))

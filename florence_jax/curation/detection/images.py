@@ -17,8 +17,8 @@ from PIL import Image
 from florence_jax.data.annotations import PAGES, Annotations, SourceSpec
 from florence_jax.errors import UserError
 
-T = TypeVar("T")
-U = TypeVar("U")
+_T = TypeVar("_T")
+_U = TypeVar("_U")
 STATUSES = ("ok", "missing", "corrupt")
 EXIF_ORIENTATION = 274
 PROBES = 1000  # files looked for to learn how many leading folders of the names are on disk
@@ -72,7 +72,7 @@ def file_paths(spec: SourceSpec, files: Sequence[str]) -> list[str]:
     )
 
 
-def ordered_map(function: Callable[[T], U], items: Iterable[T], workers: int) -> Iterator[U]:
+def ordered_map(function: Callable[[_T], _U], items: Iterable[_T], workers: int) -> Iterator[_U]:
     """`map` by threads that stay at most `WINDOW` items ahead; the results are in order."""
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         items = iter(items)

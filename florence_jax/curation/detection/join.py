@@ -194,7 +194,7 @@ class Merged:
         boxes = boxes.take(np.argsort(boxes.record, kind="stable"))
         self._labels = {name: self._label_codes(name) for name in ("negative", "not_exhaustive", "positive")}
         self.contradicted: collections.Counter = collections.Counter()
-        boxes = self._settle_labels(boxes)
+        boxes = self._resolve_contradictions(boxes)
         boxes = self._drop_doubles(boxes, within, across)
         self._drop_unknown(boxes)
         self._count_used()
@@ -252,7 +252,7 @@ class Merged:
             parts.append(codes[record >= 0])
         return np.unique(np.concatenate(parts))
 
-    def _settle_labels(self, boxes: Boxes) -> Boxes:
+    def _resolve_contradictions(self, boxes: Boxes) -> Boxes:
         """Where sets disagree: a person's box or positive label beats a negative label, and that a pseudo box."""
         codes = boxes.record * len(self.space) + boxes.class_id
         pseudo = ~np.isnan(boxes.scores)

@@ -58,8 +58,8 @@ RULES = (
     ("objects365", "Dinning Table", "dining table"),
     ("objects365", "Table Teniis paddle", "table tennis racket"),
 )
-Rule = tuple[str, str, str]
-Member = tuple[str, Category]  # a set (of KINDS) and its category
+LabelRule = tuple[str, str, str]
+_Member = tuple[str, Category]  # a set (of KINDS) and its category
 
 
 def class_text(name: str) -> str:
@@ -67,7 +67,7 @@ def class_text(name: str) -> str:
     return normalise_caption(name.replace("_", " "))
 
 
-def read_rules(path: str) -> list[Rule]:
+def read_rules(path: str) -> list[LabelRule]:
     """The user's rules: a CSV with the columns source, category (name or id) and text.
 
     Raises:
@@ -94,8 +94,8 @@ class LabelSpace:
       unused_rules: those of `rules` whose set is there but not their category.
     """
 
-    def __init__(self, tables: Sequence[Annotations], rules: Sequence[Rule] = RULES):
-        self._named: dict[Member, tuple[str, str]] = {}  # text and how it was found
+    def __init__(self, tables: Sequence[Annotations], rules: Sequence[LabelRule] = RULES):
+        self._named: dict[_Member, tuple[str, str]] = {}  # text and how it was found
         wanted = {(kind, category): text for kind, category, text in rules}
         used = set()
         for kind, category in sorted({(t.spec.kind, c) for t in tables for c in t.categories}, key=_order):
@@ -180,7 +180,7 @@ class LabelSpace:
         ]
 
 
-def _order(member: Member) -> tuple[int, str, str, str]:
+def _order(member: _Member) -> tuple[int, str, str, str]:
     kind, category = member
     return KINDS.index(kind), category.name, category.id, category.named_by
 

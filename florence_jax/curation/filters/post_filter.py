@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow as pa
 
 from florence_jax.curation.blocks import Decision, Decisions, Stage, rows_of
-from florence_jax.curation.filters.captions import MAX_CAPTION
 from florence_jax.curation.filters.licences import blocking_domain, host_of, normalise_licence
 from florence_jax.curation.filters.opt_out import OptOutRules, SiteRules, decide_headers
 from florence_jax.curation.filters.personal import personal_scores
 from florence_jax.curation.filters.takedown import Takedown
+from florence_jax.data.ops.captions import MAX_CAPTION
 from florence_jax.errors import UserError
 
 _COLUMNS = ("licence_id", "host", "mails", "phones", "cards", "headers", "url")

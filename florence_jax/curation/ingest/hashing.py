@@ -36,7 +36,7 @@ from florence_jax.pictures import flat
 
 # Readers by first bytes. They are called directly: `Image.open` would warn about, or refuse, a large picture before
 # its size is known to us, and would try formats that no web page shows.
-READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
+PICTURE_READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
     (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
     (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
     (b"RIFF", WebPImagePlugin.WebPImageFile),
@@ -154,7 +154,7 @@ def _decode(data: bytes, limits: Limits, result: dict[str, Any]) -> Image.Image:
         raise Unusable("empty")
     if len(data) > limits.max_bytes:
         raise Unusable("too_many_bytes")
-    reader = next((reader for prefix, reader in READERS if data.startswith(prefix)), None)
+    reader = next((reader for prefix, reader in PICTURE_READERS if data.startswith(prefix)), None)
     if reader is None:
         raise Unusable("unsupported")
     with reader(io.BytesIO(data)) as image:

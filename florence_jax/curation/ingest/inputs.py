@@ -201,7 +201,7 @@ def read_split(split: Split, max_bytes: int) -> Iterator[Pair]:
       DamagedInput: where the file is damaged; the pairs before the damage have been given.
     """
     try:
-        yield from READERS[split.kind](split, max_bytes)
+        yield from SPLIT_READERS[split.kind](split, max_bytes)
     except (OSError, ValueError, EOFError, tarfile.TarError, zlib.error) as error:
         raise DamagedInput(f"{split.path}: {str(error) or type(error).__name__}") from error
 
@@ -247,7 +247,7 @@ def _read_folder(split: Split, max_bytes: int) -> Iterator[Pair]:
         yield make_pair(fields, split.source, "", split.path, max_bytes)
 
 
-READERS: Mapping[str, Callable[[Split, int], Iterator[Pair]]] = {
+SPLIT_READERS: Mapping[str, Callable[[Split, int], Iterator[Pair]]] = {
     "parquet": _read_parquet,
     "tar": _read_tar,
     "array_record": _read_array_record,

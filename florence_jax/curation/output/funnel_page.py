@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from florence_jax.curation.output.funnel import Funnel
 CAPTION = 70  # characters shown
 # What the second of two compared values is, where it is not a limit.
-LIMITS = {
+COMPARED_WITH = {
     "domain": "blocked",
     "licence": "allowed",
     "language": "allowed",
@@ -104,7 +104,7 @@ def _compared(row: Mapping[str, Any]) -> str:
         return ""
     value, limit = (f"{int(text):,}" if text.isdecimal() else text for text in (row["value"], row["threshold"]))
     shown = limit and row["reason"] != "benchmark_exact"
-    return f"{value} ({LIMITS.get(row['reason'], 'limit')}: {limit})" if shown else value
+    return f"{value} ({COMPARED_WITH.get(row['reason'], 'limit')}: {limit})" if shown else value
 
 
 def row_thumbnail(workdir: str, row: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks.encoder import Encoder
 
 # {"image": encoded bytes, "caption": str}
-Pair = Mapping[str, Any]
+ScorerPair = Mapping[str, Any]
 # {"relevance": float[, "embedding": float32 (D,)]}
 Scores = dict[str, Any]
 
@@ -136,7 +136,7 @@ def _finite(outputs: Mapping[str, np.ndarray]) -> Scores | Failure:
     return {name: float(value) if value.ndim == 0 else np.array(value) for name, value in outputs.items()}
 
 
-class CallableModelHandler(ModelHandler[Pair, "Scores | Failure", Callable]):
+class CallableModelHandler(ModelHandler[ScorerPair, "Scores | Failure", Callable]):
     """Beam model handler for any function of images and captions.
 
     Args:
@@ -155,7 +155,7 @@ class CallableModelHandler(ModelHandler[Pair, "Scores | Failure", Callable]):
         return functools.partial(self._function)
 
     def run_inference(
-        self, batch: Sequence[Pair], model: Callable, inference_args: dict[str, Any] | None = None
+        self, batch: Sequence[ScorerPair], model: Callable, inference_args: dict[str, Any] | None = None
     ) -> list[Scores | Failure]:
         """One result for each pair, in order."""
         try:
@@ -170,7 +170,7 @@ class CallableModelHandler(ModelHandler[Pair, "Scores | Failure", Callable]):
             )
         return [_finite({"relevance": score}) for score in scores]
 
-    def get_num_bytes(self, batch: Sequence[Pair]) -> int:
+    def get_num_bytes(self, batch: Sequence[ScorerPair]) -> int:
         """For Beam's metrics: bytes of the encoded images."""
         return sum(len(pair["image"]) for pair in batch)
 
@@ -210,7 +210,7 @@ class PairModel:
         self.params, self._predict, self._embeddings = params, encoder.predict, embeddings
         self._ops, self._tokenizer = parse_ops(encoder.eval_ops, {}), encoder.tokenizer
 
-    def prepare(self, example: Pair) -> dict[str, np.ndarray]:
+    def prepare(self, example: ScorerPair) -> dict[str, np.ndarray]:
         """{"image": uint8 (res, res, 3), "text": int32 (L,)}. Raises UserError for a bad image or caption."""
         decoded: dict[str, Any] = {"image": example["image"], "key": ""}
         for image_op in self._ops:

@@ -14,7 +14,7 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from florence_jax.curation.blocks import Repartition, by_identifier, chain, load_callable
+from florence_jax.curation.blocks import Repartition, by_identifier, chain_stages, load_callable
 from florence_jax.curation.ingest.measure import image_bytes
 from florence_jax.curation.plan import Rules, make_stages, stages_before
 from florence_jax.curation.run import Run, part_paths, remove_folder
@@ -53,7 +53,7 @@ class ScoreAlive(beam.PTransform):
     def expand(self, parts: beam.PCollection[tuple[int, str]]) -> beam.PCollection[None]:
         """The stages that need no score of a picture, then each model in turn."""
         stages = stages_before(make_stages(self._rules, self._count), self._rules.scorers)
-        alive = chain(load_blocks(parts, self._rules, stages, self._clusters), stages)
+        alive = chain_stages(load_blocks(parts, self._rules, stages, self._clusters), stages)
         names = tuple(self._rules.scorers)
         numbers = functools.partial(by_identifier, column="uid", count=self._count)
         blocks = alive["blocks"] | "ByUid" >> Repartition(numbers)
