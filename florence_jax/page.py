@@ -17,7 +17,6 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff; max-width: 1100px; margin: 2em auto;
   padding: 0 1em; }
 h1 { font-size: 1.4em; } h2 { font-size: 1.15em; margin-top: 2em; } h3 { font-size: 1em; margin: 1.3em 0 .5em; }
-h2::first-letter, h3::first-letter { text-transform: uppercase; }
 table { border-collapse: collapse; } th { text-align: left; font-weight: 600; }
 td, th { padding: 3px 14px 3px 0; border-bottom: 1px solid #e4e4e4; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }

@@ -117,7 +117,7 @@ def test_a_new_stage_is_a_file_and_a_line_of_the_plan(raw, monkeypatch):
     names = [stage["stage"] for stage in summary["stages"]]
     assert names[:4] == ["quarantine", "validity", "shops", "size"] and len(names) == 10
     assert (summary["stages"][2]["came"], summary["stages"][2]["kept"]) == (59, 58)
-    assert "<h2>shops</h2>" in (tmp / "w" / "report" / "funnel.html").read_text()
+    assert "<h2>Shops</h2>" in (tmp / "w" / "report" / "funnel.html").read_text()
 
 
 def test_stages_can_be_sent_to_workers_and_read_what_they_name():

@@ -42,11 +42,15 @@ def write_html(path: str, workdir: str, summary: Mapping[str, Any], funnel: "Fun
 
 
 def _section(title: str, parts: Iterable[str]) -> str:
-    return f"<h2>{markup(title)}</h2>{''.join(parts)}"
+    return f"<h2>{markup(_title(title))}</h2>{''.join(parts)}"
 
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
+
+
+def _title(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _head(summary: Mapping[str, Any]) -> str:
@@ -80,7 +84,9 @@ def _stage(stage: Mapping[str, Any], workdir: str, funnel: "Funnel") -> str:
     parts = []
     for reason, count in sorted(stage["reasons"].items(), key=lambda item: (-item[1], item[0])):
         examples = funnel.examples(stage["stage"], reason)
-        parts.append(f"<h3>{markup(_words(reason))}: {count:,}</h3>{_tiles(examples, workdir, funnel.partners)}")
+        parts.append(
+            f"<h3>{markup(_title(_words(reason)))}: {count:,}</h3>{_tiles(examples, workdir, funnel.partners)}"
+        )
     return _section(_words(stage["stage"]), parts)
 
 
