@@ -102,7 +102,7 @@ def test_report_shows_reasons_with_pictures_and_hides_what_it_must(run):
     assert json.loads((workdir / "report" / "funnel.json").read_text()) == summary
     for stage in summary["stages"]:
         for reason, count in stage["reasons"].items():
-            assert f"<h3>{reason.replace('_', ' ')}: {count}</h3>" in page
+            assert f"<h3>{reason.replace('_', ' ').capitalize()}: {count}</h3>" in page
     assert page.count('src="data:image/png;base64,') >= 8 and "http" not in re.sub(r'src="[^"]*"', "", page)
     assert "<script" not in page and "&lt;script" in page
     assert "jane.doe" not in page and "[mail]" in page
