@@ -245,7 +245,9 @@ def _stay_with_the_trainer(worker: int, workers: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow() -> None:
-        multiprocessing.parent_process().join()
+        trainer = multiprocessing.parent_process()
+        assert trainer is not None  # this is a worker process
+        trainer.join()
         os._exit(0)
 
     threading.Thread(target=follow, daemon=True, name="trainer").start()

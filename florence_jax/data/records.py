@@ -1,6 +1,7 @@
 """What a record and a source of records are; sources over things that a caller has at hand."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -102,10 +103,16 @@ class ArraySource:
 METADATA_CHUNK = 256
 
 
-class BaseSource:
+class BaseSource(ABC):
     """What sources share; a subclass gives `name`, `__len__` and `__getitem__`."""
 
     name: str
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Record: ...
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
         return [self._get(i) for i in indices]
