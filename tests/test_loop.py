@@ -327,7 +327,7 @@ def test_corrupt_record_is_counted_and_skipped_or_an_error(tmp_path):
         ({"loss": "siglip"}, "config.loss='siglip' is unknown"),
         ({"task": "paint"}, "config.task='paint' is unknown"),
         ({"data.train": "no/such/folder"}, "'no/such/folder' does not exist"),
-        ({"data.captions": "headline=1"}, "no record has the caption field 'headline'"),
+        ({"data.captions": "headline=1"}, "no record has the field 'headline'"),
         ({"data.train_ops": "decode|spin(3)"}, "unknown op 'spin'"),
         ({"optim.warmup_steps": 8}, "optim.warmup_steps=8"),
         ({"checkpoint.keep": 0}, "config.checkpoint.keep=0 must be at least 1"),

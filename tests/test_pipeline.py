@@ -1,6 +1,7 @@
 """The streams: the same global batches for any split of the work, resume by step, bad records, masks."""
 
 import collections
+import hashlib
 import io
 import itertools
 import os
@@ -16,12 +17,13 @@ from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
+from florence_jax.data.batches import LAST_LOOK, MAX_BAD_IN_A_ROW, check_fields
 from florence_jax.data.captions import CaptionIndex
-from florence_jax.data.ops.captions import caption_strings
+from florence_jax.data.ops.captions import Caption, caption_strings
 from florence_jax.data.pipeline import (
-    MAX_BAD_IN_A_ROW,
+    Process,
     Stream,
-    check_caption_fields,
+    TrainData,
     eval_stream,
     to_global,
     train_stream,
@@ -102,7 +104,7 @@ def take(stream, n):
 
 def number_batches(sources, n, weights=None, **options):
     options = {"batch_size": 4, "seed": 3} | options
-    return [batch["number"] for batch in take(train_stream(sources, weights, NUMBER_OPS, {}, **options), n)]
+    return [batch["number"] for batch in take(train_stream(TrainData(sources, weights, NUMBER_OPS, {}), **options), n)]
 
 
 def assert_same(a, b):
@@ -133,7 +135,7 @@ def two_sources(tmp_path_factory):
 
 
 def stream_of(sources, **options):
-    return train_stream(sources, [2, 1], OPS, context(*sources), **({"batch_size": 8, "seed": 5} | options))
+    return train_stream(TrainData(sources, [2, 1], OPS, context(*sources)), **({"batch_size": 8, "seed": 5} | options))
 
 
 def test_batches(two_sources):
@@ -151,7 +153,7 @@ def test_batches(two_sources):
 def test_same_for_any_number_of_processes(two_sources):
     whole = take(stream_of(two_sources), 5)
     for count in (2, 4):
-        parts = [take(stream_of(two_sources, process_index=i, process_count=count), 5) for i in range(count)]
+        parts = [take(stream_of(two_sources, process=Process(i, count)), 5) for i in range(count)]
         assert_same(joined(parts), whole)
 
 
@@ -162,8 +164,8 @@ def test_same_for_any_prefetch_and_with_cache(two_sources):
 
 
 def test_same_with_worker_processes_and_a_late_start(two_sources):
-    whole = take(stream_of(two_sources, process_index=1, process_count=2), 7)
-    assert_same(take(stream_of(two_sources, process_index=1, process_count=2, workers=2, start_step=2), 5), whole[2:])
+    whole = take(stream_of(two_sources, process=Process(1, 2)), 7)
+    assert_same(take(stream_of(two_sources, process=Process(1, 2), workers=2, start_step=2), 5), whole[2:])
 
 
 def test_resume_is_exact_and_seed_matters(two_sources):
@@ -174,6 +176,40 @@ def test_resume_is_exact_and_seed_matters(two_sources):
     assert (other["image"] != whole[0]["image"]).any()
     far = take(stream_of(two_sources, start_step=10**9), 2)
     assert_same(take(stream_of(two_sources, start_step=10**9 + 1), 1), far[1:])
+
+
+def digest(batches):
+    found = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            found.update(f"{name} {batch[name].dtype} {batch[name].shape}".encode())
+            found.update(np.ascontiguousarray(batch[name]).tobytes())
+    return found.hexdigest()[:32]
+
+
+def test_golden_order_and_draws():
+    """A run that is resumed with a newer version goes on with the batches it would have had."""
+
+    def source(count, first):
+        rng = np.random.default_rng(first)
+        return ListSource(
+            [
+                {
+                    "image": rng.integers(0, 256, (4, 4, 3), dtype=np.uint8),
+                    "caption": f"name {i}",
+                    "tags": [f"tag {i % 3}", "any"],
+                    "number": i,
+                }
+                for i in range(first, first + count)
+            ]
+        )
+
+    ops = "decode|flip|caption(caption=2, tags=1)|prompt|tokenize|keep(image, text, number)"
+    tools = {"tokenizer": CharTokenizer(), "templates": ("the {}", "a {}!")}
+    data = TrainData([source(11, 0), source(5, 100)], [2, 1], ops, tools)
+    for start, golden in ((0, "0ff70416c96eaa47d51c97d1aebfc6c7"), (7, "7a849f05259c8efb3abe326543f2b93e")):
+        batches = take(train_stream(data, batch_size=8, seed=5, start_step=start), 4)
+        assert digest(batches) == golden, batches[0]["number"]
 
 
 def test_epochs_cover_everything_in_new_orders():
@@ -219,30 +255,43 @@ def test_reads_are_batched(two_sources):
             return self.source.metadata()
 
     source = Counting(two_sources[0])
-    take(train_stream([source], None, OPS, context(source), batch_size=8, seed=0, prefetch=0), 3)
+    stream = train_stream(TrainData([source], None, OPS, context(source)), batch_size=8, seed=0, prefetch=0)
+    assert len(source.calls) == 1  # looking for the fields of the ops
+    source.calls.clear()
+    take(stream, 3)
     assert len(source.calls) == 3 and sum(source.calls) <= 24
 
 
 def test_cache_reads_once():
     source = ListSource(pairs(6))
-    take(train_stream([source], None, OPS, context(source), batch_size=6, seed=0, cache=True, prefetch=0), 4)
+    stream = train_stream(TrainData([source], None, OPS, context(source)), batch_size=6, seed=0, cache=True, prefetch=0)
+    source.reads.clear()
+    take(stream, 4)
     assert source.reads == {i: 1 for i in range(6)}
 
 
 def test_cache_keeps_texts_random():
     source = ListSource([{**record, "tags": ["a", "b", "c", "d"]} for record in pairs(6)])
     ops = "decode|texts('tags=1', sampling=0.0)|keep(text)"
-    batches = take(train_stream([source], None, ops, context(source), batch_size=6, seed=0, cache=True, prefetch=0), 4)
-    plain = take(train_stream([source], None, ops, context(source), batch_size=6, seed=0, prefetch=0), 4)
+    data = TrainData([source], None, ops, context(source))
+    batches = take(train_stream(data, batch_size=6, seed=0, cache=True, prefetch=0), 4)
+    plain = take(train_stream(data, batch_size=6, seed=0, prefetch=0), 4)
     assert len({text.tobytes() for batch in batches for text in batch["text"]}) >= 4  # tags, and prompts
     assert all(np.array_equal(a["text"], b["text"]) for a, b in zip(batches, plain, strict=True))
 
 
-def test_caption_fields_are_looked_for_in_all_records():
+def test_fields_of_the_ops_are_looked_for_in_few_records():
     sources = [ListSource(pairs(40)), ListSource([*pairs(40), {"key": "x", "caption": "x", "late": ["y"]}])]
-    check_caption_fields(sources, ["caption", "late", "late_joined"])
-    with pytest.raises(UserError, match="no record has the caption field 'gone'; fields: caption"):
-        check_caption_fields(sources, ["caption", "gone"])
+    check_fields(sources, [Caption(caption=1.0)])
+    assert all(sum(source.reads.values()) == 8 for source in sources)
+    check_fields(sources, [Caption(caption=1.0, late=1.0, late_joined=1.0)])
+    with pytest.raises(UserError, match=r"no record has the field 'gone'; fields: caption.*\(81 records of list, list"):
+        check_fields(sources, [Caption(caption=1.0, gone=1.0)])
+    large = numbers(5 * LAST_LOOK)
+    with pytest.raises(UserError, match=f"'gone'.*{LAST_LOOK} records"):
+        check_fields([large], [Caption(caption=1.0, gone=1.0)])
+    assert LAST_LOOK <= len(large.reads) <= LAST_LOOK + 16 and max(large.reads) == len(large) - 1  # all over it
+    check_fields([numbers(3, bad=range(3))], [Caption(gone=1.0)])  # the stream will say that none is usable
 
 
 @pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"])
@@ -250,11 +299,12 @@ def test_worker_processes_outlive_a_sigterm_but_not_the_trainer(tmp_path, end):
     code = f"""
 import multiprocessing, os, signal
 from absl import flags
-from florence_jax.data.pipeline import train_stream
+from florence_jax.data.pipeline import TrainData, train_stream
 from florence_jax.data.sources.catalog import open_source
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()  # grain reads one
-    stream = train_stream([open_source("emoji:new_names")], None, "keep(key)", {{}}, batch_size=4, seed=0, workers=1)
+    data = TrainData([open_source("emoji:new_names")], None, "decode|keep(image)", {{}})
+    stream = train_stream(data, batch_size=4, seed=0, workers=1)
     next(stream)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGTERM)
@@ -275,8 +325,8 @@ if __name__ == "__main__":
 
 def test_bad_records_are_counted_and_replaced_by_the_next():
     bad = (2, 3, 9)
-    good = take(train_stream([numbers(10)], None, NUMBER_OPS, {}, batch_size=10, seed=1), 3)
-    with_bad = take(train_stream([numbers(10, bad=bad)], None, NUMBER_OPS, {}, batch_size=10, seed=1), 3)
+    good = take(train_stream(TrainData([numbers(10)], None, NUMBER_OPS, {}), batch_size=10, seed=1), 3)
+    with_bad = take(train_stream(TrainData([numbers(10, bad=bad)], None, NUMBER_OPS, {}), batch_size=10, seed=1), 3)
     replaced = {2: (4, 2), 3: (4, 1), 9: (0, 1)}
     for a, b in zip(good, with_bad, strict=True):
         for wanted, got, count in zip(a["number"], b["number"], b["corrupt"], strict=True):
@@ -303,12 +353,12 @@ def test_every_kind_of_bad_record(broken, monkeypatch):
     records[1] = records[1] | broken
     source = ListSource(records, "src")
     ops = OPS.replace("(caption=2, tags=1)", "")
-    batches = take(train_stream([source], None, ops, context(source), batch_size=4, seed=0, prefetch=0), 2)
+    batches = take(train_stream(TrainData([source], None, ops, context(source)), batch_size=4, seed=0, prefetch=0), 2)
     assert [batch["corrupt"].sum() for batch in batches] == [1, 1]
     lines = [line for line in lines if line.startswith("src: ")]  # others: threads of streams closed just before
     assert len(lines) == 2 and "record 'r1'" in lines[0]
     with pytest.raises(UserError, match="src: record 'r1': .*on_corrupt='skip'") as error:
-        take(train_stream([source], None, ops, context(source), batch_size=4, seed=0, on_corrupt="error"), 1)
+        take(train_stream(TrainData([source], None, ops, context(source)), batch_size=4, seed=0, on_corrupt="error"), 1)
     assert "\n" not in str(error.value)
 
 
@@ -322,15 +372,15 @@ def test_missing_files_of_a_folder(tmp_path):
     (tmp_path / "a.png").write_bytes(picture(0))
     rows = [{"key": "a.png", "caption": "here"}, {"key": "gone.png", "caption": "gone"}]
     source = FolderSource(str(tmp_path), rows)
-    ops = "decode|resize_exact(4)|caption|label"
-    (batch,) = take(train_stream([source], None, ops, context(source), batch_size=4, seed=0), 1)
+    ops = "decode|resize_exact(4)|caption|label|keep(image, label)"
+    (batch,) = take(train_stream(TrainData([source], None, ops, context(source)), batch_size=4, seed=0), 1)
     assert batch["corrupt"].sum() == 2 and len(set(batch["label"])) == 1
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------
 
 
-EVAL_OPS = "decode|resize(8)|center_crop(8)|caption|label|tokenize"
+EVAL_OPS = "decode|resize(8)|center_crop(8)|caption|label|tokenize|keep(image, text, label)"
 
 
 def flatten(batches):
@@ -347,7 +397,7 @@ def test_evaluation_covers_each_record_once(batch_size, count):
     assert len(reference) == 1 and reference[0]["mask"].all()
     parts = [
         take(
-            eval_stream(source, EVAL_OPS, context(source), batch_size=batch_size, process_index=i, process_count=count),
+            eval_stream(source, EVAL_OPS, context(source), batch_size=batch_size, process=Process(i, count)),
             99,
         )
         for i in range(count)
@@ -400,10 +450,10 @@ def test_bad_records_in_evaluation():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 6, "process_count": 4}, "batch size 6 does not divide by the 4 processes"),
+        ({"batch_size": 6, "process": Process(0, 4)}, "batch size 6 does not divide by the 4 processes"),
         ({"batch_size": 0}, "batch size 0"),
-        ({"process_index": 2, "process_count": 2}, "process 2 of 2"),
-        ({"process_index": -1}, "process -1 of 1"),
+        ({"process": Process(2, 2)}, "process 2 of 2"),
+        ({"process": Process(-1, 1)}, "process -1 of 1"),
         ({"seed": -1}, "seed=-1"),
         ({"start_step": -1}, "start_step=-1"),
         ({"workers": -1}, "workers=-1"),
@@ -414,13 +464,15 @@ def test_bad_records_in_evaluation():
         ({"weights": [float("nan")]}, "positive weights"),
         ({"sources": []}, "at least one"),
         ({"ops": "deocde"}, "unknown op 'deocde'"),
-        ({"ops": "caption(caption=1, tgas=2)"}, "caption field 'tgas'; fields: caption, key, number"),
+        ({"ops": "caption(caption=1, tgas=2)"}, "field 'tgas'; fields: caption, key, number"),
     ],
 )
 def test_mistakes_in_training(options, message):
-    arguments = {"sources": [numbers(5)], "weights": None, "ops": NUMBER_OPS, "context": {}, "batch_size": 4, "seed": 0}
+    data = TrainData([numbers(5)], None, NUMBER_OPS, {})
+    fields = {name: options[name] for name in options if name in TrainData._fields}
+    rest = {"batch_size": 4, "seed": 0} | {name: options[name] for name in options if name not in fields}
     with pytest.raises(UserError, match=message) as error:
-        train_stream(**(arguments | options))
+        train_stream(data._replace(**fields), **rest)
     assert "\n" not in str(error.value)
 
 
@@ -428,10 +480,10 @@ def test_mistakes_in_training(options, message):
     ("options", "message"),
     [
         ({"ops": "decode|rrc(8)"}, "'rrc' is random; evaluation needs fixed ops"),
-        ({"batch_size": 3, "process_count": 2}, "does not divide"),
+        ({"batch_size": 3, "process": Process(0, 2)}, "does not divide"),
         ({"on_corrupt": "x"}, "unknown"),
         ({"prefetch": -1}, "negative"),
-        ({"ops": "caption(tgas=2)"}, "caption field 'tgas'"),
+        ({"ops": "caption(tgas=2)"}, "field 'tgas'"),
     ],
 )
 def test_mistakes_in_evaluation(options, message):
@@ -445,18 +497,23 @@ def test_mistakes_in_evaluation(options, message):
     [
         ([{"x": np.zeros((4, 5))}, {"x": np.zeros((4, 6))}], "", r"'x' has different shapes \(4, 5\) and \(4, 6\)"),
         ([{"x": 1, "y": 2}, {"x": 1}], "", "some records have no field 'y'"),
-        ([{"x": 1}, {"x": 2}], "keep(image)", "no field 'image', only: x"),
+        ([{"x": 1}, {"x": 2}], "keep(image)", "no field 'image'"),
         ([{"caption": "a", "key": "k"}, {"caption": "b", "key": "l"}], "label", "has no label"),
+        ([{"x": 1, "name": "a"}, {"x": 2, "name": "b"}], "", r"field 'name' is a str.*keep\(...\)"),
+        ([{"x": 1, "boxes": [[1, 2, 3, 4]]}] * 2, "keep(x, boxes)", "field 'boxes' is a list"),
+        ([{"x": 1, "image": b"abc"}] * 2, "", "field 'image' is a bytes"),
+        ([{"x": np.array(["a"])}] * 2, "", "field 'x' is an array of <U1"),
+        ([{"x": None}] * 2, "", "field 'x' is a NoneType"),
     ],
 )
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_mistakes_that_show_while_iterating(records, ops, message, prefetch):
+def test_nothing_is_dropped_without_a_word(records, ops, message, prefetch):
     with pytest.raises(UserError, match=message):
-        take(train_stream([ListSource(records)], None, ops, {}, batch_size=2, seed=0, prefetch=prefetch), 1)
+        take(train_stream(TrainData([ListSource(records)], None, ops, {}), batch_size=2, seed=0, prefetch=prefetch), 1)
 
 
 def test_stream_closes():
-    stream = train_stream([numbers(5)], None, NUMBER_OPS, {}, batch_size=2, seed=0)
+    stream = train_stream(TrainData([numbers(5)], None, NUMBER_OPS, {}), batch_size=2, seed=0)
     assert isinstance(stream, Stream) and iter(stream) is stream
     next(stream)
     stream.close()
@@ -481,7 +538,8 @@ def test_embedded_set_through_the_whole_stream():
     index = CaptionIndex.build(t for r in source.metadata() for t in caption_strings(r, "caption=3,keywords=1"))
     ops = OPS.replace("caption=2, tags=1", "caption=3, keywords=1")
     batches = take(
-        train_stream([source], None, ops, context(source) | {"caption_index": index}, batch_size=31, seed=0), 7
+        train_stream(TrainData([source], None, ops, context(source) | {"caption_index": index}), batch_size=31, seed=0),
+        7,
     )
     assert not sum(batch["corrupt"].sum() for batch in batches)
     assert all(batch["label"].max() < len(index) for batch in batches)

@@ -1,48 +1,63 @@
 """The training stream, addressed by step, and the masked evaluation stream; host arrays to global arrays.
 
 Row r of the global batch of step s is example s * batch_size + r of one endless order that depends only on the seed
-and the sources. Its augmentations are drawn from a generator keyed by that number. Hence any number of hosts or workers
+and the data. Its augmentations are drawn from a generator keyed by that number. Hence any number of hosts or workers
 gives the same global batches, bit for bit, and a resumed run needs only its step.
+
+With buckets each bucket has such an order of its own, and whole global batches of them are mixed in proportion to their
+records: which bucket step s has depends on the data alone, and all processes have the same shape at a step.
+
+What is left of an example after the ops is in the batch, or an error: end the ops with `keep(...)`.
 """
 
-import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grain
 import numpy as np
-from absl import logging
 
-from florence_jax.data.ops.captions import Caption, Texts
+from florence_jax.data.batches import Batch, BatchMaker, check_fields, starts_of
+from florence_jax.data.buckets import Bucket
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.ops.registry import Op
-from florence_jax.data.records import BadRecord, Record, Source
+from florence_jax.data.records import Source, Subset
 from florence_jax.errors import UserError
 
 if TYPE_CHECKING:
     import jax
-Batch = dict[str, np.ndarray]
 POLICIES = ("skip", "error")
-# Bad neighbours tried for one example; more means that something is wrong with the source, not with single records.
-MAX_BAD_IN_A_ROW = 100
-STACKED = (np.ndarray, np.generic, int, float)
 
 
 class TrainData(NamedTuple):
     """What is trained on; `train_stream` opens it.
 
     Attributes:
-      sources, weights, ops, context: see `train_stream`.
+      sources: at least one.
+      weights: share of each source in every batch, up to a factor (kept to about 1%); None for equal shares.
+      ops: op string, see `ops.parse.parse_ops`. With buckets, {height} and {width} in it are the bucket's.
+      context: what the ops need, see there.
+      buckets: see `buckets.make_buckets`; () for one shape of all batches. Records in none of them are not used.
     """
 
     sources: Sequence[Source]
     weights: Sequence[float] | None
     ops: str
     context: Mapping[str, Any]
+    buckets: tuple[Bucket, ...] = ()
+
+
+class Process(NamedTuple):
+    """One of `count` processes: it has rows [index * b, (index + 1) * b) of a global batch, b its size / count."""
+
+    index: int
+    count: int
+
+
+ALONE = Process(0, 1)
 
 
 class Stream(Iterator[Batch]):
@@ -66,16 +81,12 @@ class Stream(Iterator[Batch]):
 
 
 def train_stream(
-    sources: Sequence[Source],
-    weights: Sequence[float] | None,
-    ops: str,
-    context: Mapping[str, Any],
+    data: TrainData,
     *,
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    process: Process = ALONE,
     workers: int = 0,
     prefetch: int = 2,
     on_corrupt: str = "skip",
@@ -84,18 +95,15 @@ def train_stream(
     """Endless batches of this process, from `start_step` on.
 
     Each source is shuffled anew every epoch; the sources are interleaved in fixed proportion to their weights. A bad
-    record (`sources.BadRecord`) is counted, logged with its key and replaced by the next usable record of its source
-    ('skip'), or ends the stream ('error').
+    record (`records.BadRecord`) is counted, logged with its key and replaced by the next usable record of its source
+    (and bucket) ('skip'), or ends the stream ('error').
 
     Args:
-      sources: at least one.
-      weights: share of each source in every batch, up to a factor (kept to about 1%); None for equal shares.
-      ops: op string, see `transforms.parse_ops`.
-      context: what the ops need, see there.
-      batch_size: global, a multiple of `process_count`.
+      data: what is trained on.
+      batch_size: global, a multiple of the number of processes.
       seed: of the order and the augmentations.
       start_step: first step.
-      process_index, process_count: this host gets rows [i * b, (i + 1) * b) of the global batch, b its size / count.
+      process: whose rows are wanted.
       workers: processes that make batches, 0 for threads in this process.
       prefetch: batches made ahead.
       on_corrupt: 'skip' or 'error'.
@@ -103,21 +111,23 @@ def train_stream(
 
     Returns:
       Batches of the arrays and numbers that the ops leave, stacked, e.g. {"image": uint8 (b, H, W, 3), "text": int32
-      (b, L), "label": int32 (b,)}, and "corrupt": int32 (b,), bad records passed over for each example.
+      (b, L), "label": int32 (b,)}; "corrupt": int32 (b,), bad records passed over for each example; and where the ops
+      leave "valid", "padded": float32 (b,), see `batches.padded_share`.
 
     Raises:
-      UserError: for a wrong argument; while iterating, for what the ops raise, for images that cannot be stacked, for a
-        bad record under 'error', and for 100 bad records in a row.
+      UserError: for a wrong argument, or a field that an op reads and no record has; while iterating, for what the ops
+        raise, for a field that cannot be stacked, for a bad record under 'error', and for 100 bad records in a row.
     """
-    weights = _check_train(sources, weights, seed, start_step, workers, prefetch, on_corrupt)
-    local = _local_size(batch_size, process_index, process_count)
-    parsed = parse_ops(ops, context)
-    check_caption_fields(sources, _drawn_fields(parsed))
-    make = _MakeBatch(sources, parsed, seed=seed, size=local, on_corrupt=on_corrupt, cache=cache)
+    weights = _check_train(data, seed, start_step, workers, prefetch, on_corrupt)
+    local = _local_size(batch_size, process)
+    parts = _bucket_parts(data, weights, seed)
+    for part in parts:
+        check_fields(part.sources, part.ops)
+    makers = [BatchMaker(p.sources, p.ops, seed=seed, on_corrupt=on_corrupt, cache=cache) for p in parts]
     # Only indices go through the order; records are read a batch at a time, at its end.
-    order = _order(sources, weights, seed)
-    batches = order.batch(local, drop_remainder=True, batch_fn=list).map_with_index(make)
-    batches = batches.slice(slice(start_step * process_count + process_index, None, process_count))
+    orders = [_local_batches(part, local, process).map(_Numbered(k)) for k, part in enumerate(parts)]
+    order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [part.weight for part in parts])
+    batches = order.map_with_index(_MakeBatch(makers, local, process)).slice(slice(start_step, None))
     if not workers:
         options = grain.ReadOptions(num_threads=min(prefetch, 16), prefetch_buffer_size=prefetch)
         return Stream(iter(batches.to_iter_dataset(options)))
@@ -132,42 +142,50 @@ def eval_stream(
     context: Mapping[str, Any],
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    process: Process = ALONE,
+    buckets: Sequence[Bucket] = (),
+    host: Collection[str] = (),
     on_corrupt: str = "error",
     prefetch: int = 2,
 ) -> Stream:
-    """Every record once, in order, in batches padded to full size; the same number of batches on every process.
+    """Every record once, in batches padded to full size; the same number of batches on every process.
 
     Args:
       source: what to go through.
       ops: op string without random image ops. A caption drawn from a list field depends on the row only.
       context: what the ops need.
-      batch_size: global, a multiple of `process_count`; row r of batch k is row k * batch_size + r of the source.
-      process_index, process_count: as in `train_stream`.
+      batch_size: global, a multiple of the number of processes; without buckets, row r of batch k is row
+        k * batch_size + r of the source.
+      process: whose rows are wanted.
+      buckets: each row of the source in one of them; their batches come in the order of their first rows.
+      host: fields that come as lists of what the ops leave, None where an example has none: texts, boxes, keys.
       on_corrupt: 'error', or 'skip' to log a bad record and mask its row.
       prefetch: batches made ahead.
 
     Returns:
-      Batches as in `train_stream`, without "corrupt", with "mask": bool (b,), False for padding and skipped rows
-      (which are 0), and "index": int32 (b,), row in the source, -1 for padding.
+      Batches as in `train_stream`, without "corrupt" and "padded", with "mask": bool (b,), False for padding and
+      skipped rows (which are 0, and None in lists), and "index": int32 (b,), row in the source, -1 for padding.
 
     Raises:
-      UserError: for a wrong argument, random ops; while iterating as in `train_stream`.
+      UserError: for a wrong argument, random ops, buckets that lack a row or have one twice; while iterating as in
+        `train_stream`.
     """
-    local = _local_size(batch_size, process_index, process_count)
-    parsed = parse_ops(ops, context)
-    if drawn := [op.name for op in parsed if op.random]:
-        raise UserError(f"ops {ops!r}: {drawn[0]!r} is random; evaluation needs fixed ops, such as resize|center_crop")
+    _local_size(batch_size, process)
     _check_policy(on_corrupt)
     if prefetch < 0:
         raise UserError(f"prefetch={prefetch} must not be negative")
-    check_caption_fields([source], _drawn_fields(parsed))
-    make = _MakeEvalBatch([source], parsed, seed=0, size=local, on_corrupt=on_corrupt)
-    steps = -(-len(source) // batch_size)
-    batches = grain.MapDataset.range(process_index, steps * process_count, process_count).map(make)
+    parsed = [parse_ops(text, context) for text in _ops_of(ops, buckets)]
+    for found in parsed:
+        if drawn := [op.name for op in found if op.random]:
+            raise UserError(
+                f"ops {ops!r}: {drawn[0]!r} is random; evaluation needs fixed ops, such as resize|center_crop"
+            )
+        check_fields([source], found, host)
+    makers = [BatchMaker([source], found, seed=0, on_corrupt=on_corrupt, host=host) for found in parsed]
+    plan = _Plan(len(source), batch_size, process, buckets)
+    make = _MakeEvalBatch(makers, plan)
     options = grain.ReadOptions(num_threads=min(prefetch, 16), prefetch_buffer_size=prefetch)
-    return Stream(iter(batches.to_iter_dataset(options)))
+    return Stream(iter(grain.MapDataset.range(plan.steps).map(make).to_iter_dataset(options)))
 
 
 def to_global(batch: Mapping[str, np.ndarray], sharding: "jax.sharding.Sharding") -> dict[str, "jax.Array"]:
@@ -181,19 +199,13 @@ def to_global(batch: Mapping[str, np.ndarray], sharding: "jax.sharding.Sharding"
 
 
 def _check_train(
-    sources: Sequence[Source],
-    weights: Sequence[float] | None,
-    seed: int,
-    start_step: int,
-    workers: int,
-    prefetch: int,
-    on_corrupt: str,
+    data: TrainData, seed: int, start_step: int, workers: int, prefetch: int, on_corrupt: str
 ) -> list[float]:
-    if not sources:
+    if not data.sources:
         raise UserError("training needs at least one data source")
-    weights = [1.0] * len(sources) if weights is None else [float(w) for w in weights]
-    if len(weights) != len(sources) or not all(0 < w < float("inf") for w in weights):
-        raise UserError(f"{len(sources)} data sources need as many positive weights, not {weights}")
+    weights = [1.0] * len(data.sources) if data.weights is None else [float(w) for w in data.weights]
+    if len(weights) != len(data.sources) or not all(0 < w < float("inf") for w in weights):
+        raise UserError(f"{len(data.sources)} data sources need as many positive weights, not {weights}")
     for name, value in (("seed", seed), ("start_step", start_step), ("workers", workers), ("prefetch", prefetch)):
         if value < 0:
             raise UserError(f"{name}={value} must not be negative")
@@ -206,32 +218,21 @@ def _check_policy(on_corrupt: str) -> None:
         raise UserError(f"on_corrupt={on_corrupt!r} is unknown; choose 'skip' or 'error'")
 
 
-def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process {process_index} of {process_count}: the index must be from 0 to count - 1")
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch size {batch_size} does not divide by the {process_count} processes; use a multiple")
-    return batch_size // process_count
+def _local_size(batch_size: int, process: Process) -> int:
+    if not 0 <= process.index < process.count:
+        raise UserError(f"process {process.index} of {process.count}: the index must be from 0 to count - 1")
+    if batch_size < 1 or batch_size % process.count:
+        raise UserError(f"batch size {batch_size} does not divide by the {process.count} processes; use a multiple")
+    return batch_size // process.count
 
 
-def check_caption_fields(sources: Sequence[Source], fields: Iterable[str]) -> None:
-    """Looks for each caption field, as far as needed: a mistyped one would only make captions rarer, silently.
-
-    Raises:
-      UserError: for a field that no record has.
-    """
-    wanted = set(fields)
-    known: set[str] = set()
-    for record in itertools.chain.from_iterable(source.metadata() for source in sources):
-        known |= record.keys() | {f"{name}_joined" for name, value in record.items() if isinstance(value, list)}
-        if wanted <= known:
-            return
-    if known and (missing := sorted(wanted - known)):
-        raise UserError(f"no record has the caption field {missing[0]!r}; fields: {', '.join(sorted(known))}")
-
-
-def _drawn_fields(ops: Sequence[Op]) -> set[str]:
-    return {name for op in ops if isinstance(op, (Caption, Texts)) for name in op.fields}
+def _ops_of(ops: str, buckets: Sequence[Bucket]) -> list[str]:
+    """The op string of each bucket; of no buckets, itself."""
+    if not buckets:
+        if found := next((name for name in ("{height}", "{width}") if name in ops), None):
+            raise UserError(f"ops {ops!r}: {found} is the size of a bucket, and there are none: give sizes of buckets")
+        return [ops]
+    return [ops.replace("{height}", str(b.size[0])).replace("{width}", str(b.size[1])) for b in buckets]
 
 
 def _stay_with_the_trainer(worker: int, workers: int) -> None:
@@ -253,172 +254,120 @@ def _stay_with_the_trainer(worker: int, workers: int) -> None:
     threading.Thread(target=follow, daemon=True, name="trainer").start()
 
 
-# -- making batches ---------------------------------------------------------------------------------------------------
+# -- the order --------------------------------------------------------------------------------------------------------
 
 
-def _order(sources: Sequence[Source], weights: Sequence[float], seed: int) -> grain.MapDataset:
-    """The endless order: numbers of records, counted through all sources."""
-    starts = _starts(sources)
+class _Part(NamedTuple):
+    """A bucket as a data set of its own: its records of each source, their weights and shuffles, its ops and share."""
+
+    sources: list[Source]
+    weights: list[float]
+    seeds: np.ndarray
+    ops: list[Op]
+    weight: float
+
+
+def _bucket_parts(data: TrainData, weights: Sequence[float], seed: int) -> list[_Part]:
     # Distinct, unrelated seeds: grain shuffles epoch e with seed + e, so neighbouring seeds would share epochs.
-    seeds = np.random.SeedSequence(seed).generate_state(len(sources))
-    parts = [
-        grain.MapDataset.range(int(starts[k]), int(starts[k + 1])).shuffle(seed=int(seeds[k])).repeat()
-        for k in range(len(sources))
+    ops = [parse_ops(text, data.context) for text in _ops_of(data.ops, data.buckets)]
+    if not data.buckets:
+        seeds = np.random.SeedSequence(seed).generate_state(len(data.sources))
+        return [_Part(list(data.sources), list(weights), seeds, ops[0], 1.0)]
+    starts = starts_of(data.sources)
+    used = np.zeros(len(data.sources), np.int64)  # records of each source in any bucket
+    for bucket in data.buckets:
+        used += _rows_by_source(bucket, starts)[1]
+    parts = []
+    for k, bucket in enumerate(data.buckets):
+        rows, counts = _rows_by_source(bucket, starts)
+        there = np.flatnonzero(counts)
+        bounds = np.concatenate([[0], np.cumsum(counts)])
+        sources = [
+            Subset(data.sources[i], rows[bounds[i] : bounds[i + 1]] - starts[i], data.sources[i].name) for i in there
+        ]
+        shares = [weights[i] * counts[i] / used[i] for i in there]
+        seeds = np.random.SeedSequence([seed, 2, k]).generate_state(len(there))
+        parts.append(_Part(sources, shares, seeds, ops[k], sum(shares)))
+    return parts
+
+
+def _rows_by_source(bucket: Bucket, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The bucket's rows, sorted, and how many of them each source has."""
+    rows = np.sort(np.asarray(bucket.rows, np.int64))
+    if not len(rows) or rows[0] < 0 or rows[-1] >= starts[-1]:
+        raise UserError(
+            f"the bucket of {bucket.size[0]} x {bucket.size[1]} pixels needs rows from 0 to {starts[-1] - 1}: make the "
+            "buckets of the data they are used with"
+        )
+    return rows, np.diff(np.searchsorted(rows, starts))
+
+
+def _local_batches(part: _Part, local: int, process: Process) -> grain.MapDataset:
+    """Record numbers of this process's rows of the part's global batches 0, 1, ..."""
+    starts = starts_of(part.sources)
+    orders = [
+        grain.MapDataset.range(int(starts[k]), int(starts[k + 1])).shuffle(seed=int(part.seeds[k])).repeat()
+        for k in range(len(part.sources))
     ]
-    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+    order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, part.weights)
+    batches = order.batch(local, drop_remainder=True, batch_fn=list)
+    return batches.slice(slice(process.index, None, process.count))
 
 
-def _starts(sources: Sequence[Source]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum([len(source) for source in sources])])
+class _Numbered:
+    """Record numbers -> (number of the bucket, record numbers); can be pickled."""
+
+    def __init__(self, bucket: int):
+        self._bucket = bucket
+
+    def __call__(self, numbers: Sequence[int]) -> tuple[int, Sequence[int]]:
+        return self._bucket, numbers
 
 
 class _MakeBatch:
-    """(number of a local batch, its record numbers) -> batch; can be pickled."""
+    """(step, (bucket, record numbers)) -> batch; can be pickled."""
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        ops: Sequence[Op],
-        *,
-        seed: int,
-        size: int,
-        on_corrupt: str,
-        cache: bool = False,
-    ):
-        self._sources, self._starts = list(sources), _starts(sources)
-        self._fixed, self._ops = _split(ops) if cache else ([], list(ops))
-        self._cache: dict[int, Record] | None = {} if cache else None
-        self._key = np.random.SeedSequence([seed, 1]).generate_state(2, np.uint64)
-        self._size, self._on_corrupt = size, on_corrupt
+    def __init__(self, makers: Sequence[BatchMaker], local: int, process: Process):
+        self._makers, self._local, self._process = makers, local, process
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": None if self._cache is None else {}}
-
-    def __call__(self, number: int, record_numbers: Sequence[int]) -> Batch:
-        records = self._read(record_numbers)
-        examples = []
-        for row, (i, record) in enumerate(zip(record_numbers, records, strict=True)):
-            examples.append(self._example(i, record, self._rng(number * self._size + row)))
-        return _stack(examples)
-
-    def _rng(self, position: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, 0, position]))
-
-    def _read(self, numbers: Sequence[int]) -> list[Record | BadRecord]:
-        """Records by number, with the ops that come before anything random already applied if there is a cache."""
-        found: dict[int, Record | BadRecord] = {}
-        wanted: dict[int, list[int]] = {}
-        for i in set(numbers):
-            if self._cache is not None and i in self._cache:
-                found[i] = self._cache[i]
-            else:
-                wanted.setdefault(self._source_of(i), []).append(i)
-        for k, members in wanted.items():
-            members.sort()
-            rows = self._sources[k].__getitems__([i - int(self._starts[k]) for i in members])
-            for i, record in zip(members, rows, strict=True):
-                found[i] = self._apply_fixed(i, record)
-        return [found[i] for i in numbers]
-
-    def _apply_fixed(self, i: int, record: Record | BadRecord) -> Record | BadRecord:
-        if self._cache is None or isinstance(record, BadRecord):
-            return record
-        try:
-            self._cache[i] = _apply(self._fixed, record, self._rng(0))
-        except BadRecord as bad:
-            return bad
-        return self._cache[i]
-
-    def _source_of(self, i: int) -> int:
-        return int(np.searchsorted(self._starts, i, side="right")) - 1
-
-    def _example(self, i: int, record: Record | BadRecord, rng: np.random.Generator) -> Record:
-        """The example of record `i`, or of the first usable one after it in its source."""
-        source = self._source_of(i)
-        start, count = int(self._starts[source]), len(self._sources[source])
-        for bad_count in range(MAX_BAD_IN_A_ROW):
-            try:
-                if isinstance(record, BadRecord):
-                    raise record
-                return _apply(self._ops, record, rng) | {"corrupt": np.int32(bad_count)}
-            except BadRecord as bad:
-                if self._on_corrupt == "error":
-                    raise UserError(f"{self._sources[source].name}: {bad} (on_corrupt='skip' passes over it)") from bad
-                logging.log_every_n_seconds(logging.WARNING, "%s: skipped %s", 1, self._sources[source].name, bad)
-                last = bad
-            i = start + (i + 1 - start) % count
-            (record,) = self._read([i])
-        raise UserError(f"{self._sources[source].name}: {MAX_BAD_IN_A_ROW} unusable records in a row; the last: {last}")
+    def __call__(self, step: int, numbered: tuple[int, Sequence[int]]) -> Batch:
+        bucket, numbers = numbered
+        return self._makers[bucket].train((step * self._process.count + self._process.index) * self._local, numbers)
 
 
-class _MakeEvalBatch(_MakeBatch):
-    """Number of a local batch (padding included) -> batch with "mask" and "index"; the one source is never shuffled."""
+class _Plan:
+    """Which rows this process has in batch k of an evaluation, and of which bucket."""
 
-    def __call__(self, number: int) -> Batch:  # type: ignore[override]
-        rows = range(number * self._size, (number + 1) * self._size)
-        present = [i for i in rows if i < len(self._sources[0])]
-        examples: list[Record | None] = [
-            self._eval_example(i, r) for i, r in zip(present, self._read(present), strict=True)
-        ]
-        examples += [None] * (self._size - len(examples))
-        filler = next((e for e in examples if e is not None), None) or self._any_example()
-        batch = _stack([filler if e is None else e for e in examples])
-        mask = np.array([e is not None for e in examples])
-        for value in batch.values():
-            value[~mask] = 0
-        return batch | {
-            "mask": mask,
-            "index": np.array([i if i < len(self._sources[0]) else -1 for i in rows], np.int32),
-        }
+    def __init__(self, total: int, batch_size: int, process: Process, buckets: Sequence[Bucket]):
+        self._total, self._size, self._process = total, batch_size, process
+        self._batches: list[tuple[int, np.ndarray]] = []
+        for k, bucket in enumerate(buckets):
+            rows = np.sort(np.asarray(bucket.rows, np.int64))
+            self._batches += [(k, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+        self._batches.sort(key=lambda batch: int(batch[1][0]))
+        if buckets:
+            seen = np.bincount(np.concatenate([rows for _, rows in self._batches]), minlength=total)
+            if len(seen) != total or (seen != 1).any():
+                raise UserError("buckets of an evaluation must have each row of the source once: use make_buckets")
+        self.steps = len(self._batches) if buckets else -(-total // batch_size)
 
-    def _eval_example(self, i: int, record: Record | BadRecord) -> Record | None:
-        try:
-            if isinstance(record, BadRecord):
-                raise record
-            return _apply(self._ops, record, self._rng(i))
-        except BadRecord as bad:
-            if self._on_corrupt == "error":
-                raise UserError(f"{self._sources[0].name}: {bad}; repair or remove it") from bad
-            logging.log_every_n_seconds(logging.WARNING, "%s: skipped %s", 1, self._sources[0].name, bad)
-            return None
-
-    def _any_example(self) -> Record:
-        """For the shapes of a batch that is all padding."""
-        for i in range(min(MAX_BAD_IN_A_ROW, len(self._sources[0]))):
-            (record,) = self._read([i])
-            if (example := self._eval_example(i, record)) is not None:
-                return example
-        raise UserError(f"{self._sources[0].name}: no usable record among the first {MAX_BAD_IN_A_ROW}")
+    def __call__(self, step: int) -> tuple[int, list[int], int]:
+        """(bucket, rows of this process with -1 for padding, first row of the whole batch)."""
+        if self._batches:
+            bucket, rows = self._batches[step]
+        else:
+            bucket, rows = 0, range(step * self._size, min((step + 1) * self._size, self._total))
+        local = self._size // self._process.count
+        mine = list(map(int, rows[self._process.index * local : (self._process.index + 1) * local]))
+        return bucket, mine + [-1] * (local - len(mine)), int(rows[0])
 
 
-def _apply(ops: Sequence[Op], example: Record, rng: np.random.Generator) -> Record:
-    for op in ops:
-        example = op(example, rng)
-    return example
+class _MakeEvalBatch:
+    """Number of a batch -> this process's rows of it; can be pickled."""
 
+    def __init__(self, makers: Sequence[BatchMaker], plan: _Plan):
+        self._makers, self._plan = makers, plan
 
-def _split(ops: Sequence[Op]) -> tuple[list[Op], list[Op]]:
-    """The ops before the first that is random (or draws a caption), and the rest."""
-    fixed = list(itertools.takewhile(lambda op: not op.random and not isinstance(op, (Caption, Texts)), ops))
-    return fixed, list(ops[len(fixed) :])
-
-
-def _stack(examples: Sequence[Record]) -> Batch:
-    """Arrays and numbers of the examples along a new first axis; text and bytes are left out."""
-    names = {name: None for example in examples for name, value in example.items() if isinstance(value, STACKED)}
-    return {name: _stack_field(name, examples) for name in names}
-
-
-def _stack_field(name: str, examples: Sequence[Record]) -> np.ndarray:
-    if any(not isinstance(example.get(name), STACKED) for example in examples):
-        raise UserError(f"some records have no field {name!r}; end the ops with keep(image, text, label)")
-    try:
-        values = np.stack([example[name] for example in examples])
-    except ValueError as error:
-        shapes = sorted({np.shape(example[name]) for example in examples})
-        raise UserError(
-            f"{name!r} has different shapes {shapes[0]} and {shapes[-1]} in one batch; end the image ops with one "
-            "fixed size, such as resize(224)|center_crop(224)"
-        ) from error
-    # What JAX would do to them without a word.
-    return values.astype({"int64": np.int32, "float64": np.float32}.get(values.dtype.name, values.dtype), copy=False)
+    def __call__(self, step: int) -> Batch:
+        bucket, rows, first = self._plan(step)
+        return self._makers[bucket].evaluate(rows, first)

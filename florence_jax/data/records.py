@@ -29,10 +29,26 @@ class BadRecord(UserError):
 
 
 Record = dict[str, Any]
+# The fields that a record's size is in: encoded picture(s), or a video as bytes or path. `Source.metadata` is without.
+PAYLOADS = ("image", "images", "video")
+
+
+def without_payloads(record: Record) -> Record:
+    """The record's other fields."""
+    return {name: value for name, value in record.items() if name not in PAYLOADS}
 
 
 class Source(Protocol):
-    """Random access to records. Instances can be pickled (into worker processes)."""
+    """Random access to records. Instances can be pickled (into worker processes).
+
+    Fields of a record, all but the key optional:
+      key: str, unique in the source.
+      image: encoded bytes, a PIL picture or uint8 (H, W[, 3]). images: list of those. video: bytes or path.
+      caption: str; captions: list of str; other texts by any name, str or list of str.
+      class_id: int; labels: list of class numbers or names. width, height: of the upright picture, in pixels.
+      boxes: list of [x1, y1, x2, y2], pixels of the upright picture; class_ids, iscrowd, is_group_of, scores: of them.
+      question, question_id, answer_type: str; answers: list of str. clip: (start, stop) in seconds.
+    """
 
     name: str
 
@@ -45,7 +61,7 @@ class Source(Protocol):
         """Many records at once; an unreadable one comes as the BadRecord in its place."""
 
     def metadata(self) -> Iterator[Record]:
-        """All readable records in order, without "image"."""
+        """All readable records in order, without PAYLOADS, which are not read where they lie apart."""
 
 
 class Subset:
@@ -70,9 +86,15 @@ class Subset:
         return self._source.__getitems__([int(self._rows[i]) for i in indices])
 
     def metadata(self) -> Iterator[Record]:
-        """Of the chosen records, in their order."""
-        rows = list(self._source.metadata())
-        return (rows[i] for i in self._rows)
+        """Of the chosen records, in their order. Raises UserError if the source has unreadable ones."""
+        wanted, found, count = set(self._rows.tolist()), {}, 0
+        for i, record in enumerate(self._source.metadata()):
+            count += 1
+            if i in wanted:
+                found[i] = record
+        if count != len(self._source):
+            raise UserError(f"{self.name}: {len(self._source) - count} of {len(self._source)} records cannot be read")
+        return (found[i] for i in self._rows.tolist())
 
 
 class ArraySource:
@@ -124,11 +146,11 @@ class BaseSource(ABC):
             return bad
 
     def metadata(self) -> Iterator[Record]:
-        """All readable records in order, without "image"."""
+        """All readable records in order, without PAYLOADS; each is read to see whether it can be."""
         for start in range(0, len(self), METADATA_CHUNK):
             for record in self.__getitems__(range(start, min(start + METADATA_CHUNK, len(self)))):
                 if not isinstance(record, BadRecord):
-                    yield {name: value for name, value in record.items() if name != "image"}
+                    yield without_payloads(record)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {len(self)} records)"
@@ -151,8 +173,16 @@ class ListSource(BaseSource):
     def __getitem__(self, index: int) -> Record:
         image = self._images[index]
         if isinstance(image, (str, os.PathLike)):
-            return {"key": os.fspath(image), "image": picture_bytes(os.fspath(image))}
-        return {"key": f"number {index}", "image": image}
+            image = picture_bytes(os.fspath(image))
+        return {"key": self._key(index), "image": image}
+
+    def metadata(self) -> Iterator[Record]:
+        """The keys of all pictures; no file is touched."""
+        return ({"key": self._key(i)} for i in range(len(self)))
+
+    def _key(self, index: int) -> str:
+        image = self._images[index]
+        return os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"number {index}"
 
 
 def picture_bytes(path: str, key: str = "") -> bytes:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from florence_jax.data.pipeline import eval_stream, to_global
+from florence_jax.data.pipeline import Process, eval_stream, to_global
 from florence_jax.data.records import Source
 from florence_jax.data.tokenizers import Tokenizer
 from florence_jax.errors import UserError
@@ -72,8 +72,7 @@ class Embedder:
             ops,
             context or {},
             batch_size=self.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process=Process(jax.process_index(), jax.process_count()),
             on_corrupt=on_corrupt,
         )
         with stream:

@@ -10,10 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from florence_jax.data.batches import check_fields
 from florence_jax.data.captions import CaptionIndex
-from florence_jax.data.ops.captions import caption_strings, parse_fields
+from florence_jax.data.ops.captions import Caption, caption_strings, parse_fields
 from florence_jax.data.ops.parse import parse_ops
-from florence_jax.data.pipeline import TrainData, check_caption_fields
+from florence_jax.data.pipeline import TrainData
 from florence_jax.data.prompts import TEMPLATES
 from florence_jax.data.records import Source
 from florence_jax.data.sources.catalog import open_mixture, open_source
@@ -206,7 +207,8 @@ class Pretrain(Task):
     def train_data(self) -> TrainData:
         """See `Task`; raises `UserError` also for an unknown caption field."""
         config, (sources, weights) = self.config, self.mixture
-        check_caption_fields(sources, {name for fields in self._captions for name in parse_fields(fields)})
+        for fields in self._captions:
+            check_fields(sources, [Caption(**parse_fields(fields))])
         index = CaptionIndex.build(
             text
             for source in sources

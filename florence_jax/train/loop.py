@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from florence_jax.data.pipeline import Stream, TrainData, to_global, train_stream
+from florence_jax.data.pipeline import Process, Stream, TrainData, to_global, train_stream
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator, all_charts, all_files, chance_levels, evaluate
 from florence_jax.files import write_bytes
@@ -111,15 +111,11 @@ def mesh_of(config: ConfigDict, devices: list[Any] | None = None) -> Mesh:
 def open_stream(config: ConfigDict, task: Task, data: TrainData, start_step: int = 0) -> Stream:
     """This process's batches of a task from `start_step` on, the same for any resume, host or worker count."""
     return train_stream(
-        data.sources,
-        data.weights,
-        data.ops,
-        data.context,
+        data,
         batch_size=task.plan.batch_size,
         seed=config.seed,
         start_step=start_step,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process=Process(jax.process_index(), jax.process_count()),
         workers=config.data.workers,
         on_corrupt=config.data.on_corrupt,
         cache=config.data.cache,

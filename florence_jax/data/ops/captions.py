@@ -31,7 +31,7 @@ class Caption(Op):
     def __init__(self, **fields: float):
         fields = fields or {"caption": 1.0}
         self.fields = {name: checked_number(f"weight {name}", weight, 1e-6, 1e6) for name, weight in fields.items()}
-        self.random = len(self.fields) > 1
+        self.random, self.reads = len(self.fields) > 1, frozenset(self.fields)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Replaces the caption; a "label" of the record's own caption is dropped with it."""
@@ -182,7 +182,7 @@ class Texts(Op):
         rest = (Label(context), Prompt(context), Tokenize(context, sampling))
         self.chains = [(Caption(**names), *rest) for names in self.sets]
         self.fields = {name for names in self.sets for name in names}
-        self.random = any(op.random for chain in self.chains for op in chain)
+        self.random, self.reads = any(op.random for chain in self.chains for op in chain), frozenset(self.fields)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Adds texts and labels."""

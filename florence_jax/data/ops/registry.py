@@ -17,6 +17,7 @@ class Op(abc.ABC):
     Attributes:
       name: as in op strings.
       random: whether it draws from `rng`.
+      reads: fields that it takes from the example; a stream looks for them when it opens (`batches.check_fields`).
 
     Raises (on call):
       BadRecord: if the record, not the configuration, is at fault.
@@ -24,6 +25,7 @@ class Op(abc.ABC):
 
     name = ""
     random = False
+    reads: frozenset[str] = frozenset()
 
     @abc.abstractmethod
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:

@@ -1,0 +1,290 @@
+"""Records to batches: reading, the ops, bad records, stacking. What all processes and workers do alike."""
+
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from florence_jax.data.ops.captions import Caption, Texts
+from florence_jax.data.ops.registry import Op
+from florence_jax.data.records import BadRecord, Record, Source
+from florence_jax.errors import UserError
+
+Batch = dict[str, Any]  # arrays, and lists for the fields that stay on the host
+# Bad neighbours tried for one example; more means that something is wrong with the source, not with single records.
+MAX_BAD_IN_A_ROW = 100
+STACKED = (np.ndarray, np.generic, int, float)
+# Records looked at when a stream opens: at first, and at most where a field is not found.
+FIRST_LOOK, LAST_LOOK = 16, 1024
+
+
+class BatchMaker:
+    """Makes batches of the records of some sources; can be pickled.
+
+    Args:
+      sources: at least one; records are numbered through all of them.
+      ops: what makes an example of a record.
+      seed: of the augmentations.
+      on_corrupt: 'skip' or 'error'.
+      host: fields that come as lists.
+      cache: keep what the ops before anything random give, in memory.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        ops: Sequence[Op],
+        *,
+        seed: int,
+        on_corrupt: str,
+        host: Collection[str] = (),
+        cache: bool = False,
+    ):
+        self._sources, self._starts = list(sources), starts_of(sources)
+        self._fixed, self._ops = _split(ops) if cache else ([], list(ops))
+        self._cache: dict[int, Record] | None = {} if cache else None
+        self._key = np.random.SeedSequence([seed, 1]).generate_state(2, np.uint64)
+        self._on_corrupt, self._host = on_corrupt, tuple(host)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cache": None if self._cache is None else {}}
+
+    def train(self, position: int, numbers: Sequence[int]) -> Batch:
+        """The batch of these records, whose first is number `position` of the endless order of examples."""
+        records = self._read(numbers)
+        examples = []
+        for row, (i, record) in enumerate(zip(numbers, records, strict=True)):
+            examples.append(self._example(i, record, self._rng(position + row)))
+        batch = stack(examples)
+        return batch | padded_share(batch)
+
+    def evaluate(self, rows: Sequence[int], any_row: int = 0) -> Batch:
+        """The batch of these records of the one source, -1 for padding, with "mask" and "index".
+
+        `any_row` and its followers are looked at for the shapes of a batch that is all padding.
+        """
+        present = [i for i in rows if i >= 0]
+        found = dict(zip(present, self._read(present), strict=True))
+        examples = [self._eval_example(i, found[i]) if i >= 0 else None for i in rows]
+        filler = next((e for e in examples if e is not None), None) or self._any_example(any_row)
+        batch = stack([filler if e is None else e for e in examples], self._host)
+        mask = np.array([e is not None for e in examples])
+        for name, value in batch.items():
+            if isinstance(value, np.ndarray):
+                value[~mask] = 0
+            else:
+                batch[name] = [v if there else None for v, there in zip(value, mask, strict=True)]
+        return batch | {"mask": mask, "index": np.array(rows, np.int32)}
+
+    def _rng(self, position: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, 0, position]))
+
+    def _read(self, numbers: Sequence[int]) -> list[Record | BadRecord]:
+        """Records by number, with the ops that come before anything random already applied if there is a cache."""
+        found: dict[int, Record | BadRecord] = {}
+        wanted: dict[int, list[int]] = {}
+        for i in set(numbers):
+            if self._cache is not None and i in self._cache:
+                found[i] = self._cache[i]
+            else:
+                wanted.setdefault(self._source_of(i), []).append(i)
+        for k, members in wanted.items():
+            members.sort()
+            rows = self._sources[k].__getitems__([i - int(self._starts[k]) for i in members])
+            for i, record in zip(members, rows, strict=True):
+                found[i] = self._apply_fixed(i, record)
+        return [found[i] for i in numbers]
+
+    def _apply_fixed(self, i: int, record: Record | BadRecord) -> Record | BadRecord:
+        if self._cache is None or isinstance(record, BadRecord):
+            return record
+        try:
+            self._cache[i] = _apply(self._fixed, record, self._rng(0))
+        except BadRecord as bad:
+            return bad
+        return self._cache[i]
+
+    def _source_of(self, i: int) -> int:
+        return int(np.searchsorted(self._starts, i, side="right")) - 1
+
+    def _example(self, i: int, record: Record | BadRecord, rng: np.random.Generator) -> Record:
+        """The example of record `i`, or of the first usable one after it in its source."""
+        source = self._source_of(i)
+        start, count = int(self._starts[source]), len(self._sources[source])
+        for bad_count in range(MAX_BAD_IN_A_ROW):
+            try:
+                if isinstance(record, BadRecord):
+                    raise record
+                return _apply(self._ops, record, rng) | {"corrupt": np.int32(bad_count)}
+            except BadRecord as bad:
+                if self._on_corrupt == "error":
+                    raise UserError(f"{self._sources[source].name}: {bad} (on_corrupt='skip' passes over it)") from bad
+                logging.log_every_n_seconds(logging.WARNING, "%s: skipped %s", 1, self._sources[source].name, bad)
+                last = bad
+            i = start + (i + 1 - start) % count
+            (record,) = self._read([i])
+        raise UserError(f"{self._sources[source].name}: {MAX_BAD_IN_A_ROW} unusable records in a row; the last: {last}")
+
+    def _eval_example(self, i: int, record: Record | BadRecord) -> Record | None:
+        try:
+            if isinstance(record, BadRecord):
+                raise record
+            return _apply(self._ops, record, self._rng(i))
+        except BadRecord as bad:
+            if self._on_corrupt == "error":
+                raise UserError(f"{self._sources[0].name}: {bad}; repair or remove it") from bad
+            logging.log_every_n_seconds(logging.WARNING, "%s: skipped %s", 1, self._sources[0].name, bad)
+            return None
+
+    def _any_example(self, first: int) -> Record:
+        count = len(self._sources[0])
+        for i in (j % count for j in range(first, first + min(MAX_BAD_IN_A_ROW, count))):
+            (record,) = self._read([i])
+            if (example := self._eval_example(i, record)) is not None:
+                return example
+        raise UserError(f"{self._sources[0].name}: no usable record among {MAX_BAD_IN_A_ROW} in a row")
+
+
+def starts_of(sources: Sequence[Source]) -> np.ndarray:
+    """int64 (len(sources) + 1,): the number of each source's first record, counted through all; then their sum."""
+    return np.concatenate([[0], np.cumsum([len(source) for source in sources])])
+
+
+def _apply(ops: Sequence[Op], example: Record, rng: np.random.Generator) -> Record:
+    for op in ops:
+        example = op(example, rng)
+    return example
+
+
+def _split(ops: Sequence[Op]) -> tuple[list[Op], list[Op]]:
+    """The ops before the first that is random (or draws a caption), and the rest."""
+    fixed = list(itertools.takewhile(lambda op: not op.random and not isinstance(op, (Caption, Texts)), ops))
+    return fixed, list(ops[len(fixed) :])
+
+
+# -- stacking ---------------------------------------------------------------------------------------------------------
+
+
+def stack(examples: Sequence[Record], host: Collection[str] = ()) -> Batch:
+    """Arrays and numbers of the examples along a new first axis; the fields named in `host` as lists.
+
+    A host field that an example lacks is None there.
+
+    Raises:
+      UserError: for any other field that is no array or number, that only some examples have, or whose shapes differ.
+    """
+    names = {name: None for example in examples for name in example if name not in host}
+    batch: Batch = {name: _stack_field(name, [example.get(name) for example in examples]) for name in names}
+    return batch | {name: [example.get(name) for example in examples] for name in host}
+
+
+def _stack_field(name: str, values: Sequence[Any]) -> np.ndarray:
+    if (wrong := next((value for value in values if not _stackable(value)), STACKED)) is not STACKED:
+        if wrong is None and any(value is not None for value in values):
+            raise UserError(f"some records have no field {name!r}; end the ops with keep(image, text, label)")
+        raise UserError(
+            f"field {name!r} is {_kind(wrong)}, which is no part of a batch: end the ops with keep(...) of the fields "
+            "that are wanted, such as keep(image, label), or name it as a host field where there are such"
+        )
+    try:
+        stacked = np.stack(values)
+    except ValueError as error:
+        shapes = sorted({np.shape(value) for value in values})
+        raise UserError(
+            f"{name!r} has different shapes {shapes[0]} and {shapes[-1]} in one batch; end the image ops with one "
+            "fixed size, such as resize(224)|center_crop(224), pad it to one shape, or leave it out with keep(...)"
+        ) from error
+    # What JAX would do to them without a word.
+    return stacked.astype({"int64": np.int32, "float64": np.float32}.get(stacked.dtype.name, stacked.dtype), copy=False)
+
+
+def _stackable(value: Any) -> bool:
+    return isinstance(value, STACKED) and (not hasattr(value, "dtype") or value.dtype.kind in "biufc")
+
+
+def _kind(value: Any) -> str:
+    return f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+
+
+def padded_share(batch: Mapping[str, Any]) -> Batch:
+    """{"padded": float32 (b,)}, the share of each picture that is padding, where the ops leave "valid"; else {}.
+
+    "valid", int32 (b, axes), is the true size of "image" (b, height, width, ...) along its first axes, as ops that pad
+    leave it.
+    """
+    if "valid" not in batch or "image" not in batch:
+        return {}
+    valid = np.asarray(batch["valid"], np.float64)
+    whole = np.prod(batch["image"].shape[1 : 1 + valid.shape[1]])
+    return {"padded": (1 - valid.prod(1) / whole).astype(np.float32)}
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_fields(sources: Sequence[Source], ops: Sequence[Op], host: Collection[str] = ()) -> None:
+    """Looks for the fields that the ops read: a mistyped one may only make captions rarer, silently.
+
+    Few records are read, spread over the sources, and more (1,024 at most) only where a field is not found among them:
+    the cost does not grow with the data.
+
+    Args:
+      sources: whose records the ops take; a field of one of them is enough.
+      ops: in order; what an op adds is there for those after it.
+      host: fields that are wanted beside those of the ops.
+
+    Raises:
+      UserError: for a field that no record looked at has.
+    """
+    known: set[str] = set()
+    wanted: set[str] | None = None
+    looked = 0
+    for records in _samples(sources):
+        looked = len(records)  # the second time with those of the first
+        for record in records:
+            known |= record.keys() | {f"{name}_joined" for name, value in record.items() if isinstance(value, list)}
+        wanted = _wanted_fields(ops, host, records) if wanted is None else wanted
+        if wanted is not None and wanted <= known:
+            return
+    if known and wanted and (missing := sorted(wanted - known)):
+        names = ", ".join(source.name for source in sources)
+        raise UserError(
+            f"no record has the field {missing[0]!r}; fields: {', '.join(sorted(known))} ({looked} records of {names} "
+            "were looked at)"
+        )
+
+
+def _samples(sources: Sequence[Source]) -> Iterator[list[Record]]:
+    """Readable records: a few of each source, then more, spread evenly."""
+    for count in (FIRST_LOOK, LAST_LOOK):
+        each = max(count // len(sources), 1)
+        records: list[Record] = []
+        for source in sources:
+            rows = np.unique(np.linspace(0, len(source) - 1, min(each, len(source))).astype(np.int64))
+            records += [row for row in source.__getitems__(rows.tolist()) if not isinstance(row, BadRecord)]
+        yield records
+
+
+def _wanted_fields(ops: Sequence[Op], host: Collection[str], records: Iterable[Record]) -> set[str] | None:
+    """Fields that a record must have for the ops: those they read and that no op before adds.
+
+    What an op adds is seen by running it. Where no record is usable they are the fields up to the op that says so; None
+    where there is no record.
+    """
+    wanted: set[str] | None = None
+    for record in records:
+        made, wanted, example = set(), set(), record
+        try:
+            for op in ops:
+                wanted |= op.reads - made
+                before, example = example, op(example, np.random.default_rng(0))
+                made |= {name for name, value in example.items() if before.get(name) is not value}
+        except BadRecord:
+            continue
+        except UserError:
+            if wanted <= record.keys():
+                raise
+        return wanted | (set(host) - made)
+    return wanted
