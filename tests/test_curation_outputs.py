@@ -59,7 +59,7 @@ def test_checksums_list_and_no_leftovers(run):
     tmp, _, summary = run
     output = tmp / "w" / "output"
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=output, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count(": OK") == 6
+    assert done.returncode == 0 and done.stdout.count(": OK") == 8
     assert not [path for path in (tmp / "w").rglob("*") if "tmp" in path.name]
     lists = sorted((output / "uids").iterdir())
     assert [path.name for path in lists] == ["uids-00000-of-00002.txt", "uids-00001-of-00002.txt"]
@@ -92,7 +92,7 @@ def test_other_shards_replace_the_old_and_faces_are_blurred(run):
     original = {r["key"]: r["image"] for r in before.__getitems__(range(COUNT))}
     curate(changed, str(tmp / "w2"), ONE_PROCESS)
     names = sorted(path.name for path in (tmp / "w2" / "output").glob("pairs-*"))
-    assert names == [f"pairs-{i:05d}-of-00004.array_record" for i in range(4)]
+    assert names == [f"pairs-{i:05d}-of-00004.array_record{end}" for i in range(4) for end in ("", ".meta")]
     assert {path.name[-12:] for path in (tmp / "w2" / "output" / "uids").iterdir()} == {"of-00004.txt"}
     after = open_source(str(tmp / "w2" / "output"))
     for record in after.__getitems__(range(3)):

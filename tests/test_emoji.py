@@ -13,6 +13,7 @@ import pytest
 from array_record.python import array_record_module
 from PIL import Image
 
+from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.tools import build_emoji
 
 FOLDER = pathlib.Path(build_emoji.__file__).parents[1] / "data" / "emoji"
@@ -191,7 +192,14 @@ def test_encode_picture_composes_on_white_and_keeps_the_aspect():
 
 
 def test_size_of_what_is_shipped():
-    assert sum(path.stat().st_size for path in FOLDER.glob("*.array_record")) <= 6_000_000
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.array_record*")) <= 6_000_000
+
+
+@pytest.mark.parametrize("split", COUNTS)
+def test_side_files_are_those_of_the_records(split, tmp_path):
+    write_array_record(str(tmp_path / "a"), load(split))
+    for end in ("", ".meta"):
+        assert (tmp_path / f"a{end}").read_bytes() == (FOLDER / f"{split}.array_record{end}").read_bytes()
 
 
 def test_licences_and_notice():

@@ -17,9 +17,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from florence_jax.data.records import BadRecord
-from florence_jax.data.sources.array_record import write_array_record
+from florence_jax.data.sources.array_record import write_array_record, write_side_file
 from florence_jax.data.sources.catalog import open_mixture, open_source
 from florence_jax.errors import UserError
+from florence_jax.tools import write_metadata
 
 
 def png(value=0, size=(6, 4)):
@@ -81,7 +82,11 @@ def test_unreadable_records_are_bad_records_in_their_place(tmp_path):
     assert rows[3]["key"] == f"{source.name}[3]"
     with pytest.raises(BadRecord, match=r"x.array_record\[1\].*not a msgpack map"):
         source[1]
-    assert len(list(source.metadata())) == 2
+    with pytest.raises(UserError, match=r"has no .*x.array_record.meta.*tools.write_metadata") as error:
+        next(source.metadata())
+    one_line(error)
+    assert write_metadata.main([str(tmp_path)]) == 0
+    assert list(source.metadata()) == [{"key": f"{source.name}[{i}]", "caption": "x"} for i in (0, 3)]
     copy = pickle.loads(pickle.dumps(rows[1]))
     assert (copy.key, copy.reason, str(copy)) == (rows[1].key, rows[1].reason, str(rows[1]))
 
@@ -102,7 +107,14 @@ def test_damaged_block_spoils_only_its_record(tmp_path):
 
 @pytest.mark.parametrize(
     ("record", "message"),
-    [({"image": b"x"}, "str 'key'"), ({"key": "a"}, "'image' of bytes"), (None, "no records")],
+    [
+        ({"image": b"x"}, "str 'key'"),
+        ({"key": "a"}, "'image' of bytes"),
+        ({"key": "a", "image": "path"}, "'image' of bytes"),
+        ({"key": "a", "images": [b"x", "path"]}, "'images', a list of bytes"),
+        ({"key": "a", "image": b"x", "video": 3}, "'video', bytes or a path"),
+        (None, "no records"),
+    ],
 )
 def test_write_rejects(tmp_path, record, message):
     path = tmp_path / "out.array_record"
@@ -112,12 +124,51 @@ def test_write_rejects(tmp_path, record, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_side_file_holds_all_but_the_payloads(tmp_path):
+    path = str(tmp_path / "x.array_record")
+    rows = [
+        {"key": "a", "image": png(), "boxes": [[0.0, 1.0, 2.5, 3.0]], "width": 6},
+        {"key": "b", "images": [png(), png(1)], "caption": "two"},
+        {"key": "c", "video": "clip.mp4", "clip": [0.0, 2.0]},
+        {"key": "d", "video": b"frames"},
+    ]
+    assert write_array_record(path, rows) == 4
+    assert {p.name for p in tmp_path.iterdir()} == {"x.array_record", "x.array_record.meta"}
+    source = open_source(str(tmp_path))
+    payloads = ("image", "images", "video")
+    assert list(source.metadata()) == [{k: v for k, v in row.items() if k not in payloads} for row in rows]
+    assert [source[i] for i in range(4)] == rows
+    # Not even where the data file's pictures are damaged, and byte for byte as one that is added later.
+    side = (tmp_path / "x.array_record.meta").read_bytes()
+    (tmp_path / "x.array_record.meta").unlink()
+    assert write_side_file(path) == 4 and (tmp_path / "x.array_record.meta").read_bytes() == side
+
+
+def test_metadata_reads_no_picture(tmp_path):
+    path = tmp_path / "x.array_record"
+    write_array_record(str(path), [{"key": str(i), "image": np.random.default_rng(i).bytes(70_000)} for i in range(99)])
+    source, before = open_source(str(path)), bytes_read()
+    assert len(list(source.metadata())) == 99
+    assert bytes_read() - before < path.stat().st_size / 4
+    write_array_record(str(tmp_path / "y.array_record"), records(3))
+    (tmp_path / "y.array_record.meta").replace(tmp_path / "x.array_record.meta")
+    with pytest.raises(UserError, match=r"x.array_record.meta has 3 records, .*x.array_record 99"):
+        list(source.metadata())
+    (tmp_path / "x.array_record.meta").write_bytes(b"nonsense" * 99)
+    with pytest.raises(UserError, match=r"cannot read .*x.array_record.meta"):
+        list(source.metadata())
+
+
+def bytes_read():
+    return int(open("/proc/self/io").read().split()[1])
+
+
 def test_write_makes_the_folder_or_says_why_not(tmp_path):
     record = {"key": "a", "image": b"x"}
     assert write_array_record(str(tmp_path / "new" / "a.array_record"), [record]) == 1
     with pytest.raises(UserError, match="cannot write"):
         write_array_record(str(tmp_path / "new" / "a.array_record" / "b.array_record"), [record])
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.array_record"]
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {"a.array_record", "a.array_record.meta"}
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------

@@ -31,14 +31,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import msgpack
 import numpy as np
 import PIL
-from array_record.python import array_record_module
 from PIL import Image, features
 
+from florence_jax.data.sources.array_record import META, write_array_record
 from florence_jax.errors import UserError
 from florence_jax.pictures import upright_rgb
 
@@ -356,16 +355,8 @@ def split_records(records: list[dict]) -> dict[str, list[dict]]:
     return splits
 
 
-def write_split(path: pathlib.Path, records: Iterable[dict]) -> None:
-    """Writes records as msgpack maps, one per ArrayRecord chunk."""
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-    for record in records:
-        writer.write(msgpack.packb(record, use_bin_type=True))
-    writer.close()
-
-
 def build(npm: pathlib.Path, out: pathlib.Path) -> dict[str, list[dict]]:
-    """Builds the three files in `out` from the tarballs in `npm`; returns the records written.
+    """Builds the three files and their side files in `out` from the tarballs in `npm`; returns the records written.
 
     Raises:
         UserError: see `read_packages`.
@@ -375,15 +366,15 @@ def build(npm: pathlib.Path, out: pathlib.Path) -> dict[str, list[dict]]:
     splits = split_records(records)
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():
-        write_split(out / f"{name}.array_record", rows)
+        write_array_record(str(out / f"{name}.array_record"), rows)
     return splits
 
 
 def changed_files(rebuilt: pathlib.Path, shipped: pathlib.Path) -> list[str]:
     """Returns the names of the data files that differ in any byte between two folders, or that one lacks."""
     changed = []
-    for name in SPLITS:
-        a, b = (folder / f"{name}.array_record" for folder in (rebuilt, shipped))
+    for name in (f"{split}.array_record{suffix}" for split in SPLITS for suffix in ("", META)):
+        a, b = (folder / name for folder in (rebuilt, shipped))
         if not (a.exists() and b.exists() and a.read_bytes() == b.read_bytes()):
             changed.append(a.name)
     return changed

@@ -28,7 +28,7 @@ from florence_jax.curation.ingest.readers import (
     tar_samples,
 )
 from florence_jax.data.records import BadRecord
-from florence_jax.data.sources.array_record import ArrayRecordSource
+from florence_jax.data.sources.array_record import META, ArrayRecordSource
 from florence_jax.errors import UserError
 from florence_jax.files import filesystem, json_digest, table_rows
 
@@ -129,7 +129,8 @@ def _kind(file: str) -> str:
         return "parquet"
     if file.endswith(TAR_SUFFIXES):
         return "tar"
-    return "array_record" if ".array_record" in os.path.basename(file) else ""
+    # Not the side files, which hold the records without the pictures.
+    return "array_record" if ".array_record" in os.path.basename(file) and not file.endswith(META) else ""
 
 
 def _short_names(names: Mapping[str, str]) -> dict[str, str]:

@@ -45,6 +45,7 @@ CONTEXT = {
 }
 MEDIA_TYPES = {
     ".array_record": "application/octet-stream",
+    ".array_record.meta": "application/octet-stream",
     ".parquet": "application/x-parquet",
     ".tar": "application/x-tar",
 }

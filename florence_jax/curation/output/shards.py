@@ -4,12 +4,12 @@ A pair belongs to the shard that a keyed hash of its uid names, at the place tha
 that no worker count and no input order changes. A shard whose content has not changed is not written again.
 """
 
+import functools
 import io
 import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import apache_beam as beam
@@ -23,7 +23,7 @@ from florence_jax.curation.ingest.measure import image_bytes
 from florence_jax.curation.keyed import keyed_hashes
 from florence_jax.curation.table import load_array, read_table, with_column
 from florence_jax.data.records import Record
-from florence_jax.data.sources.array_record import write_array_record
+from florence_jax.data.sources.array_record import META, write_array_record
 from florence_jax.errors import UserError
 from florence_jax.files import exists, json_digest, read_json, write_file, write_json
 
@@ -91,8 +91,8 @@ class Writer:
         files = {}
         for form in self._formats if records else ():
             name = f"pairs-{shard:05d}-of-{self._shards:05d}{SUFFIXES[form]}"
-            size, sha256 = WRITERS[form](f"{self._workdir}/output/{name}", records)
-            files[name] = {"bytes": size, "sha256": sha256}
+            for suffix, (size, sha256) in WRITERS[form](f"{self._workdir}/output/{name}", records).items():
+                files[name + suffix] = {"bytes": size, "sha256": sha256}
         write_json(manifest, {"plan": digest, "records": len(records), "files": files})
         return True
 
@@ -133,17 +133,28 @@ class Writer:
         return blur_faces(data, load_callable(self._face_detector))[0] if self._face_detector else data
 
 
-@lru_cache(1)
+@functools.lru_cache(1)
 def _labels(path: str, decisions: str) -> np.ndarray:
     """The file of one run of the decisions, once a process: the next one writes another file of this name."""
     return load_array(path)
 
 
-def _write_array_record(path: str, records: Sequence[Record]) -> tuple[int, str]:
-    return write_file(path, lambda temporary: write_array_record(temporary, records))
+Written = dict[str, tuple[int, str]]  # what comes after the shard's name -> size and sha256 of the file
 
 
-def _write_parquet(path: str, records: Sequence[Record]) -> tuple[int, str]:
+def _write_array_record(path: str, records: Sequence[Record]) -> Written:
+    written: Written = {}
+
+    def write(temporary: str) -> None:
+        write_array_record(temporary, records)
+        # The side file gets its name first: a shard that is there has one.
+        written[META] = write_file(path + META, functools.partial(os.replace, temporary + META))
+
+    written[""] = write_file(path, write)
+    return written
+
+
+def _write_parquet(path: str, records: Sequence[Record]) -> Written:
     columns = {}
     for name in sorted({name for record in records for name in record}):
         try:
@@ -154,10 +165,10 @@ def _write_parquet(path: str, records: Sequence[Record]) -> tuple[int, str]:
                 f"measure.extra_fields, or take 'parquet' out of output.formats ({error})"
             ) from error
     table = pa.table(columns)
-    return write_file(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+    return {"": write_file(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))}
 
 
-def _write_webdataset(path: str, records: Sequence[Record]) -> tuple[int, str]:
+def _write_webdataset(path: str, records: Sequence[Record]) -> Written:
     def write(temporary: str) -> None:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
             for record in records:
@@ -172,10 +183,10 @@ def _write_webdataset(path: str, records: Sequence[Record]) -> tuple[int, str]:
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
 
-    return write_file(path, write)
+    return {"": write_file(path, write)}
 
 
-WRITERS: Mapping[str, Callable[[str, Sequence[Record]], tuple[int, str]]] = {
+WRITERS: Mapping[str, Callable[[str, Sequence[Record]], Written]] = {
     "array_record": _write_array_record,
     "parquet": _write_parquet,
     "webdataset": _write_webdataset,
@@ -212,4 +223,4 @@ def _write_counts(counts: Mapping[bool, int], path: str) -> None:
 
 def is_shard(name: str) -> bool:
     """Whether a file of the output folder is a shard of some run."""
-    return os.path.basename(name).startswith("pairs-") and name.endswith(tuple(SUFFIXES.values()))
+    return os.path.basename(name).startswith("pairs-") and name.removesuffix(META).endswith(tuple(SUFFIXES.values()))

@@ -1,16 +1,25 @@
-"""Records in ArrayRecord files, each a msgpack map."""
+"""Records in ArrayRecord files, each a msgpack map; beside each file its records without the pictures.
+
+PATH holds one record a chunk, for random access. PATH.meta holds the same records in the same order without their
+payloads (`records.PAYLOADS`), many a chunk: what asks for texts or sizes of all records reads it, and no picture.
+"""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 
 import msgpack
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
-from florence_jax.data.records import BadRecord, BaseSource, Record, first_line
+from florence_jax.data.records import PAYLOADS, BadRecord, BaseSource, Record, first_line, without_payloads
 from florence_jax.errors import UserError
 from florence_jax.files import replacing
+
+META = ".meta"
+META_GROUP = 256  # records a chunk: some 50 kB of captions, which compress well together
+READ = 4 * META_GROUP  # records of a side file that are read at once
 
 
 class ArrayRecordSource(BaseSource):
@@ -25,7 +34,7 @@ class ArrayRecordSource(BaseSource):
     """
 
     def __init__(self, paths: Sequence[str], name: str):
-        self.name = name
+        self.name, self._paths = name, tuple(paths)
         try:
             self._records = ArrayRecordDataSource(list(paths))
         except Exception as error:  # the reader raises RuntimeError, ValueError, ... by kind of damage
@@ -66,38 +75,106 @@ class ArrayRecordSource(BaseSource):
         record.setdefault("key", f"{self.name}[{index}]")
         return record
 
+    def metadata(self) -> Iterator[Record]:
+        """All readable records in order, without PAYLOADS, from the side files; the data files are not touched.
+
+        Raises:
+          UserError: for a file without its side file, as older ones are, or with one of another number of records.
+        """
+        start = 0
+        for path in self._paths:
+            for i, record in enumerate(_read_side_file(path), start):
+                start = i + 1
+                if record is not None:
+                    record.setdefault("key", f"{self.name}[{i}]")
+                    yield record
+
+
+def _read_side_file(path: str) -> Iterator[Record | None]:
+    fix = f"python -m florence_jax.tools.write_metadata {path}"
+    if not epath.Path(path + META).exists():
+        raise UserError(f"{path} has no {path}{META}, its records without the pictures, which is needed here: {fix}")
+    try:
+        with closing(ArrayRecordReader(path)) as data, closing(ArrayRecordReader(path + META)) as side:
+            count = side.num_records()
+            if count != data.num_records():
+                raise UserError(f"{path}{META} has {count} records, {path} {data.num_records()}: {fix}")
+            for start in range(0, count, READ):
+                yield from map(msgpack.unpackb, side.read(start, min(start + READ, count)))
+    except (RuntimeError, IndexError, msgpack.UnpackException) as error:
+        raise UserError(f"cannot read {path}{META} ({first_line(error)}): {fix}") from error
+
 
 def write_array_record(path: str, records: Iterable[Record]) -> int:
-    """Writes one ArrayRecord file of msgpack maps (group_size 1, for random access); returns the number of records.
+    """Writes one ArrayRecord file of msgpack maps and its side file; returns the number of records.
 
-    The file appears under its name only when it is complete.
+    The file appears under its name only when both are complete.
+
+    Args:
+      path: local.
+      records: each with a str "key" and one of PAYLOADS: "image" of bytes, "images", a list of bytes, or "video", bytes
+        or a path.
 
     Raises:
-      UserError: for a record without "key" or "image", for no records, or if the file cannot be written.
+      UserError: for a record without these, for no records, or if a file cannot be written.
     """
     count = 0
     try:
-        with replacing(path) as temporary:
-            writer = ArrayRecordWriter(temporary, "group_size:1")
-            try:
+        # The block's end gives the side file its name first.
+        with replacing(path) as data_path, replacing(path + META) as side_path:
+            with (
+                closing(ArrayRecordWriter(data_path, "group_size:1")) as data,
+                closing(ArrayRecordWriter(side_path, f"group_size:{META_GROUP}")) as side,
+            ):
                 for record in records:
-                    if not isinstance(record.get("key"), str) or not isinstance(record.get("image"), bytes):
-                        raise UserError(f"record {count} for {path} needs a str 'key' and an 'image' of bytes")
-                    writer.write(msgpack.packb(record, use_bin_type=True))
+                    _check_record(record, f"record {count} for {path}")
+                    data.write(msgpack.packb(record, use_bin_type=True))
+                    side.write(msgpack.packb(without_payloads(record), use_bin_type=True))
                     count += 1
-            finally:
-                writer.close()
             if not count:
                 raise UserError(f"no records to write to {path}")
+            epath.Path(path).unlink(missing_ok=True)  # an older file never lies beside the side file of this one
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path}: {first_line(error)}") from error
     return count
 
 
+def _check_record(record: Record, what: str) -> None:
+    if not isinstance(record.get("key"), str):
+        raise UserError(f"{what} needs a str 'key'")
+    kinds = {"image": bytes, "images": list, "video": (bytes, str)}
+    found = [name for name in PAYLOADS if record.get(name) is not None]
+    fits = all(isinstance(record[name], kinds[name]) for name in found)
+    if not found or not fits or not all(isinstance(item, bytes) for item in record.get("images") or ()):
+        raise UserError(f"{what} needs an 'image' of bytes, 'images', a list of bytes, or a 'video', bytes or a path")
+
+
+def write_side_file(path: str) -> int:
+    """Writes PATH.meta of a file that has none, reading the whole file once; returns the number of records.
+
+    Raises:
+      UserError: if the file cannot be read, or the side file cannot be written.
+    """
+    source = ArrayRecordSource([path], path)
+    try:
+        with (
+            replacing(path + META) as temporary,
+            closing(ArrayRecordWriter(temporary, f"group_size:{META_GROUP}")) as side,
+        ):
+            for start in range(0, len(source), READ):
+                for record in source.__getitems__(range(start, min(start + READ, len(source)))):
+                    # An unreadable record keeps its place.
+                    kept = None if isinstance(record, BadRecord) else without_payloads(record)
+                    side.write(msgpack.packb(kept, use_bin_type=True))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path}{META}: {first_line(error)}") from error
+    return len(source)
+
+
 def array_record_paths(spec: str) -> list[str]:
     """Files that `spec` (a file, glob pattern or folder) names, sorted; [] if there are none."""
     path = epath.Path(spec)
-    if ".array_record" in path.name and path.exists() and not path.is_dir():
+    if _is_data_file(path.name) and path.exists() and not path.is_dir():
         return [spec]
     if path.is_dir():
         found = path.glob("*")
@@ -105,5 +182,9 @@ def array_record_paths(spec: str) -> list[str]:
         found = path.parent.glob(path.name)
     else:
         return []
-    # Not the half-written ones of `write_array_record`.
-    return sorted(os.fspath(p) for p in found if ".array_record" in p.name and not p.name.endswith(".tmp"))
+    return sorted(os.fspath(p) for p in found if _is_data_file(p.name))
+
+
+def _is_data_file(name: str) -> bool:
+    """Not a side file, nor one that `write_array_record` was killed in."""
+    return ".array_record" in name and not name.endswith((META, ".tmp"))
