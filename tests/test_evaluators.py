@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from florence_jax.data.records import ArraySource, record_thumbnail
+from florence_jax.data.buckets import make_buckets
+from florence_jax.data.records import ArraySource, BadRecord, BaseSource, record_thumbnail, without_payloads
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.folder import FolderSource
 from florence_jax.data.tokenizers import load_tokenizer
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import chance_levels, evaluate
 from florence_jax.evaluators.emoji import EmojiSplit
-from florence_jax.evaluators.predictor import Embedder
+from florence_jax.evaluators.predictor import Embedder, Predictor
 from florence_jax.evaluators.retrieval import Retrieval
 from florence_jax.evaluators.zero_shot import class_embeddings
 from florence_jax.page import curve
@@ -57,6 +58,62 @@ def test_embedding_covers_every_record_whatever_the_batch():
     np.testing.assert_allclose(parts["embedding"], whole["embedding"], atol=1e-6)
     texts = [f"{i} spiders" for i in range(19)]
     np.testing.assert_allclose(embedder(8).texts(PARAMS, texts), embedder(32).texts(PARAMS, texts), atol=1e-6)
+
+
+class Shapes(BaseSource):
+    """Pictures of three shapes, each of one grey; record 5 cannot be read."""
+
+    name = "shapes"
+
+    def __len__(self):
+        return 21
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise BadRecord("r5", "broken")
+        return self._row(index)
+
+    def _row(self, index):
+        h, w = ((4, 8), (8, 4), (6, 6))[index * index % 7 % 3]
+        image = np.full((h, w, 3), index, np.uint8)
+        return {"key": f"r{index}", "image": image, "height": h, "width": w, "words": ["w"] * (index % 3)}
+
+    def metadata(self):
+        return (without_payloads(self._row(i)) for i in range(21))
+
+
+@pytest.mark.parametrize("sizes", [(), [(4, 8), (8, 4), (6, 6)]])
+def test_predictor_gives_each_row_in_order_with_its_host_fields(sizes):
+    traced = []
+
+    def predict(params, batch):
+        traced.append(batch["image"].shape)
+        return {"mean": batch["image"].mean((1, 2, 3)) * params, "rows": batch["image"][:, 0, :, 0]}
+
+    source = Shapes()
+    size = "{height}, {width}" if sizes else "6"
+    ops = f"decode|resize_exact({size})|keep(image, key, words)"
+    buckets = make_buckets([source], sizes) if sizes else ()
+    predictor = Predictor(predict, make_mesh(-1, 1), 5)
+    assert predictor.batch_size == 8
+    options = {"host": ("key", "words"), "buckets": buckets}
+    with pytest.raises(UserError, match="record 'r5': broken"):
+        list(predictor.rows(2.0, source, ops, {}, **options))
+    for _ in range(2):
+        rows = list(predictor.rows(2.0, source, ops, {}, on_corrupt="skip", **options))
+    assert [row["index"] for row in rows] == [i for i in range(21) if i != 5]
+    for row in rows:
+        i = row["index"]
+        assert (row["key"], row["words"]) == (f"r{i}", ["w"] * (i % 3)) and row["mean"] == 2 * i
+        assert row["rows"].tolist() == [i] * (source._row(i)["width"] if sizes else 6)
+    assert sorted(set(traced)) == sorted(traced)  # one compilation for each shape
+    assert len(traced) == max(len(sizes), 1)
+
+
+def test_a_prediction_cannot_take_the_names_of_the_rows():
+    predictor = Predictor(lambda params, batch: {"index": batch["image"]}, make_mesh(-1, 1), 8)
+    with pytest.raises(ValueError, match="cannot be named 'index'"):
+        next(iter(predictor.rows(None, Shapes(), "decode|resize_exact(6)|keep(image)", {}, on_corrupt="skip")))
 
 
 def test_embeddings_of_broken_weights_are_an_error():

@@ -131,7 +131,7 @@ import json, sys
 import jax, numpy as np
 from ml_collections import ConfigDict
 from florence_jax.data.sources.catalog import open_source
-from florence_jax.evaluators.predictor import Embedder
+from florence_jax.evaluators.predictor import Embedder, Predictor
 from florence_jax.jobs.hosts import joined
 from florence_jax.params.sharding import BATCH_AXES
 
@@ -147,7 +147,12 @@ with joined(ConfigDict({"start_timeout": 60.0, "lost_after": 20.0, "port": 0})):
     embedder = Embedder(predict, Lengths(), mesh, 12)
     texts = embedder.texts(None, ["x" * n for n in range(1, 31)])
     images = embedder.images(None, open_source(sys.argv[1]), "decode|resize(8)|keep(image)")
-    print(json.dumps([texts.ravel().tolist(), images["index"].tolist(), images["embedding"].tolist()]))
+    predictor = Predictor(lambda params, batch: {"red": batch["image"][:, 0, 0, 0]}, mesh, 12)
+    source = open_source(sys.argv[1])
+    rows = list(predictor.rows(None, source, "decode|resize(8)|keep(image, key)", {}, host=("key",)))
+    assert [row["key"] for row in rows] == [row["key"] for row in source.metadata()]
+    reds = [int(row["red"]) for row in rows]
+    print(json.dumps([texts.ravel().tolist(), images["index"].tolist(), images["embedding"].tolist(), reds]))
 """
 
 
@@ -157,10 +162,10 @@ def test_evaluation_keeps_its_rows_where_devices_of_a_host_are_no_neighbours(cou
     job = Job(tmp_path, ["-c", ROWS, pairs, json.dumps(order)], count, 4 // count)
     assert job.wait(120) == [0] * count, job.output(0)
     printed = [json.loads(job.output(i).splitlines()[-1]) for i in range(count)]
-    texts, index, pixels = printed[0]
+    texts, index, pixels, reds = printed[0]
     assert printed == [printed[0]] * count
     assert texts == list(range(1, 31)) and index == list(range(48))
-    assert len(np.unique(pixels, axis=0)) > 40
+    assert len(np.unique(pixels, axis=0)) > 40 and len(reds) == 48
 
 
 def test_the_place_is_read_from_the_environment(monkeypatch):

@@ -1,23 +1,174 @@
-"""The embedding of images and texts over all devices and hosts, which most evaluators need."""
+"""Predictions for every record of a source, over all devices and hosts; on top, embeddings of images and texts."""
 
+import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from florence_jax.data.pipeline import Process, eval_stream, to_global
+from florence_jax.data.buckets import Bucket
+from florence_jax.data.pipeline import Batch, Process, eval_stream, to_global
 from florence_jax.data.records import Source
 from florence_jax.data.tokenizers import Tokenizer
 from florence_jax.errors import UserError
 from florence_jax.params.sharding import batch_sharding, replicated
 
 COMPILED = " with compilation"  # said of a speed that could not be measured without it
+OWN = ("index", "mask")  # fields that a batch's rows are known by
 Predict = Callable[[Any, dict[str, jax.Array]], jax.Array]
+
+
+class Predictor:
+    """Runs a prediction function over whole sources; every process gets the results of all rows.
+
+    While the devices work on one batch the host reads the next and hands out the one before. One compilation for each
+    shape of a batch, that is one for each bucket.
+
+    Args:
+      predict: pure function (params, batch) -> {name: array with the batch's rows first}; the batch has what the ops
+        leave, "mask" and "index".
+      mesh: device mesh.
+      batch_size: global records a call; raised to a multiple of the number of devices.
+    """
+
+    def __init__(
+        self, predict: Callable[[Any, dict[str, jax.Array]], Mapping[str, jax.Array]], mesh: Mesh, batch_size: int
+    ):
+        self.mesh, self.batch_size = mesh, -(-batch_size // mesh.size) * mesh.size
+
+        # The results go to every host: only numbers that all hosts have can be aggregated alike on all of them.
+        def run(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            found = dict(predict(params, batch))
+            if taken := [name for name in OWN if name in found]:
+                raise ValueError(f"a prediction cannot be named {taken[0]!r}")
+            return found | {name: batch[name] for name in OWN}
+
+        self._run = jax.jit(run, out_shardings=replicated(mesh))
+
+    def rows(
+        self,
+        params: Any,
+        source: Source,
+        ops: str,
+        context: Mapping[str, Any],
+        *,
+        host: Collection[str] = (),
+        buckets: Sequence[Bucket] = (),
+        on_corrupt: str = "error",
+        what: str = "",
+    ) -> Iterator[Mapping[str, Any]]:
+        """What the function gives for each record, in the order of the source; all processes must take every row.
+
+        Args:
+          params: of the model.
+          source, ops, context, host, buckets, on_corrupt: see `data.pipeline.eval_stream`.
+          what: name on the progress bar; '' for the source's.
+
+        Yields:
+          For each usable record "index", its row in the source, the arrays of the prediction without the batch axis,
+          and the host fields as the ops leave them. Host fields of other processes' rows are sent to this one, pickled.
+          With buckets, rows wait in memory until those before them are there.
+
+        Raises:
+          UserError: as `eval_stream`.
+        """
+        stream = eval_stream(
+            source,
+            ops,
+            context,
+            batch_size=self.batch_size,
+            process=Process(jax.process_index(), jax.process_count()),
+            buckets=buckets,
+            host=host,
+            on_corrupt=on_corrupt,
+        )
+        waiting: dict[int, Mapping[str, Any] | None] = {}
+        after = 0
+        with stream:
+            for columns, skipped in self._batches(params, stream, host, what or source.name, len(source), "record"):
+                waiting |= dict.fromkeys(skipped)
+                for place, index in enumerate(columns["index"].tolist()):
+                    waiting[index] = {name: values[place] for name, values in columns.items()} | {"index": index}
+                while after in waiting:
+                    if (row := waiting.pop(after)) is not None:
+                        yield row
+                    after += 1
+
+    def batches(
+        self,
+        params: Any,
+        batches: Iterable[Batch],
+        *,
+        host: Collection[str] = (),
+        what: str = "",
+        total: int = 0,
+        unit: str = "record",
+    ) -> Iterator[dict[str, Any]]:
+        """What the function gives for each batch, whole columns at once; `rows` is made of this.
+
+        Args:
+          params: of the model.
+          batches: this process's rows of each global batch, as `data.pipeline.eval_stream` gives them.
+          host: their fields that are lists.
+          what, total, unit: of the progress bar.
+
+        Yields:
+          {"index": (n,), rows in the source, ascending; each output (n, ...); each host field a list of n}, on all
+          processes, for the n rows of a batch that are neither padding nor skipped.
+        """
+        return (columns for columns, _ in self._batches(params, batches, host, what, total, unit))
+
+    def _batches(
+        self, params: Any, batches: Iterable[Batch], host: Collection[str], what: str, total: int, unit: str
+    ) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        """(columns, rows that were skipped) of each batch."""
+        sharding, ahead = batch_sharding(self.mesh), None
+        hidden = not sys.stderr.isatty() or jax.process_index() > 0
+        with tqdm(desc=what, total=total, unit=unit, leave=False, disable=hidden) as bar:
+            for batch in batches:
+                lists = {name: batch[name] for name in host}
+                arrays = {name: value for name, value in batch.items() if name not in lists}
+                out = self._run(params, to_global(arrays, sharding))  # returns before it is computed
+                if ahead is not None:
+                    yield self._fetch(*ahead, bar)
+                ahead = out, arrays["index"], lists
+            if ahead is not None:
+                yield self._fetch(*ahead, bar)
+
+    def _fetch(
+        self, out: dict[str, jax.Array], index: np.ndarray, lists: dict[str, list[Any]], bar: tqdm
+    ) -> tuple[dict[str, Any], list[int]]:
+        columns: dict[str, Any] = jax.device_get(out)
+        rows, mask = columns["index"], columns.pop("mask")
+        # On a TPU slice the devices of a host need not be neighbours in the mesh: then the rows come in its order.
+        order = np.argsort(rows, kind="stable")
+        order = order[mask[order]]
+        columns = {name: value[order] for name, value in columns.items()}
+        if lists:
+            columns |= _gather_lists(index, lists, columns["index"])
+        bar.update(len(order))
+        return columns, rows[~mask & (rows >= 0)].tolist()
+
+
+def _gather_lists(index: np.ndarray, lists: Mapping[str, list[Any]], rows: np.ndarray) -> dict[str, list[Any]]:
+    """The lists of all processes in the order of `rows`, from those of this process's rows `index`."""
+    parts = [(index.tolist(), lists)]
+    if jax.process_count() > 1:
+        data = np.frombuffer(pickle.dumps(parts[0]), np.uint8)
+        sizes = multihost_utils.process_allgather(np.int32(len(data)))
+        # A power of two: few shapes, few compilations.
+        room = 1 << int(sizes.max() - 1).bit_length()
+        sent = multihost_utils.process_allgather(np.pad(data, (0, room - len(data))))
+        parts = [pickle.loads(part[:size].tobytes()) for part, size in zip(sent, sizes, strict=True)]
+    places = {row: (k, i) for k, (found, _) in enumerate(parts) for i, row in enumerate(found)}
+    chosen = [places[row] for row in rows.tolist()]
+    return {name: [parts[k][1][name][i] for k, i in chosen] for name in lists}
 
 
 class Embedder:
@@ -31,18 +182,15 @@ class Embedder:
     """
 
     def __init__(self, predict: dict[str, Predict], tokenizer: Tokenizer | None, mesh: Mesh, batch_size: int):
-        self.mesh, self.batch_size = mesh, -(-batch_size // mesh.size) * mesh.size
         self._tokenizer = tokenizer
         self._compiled_towers: set[str] = set()
-        self._run = {name: self._compiled(predict[name]) for name in ("image", "text") if name in predict}
-
-    def _compiled(self, function: Predict) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:
-        # The results go to every host: only numbers that all hosts have can be aggregated alike on all of them.
-        def run(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            rest = {name: batch[name] for name in ("index", "label", "mask") if name in batch}
-            return rest | {"embedding": function(params, batch)}
-
-        return jax.jit(run, out_shardings=replicated(self.mesh))
+        self._towers = {
+            name: Predictor(_with_label(predict[name]), mesh, batch_size)
+            for name in ("image", "text")
+            if name in predict
+        }
+        self.mesh = mesh
+        self.batch_size = next(iter(self._towers.values())).batch_size
 
     def images(
         self,
@@ -100,32 +248,32 @@ class Embedder:
             }
 
     def _gather(
-        self, tower: str, params: Any, batches: Iterator[dict[str, np.ndarray]], what: str, total: int, quiet: bool
+        self, tower: str, params: Any, batches: Iterable[Batch], what: str, total: int, quiet: bool
     ) -> dict[str, np.ndarray]:
-        sharding, outputs = batch_sharding(self.mesh), []
-        hidden = not sys.stderr.isatty() or jax.process_index() > 0
-        started, counted = time.perf_counter(), 0
-        began = started
-        with tqdm(desc=what, total=total, unit=tower, leave=False, disable=hidden) as bar:
-            for batch in batches:
-                out = jax.device_get(self._run[tower](params, to_global(batch, sharding)))
-                mask = out.pop("mask")
-                outputs.append({name: value[mask] for name, value in out.items()})
-                bar.update(int(mask.sum()))
-                if tower not in self._compiled_towers:
-                    self._compiled_towers.add(tower)
-                    began, counted = time.perf_counter(), int(mask.sum())
+        outputs, counted = [], 0
+        began = started = time.perf_counter()
+        for out in self._towers[tower].batches(params, batches, what=what, total=total, unit=tower):
+            outputs.append(out)
+            if tower not in self._compiled_towers:
+                self._compiled_towers.add(tower)
+                began, counted = time.perf_counter(), len(out["index"])
         if not quiet and jax.process_index() == 0:
             rest = total - counted
             count, since, note = (rest, began, "") if rest > 0 else (total, started, COMPILED)
             print(f"{what}: {total} images, {count / (time.perf_counter() - since):.0f} img/s{note}", flush=True)
-        # On a TPU slice the devices of a host need not be neighbours in the mesh: then the rows come in its order.
-        order = np.argsort(np.concatenate([out["index"] for out in outputs]), kind="stable")
-        found = {name: np.concatenate([out[name] for out in outputs])[order] for name in outputs[0]}
+        found = {name: np.concatenate([out[name] for out in outputs]) for name in outputs[0]}
         # What is not a number is never larger than anything: ranks and metrics would call it right.
-        if bad := int((~np.isfinite(found["embedding"])).reshape(len(order), -1).any(1).sum()):
+        if bad := int((~np.isfinite(found["embedding"])).reshape(len(found["index"]), -1).any(1).sum()):
             raise UserError(
-                f"{what}: {bad} of {len(order)} {tower}s have embeddings that are not finite: the weights are broken, "
-                "take an earlier checkpoint or import them again"
+                f"{what}: {bad} of {len(found['index'])} {tower}s have embeddings that are not finite: the weights are "
+                "broken, take an earlier checkpoint or import them again"
             )
         return found
+
+
+def _with_label(function: Predict) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:
+    def predict(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        label = {"label": batch["label"]} if "label" in batch else {}
+        return {"embedding": function(params, batch)} | label
+
+    return predict
