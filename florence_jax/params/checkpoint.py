@@ -258,7 +258,7 @@ def _all_digests(state: dict[str, Any]) -> dict[str, np.ndarray]:
     found = {}
     for root, tree in state.items():
         leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-        found[root] = np.asarray(digests([leaves[name] for name in sorted(leaves)]))
+        found[root] = digests([leaves[name] for name in sorted(leaves)])
     return found
 
 
