@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 
 import apache_beam as beam
 import jax
@@ -37,6 +36,7 @@ from florence_jax.curation.select.stage import relevance_decisions
 from florence_jax.errors import UserError
 from florence_jax.inference import Florence
 from florence_jax.params.checkpoint import Checkpoints
+from florence_jax.params.weights import write_description
 from florence_jax.tasks.pretrain import Pretrain
 from florence_jax.tools.import_torch.__main__ import main as import_torch
 
@@ -155,8 +155,8 @@ def run(tmp_path_factory):
     """Work directory of a fresh tiny run, its task and its parameters."""
     workdir = tmp_path_factory.mktemp("run")
     config = tiny_config()
-    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     task = Pretrain(config)
+    write_description(str(workdir / "checkpoints"), task.description)
     rng = np.random.default_rng(3)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape), x.dtype), shapes)
@@ -203,9 +203,7 @@ def test_weights_that_are_not_there(tmp_path):
 
 def test_a_moving_average_is_preferred(tmp_path, run):
     _, task, params = run
-    config = tiny_config()
-    config.optim.ema_decay = 0.9
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    write_description(str(tmp_path / "checkpoints"), task.description)
     checkpoints = Checkpoints(str(tmp_path / "checkpoints"))
     ema = jax.tree.map(lambda x: x + 1, params)
     checkpoints.save(1, {"params": params, "ema": ema})
