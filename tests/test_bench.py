@@ -225,6 +225,14 @@ def test_enlarged_records_are_jpegs_of_the_size():
     assert 50_000 < len(made["image"]) < 150_000
 
 
+def test_a_start_reads_no_more_of_more_data(capsys):
+    code, report = run(capsys, ["start", "--records=300,6000", "--processes=2", "--batch=8"])
+    small, large = report["results"]
+    assert code == 0 and (small["records"], large["records"], small["processes"]) == (300, 6000, 2)
+    assert large["file_bytes"] > 10 * small["file_bytes"] and large["seconds"] > 0
+    assert large["bytes_read"] < small["bytes_read"] + large["file_bytes"] / 2
+
+
 def test_interleaved_takes_turns_and_drops_the_warm_up():
     calls = []
     times = timing.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, warmup=1)
@@ -245,6 +253,8 @@ def test_ratio_report():
         ["devices", "--counts", "64"],
         ["data", "--image_size", "big"],
         ["data", "--source", "nowhere"],
+        ["start", "--records", "0"],
+        ["start", "--batch", "3"],
     ],
 )
 def test_mistakes_are_one_message(capsys, arguments):

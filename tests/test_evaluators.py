@@ -187,8 +187,10 @@ def test_report_is_one_page_without_outside_references(tmp_path, emoji):
     write_report(
         tmp_path / "report.html",
         title="a <run>",
-        config={"seed": 0, "init": "<w>", "data": {"train": "mine"}, "eval": {"source": "held_out"}},
+        facts={"weights": "<w>", "data": "mine", "tested on": "held_out", "nothing": ""},
+        config={"seed": 0},
         history=history,
+        charts=[],
         results={"eval/x": 0.25},
         chance={"eval/x": 0.125},
         fragments=["<p>pictures</p>"],

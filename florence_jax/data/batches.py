@@ -275,7 +275,8 @@ def _wanted_fields(ops: Sequence[Op], host: Collection[str], records: Iterable[R
     """
     wanted: set[str] | None = None
     for record in records:
-        made, wanted, example = set(), set(), record
+        made: set[str] = set()
+        wanted, example = set(), record
         try:
             for op in ops:
                 wanted |= op.reads - made

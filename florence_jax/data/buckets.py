@@ -41,7 +41,7 @@ def make_buckets(sources: Sequence[Source], sizes: Sequence[tuple[int, int]]) ->
     chosen = np.empty(len(shapes), np.int64)
     for start in range(0, len(shapes), CHUNK):
         chosen[start : start + CHUNK] = nearest_sizes(shapes[start : start + CHUNK], sizes)
-    buckets = [Bucket(np.flatnonzero(chosen == k), tuple(size)) for k, size in enumerate(sizes)]
+    buckets = [Bucket(np.flatnonzero(chosen == k), (height, width)) for k, (height, width) in enumerate(sizes)]
     for bucket in buckets:
         logging.info("bucket of %d x %d pixels (height x width): %d records", *bucket.size, len(bucket.rows))
     return tuple(bucket for bucket in buckets if len(bucket.rows))

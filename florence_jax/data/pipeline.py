@@ -10,6 +10,7 @@ records: which bucket step s has depends on the data alone, and all processes ha
 What is left of an example after the ops is in the batch, or an error: end the ops with `keep(...)`.
 """
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -50,7 +51,8 @@ class TrainData(NamedTuple):
     buckets: tuple[Bucket, ...] = ()
 
 
-class Process(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Process:
     """One of `count` processes: it has rows [index * b, (index + 1) * b) of a global batch, b its size / count."""
 
     index: int
@@ -280,9 +282,9 @@ def _bucket_parts(data: TrainData, weights: Sequence[float], seed: int) -> list[
     parts = []
     for k, bucket in enumerate(data.buckets):
         rows, counts = _rows_by_source(bucket, starts)
-        there = np.flatnonzero(counts)
+        there = np.flatnonzero(counts).tolist()
         bounds = np.concatenate([[0], np.cumsum(counts)])
-        sources = [
+        sources: list[Source] = [
             Subset(data.sources[i], rows[bounds[i] : bounds[i + 1]] - starts[i], data.sources[i].name) for i in there
         ]
         shares = [weights[i] * counts[i] / used[i] for i in there]
@@ -356,9 +358,9 @@ class _Plan:
         if self._batches:
             bucket, rows = self._batches[step]
         else:
-            bucket, rows = 0, range(step * self._size, min((step + 1) * self._size, self._total))
+            bucket, rows = 0, np.arange(step * self._size, min((step + 1) * self._size, self._total))
         local = self._size // self._process.count
-        mine = list(map(int, rows[self._process.index * local : (self._process.index + 1) * local]))
+        mine = rows[self._process.index * local : (self._process.index + 1) * local].tolist()
         return bucket, mine + [-1] * (local - len(mine)), int(rows[0])
 
 

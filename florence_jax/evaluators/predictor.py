@@ -184,7 +184,7 @@ class Embedder:
     def __init__(self, predict: dict[str, Predict], tokenizer: Tokenizer | None, mesh: Mesh, batch_size: int):
         self._tokenizer = tokenizer
         self._compiled_towers: set[str] = set()
-        self._towers = {
+        self._towers: dict[str, Predictor] = {
             name: Predictor(_with_label(predict[name]), mesh, batch_size)
             for name in ("image", "text")
             if name in predict
@@ -237,6 +237,7 @@ class Embedder:
 
     def _text_batches(self, texts: Sequence[str], steps: int) -> Iterator[dict[str, np.ndarray]]:
         local = self.batch_size // jax.process_count()
+        assert self._tokenizer is not None, "texts need a tokenizer"
         for step in range(steps):
             start = step * self.batch_size + jax.process_index() * local
             rows = self._tokenizer.encode_batch(texts[start : start + local])

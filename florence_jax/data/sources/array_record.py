@@ -142,7 +142,7 @@ def write_array_record(path: str, records: Iterable[Record]) -> int:
 def _check_record(record: Record, what: str) -> None:
     if not isinstance(record.get("key"), str):
         raise UserError(f"{what} needs a str 'key'")
-    kinds = {"image": bytes, "images": list, "video": (bytes, str)}
+    kinds: dict[str, tuple[type, ...]] = {"image": (bytes,), "images": (list,), "video": (bytes, str)}
     found = [name for name in PAYLOADS if record.get(name) is not None]
     fits = all(isinstance(record[name], kinds[name]) for name in found)
     if not found or not fits or not all(isinstance(item, bytes) for item in record.get("images") or ()):
