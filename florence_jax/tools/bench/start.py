@@ -98,7 +98,6 @@ def first_batch(path: str, process: tuple[int, int], batch: int) -> dict[str, An
     config.data.train = path
     task = create_task(config)
     before, began = bytes_read(), time.perf_counter()
-    task.open_data()
     place = Process(*process)
     with train_stream(task.train_data(), batch_size=batch, seed=config.seed, process=place, prefetch=0) as stream:
         next(stream)
