@@ -44,7 +44,7 @@ def test_formats_hold_the_same_records(run):
     source = open_source(str(output))
     records = {record["key"]: record for record in source.__getitems__(range(len(source)))}
     assert len(records) == COUNT == summary["records"]
-    assert all(record["group"] == "things" and record["label"] < COUNT for record in records.values())
+    assert all(record["group"] == "things" and "label" not in record for record in records.values())
     tables = [row for path in sorted(output.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     assert {row["key"]: row for row in tables} == records
     found = [p for split in list_splits(f"t={output}/*.tar", 99) for p in read_split(split, 1 << 20)]
@@ -52,7 +52,7 @@ def test_formats_hold_the_same_records(run):
     assert sorted(keys) == sorted(records)
     for key, pair in zip(keys, found, strict=True):
         assert pair["image"] == records[key]["image"] and pair["caption"] == records[key]["caption"]
-        assert pair["extra"]["label"] == records[key]["label"] and pair["extra"]["text_id"] == records[key]["text_id"]
+        assert pair["extra"]["text_id"] == records[key]["text_id"]
 
 
 def test_checksums_list_and_no_leftovers(run):
@@ -129,15 +129,6 @@ def test_a_workdir_on_another_file_system(tmp_path):
         assert "pairs-00000-of-00001.array_record" in file.read()
 
 
-def test_labels_are_those_of_the_decisions(tmp_path):
-    """Also where an earlier run in this process and this folder had others."""
-    path = str(tmp_path / "labels.npy")
-    for decisions, texts, label in (("one", ["a", "b", "c"], 2), ("two", ["c"], 0)):
-        np.save(path, np.array(texts, "S32"))
-        writer = shards.Writer(str(tmp_path), str(tmp_path), path, decisions, ("parquet",), "", 1)
-        assert writer._label(["c"]).tolist() == [label]
-
-
 @pytest.mark.parametrize("values", [(3, "three"), ([1], "x"), (2**70, 1)])
 def test_a_field_of_two_types_has_no_parquet_column(tmp_path, values):
     records = [{"key": str(i), "image": b"x", "size": value} for i, value in enumerate(values)]
@@ -147,7 +138,7 @@ def test_a_field_of_two_types_has_no_parquet_column(tmp_path, values):
 
 
 def test_webdataset_names(tmp_path):
-    record = {"key": "k", "image": b"\xff\xd8x", "caption": "é", "label": 1}
+    record = {"key": "k", "image": b"\xff\xd8x", "caption": "é"}
     shards.WRITERS["webdataset"](str(tmp_path / "x.tar"), [record])
     with tarfile.open(tmp_path / "x.tar") as tar:
         assert tar.getnames() == ["k.jpg", "k.txt", "k.json"]

@@ -39,7 +39,7 @@ def random_batch(size=BATCH):
     return {
         "image": jnp.asarray(rng.integers(0, 256, (size, 32, 32, 3)), jnp.uint8),
         "text": jnp.asarray(rng.integers(4, 500, (size, 2, 8)), jnp.int32),
-        "label": jnp.asarray(rng.integers(0, 20, (size, 2)), jnp.int32),
+        "label": jnp.asarray(rng.integers(0, 5, (size, 2, 2)), jnp.int32),
     }
 
 

@@ -55,7 +55,7 @@ def trace(remat="none", micro_batch=0, mesh=None):
     shapes = {
         "image": jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.uint8),
         "text": jax.ShapeDtypeStruct((16, 2, 8), jnp.int32),
-        "label": jax.ShapeDtypeStruct((16, 2), jnp.int32),
+        "label": jax.ShapeDtypeStruct((16, 2, 2), jnp.int32),
     }
     key = jax.random.key(0)
     step = jax.jit(jax.value_and_grad(task.loss, has_aux=True))

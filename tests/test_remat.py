@@ -24,7 +24,7 @@ def compile_gradient(remat):
     def loss(params, image, text):
         inputs = {"image": image, "text": text}
         out = model.apply(params, inputs, train=True, rngs={"drop_path": jax.random.key(1)})
-        return unicl(out["image/embedding"], out["text/embedding"], jnp.arange(BATCH), out["logit_scale"])[0]
+        return unicl(out["image/embedding"], out["text/embedding"], jnp.arange(BATCH)[:, None], out["logit_scale"])[0]
 
     arguments = jax.eval_shape(model.init, jax.random.key(0)), *jax.eval_shape(inputs)
     return jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile(QUICK), model

@@ -41,7 +41,7 @@ def problem():
     batch = {
         "image": jnp.asarray(rng.normal(size=(16, 32, 32, 3)), jnp.float32),
         "text": jnp.asarray(rng.integers(1, 64, (16, 8)), jnp.int32),
-        "label": jnp.asarray(rng.integers(0, 9, 16), jnp.int32),
+        "label": jnp.asarray(rng.integers(0, 9, (16, 1)), jnp.int32),
     }
     return params, batch
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from florence_jax.data.captions import CaptionIndex
-from florence_jax.data.ops.captions import caption_strings
+from florence_jax.data.captions import caption_label
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.ops.registry import OPS
 from florence_jax.data.records import BadRecord
@@ -31,7 +30,7 @@ class WordTokenizer:
         return np.array((words + [0] * 4)[:4], np.int32)
 
 
-CONTEXT = {"tokenizer": WordTokenizer(), "caption_index": None, "templates": TEMPLATES}
+CONTEXT = {"tokenizer": WordTokenizer(), "templates": TEMPLATES}
 
 
 def rng(seed=0):
@@ -124,7 +123,6 @@ def test_bad_op_strings(spec, message):
 
 
 def test_every_op_can_be_pickled_and_leaves_its_input_alone():
-    context = CONTEXT | {"caption_index": CaptionIndex.build(["red fox", "x", "y", "x, y"])}
     specs = (
         "decode resize(8) resize_exact(8,9) center_crop(8) crop(8,pad=2) rrc(8) flip(1) affine(9,shift=0.1) "
         "jitter(0.5,0.5,0.5,0.1) gray(1) normalise caption(caption=1,tags=1,tags_joined=1) label prompt tokenize "
@@ -132,7 +130,7 @@ def test_every_op_can_be_pickled_and_leaves_its_input_alone():
     ).split()
     assert {spec.split("(")[0] for spec in specs} == set(OPS) - {"class_label", "class_prompt"}  # in test_classes
     for spec in specs:
-        (op,) = parse_ops(spec, context)
+        (op,) = parse_ops(spec, CONTEXT)
         image = encode(noise()) if spec == "decode" else noise()
         example = {"key": "k", "image": image, "caption": "red fox", "tags": ["x", "y"], "text": np.zeros(4, np.int32)}
         before = pickle.dumps(example)
@@ -383,14 +381,6 @@ def test_caption_proportions():
     assert draws("caption", n=3) == {"Red Fox": 3}
 
 
-def test_caption_strings_are_all_that_can_be_drawn():
-    fields = "caption=3,keywords=2,group=1,none=5,keywords_joined=1"
-    assert set(caption_strings(RECORD, fields)) == set(draws(f"caption({fields})"))
-    assert caption_strings({"caption": "x" * 10_001, "keywords": [3, "ok", "&#x20;"]}, "caption=1,keywords=1") == ["ok"]
-    with pytest.raises(UserError, match="weight"):
-        caption_strings(RECORD, "caption=x")
-
-
 @pytest.mark.parametrize(
     ("caption", "message"),
     [
@@ -410,19 +400,13 @@ def test_bad_captions(caption, message):
 
 
 def test_labels():
-    index = CaptionIndex.build(["red fox", "animals"])
-    context = CONTEXT | {"caption_index": index}
     for spec in ("caption|label", "label", "caption|label|prompt"):
-        out = run(spec, RECORD, context=context)
-        assert out["label"] == index.id("red fox") and out["label"].dtype == np.int32
-    assert run("caption(group=1)|label|prompt", RECORD, context=context)["label"] == index.id("animals")
-    with pytest.raises(UserError, match="not in the caption index"):
-        run("caption(keywords=1)|label", RECORD, context=context)
-    # Without an index: the record's own label, for its own caption only.
-    assert run("caption|label", RECORD)["label"] == 7
-    for spec, record in (("caption(group=1)|label", RECORD), ("caption|label", {"key": "k", "caption": "x"})):
-        with pytest.raises(UserError, match="'k' has no label"):
-            run(spec, record)
+        label = run(spec, RECORD)["label"]
+        assert label.dtype == np.int32 and label.tolist() == caption_label("red fox").tolist()
+    label = run("caption(group=1)|label|prompt", RECORD)["label"]
+    assert label.tolist() == caption_label("animals").tolist() != caption_label("red fox").tolist()
+    with pytest.raises(BadRecord, match="'k': its caption is NoneType"):
+        run("label", {"key": "k"})
 
 
 def test_prompt():
@@ -450,22 +434,22 @@ def test_tokenize_with_sampling():
 
 
 def test_texts():
-    context = CONTEXT | {"caption_index": CaptionIndex.build(["red fox", "animals", "animal", "fur"])}
-    (op,) = parse_ops("texts('caption=1', 'group=1', 'caption=1,keywords=1')", context)
+    (op,) = parse_ops("texts('caption=1', 'group=1', 'caption=1,keywords=1')", CONTEXT)
     assert op.random and op.fields == {"caption", "group", "keywords"}
     out = op(RECORD, rng(3))
-    assert out["text"].dtype == out["label"].dtype == np.int32 and out["text"].shape == (3, 4)
+    assert out["text"].dtype == out["label"].dtype == np.int32
+    assert out["text"].shape == (3, 4) and out["label"].shape == (3, 2)
     assert out["caption"] == RECORD["caption"]  # each text is drawn from the record, not from the text before it
     generator = rng(3)
     for k, fields in enumerate(("caption=1", "group=1", "caption=1,keywords=1")):
         single = RECORD
-        for step in parse_ops(f"caption({fields})|label|prompt|tokenize", context):
+        for step in parse_ops(f"caption({fields})|label|prompt|tokenize", CONTEXT):
             single = step(single, generator)
         np.testing.assert_array_equal(out["text"][k], single["text"])
-        assert out["label"][k] == single["label"]
-    assert not parse_ops("texts('caption=1')", context | {"templates": ()})[0].random
-    bare = run("texts('caption=1', 'group=1,none=1')", {"key": "k", "caption": "Red Fox", "none": ""}, context=context)
-    assert bare["label"].tolist() == [context["caption_index"].id("red fox")] * 2
+        np.testing.assert_array_equal(out["label"][k], single["label"])
+    assert not parse_ops("texts('caption=1')", CONTEXT | {"templates": ()})[0].random
+    bare = run("texts('caption=1', 'group=1,none=1')", {"key": "k", "caption": "Red Fox", "none": ""})
+    assert bare["label"].tolist() == [caption_label("red fox").tolist()] * 2
 
 
 def test_keep():

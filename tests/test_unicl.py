@@ -25,12 +25,12 @@ def random_batch(size, dim, classes, seed=0):
     rng = np.random.default_rng(seed)
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
     image, text = unit(rng.normal(size=(size, dim))), unit(rng.normal(size=(size, dim)))
-    return jnp.float32(image), jnp.float32(text), jnp.asarray(rng.integers(0, classes, size))
+    return jnp.float32(image), jnp.float32(text), jnp.asarray(rng.integers(0, classes, (size, 1)))
 
 
 @pytest.mark.parametrize("labels,scale,i2t,t2i,total", GOLDEN)
 def test_golden(labels, scale, i2t, t2i, total):
-    labels = jnp.array(labels)
+    labels = jnp.array(labels)[:, None]
     loss, metrics = unicl(jnp.array(U), jnp.array(V), labels, scale)
     np.testing.assert_allclose([metrics["i2t"], metrics["t2i"], loss], [i2t, t2i, total], rtol=1e-5)
     np.testing.assert_allclose(unicl_reference(jnp.array(U), jnp.array(V), labels, scale), (i2t, t2i), rtol=1e-5)
@@ -53,14 +53,14 @@ def test_distinct_labels_are_clip():
     logits = 20.0 * image @ text.T
     rows, columns = jax.nn.log_softmax(logits, 1), jax.nn.log_softmax(logits, 0)
     clip = -(jnp.trace(rows) + jnp.trace(columns)) / 32
-    np.testing.assert_allclose(unicl(image, text, jnp.arange(16), 20.0)[0], clip, rtol=1e-5)
+    np.testing.assert_allclose(unicl(image, text, jnp.arange(16)[:, None], 20.0)[0], clip, rtol=1e-5)
 
 
 def test_constant_logits_give_log_batch_and_floor_is_a_lower_bound():
     image, text, labels = random_batch(24, 8, classes=5)
     same = jnp.tile(image[:1], (24, 1))
     np.testing.assert_allclose(unicl(same, same, labels, 3.0)[0], np.log(24), rtol=1e-6)
-    onehot = jnp.eye(5)[labels]  # features that separate the labels perfectly
+    onehot = jnp.eye(5)[labels[:, 0]]  # features that separate the labels perfectly
     loss, metrics = unicl(onehot, onehot, labels, 100.0)
     np.testing.assert_allclose(loss, metrics["floor"], rtol=1e-5)
     assert unicl(image, text, labels, 10.0)[0] > metrics["floor"]
@@ -71,7 +71,7 @@ def test_logit_gradient_is_softmax_minus_targets():
     logits = jax.random.normal(jax.random.key(0), (6, 6))
     # With image = identity and text = logits^T the logits are the argument itself.
     grad = jax.grad(lambda x: unicl(jnp.eye(6), x.T, labels, 1.0)[1]["i2t"])(logits)
-    positives = (labels[:, None] == labels[None, :]).astype(jnp.float32)
+    positives = (labels == labels.T).astype(jnp.float32)
     expected = (jax.nn.softmax(logits, 1) - positives / positives.sum(1, keepdims=True)) / 6
     np.testing.assert_allclose(grad, expected, atol=1e-6)
 
@@ -84,6 +84,16 @@ def test_permutation_invariance():
     )
 
 
-def test_shapes_that_disagree_are_refused():
-    with pytest.raises(ValueError, match="labels"):
-        unicl(jnp.ones((4, 2)), jnp.ones((4, 2)), jnp.ones((3,), jnp.int32), 1.0)
+def test_labels_of_two_words_are_equal_if_both_are():
+    image, text, labels = random_batch(24, 8, classes=9)
+    words = jnp.concatenate([labels // 3, labels % 3], axis=1)
+    assert len(np.unique(words[:, 0])) == len(np.unique(words[:, 1])) == 3 and len(np.unique(labels)) > 6
+    want, got = unicl(image, text, labels, 5.0), unicl(image, text, words, 5.0)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(a == b), got, want))
+    np.testing.assert_allclose(sum(unicl_reference(image, text, words, 5.0)) / 2, want[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("labels", [(3, 1), (4,)])
+def test_shapes_that_disagree_are_refused(labels):
+    with pytest.raises(ValueError, match=r"labels \(B, W\)"):
+        unicl(jnp.ones((4, 2)), jnp.ones((4, 2)), jnp.ones(labels, jnp.int32), 1.0)

@@ -16,7 +16,8 @@ def problem(size, dim, classes, seed=0):
     rng = np.random.default_rng(seed)
     unit = lambda x: jnp.float32(x / np.linalg.norm(x, axis=1, keepdims=True))  # noqa: E731
     image, text = unit(rng.normal(size=(size, dim))), unit(rng.normal(size=(size, dim)))
-    return image, text, jnp.asarray(rng.integers(0, classes, size), jnp.int32)
+    number = rng.integers(0, classes, size)
+    return image, text, jnp.asarray(np.stack([number // 4, number % 4], axis=1), jnp.int32)
 
 
 def sharded(mesh):
@@ -64,7 +65,7 @@ def test_each_device_holds_its_rows_only():
     """No matrix of the compiled program is B x B: the logits exist as rows only."""
     size = 512
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((size, 8), (size, 8), ())]
-    compiled = sharded(make_mesh(8, 1)).lower(*shapes, jax.ShapeDtypeStruct((size,), jnp.int32)).compile()
+    compiled = sharded(make_mesh(8, 1)).lower(*shapes, jax.ShapeDtypeStruct((size, 2), jnp.int32)).compile()
     sides = {tuple(map(int, pair)) for pair in re.findall(r"f32\[(\d+),(\d+)\]", compiled.as_text())}
     assert (size // 8, size) in sides and (size, size) not in sides
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * size**2

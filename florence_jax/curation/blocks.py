@@ -170,11 +170,10 @@ class _Decide(beam.DoFn):
 
 
 def chain_stages(blocks: beam.PCollection[pa.Table], stages: Iterable[Stage | WideStage]) -> dict[str, Any]:
-    """{"blocks": what the last stage keeps, "dropped": log rows of all, "entering": blocks before each stage}."""
-    dropped, entering = [], {}
+    """{"blocks": what the last stage keeps, "dropped": log rows of all}."""
+    dropped = []
     for stage in stages:
-        entering[stage.name] = blocks
         outputs = blocks | (Decide(stage.name, stage.decide) if isinstance(stage, Stage) else stage)
         blocks = outputs["kept"]
         dropped.append(outputs["dropped"])
-    return {"blocks": blocks, "dropped": dropped, "entering": entering}
+    return {"blocks": blocks, "dropped": dropped}

@@ -4,7 +4,7 @@ measured/   a part of the table of scores for each split of the input (and copie
 table/      all rows, sorted by uid and divided into parts: the same for any order of the input
 clusters/   edges between near-duplicates, and the cluster of each row
 scores/     scores of pictures by models, where the configuration asks for some
-decisions/  log-*: every uid once, with its reason; plan-*: the rows of each output shard; labels.npy
+decisions/  log-*: every uid once, with its reason; plan-*: the rows of each output shard
 output/     the shards, their manifests and checksums, lists of uids, Croissant metadata and a data sheet
 audit/      what the report is made of: counts, and rows that are examples
 report/     funnel.json and funnel.html

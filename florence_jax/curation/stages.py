@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,8 +20,8 @@ from florence_jax.curation.blocks import Repartition, Stage, WideStage, by_ident
 from florence_jax.curation.output.shards import PLAN, by_shard, shard_count, with_place
 from florence_jax.curation.plan import FIELD, Rules, make_stages
 from florence_jax.curation.run import Run, part_paths
-from florence_jax.curation.table import DECISIONS, SCORES, read_table, save_array, with_column, write_table
-from florence_jax.files import json_digest, list_files, read_json, write_json
+from florence_jax.curation.table import DECISIONS, SCORES, read_table, with_column, write_table
+from florence_jax.files import json_digest, read_json, write_json
 
 
 def with_fields(block: pa.Table, rules: Rules) -> pa.Table:
@@ -86,7 +85,7 @@ def load_blocks(
 
 
 def build_decisions(run: Run, table: Mapping[str, Any], scores: str, benchmarks: str) -> dict[str, Any]:
-    """Decides every pair: the log, the rows of each output shard, and the dense ids of the captions."""
+    """Decides every pair: the log, and the rows of each output shard."""
     count = len(table["parts"])
     shards = run.config["output"]["shards"] or shard_count(table["rows"], run.config["output"]["records_per_shard"])
     contents = [part["sha256"] for part in table["parts"]]
@@ -96,16 +95,10 @@ def build_decisions(run: Run, table: Mapping[str, Any], scores: str, benchmarks:
 
     def build(folder: str) -> Mapping[str, Any]:
         run.beam(lambda root: _decide(root, run, count, shards, folder, scores, benchmarks))
-        labels = [read_table(path)["text_id"].to_pylist() for path in _paths(folder, "labels")]
-        save_array(f"{folder}/labels.npy", np.array([text for part in labels for text in part], "S32"))
         log = [facts for i in range(count) if (facts := read_json(f"{folder}/log-{i:05d}.json")) is not None]
-        return {"stages": stages, "shards": shards, "labels": sum(map(len, labels)), "log": log}
+        return {"stages": stages, "shards": shards, "log": log}
 
     return run.phase("decisions", digest, build)
-
-
-def _paths(folder: str, name: str) -> list[str]:
-    return [f"{folder}/{file}" for file in list_files(folder, ".parquet") if file.startswith(name)]
 
 
 def _decide(root: beam.Pipeline, run: Run, count: int, shards: int, folder: str, scores: str, benchmarks: str) -> None:
@@ -126,11 +119,6 @@ def _decide(root: beam.Pipeline, run: Run, count: int, shards: int, folder: str,
     plans = placed | "Columns" >> beam.Map(lambda block: block.select([*PLAN, "shard", "place"]))
     plans = plans | "ByShard" >> Repartition(by_shard)
     _ = plans | "WritePlan" >> beam.MapTuple(functools.partial(_write_plan, folder=folder))
-    # Labels count captions before the post-filter: a takedown moves no label of another pair.
-    texts = decided["entering"]["post_filter"] | "Texts" >> beam.Map(lambda block: block.select(["text_id"]))
-    by_text = functools.partial(by_identifier, column="text_id", count=count)
-    texts = texts | "TextsOnce" >> beam.Map(_distinct) | "ByText" >> Repartition(by_text, "text_id")
-    _ = texts | "WriteLabels" >> beam.MapTuple(functools.partial(_write_labels, folder=folder))
 
 
 def _kept_rows(block: pa.Table) -> pa.Table:
@@ -146,11 +134,3 @@ def _write_log(number: int, log: pa.Table, folder: str, config: str) -> None:
 def _write_plan(number: int, plan: pa.Table, folder: str) -> None:
     plan = plan.sort_by([("place", "ascending"), ("uid", "ascending")]).drop_columns(["shard"])
     write_table(f"{folder}/plan-{number:05d}.parquet", plan)
-
-
-def _distinct(texts: pa.Table) -> pa.Table:
-    return pa.table({"text_id": texts["text_id"].unique()})
-
-
-def _write_labels(number: int, texts: pa.Table, folder: str) -> None:
-    write_table(f"{folder}/labels-{number:05d}.parquet", _distinct(texts).sort_by("text_id"))

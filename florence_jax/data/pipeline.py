@@ -113,7 +113,7 @@ def train_stream(
 
     Returns:
       Batches of the arrays and numbers that the ops leave, stacked, e.g. {"image": uint8 (b, H, W, 3), "text": int32
-      (b, L), "label": int32 (b,)}; "corrupt": int32 (b,), bad records passed over for each example; and where the ops
+      (b, L), "label": int32 (b, 2)}; "corrupt": int32 (b,), bad records passed over for each example; and where the ops
       leave "valid", "padded": float32 (b,), see `batches.padded_share`.
 
     Raises:

@@ -209,8 +209,8 @@ class Embedder:
           quiet: do not print images per second.
 
         Returns:
-          "embedding" float32 (N, D), "index" int32 (N,), row in the source, and "label" (N,) where the ops leave one;
-          N is the number of readable records.
+          "embedding" float32 (N, D), "index" int32 (N,), row in the source, and "label" (N, ...) where the ops leave
+          one; N is the number of readable records.
 
         Raises:
           UserError: for embeddings that are not finite, or as `eval_stream`.

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from florence_jax.data.captions import CaptionIndex, normalise_caption
+from florence_jax.data.captions import caption_label, normalise_caption
 from florence_jax.data.records import Record, Source, record_thumbnail
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
@@ -138,9 +138,13 @@ class Retrieval(Evaluator):
     def __init__(self, name: str, source: Source, ops: str, embedder: Embedder, on_corrupt: str = "skip"):
         self.name, self.charts = name, (recall_chart(name),)
         self._source, self._embedder, self._on_corrupt = source, embedder, on_corrupt
-        captions = {normalise_caption(str(row.get("caption", ""))) for row in source.metadata()} - {""}
-        self._index = CaptionIndex.build(captions)
-        self._captions = sorted(captions, key=self._index.id)
+        found = {normalise_caption(str(row.get("caption", ""))) for row in source.metadata()} - {""}
+        if not found:
+            raise UserError(f"{source.name}: no record has a caption in the field 'caption'")
+        captions = sorted(found)
+        numbers = _numbers(np.stack([caption_label(caption) for caption in captions]))
+        order = np.argsort(numbers)
+        self._captions, self._numbers = [captions[i] for i in order], numbers[order]
         self._ops = f"{ops}|caption|label|keep(image, label)"
         self._chance: dict[str, float] = {}
         self._report: list[str] = []
@@ -152,24 +156,27 @@ class Retrieval(Evaluator):
 
     def run(self, params: Any) -> dict[str, float]:
         """'i2t_r@k' and 't2i_r@k', and the number of images."""
-        context = {"caption_index": self._index}
-        images = self._embedder.images(params, self._source, self._ops, context, self._on_corrupt)
+        images = self._embedder.images(params, self._source, self._ops, {}, self._on_corrupt)
         texts = self._embedder.texts(params, self._captions, f"{self.name} captions")
+        owned = np.searchsorted(self._numbers, _numbers(images["label"]))  # of each image, its caption
         # A caption all of whose images are unreadable is nobody's.
-        present = np.unique(images["label"])
-        results = two_way_recalls(images["embedding"], texts[present], images["label"], present)
-        self._chance = retrieval_chance(images["label"], present)
+        present = np.unique(owned)
+        results = two_way_recalls(images["embedding"], texts[present], owned, present)
+        self._chance = retrieval_chance(owned, present)
         pictures = [record_thumbnail(self._source, int(i)) for i in images["index"][:MAX_PICTURES]]
         self._report = [
-            matches_report(
-                self.name, images["embedding"][: len(pictures)], pictures, images["label"], texts, self._captions
-            )
+            matches_report(self.name, images["embedding"][: len(pictures)], pictures, owned, texts, self._captions)
         ]
-        return results | {"images": float(len(images["label"]))}
+        return results | {"images": float(len(owned))}
 
     def report(self) -> list[str]:
         """Grids image -> texts and text -> images."""
         return self._report
+
+
+def _numbers(labels: np.ndarray) -> np.ndarray:
+    """int32 (N, 2) labels as int64 (N,)."""
+    return np.ascontiguousarray(labels).view(np.int64)[:, 0]
 
 
 def _captions(row: Record) -> list[str]:

@@ -4,7 +4,7 @@ Florence's equations 1-3 (arXiv 2111.11432) in the mean form of UniCL's Algorith
 mean and the two directions are averaged, which changes the paper's loss by the constant 2B only.
 
 For a batch of B triples (image, text, label), unit vectors u_i and v_j, logits l_ij = s u_i.v_j and positives
-P_ij = [y_i = y_j]:
+P_ij = [y_i = y_j], y being one whole number (a class) or several (the halves of the 64-bit hash of a caption):
 
     L_i2t = mean_i ( logsumexp_j l_ij - 1/|P_i| sum_j P_ij l_ij )          L_t2i: the same over columns
     L     = (L_i2t + L_t2i) / 2
@@ -29,7 +29,7 @@ def unicl_reference(
     Args and shapes as in `unicl`. Returns the two float32 scalars (L_i2t, L_t2i).
     """
     logits = scale * jnp.matmul(image, text.T, precision="highest")
-    positives = (labels[:, None] == labels[None, :]).astype(jnp.float32)
+    positives = (labels[:, None] == labels[None, :]).all(axis=-1).astype(jnp.float32)
     targets = positives / positives.sum(axis=1, keepdims=True)
     i2t = -(targets * jax.nn.log_softmax(logits, axis=1)).sum(axis=1).mean()
     t2i = -(targets * jax.nn.log_softmax(logits.T, axis=1)).sum(axis=1).mean()
@@ -47,8 +47,9 @@ def unicl(
     Args:
       image: (B, D) unit image embeddings.
       text: (B, D) unit text embeddings.
-      labels: (B,) integers; equal labels mark pairs that are positives of each other (the dense id of the normalised
-        caption before any prompt template, or a class id).
+      labels: integers (B, W); pairs with equal labels are positives of each other. Of captions it is the hash before
+        any prompt template, W = 2 (`data.captions.caption_label`, with the odds of two captions sharing one); of
+        classes the class number, W = 1.
       scale: scalar multiplier of the cosine similarities, the exponential of the learned logit scale.
 
     Returns:
@@ -59,14 +60,14 @@ def unicl(
     Raises:
       ValueError: if shapes disagree.
     """
-    if image.shape != text.shape or image.ndim != 2 or labels.shape != image.shape[:1]:
+    if image.shape != text.shape or image.ndim != 2 or labels.ndim != 2 or len(labels) != len(image):
         raise ValueError(
-            f"unicl needs image (B, D), text (B, D), labels (B,); got {image.shape}, {text.shape}, {labels.shape}"
+            f"unicl needs image (B, D), text (B, D), labels (B, W); got {image.shape}, {text.shape}, {labels.shape}"
         )
     image, text = image.astype(jnp.float32), text.astype(jnp.float32)
     # 'highest': on TPU the default would round the features to bf16, an error of 0.4 in a logit of 100.
     logits = scale * jnp.matmul(image, text.T, precision="highest")
-    positives = labels[:, None] == labels[None, :]
+    positives = _equal(labels, labels)
     count = positives.sum(axis=1).astype(jnp.float32)
     aligned = (jnp.where(positives, logits, 0.0).sum(axis=1) / count).mean()
     i2t = jax.nn.logsumexp(logits, axis=1).mean() - aligned
@@ -76,10 +77,16 @@ def unicl(
         "i2t": i2t,
         "t2i": t2i,
         "floor": jnp.log(count).mean(),
-        "i2t_accuracy": (labels[logits.argmax(axis=1)] == labels).astype(jnp.float32).mean(),
-        "t2i_accuracy": (labels[logits.argmax(axis=0)] == labels).astype(jnp.float32).mean(),
+        "i2t_accuracy": (labels[logits.argmax(axis=1)] == labels).all(axis=1).astype(jnp.float32).mean(),
+        "t2i_accuracy": (labels[logits.argmax(axis=0)] == labels).all(axis=1).astype(jnp.float32).mean(),
     }
     return loss, metrics
+
+
+def _equal(rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """bool (N, M) of labels (N, W) and (M, W): word by word, so that no (N, M, W) array is made."""
+    words = (rows[:, None, w] == columns[None, :, w] for w in range(rows.shape[1]))
+    return functools.reduce(jnp.logical_and, words)
 
 
 def unicl_sharded(
@@ -112,7 +119,7 @@ def unicl_sharded(
 def _local_rows(
     image: jax.Array, text: jax.Array, labels: jax.Array, scale: jax.Array, *, axes: tuple[str, ...], size: int
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One device's part of `unicl_sharded`: image, text (b, D) and labels (b,) are its own of `size` examples."""
+    """One device's part of `unicl_sharded`: image, text (b, D) and labels (b, W) are its own of `size` examples."""
 
     def mean(rows: jax.Array) -> jax.Array:
         return jax.lax.psum(rows.astype(jnp.float32).sum(), axes) / size
@@ -120,7 +127,7 @@ def _local_rows(
     text = jax.lax.all_gather(text.astype(jnp.float32), axes, tiled=True)
     all_labels = jax.lax.all_gather(labels, axes, tiled=True)
     logits = scale * jnp.matmul(image.astype(jnp.float32), text.T, precision="highest")
-    positives = labels[:, None] == all_labels[None, :]
+    positives = _equal(labels, all_labels)
     count = positives.sum(axis=1).astype(jnp.float32)
     aligned = mean(jnp.where(positives, logits, 0.0).sum(axis=1) / count)
     i2t = mean(jax.nn.logsumexp(logits, axis=1)) - aligned
@@ -136,7 +143,7 @@ def _local_rows(
         "i2t": i2t,
         "t2i": t2i,
         "floor": mean(jnp.log(count)),
-        "i2t_accuracy": mean(all_labels[logits.argmax(axis=1)] == labels),
-        "t2i_accuracy": jax.lax.pmean((all_labels[best] == all_labels).astype(jnp.float32).mean(), axes),
+        "i2t_accuracy": mean((all_labels[logits.argmax(axis=1)] == labels).all(axis=1)),
+        "t2i_accuracy": jax.lax.pmean((all_labels[best] == all_labels).all(axis=1).astype(jnp.float32).mean(), axes),
     }
     return (i2t + t2i) / 2, metrics

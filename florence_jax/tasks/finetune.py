@@ -143,7 +143,8 @@ class FineTuneUniCL(FineTune):
         """UniCL over images and class prompts, labels being classes."""
         inputs = {"image": self.encoder.normalise(batch["image"]), "text": batch["text"]}
         out = self.encode(params, inputs, key)
-        loss, metrics = unicl(out["image/embedding"], out["text/embedding"], batch["label"], out["logit_scale"])
+        labels = batch["label"][:, None]
+        loss, metrics = unicl(out["image/embedding"], out["text/embedding"], labels, out["logit_scale"])
         return loss, metrics | {"logit_scale": out["logit_scale"]}
 
 

@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from florence_jax.data.batches import check_fields
-from florence_jax.data.captions import CaptionIndex
-from florence_jax.data.ops.captions import Caption, caption_strings, parse_fields
+from florence_jax.data.ops.captions import Caption, parse_fields
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.pipeline import TrainData
 from florence_jax.data.prompts import TEMPLATES
@@ -167,7 +166,7 @@ class Pretrain(Task):
         contrast = functools.partial(unicl_sharded, axes=axes) if axes else unicl
         results = []
         for k in range(texts):
-            labels = positions if self.config.loss == "clip" else batch["label"][:, k]
+            labels = positions[:, None] if self.config.loss == "clip" else batch["label"][:, k]
             results.append(contrast(out["image/embedding"], out["text/embedding"][:, k], labels, scale))
         loss, metrics = jax.tree.map(lambda *values: sum(values) / len(values), *results)
         return loss, metrics | {"logit_scale": scale}
@@ -194,7 +193,7 @@ class Pretrain(Task):
         shapes = {
             "image": jax.ShapeDtypeStruct((size, model.res, model.res, 3), jnp.uint8),
             "text": jax.ShapeDtypeStruct((size, texts, model.text_length), jnp.int32),
-            "label": jax.ShapeDtypeStruct((size, texts), jnp.int32),
+            "label": jax.ShapeDtypeStruct((size, texts, 2), jnp.int32),
             "corrupt": jax.ShapeDtypeStruct((size,), jnp.int32),
         }
         return (shapes,)
@@ -209,18 +208,7 @@ class Pretrain(Task):
         config, (sources, weights) = self.config, self.mixture
         for fields in self._captions:
             check_fields(sources, [Caption(**parse_fields(fields))])
-        index = CaptionIndex.build(
-            text
-            for source in sources
-            for record in source.metadata()
-            for fields in self._captions
-            for text in caption_strings(record, fields)
-        )
-        context = {
-            "tokenizer": self.tokenizer,
-            "caption_index": index,
-            "templates": TEMPLATES if config.text.templates else (),
-        }
+        context = {"tokenizer": self.tokenizer, "templates": TEMPLATES if config.text.templates else ()}
         texts = ", ".join(map(repr, self._captions))
         ops = f"{self.train_ops}|texts({texts}, sampling={config.text.subword_sampling})|keep(image, text, label)"
         return TrainData(sources, weights, ops, context)

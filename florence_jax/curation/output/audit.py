@@ -47,7 +47,6 @@ def write_audit(
         "damaged_inputs": table["damage"],
         "stages": stages,
         "records": output["records"],
-        "labels": decisions["labels"],
         "shards": decisions["shards"],
         "slices": funnel.slice_tables(),
         "benchmarks": funnel.benchmark_table(sorted(run.rules.benchmarks)),

@@ -56,8 +56,7 @@ def _title(words: str) -> str:
 def _head(summary: Mapping[str, Any]) -> str:
     share = summary["records"] / summary["rows"]
     notes = [
-        f"{summary['records']:,} of {summary['rows']:,} raw pairs kept ({share:.1%}). "
-        f"Captions that have a label, counted before the post-filter: {summary['labels']:,}.",
+        f"{summary['records']:,} of {summary['rows']:,} raw pairs kept ({share:.1%}).",
         f"Repeated keys: {summary['repeated_keys']:,}. Damaged input files: {len(summary['damaged_inputs']):,}. "
         f"Quarantined: {summary['quarantined']:,} (never shown).",
     ]

@@ -14,15 +14,7 @@ from florence_jax.files import filesystem, read_json, write_bytes
 def write_output(run: Run, decisions: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the shards that are not there yet; removes those of other runs; checksums and their Merkle root."""
     folder, output = f"{run.workdir}/decisions", run.config["output"]
-    writer = Writer(
-        run.workdir,
-        folder,
-        f"{folder}/labels.npy",
-        decisions["digest"],
-        output["formats"],
-        output["face_detector"],
-        decisions["shards"],
-    )
+    writer = Writer(run.workdir, folder, output["formats"], output["face_detector"], decisions["shards"])
     counts = f"{run.workdir}/output/manifest/written.json"
     run.beam(lambda root: root | beam.Create(list(range(decisions["shards"]))) | WriteShards(writer, counts))
     manifests = [read_json(f"{run.workdir}/output/manifest/{i:05d}.json") for i in range(decisions["shards"])]

@@ -21,7 +21,7 @@ from florence_jax.curation.blocks import load_callable
 from florence_jax.curation.filters.personal import blur_faces
 from florence_jax.curation.ingest.measure import image_bytes
 from florence_jax.curation.keyed import keyed_hashes
-from florence_jax.curation.table import load_array, read_table, with_column
+from florence_jax.curation.table import read_table, with_column
 from florence_jax.data.records import Record
 from florence_jax.data.sources.array_record import META, write_array_record
 from florence_jax.errors import UserError
@@ -57,37 +57,25 @@ class Writer:
     Args:
       workdir: of the run.
       plans: folder of `plan-00000.parquet`, ..., the rows of each shard in order.
-      labels: .npy file of the sorted text ids, 'S32'; the dense id of a caption is its place.
-      decisions: digest of the decisions that the plans and labels are from.
       formats: of `SUFFIXES`.
       face_detector: 'module:function' for `personal.blur_faces`, or ''.
       shards: their number.
     """
 
-    def __init__(
-        self,
-        workdir: str,
-        plans: str,
-        labels: str,
-        decisions: str,
-        formats: Sequence[str],
-        face_detector: str,
-        shards: int,
-    ):
-        self._workdir, self._plans, self._labels, self._decisions = workdir, plans, labels, decisions
+    def __init__(self, workdir: str, plans: str, formats: Sequence[str], face_detector: str, shards: int):
+        self._workdir, self._plans = workdir, plans
         self._formats, self._face_detector, self._shards = tuple(formats), face_detector, shards
 
     def __call__(self, shard: int) -> bool:
         """Writes a shard and its manifest; False if it was there already."""
         path = f"{self._plans}/plan-{shard:05d}.parquet"
         plan = read_table(path) if exists(path) else None
-        labels = np.zeros(0, np.int64) if plan is None else self._label(plan["text_id"].to_pylist())
-        digest = self._digest(plan, labels)
+        digest = self._digest(plan)
         manifest = f"{self._workdir}/output/manifest/{shard:05d}.json"
         before = read_json(manifest)
         if before is not None and before["plan"] == digest and self._complete(before):
             return False
-        records = [] if plan is None else list(self._records(plan, labels))
+        records = [] if plan is None else list(self._records(plan))
         files = {}
         for form in self._formats if records else ():
             name = f"pairs-{shard:05d}-of-{self._shards:05d}{SUFFIXES[form]}"
@@ -99,20 +87,17 @@ class Writer:
     def _complete(self, manifest: Mapping[str, Any]) -> bool:
         return all(exists(f"{self._workdir}/output/{name}") for name in manifest["files"])
 
-    def _digest(self, plan: pa.Table | None, labels: np.ndarray) -> str:
+    def _digest(self, plan: pa.Table | None) -> str:
         """Stands for what the shard will contain; where its pictures are read from does not matter."""
         rows = [] if plan is None else plan.drop_columns(["path", "offset", "size"]).to_pylist()
-        return json_digest([rows, labels.tolist(), self._formats, self._face_detector, self._shards])
+        return json_digest([rows, self._formats, self._face_detector, self._shards])
 
-    def _label(self, text_ids: Sequence[str]) -> np.ndarray:
-        return np.searchsorted(_labels(self._labels, self._decisions), np.array(text_ids, "S32"))
-
-    def _records(self, plan: pa.Table, labels: np.ndarray) -> Iterator[Record]:
+    def _records(self, plan: pa.Table) -> Iterator[Record]:
         rows = plan.to_pylist()
         # Pictures of one file are read one after the other.
         order = sorted(range(len(rows)), key=lambda i: (rows[i]["path"], rows[i]["offset"]))
         images = {i: self._image(rows[i]) for i in order}
-        for i, (row, label) in enumerate(zip(rows, labels.tolist(), strict=True)):
+        for i, row in enumerate(rows):
             yield {
                 **json.loads(row["extra"]),
                 "key": row["uid"],
@@ -120,7 +105,6 @@ class Writer:
                 "caption": row["caption"],
                 "captions": row["captions"],
                 "text_id": row["text_id"],
-                "label": label,
                 "url": row["url"],
                 "licence": row["licence"],
                 "source": row["source"],
@@ -131,12 +115,6 @@ class Writer:
     def _image(self, row: Mapping[str, Any]) -> bytes:
         data = image_bytes(self._workdir, row["path"], row["offset"], row["size"], row["image_id"])
         return blur_faces(data, load_callable(self._face_detector))[0] if self._face_detector else data
-
-
-@functools.lru_cache(1)
-def _labels(path: str, decisions: str) -> np.ndarray:
-    """The file of one run of the decisions, once a process: the next one writes another file of this name."""
-    return load_array(path)
 
 
 Written = dict[str, tuple[int, str]]  # what comes after the shard's name -> size and sha256 of the file

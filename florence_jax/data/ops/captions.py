@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from florence_jax.data.captions import normalise_caption
+from florence_jax.data.captions import caption_label, normalise_caption
 from florence_jax.data.ops.registry import Example, Op, checked_number, key_of, op
 from florence_jax.data.prompts import apply_prompt
 from florence_jax.data.records import BadRecord
@@ -34,7 +34,7 @@ class Caption(Op):
         self.random, self.reads = len(self.fields) > 1, frozenset(self.fields)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Replaces the caption; a "label" of the record's own caption is dropped with it."""
+        """Replaces the caption."""
         found = {name: texts for name in self.fields if (texts := _texts(example, name))}
         if not found:
             raise BadRecord(key_of(example), f"no text in {' or '.join(self.fields)}")
@@ -43,10 +43,7 @@ class Caption(Op):
         text = texts[0] if len(texts) == 1 else texts[int(rng.random() * len(texts))]
         if problem := _caption_problem(text):
             raise BadRecord(key_of(example), problem)
-        example = example | {"caption": text}
-        if name != "caption":
-            example.pop("label", None)  # it belongs to the record's own caption
-        return example
+        return example | {"caption": text}
 
 
 def _draw(found: Mapping[str, Any], weights: Mapping[str, float], rng: np.random.Generator) -> str:
@@ -91,36 +88,16 @@ def parse_fields(fields: str) -> dict[str, float]:
         raise UserError(f"caption fields {fields!r}: {error}; write them as 'caption=3,keywords=1'") from error
 
 
-def caption_strings(record: Mapping[str, Any], fields: str) -> list[str]:
-    """Every caption that `caption(<fields>)` may draw for a record, for CaptionIndex.build; unusable ones left out."""
-    found = (text for name in parse_fields(fields) for text in _texts(record, name))
-    return [text for text in found if _caption_problem(text) is None]
-
-
 @op("label")
 class Label(Op):
-    """Adds "label", np.int32: the dense id of the normalised caption. Goes before `prompt`.
+    """Adds "label", int32 (2,): the hash of the normalised caption, see `caption_label`. Goes before `prompt`.
 
-    The id is from context["caption_index"]; without an index it is the record's own "label" (made by curation), which
-    only the record's own caption has.
-
-    Raises (on call):
-      UserError: for a caption that the index lacks, or a record without a label where there is no index.
+    A "label" of the record itself is replaced.
     """
-
-    def __init__(self, context: Mapping[str, Any]):
-        self.index = context.get("caption_index")
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Adds the label."""
-        if self.index is not None:
-            return example | {"label": np.int32(self.index.id(_caption(example)))}
-        if not isinstance(example.get("label"), int):
-            raise UserError(
-                f"record {key_of(example)!r} has no label for the caption drawn: give a caption index, or draw only "
-                "'caption' from curated records"
-            )
-        return example | {"label": np.int32(example["label"])}
+        return example | {"label": caption_label(_caption(example))}
 
 
 @op("prompt")
@@ -168,7 +145,7 @@ class Texts(Op):
     """Several texts of one example: texts('caption=1', 'keywords=1,group=2', sampling=0.2) gives it two.
 
     Each is made from the example as by `caption(<fields>)|label|prompt|tokenize(sampling=...)`. Adds "text", int32
-    (K, L), and "label", int32 (K,), for K sets of fields. A set of which an example has no field gives a text of the
+    (K, L), and "label", int32 (K, 2), for K sets of fields. A set of which an example has no field gives a text of the
     first set instead, so that plain pairs can be mixed with ones that have keywords.
 
     Attributes:
@@ -179,7 +156,7 @@ class Texts(Op):
         if not fields:
             raise UserError("name the caption fields of each text")
         self.sets = [parse_fields(names) for names in fields]
-        rest = (Label(context), Prompt(context), Tokenize(context, sampling))
+        rest = (Label(), Prompt(context), Tokenize(context, sampling))
         self.chains = [(Caption(**names), *rest) for names in self.sets]
         self.fields = {name for names in self.sets for name in names}
         self.random, self.reads = any(op.random for chain in self.chains for op in chain), frozenset(self.fields)

@@ -1,7 +1,7 @@
 """Where records come from: the embedded emoji set, ArrayRecord files, TFDS, folders of images with captions.
 
 A record is a dict: "key" (str, unique in its source), "image" (encoded bytes), "caption" (str), and further text fields
-(str or list of str); optionally "label" (int, dense id of the caption, made by curation).
+(str or list of str).
 """
 
 import importlib.resources

@@ -87,7 +87,7 @@ def _as_records(path: epath.Path, rows: Sequence[Record]) -> list[Record]:
             raise UserError(f"{path} line {row['']}: column {names['key']!r} must name a file")
         rest = {k: v for k, v in row.items() if k and k not in names.values() and k != "key"}
         if rest.get("label") is not None:
-            rest["label"] = str(rest["label"])  # a class; a number would be taken for the id of the caption
+            rest["label"] = str(rest["label"])  # a class: JSON may have a number where CSV has text
         caption = {"caption": row.get(names["caption"], "")} if names["caption"] else {}  # else a list, "captions"
         records.append({**rest, "key": key.strip(), **caption})
     return records

@@ -107,10 +107,10 @@ class DeviceStep:
 def random_batch(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
     """Random pairs, all of different captions."""
     rng = np.random.default_rng(0)
-    size, texts = shapes["label"].shape
+    size, *rest = shapes["label"].shape
     return {
         "image": rng.integers(0, 256, shapes["image"].shape, np.uint8),
         "text": rng.integers(4, 500, shapes["text"].shape, np.int32),
-        "label": np.tile(np.arange(size, dtype=np.int32)[:, None], texts),
+        "label": np.tile(np.arange(size, dtype=np.int32)[:, None, None], (1, *rest)),
         "corrupt": np.zeros(size, np.int32),
     }

@@ -96,12 +96,12 @@ def make_loss(model: Model, micro_batch: int, towers: str) -> Loss:
 
 
 def random_batch(config: ModelConfig, size: int) -> dict[str, jax.Array]:
-    """Random pairs, of which two have the same caption id."""
+    """Random pairs, of which two have the same caption."""
     rng = np.random.default_rng(0)
     return {
         "image": jnp.asarray(rng.standard_normal((size, config.res, config.res, 3), np.float32)),
         "text": jnp.asarray(rng.integers(4, config.vocab_size, (size, config.text_length)), jnp.int32),
-        "label": jnp.maximum(jnp.arange(size), 1),
+        "label": jnp.maximum(jnp.arange(size), 1)[:, None],
     }
 
 

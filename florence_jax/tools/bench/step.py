@@ -171,7 +171,7 @@ def pretrain_step(model: Model, params: Any, batch: int) -> Step:
         "image": jnp.asarray(rng.standard_normal((batch, config.res, config.res, 3), np.float32)),
         "text": jnp.asarray(rng.integers(4, config.vocab_size, (batch, config.text_length)), jnp.int32),
     }
-    labels = jnp.maximum(jnp.arange(batch), 1)
+    labels = jnp.maximum(jnp.arange(batch), 1)[:, None]
 
     def loss(params: Any) -> jax.Array:
         out = model.apply(params, inputs, train=True)
