@@ -124,9 +124,9 @@ def test_bad_op_strings(spec, message):
 
 def test_every_op_can_be_pickled_and_leaves_its_input_alone():
     specs = (
-        "decode resize(8) resize_exact(8,9) center_crop(8) crop(8,pad=2) rrc(8) flip(1) affine(9,shift=0.1) "
-        "jitter(0.5,0.5,0.5,0.1) gray(1) normalise caption(caption=1,tags=1,tags_joined=1) label prompt tokenize "
-        "texts('caption=1','tags=1') keep(image,text)"
+        "decode resize(8) resize_exact(8,9) resize_long(8) center_crop(8) crop(8,pad=2) pad_image(30) rrc(8) flip(1) "
+        "affine(9,shift=0.1) jitter(0.5,0.5,0.5,0.1) gray(1) normalise caption(caption=1,tags=1,tags_joined=1) label "
+        "prompt tokenize texts('caption=1','tags=1') keep(image,text)"
     ).split()
     assert {spec.split("(")[0] for spec in specs} == set(OPS) - {"class_label", "class_prompt"}  # in test_classes
     for spec in specs:
@@ -435,7 +435,7 @@ def test_tokenize_with_sampling():
 
 def test_texts():
     (op,) = parse_ops("texts('caption=1', 'group=1', 'caption=1,keywords=1')", CONTEXT)
-    assert op.random and op.fields == {"caption", "group", "keywords"}
+    assert op.random and op.reads == {"caption", "group", "keywords"}
     out = op(RECORD, rng(3))
     assert out["text"].dtype == out["label"].dtype == np.int32
     assert out["text"].shape == (3, 4) and out["label"].shape == (3, 2)

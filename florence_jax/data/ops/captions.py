@@ -31,7 +31,8 @@ class Caption(Op):
     def __init__(self, **fields: float):
         fields = fields or {"caption": 1.0}
         self.fields = {name: checked_number(f"weight {name}", weight, 1e-6, 1e6) for name, weight in fields.items()}
-        self.random, self.reads = len(self.fields) > 1, frozenset(self.fields)
+        self.random = len(self.fields) > 1
+        self.reads = frozenset(self.fields)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Replaces the caption."""
@@ -95,6 +96,8 @@ class Label(Op):
     A "label" of the record itself is replaced.
     """
 
+    reads = frozenset(("caption",))
+
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Adds the label."""
         return example | {"label": caption_label(_caption(example))}
@@ -102,7 +105,9 @@ class Label(Op):
 
 @op("prompt")
 class Prompt(Op):
-    """Puts a caption of one or two words into a random one of context["templates"], as `text.apply_prompt` does."""
+    """Puts a caption of one or two words into a random one of context["templates"], as `prompts.apply_prompt` does."""
+
+    reads = frozenset(("caption",))
 
     def __init__(self, context: Mapping[str, Any]):
         self.templates = tuple(context.get("templates") or ())
@@ -121,6 +126,8 @@ class Tokenize(Op):
 
     With probability `sampling` the caption is split into pieces at random (`Tokenizer.sample`).
     """
+
+    reads = frozenset(("caption",))
 
     def __init__(self, context: Mapping[str, Any], sampling: float = 0.0):
         self.tokenizer = _need(context, "tokenizer")
@@ -147,9 +154,6 @@ class Texts(Op):
     Each is made from the example as by `caption(<fields>)|label|prompt|tokenize(sampling=...)`. Adds "text", int32
     (K, L), and "label", int32 (K, 2), for K sets of fields. A set of which an example has no field gives a text of the
     first set instead, so that plain pairs can be mixed with ones that have keywords.
-
-    Attributes:
-      fields: the caption fields of all sets.
     """
 
     def __init__(self, *fields: str, context: Mapping[str, Any], sampling: float = 0.0):
@@ -158,8 +162,8 @@ class Texts(Op):
         self.sets = [parse_fields(names) for names in fields]
         rest = (Label(), Prompt(context), Tokenize(context, sampling))
         self.chains = [(Caption(**names), *rest) for names in self.sets]
-        self.fields = {name for names in self.sets for name in names}
-        self.random, self.reads = any(op.random for chain in self.chains for op in chain), frozenset(self.fields)
+        self.reads = frozenset(name for names in self.sets for name in names)
+        self.random = any(op.random for chain in self.chains for op in chain)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Adds texts and labels."""
@@ -179,7 +183,7 @@ class Keep(Op):
     def __init__(self, *names: str):
         if not names:
             raise UserError("name the fields to keep")
-        self.names = names
+        self.names, self.reads = names, frozenset(names)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Raises UserError for a field that the example lacks."""

@@ -1,204 +1,160 @@
-"""Ops that move pixels: resize, crops, affine maps, mirroring."""
+"""What moves pixels: a warp, drawn once and applied to everything that lies in the picture.
 
-import math
+Coordinates are of edges, in pixels: x to the right, y down, the centre of the first pixel at (0.5, 0.5). Boxes are x1,
+y1, x2, y2.
+"""
+
+import abc
+import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from florence_jax.data.ops.image import ImageOp, PictureOp
-from florence_jax.data.ops.registry import checked_number, op
+from florence_jax.data.ops.image import PictureOp
+from florence_jax.data.ops.registry import Example, Op, checked_number, key_of
+from florence_jax.data.records import BadRecord
 from florence_jax.errors import UserError
 
-BICUBIC = Image.Resampling.BICUBIC
-INTERPOLATIONS = {"bicubic": BICUBIC, "bilinear": Image.Resampling.BILINEAR}  # of PIL, antialiased
+# Fields with one value a box, which go where their boxes go.
+PER_BOX = ("class_ids", "iscrowd", "is_group_of", "scores", "ignore")
 
 
-@op("resize")
-class Resize(PictureOp):
-    """Bicubic (antialiased) resize: the shorter side becomes `size`, the other keeps the aspect ratio, rounded down."""
+class Warp(Protocol):
+    """A map of pictures of one size to pictures of one size."""
 
-    def __init__(self, size: int):
-        self.size = _size(size)
+    @property
+    def matrix(self) -> np.ndarray:
+        """Float64 (2, 3), source -> target: (x', y') = matrix @ (x, y, 1)."""
 
-    def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        short = min(image.size)
-        return image.resize(tuple(self.size * side // short for side in image.size), BICUBIC)
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the target."""
 
-
-@op("resize_exact")
-class ResizeExact(PictureOp):
-    """Bicubic (antialiased) resize to (height, width), or (height, height), whatever the aspect ratio."""
-
-    def __init__(self, height: int, width: int | None = None):
-        self.size = (_size(height if width is None else width), _size(height))
-
-    def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        return image.resize(self.size, BICUBIC)
+    def picture(self, picture: Image.Image) -> Image.Image:
+        """The target; the picture given is not changed, but may be what comes back."""
 
 
-@op("center_crop")
-class CenterCrop(ImageOp):
-    """The central (size, size) pixels; smaller images are padded with black, as in torchvision."""
+class GeometricOp(PictureOp):
+    """An op that moves pixels: a subclass draws a `Warp`.
 
-    def __init__(self, size: int):
-        self.size = _size(size)
+    Frames of a video all take the one warp that is drawn. Pictures of a list may have several sizes: one warp for each
+    size, from the same random numbers.
 
-    def _image(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        image = _pad_to(image, self.size, fill=0)
-        # Half a pixel is rounded to even, as in torchvision.
-        top, left = (round((side - self.size) / 2) for side in image.shape[:2])
-        return image[top : top + self.size, left : left + self.size]
+    "boxes", (N, 4), go along. They are clipped to the picture; one of which nothing is left is dropped, with what
+    belongs to it in the fields `PER_BOX`; one of which less than `visible` is left is marked in "ignore", bool (N,),
+    neither an object nor background. After a rotation a box is the hull of its turned corners.
 
+    "warp", float64 (3, 3), is composed of those of all ops, so that what is found in the target can be taken back to
+    the source by `boxes_to_source`; of a list of K pictures it is (K, 3, 3).
 
-@op("crop")
-class Crop(ImageOp):
-    """Random (size, size) pixels after padding every side by `pad` pixels of `fill`, and as needed to reach `size`."""
-
-    random = True
-
-    def __init__(self, size: int, pad: int = 0, fill: int = 0):
-        self.size = _size(size)
-        self.pad, self.fill = int(checked_number("pad", pad, 0, 4096)), int(checked_number("fill", fill, 0, 255))
-
-    def _image(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        if self.pad:
-            image = np.pad(image, ((self.pad, self.pad), (self.pad, self.pad), (0, 0)), constant_values=self.fill)
-        image = _pad_to(image, self.size, self.fill)
-        top, left = (int(rng.integers(side - self.size + 1)) for side in image.shape[:2])
-        return image[top : top + self.size, left : left + self.size]
-
-
-@op("rrc")
-class RandomResizedCrop(PictureOp):
-    """A random box, resized (antialiased) to (size, size): Inception's crop (Szegedy et al. 2014).
-
-    As in torchvision: area and log aspect ratio are uniform; ten tries for a box that fits, then a centred one.
-
-    Args:
-      size: pixels.
-      scale: range of the box's share of the image's area.
-      ratio: range of the box's width / height.
-      interpolation: 'bicubic', or 'bilinear', which takes 0.6 times as long.
+    Attributes:
+      visible: share of a box's area, as it came to this op, from which on it counts; 0: whatever is left of it.
+      gives_warp: whether an op after this one may use "warp"; `link_warps` sets it.
     """
 
-    random = True
+    gives_warp = True
 
-    def __init__(
-        self,
-        size: int,
-        scale: Sequence[float] = (0.08, 1.0),
-        ratio: Sequence[float] = (3 / 4, 4 / 3),
-        interpolation: str = "bicubic",
-    ):
-        if interpolation not in INTERPOLATIONS:
-            raise UserError(f"interpolation={interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}")
-        self.interpolation = INTERPOLATIONS[interpolation]
-        self.size = _size(size)
-        self.scale = _range("scale", scale, 1.0)
-        self.ratio = _range("ratio", ratio, 100.0)
+    def __init__(self, field: str = "image", visible: float = 0.0):
+        super().__init__(field)
+        self.visible = checked_number("visible", visible, 0, 1)
 
-    def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        box = self._box(image.height, image.width, rng)
-        return image.resize((self.size, self.size), self.interpolation, box=box)
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Raises UserError if the pictures are not decoded yet or padded already; BadRecord for boxes that are none."""
+        if "valid" in example:
+            raise UserError(f"op {self.name!r} comes after pad_image, which must be the last op that moves pixels")
+        several = type(example.get(self.field)) is list  # not Frames, which all take one warp
+        start = copy.deepcopy(rng) if several else rng
+        drawn: dict[tuple[int, int], Warp] = {}
+        used: list[Warp] = []
 
-    def _box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        for _ in range(10):
-            area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * rng.random())
-            ratio = math.exp(low + (high - low) * rng.random())
-            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < w <= width and 0 < h <= height:
-                left, top = int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1))
-                return left, top, left + w, top + h
-        w = min(width, max(1, round(height * self.ratio[1])))
-        h = min(height, max(1, round(width / self.ratio[0])))
-        left, top = (width - w) // 2, (height - h) // 2
-        return left, top, left + w, top + h
+        def change(picture: Image.Image) -> Image.Image:
+            size = picture.height, picture.width
+            if size not in drawn:
+                drawn[size] = self.draw(size, copy.deepcopy(start) if drawn else rng)
+            used.append(drawn[size])
+            return used[-1].picture(picture)
+
+        changed = example | {self.field: self._changed(example, change)}
+        if self.gives_warp:
+            steps = np.stack([_square(warp.matrix) for warp in used]) if several else _square(used[0].matrix)
+            changed["warp"] = steps @ example["warp"] if "warp" in example else steps
+        if "boxes" in example:
+            if len(drawn) > 1:
+                raise UserError(f"op {self.name!r}: boxes lie in one picture, the {self.field} are of several sizes")
+            changed |= carry_boxes(example, used[0], self.visible)
+        return changed
+
+    @abc.abstractmethod
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Warp:
+        """The warp for pictures of a size (height, width)."""
 
 
-@op("affine")
-class RandomAffine(PictureOp):
-    """A random rotation about the centre, scaling, aspect ratio and shift (bilinear); what comes in view is `fill`.
+def link_warps(ops: Sequence[Op]) -> None:
+    """Lets geometric ops leave "warp" out where no op after them reads it and a `keep` drops it.
 
-    Unlike `rrc` it also zooms out, for drawings that fill their frame more or less.
+    Raises:
+      UserError: for geometric ops on two fields: there is one "warp", and one place for boxes.
+    """
+    fields = {op.field for op in ops if isinstance(op, GeometricOp)}
+    if len(fields) > 1:
+        raise UserError(f"ops that move pixels of {' and of '.join(sorted(fields))}: boxes and 'warp' are of one field")
+    for place, op in enumerate(ops):
+        if isinstance(op, GeometricOp):
+            after = ops[place + 1 :]
+            used, kept = any("warp" in later.reads for later in after), all(later.name != "keep" for later in after)
+            op.gives_warp = used or kept
+
+
+def map_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Boxes (..., 4) through a map (2, 3): float64 (..., 4), the hulls of the mapped corners."""
+    boxes, matrix = np.asarray(boxes, np.float64), np.asarray(matrix, np.float64)
+    centre, half = (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]) / 2
+    centre = centre @ matrix[:, :2].T + matrix[:, 2]
+    half = half @ np.abs(matrix[:, :2]).T
+    return np.concatenate([centre - half, centre + half], axis=-1)
+
+
+def boxes_to_source(boxes: np.ndarray, warp: np.ndarray) -> np.ndarray:
+    """Boxes (..., 4) in the picture that the ops left -> float64 (..., 4) in the source picture, not clipped.
 
     Args:
-      degrees: rotation, uniform in [-degrees, degrees].
-      scale: range of the zoom, log-uniform; below 1 the picture gets smaller.
-      shift: horizontally and vertically, uniform in [-shift, shift] times the side.
-      stretch: width over height is changed by a factor in [1 / (1 + stretch), 1 + stretch], log-uniform.
-      fill: grey level, 0 to 255.
+      boxes: x1, y1, x2, y2 in pixels.
+      warp: (3, 3), as `GeometricOp` leaves it.
     """
-
-    random = True
-
-    def __init__(
-        self,
-        degrees: float,
-        scale: Sequence[float] = (1.0, 1.0),
-        shift: float = 0.0,
-        stretch: float = 0.0,
-        fill: int = 255,
-    ):
-        self.degrees = checked_number("degrees", degrees, 0, 180)
-        self.scale = _range("scale", scale, 100.0)
-        self.shift, self.stretch = checked_number("shift", shift, 0, 1), checked_number("stretch", stretch, 0, 10)
-        self.fill = (int(checked_number("fill", fill, 0, 255)),) * 3
-
-    def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        width, height = image.size
-        angle = math.radians(self.degrees) * (2 * rng.random() - 1)
-        low, high = map(math.log, self.scale)
-        scale = math.exp(low + (high - low) * rng.random())
-        stretch = (1 + self.stretch) ** (rng.random() - 0.5)
-        shift = [self.shift * side * (2 * rng.random() - 1) for side in (width, height)]
-        cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
-        inverse = np.array([[cos / stretch, sin / stretch], [-sin * stretch, cos * stretch]])  # output -> input
-        centre = np.array([width / 2, height / 2])
-        offset = centre - inverse @ (centre + shift)
-        (a, b), (d, e) = inverse.tolist()
-        return image.transform(
-            image.size,
-            Image.Transform.AFFINE,
-            (a, b, float(offset[0]), d, e, float(offset[1])),
-            Image.Resampling.BILINEAR,
-            fillcolor=self.fill,
-        )
+    return map_boxes(boxes, np.linalg.inv(np.asarray(warp, np.float64))[:2])
 
 
-@op("flip")
-class Flip(PictureOp):
-    """Mirrors left and right with probability `p`."""
+def carry_boxes(example: Example, warp: Warp, visible: float) -> Example:
+    """ "boxes", float32 (M, 4), "ignore" and the other fields of `PER_BOX` that there are; see `GeometricOp`.
 
-    random = True
-
-    def __init__(self, p: float = 0.5):
-        self.p = checked_number("p", p, 0, 1)
-
-    def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.p else image
-
-
-def _pad_to(image: np.ndarray, size: int, fill: int) -> np.ndarray:
-    missing = [max(0, size - side) for side in image.shape[:2]]
-    if not any(missing):
-        return image
-    return np.pad(image, (*((m // 2, m - m // 2) for m in missing), (0, 0)), constant_values=fill)
-
-
-def _size(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise UserError(f"size must be a positive whole number of pixels, not {value!r}")
-    return value
-
-
-def _range(name: str, value: Any, high: float) -> tuple[float, float]:
+    Raises:
+      BadRecord: for boxes that are not (N, 4) finite numbers, or a field that has not one value a box.
+    """
     try:
-        a, b = map(float, value)
-    except (TypeError, ValueError):
-        a, b = 0.0, 0.0
-    if not 0 < a <= b <= high:
-        raise UserError(f"{name} must be two numbers (low, high) with 0 < low <= high <= {high}, not {value!r}")
-    return a, b
+        boxes = np.asarray(example["boxes"], np.float64).reshape(-1, 4)
+        per_box = {name: np.asarray(example[name]) for name in PER_BOX if example.get(name) is not None}
+    except (TypeError, ValueError) as error:
+        raise BadRecord(key_of(example), f"its boxes are not numbers (N, 4): {error}") from error
+    wrong = [name for name, values in per_box.items() if values.shape[:1] != (len(boxes),)]
+    if wrong or not np.isfinite(boxes).all():
+        problem = f"it has {len(boxes)} boxes, but not as many {wrong[0]}" if wrong else "a box is not finite"
+        raise BadRecord(key_of(example), problem)
+    whole = map_boxes(boxes, warp.matrix)
+    height, width = warp.size
+    clipped = whole.clip(0, (width, height, width, height))
+    left, all_of_it = _areas(clipped), _areas(whole)
+    there = left > 0
+    per_box["ignore"] = per_box.get("ignore", np.zeros(len(boxes), bool)) | (left < visible * all_of_it)
+    return {"boxes": clipped[there].astype(np.float32)} | {name: values[there] for name, values in per_box.items()}
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return np.maximum(boxes[:, 2:] - boxes[:, :2], 0).prod(axis=1)
+
+
+def _square(matrix: np.ndarray) -> np.ndarray:
+    square = np.eye(3)
+    square[:2] = matrix
+    return square

@@ -1,13 +1,15 @@
-"""Ops on images, uint8 (H, W, 3) from `decode` on; importing this module registers them.
+"""Ops on pictures: decode, and those that change colours; importing this module registers them.
 
-Between two ops that both work on PIL pictures the picture itself is handed on (`link_pictures`): an array made of it
-and a picture made of that again would be two copies for nothing.
+From `decode` on, a field holds one picture, uint8 (H, W, 3), a list of pictures of any sizes, or the frames of a video,
+uint8 (T, H, W, 3). Between two ops that both work on PIL pictures the pictures themselves are handed on
+(`link_pictures`): an array made of one and a picture made of that again would be two copies for nothing.
 """
 
 import abc
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,6 +24,7 @@ IDENTITY = np.eye(3, dtype=np.float32)
 # Luma and chroma (Y, I, Q) of R, G, B, for rotations of the hue.
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
 MAX_ASPECT = 100  # of a picture; a line of pixels would be resized to gigabytes
+Change = Callable[[Image.Image], Image.Image]
 
 
 @op("decode")
@@ -29,7 +32,7 @@ class Decode(Op):
     """Encoded bytes (JPEG, PNG, WebP, ...), a PIL picture or uint8 (H, W[, 1 or 3]) -> uint8 (H, W, 3), RGB.
 
     EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled, of animations the first frame is
-    taken. Corrupt images and those narrower than 1:100 are bad records.
+    taken. Of a list each is decoded. Corrupt images and those narrower than 1:100 are bad records.
 
     Attributes:
       gives_picture: see `PictureOp`.
@@ -37,78 +40,113 @@ class Decode(Op):
 
     gives_picture = False
 
+    def __init__(self, field: str = "image"):
+        self.field, self.reads = field, frozenset((field,))
+
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Raises BadRecord for an image that cannot be decoded."""
-        data = example.get("image")
+        data = example.get(self.field)
+        if isinstance(data, list):
+            return example | {self.field: [self._decoded(example, each) for each in data]}
+        return example | {self.field: self._decoded(example, data)}
+
+    def _decoded(self, example: Example, data: Any) -> np.ndarray | Image.Image:
         if isinstance(data, np.ndarray):
-            return example | {"image": self._from_array(example, data)}
+            return self._from_array(example, data)
         if not isinstance(data, (bytes, Image.Image)):
-            raise BadRecord(key_of(example), f"its image is {type(data).__name__}, not bytes")
+            raise BadRecord(key_of(example), f"its {self.field} is {type(data).__name__}, not bytes")
         try:
             with open_picture(data) as image:
                 if max(image.size) > MAX_ASPECT * min(image.size):
                     raise ValueError(f"{image.width} x {image.height} pixels are too narrow")
                 picture = to_rgb(image)
-                return example | {"image": picture if self.gives_picture else np.asarray(picture)}
+                return picture if self.gives_picture else np.asarray(picture)
         except Exception as error:  # PIL's decoders raise a dozen unrelated types on corrupt data
             raise BadRecord(key_of(example), f"corrupt image ({type(error).__name__}: {error})"[:300]) from error
 
-    @staticmethod
-    def _from_array(example: Example, data: np.ndarray) -> np.ndarray:
+    def _from_array(self, example: Example, data: np.ndarray) -> np.ndarray:
         data = data[..., None] if data.ndim == 2 else data
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] not in (1, 3) or not data.size:
-            raise BadRecord(key_of(example), f"its image is {data.dtype} {data.shape}, not uint8 (H, W, 1 or 3)")
+            what = f"its {self.field} is {data.dtype} {data.shape}, not uint8 (H, W, 1 or 3)"
+            raise BadRecord(key_of(example), what)
         return np.repeat(data, 3, axis=2) if data.shape[2] == 1 else data
 
 
-class ImageOp(Op):
-    """An op on the image alone: a subclass defines `_image`."""
+class Frames(list):
+    """The frames of a video as PIL pictures, between two ops that work on pictures."""
 
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Raises UserError if the image is not decoded yet."""
-        image = example.get("image")
-        if not isinstance(image, np.ndarray):
-            raise UserError(f"op {self.name!r} needs a decoded image: put decode before it")
-        return example | {"image": self._image(image, rng)}
 
-    @abc.abstractmethod
-    def _image(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """uint8 (H, W, 3) -> the transformed image."""
+def picture_sizes(value: Any) -> Any:
+    """(height, width) of a decoded picture or of the frames of a video; of a list of pictures a list of them."""
+    if type(value) is list:
+        return [picture_sizes(each) for each in value]
+    if isinstance(value, Frames):
+        return picture_sizes(value[0])
+    return value.shape[-3:-1] if isinstance(value, np.ndarray) else (value.height, value.width)
 
 
 class PictureOp(Op):
-    """An op on the image as PIL has it: a subclass defines `_picture`. Takes and gives arrays as well.
+    """An op on the pictures of a field as PIL has them: one, a list, or the frames of a video. Gives what it took.
 
     Attributes:
-      gives_picture: whether the image is left as a PIL picture, RGB, for the next op; `link_pictures` sets it.
+      field: of the example.
+      gives_picture: whether pictures are left to the next op as PIL has them, RGB; `link_pictures` sets it.
     """
 
     gives_picture = False
 
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Raises UserError if the image is not decoded yet."""
-        image = example.get("image")
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
-        elif not isinstance(image, Image.Image):
-            raise UserError(f"op {self.name!r} needs a decoded image: put decode before it")
-        image = self._picture(image, rng)
-        return example | {"image": image if self.gives_picture else np.asarray(image)}
+    def __init__(self, field: str = "image"):
+        self.field, self.reads = field, frozenset((field,))
 
-    @abc.abstractmethod
-    def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """RGB picture -> the transformed picture; the one given is not changed."""
+    def _changed(self, example: Example, change: Change) -> Any:
+        """The field with `change` on each of its pictures. Raises UserError if they are not decoded yet."""
+        value = example.get(self.field)
+        if isinstance(value, (Image.Image, np.ndarray)) and getattr(value, "ndim", 3) == 3:
+            return self._left(change(self._picture(value)))
+        if isinstance(value, (list, np.ndarray)) and not len(value):
+            raise BadRecord(key_of(example), f"its {self.field} is empty")
+        if isinstance(value, (Frames, np.ndarray)):
+            frames = Frames(change(self._picture(frame)) for frame in value)
+            return frames if self.gives_picture else np.stack([np.asarray(frame) for frame in frames])
+        if isinstance(value, list):
+            return [self._left(change(self._picture(each))) for each in value]
+        raise self._undecoded()
+
+    def _picture(self, value: Any) -> Image.Image:
+        if isinstance(value, np.ndarray):
+            return Image.fromarray(value)
+        if isinstance(value, Image.Image):
+            return value
+        raise self._undecoded()
+
+    def _left(self, picture: Image.Image) -> np.ndarray | Image.Image:
+        return picture if self.gives_picture else np.asarray(picture)
+
+    def _undecoded(self) -> UserError:
+        return UserError(f"op {self.name!r} needs a decoded {self.field}: put decode before it")
 
 
 def link_pictures(ops: Sequence[Op]) -> None:
-    """Makes each op that is followed by a `PictureOp` hand its picture on; changes no pixel."""
+    """Makes each op that is followed by a `PictureOp` of the same field hand its pictures on; changes no pixel."""
     for first, after in itertools.pairwise(ops):
         if isinstance(first, (Decode, PictureOp)):
-            first.gives_picture = isinstance(after, PictureOp)
+            first.gives_picture = isinstance(after, PictureOp) and after.field == first.field
+
+
+class ColourOp(PictureOp):
+    """An op on colours: a subclass draws one change, for all pictures of an example."""
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Raises UserError if the pictures are not decoded yet."""
+        return example | {self.field: self._changed(example, self.draw(rng))}
+
+    @abc.abstractmethod
+    def draw(self, rng: np.random.Generator) -> Change:
+        """RGB picture -> the changed picture, or itself; the one given is not changed."""
 
 
 @op("jitter")
-class Jitter(PictureOp):
+class Jitter(ColourOp):
     """Colour jitter: brightness, contrast, saturation by factors in [max(0, 1 - x), 1 + x], hue by up to x turns.
 
     All are drawn uniformly and make one affine map of the colours, clipped once at the end: brightness scales, contrast
@@ -118,13 +156,22 @@ class Jitter(PictureOp):
 
     random = True
 
-    def __init__(self, brightness: float, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0):
+    def __init__(
+        self,
+        brightness: float,
+        contrast: float = 0.0,
+        saturation: float = 0.0,
+        hue: float = 0.0,
+        field: str = "image",
+    ):
+        super().__init__(field)
         names = ("brightness", "contrast", "saturation")
         values = (brightness, contrast, saturation)
         self.spans = [checked_number(name, value, 0, 10) for name, value in zip(names, values, strict=True)]
         self.hue = checked_number("hue", hue, 0, 0.5)
 
-    def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def draw(self, rng: np.random.Generator) -> Change:
+        """See the class."""
         low = [max(0.0, 1 - span) for span in self.spans]
         brightness, contrast, saturation = (
             a + (1 + span - a) * rng.random() for a, span in zip(low, self.spans, strict=True)
@@ -132,22 +179,24 @@ class Jitter(PictureOp):
         matrix = saturation * IDENTITY + (1 - saturation) * GRAY
         if self.hue:
             matrix = _hue_matrix(2 * math.pi * self.hue * (2 * rng.random() - 1)) @ matrix
-        return recolour(image, brightness * matrix, contrast)
+        return lambda picture: recolour(picture, brightness * matrix, contrast)
 
 
 @op("gray")
-class Gray(PictureOp):
+class Gray(ColourOp):
     """Takes the colour away (luma in all channels) with probability `p`."""
 
     random = True
 
-    def __init__(self, p: float = 0.2):
+    def __init__(self, p: float = 0.2, field: str = "image"):
+        super().__init__(field)
         self.p = checked_number("p", p, 0, 1)
 
-    def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def draw(self, rng: np.random.Generator) -> Change:
+        """See the class."""
         if rng.random() >= self.p:
-            return image
-        return recolour(image, 0 * IDENTITY + GRAY, 1.0)
+            return lambda picture: picture
+        return lambda picture: recolour(picture, 0 * IDENTITY + GRAY, 1.0)
 
 
 def recolour(picture: Image.Image, matrix: np.ndarray, contrast: float) -> Image.Image:
@@ -168,13 +217,28 @@ def _hue_matrix(angle: float) -> np.ndarray:
 
 
 @op("normalise")
-class Normalise(ImageOp):
-    """uint8 (H, W, 3) -> float32 (image / 255 - mean) / std. Training does this on the device instead."""
+class Normalise(Op):
+    """uint8 (..., 3) -> float32 (image / 255 - mean) / std. Training does this on the device instead."""
 
-    def __init__(self, mean: Sequence[float] = (0.485, 0.456, 0.406), std: Sequence[float] = (0.229, 0.224, 0.225)):
+    def __init__(
+        self,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        field: str = "image",
+    ):
+        self.field, self.reads = field, frozenset((field,))
         self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
         if self.mean.shape != (3,) or self.std.shape != (3,) or not (self.std > 0).all():
             raise UserError("mean and std must be three numbers each, std positive")
 
-    def _image(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Raises UserError if the pictures are not decoded yet."""
+        value = example.get(self.field)
+        if isinstance(value, list):
+            return example | {self.field: [self._scaled(each) for each in value]}
+        return example | {self.field: self._scaled(value)}
+
+    def _scaled(self, image: Any) -> np.ndarray:
+        if not isinstance(image, np.ndarray):
+            raise UserError(f"op {self.name!r} needs a decoded {self.field}: put decode before it")
         return (image.astype(np.float32) / np.float32(255) - self.mean) / self.std

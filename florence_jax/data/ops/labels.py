@@ -18,6 +18,8 @@ class ClassLabel(Op):
         if context.get("classes") is None:
             raise UserError("needs 'classes' in the context")
         self.classes = context["classes"]
+        # Without a field of its own a class is in the first there is of several; a record without any is a bad one.
+        self.reads = frozenset((self.classes.field,) if self.classes.field else ())
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Replaces the label."""
@@ -32,6 +34,7 @@ class ClassPrompt(Op):
     """
 
     random = True
+    reads = frozenset(("label",))
 
     def __init__(self, context: Mapping[str, Any]):
         if context.get("classes") is None or not context.get("templates"):

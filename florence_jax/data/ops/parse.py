@@ -5,11 +5,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from florence_jax.data.ops import captions, geometry, image, labels
+from florence_jax.data.ops import affine, captions, crops, image, labels, resizes
+from florence_jax.data.ops.geometry import link_warps
 from florence_jax.data.ops.registry import OPS, Op
 from florence_jax.errors import UserError
 
-MODULES = (captions, geometry, image, labels)  # importing a module registers its ops
+MODULES = (affine, captions, crops, image, labels, resizes)  # importing a module registers its ops
 
 
 def parse_ops(spec: str, context: Mapping[str, Any]) -> list[Op]:
@@ -36,6 +37,10 @@ def parse_ops(spec: str, context: Mapping[str, Any]) -> list[Op]:
     calls.append(node)
     ops = [_make_op(call, spec, context) for call in reversed(calls)]
     image.link_pictures(ops)
+    try:
+        link_warps(ops)
+    except UserError as error:
+        raise UserError(f"ops {spec!r}: {error}") from error
     return ops
 
 

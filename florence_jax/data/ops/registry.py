@@ -17,7 +17,8 @@ class Op(abc.ABC):
     Attributes:
       name: as in op strings.
       random: whether it draws from `rng`.
-      reads: fields that it takes from the example; a stream looks for them when it opens (`batches.check_fields`).
+      reads: fields that it needs, of the record or made by ops before it; a stream looks for them when it opens
+        (`batches.check_fields`).
 
     Raises (on call):
       BadRecord: if the record, not the configuration, is at fault.
@@ -51,6 +52,24 @@ def checked_number(name: str, value: Any, low: float, high: float) -> float:
     if not isinstance(value, (int, float)) or not low <= value <= high:
         raise UserError(f"{name} must be a number from {low} to {high}, not {value!r}")
     return float(value)
+
+
+def checked_pixels(value: Any) -> int:
+    """`value`, a number of pixels. Raises UserError unless it is a positive int."""
+    if type(value) is not int or value < 1:
+        raise UserError(f"size must be a positive whole number of pixels, not {value!r}")
+    return value
+
+
+def checked_range(name: str, value: Any, high: float) -> tuple[float, float]:
+    """`value` as two floats. Raises UserError, naming it, unless they are 0 < a <= b <= high."""
+    try:
+        a, b = map(float, value)
+    except (TypeError, ValueError):
+        a, b = 0.0, 0.0
+    if not 0 < a <= b <= high:
+        raise UserError(f"{name} must be two numbers (low, high) with 0 < low <= high <= {high}, not {value!r}")
+    return a, b
 
 
 def key_of(example: Example) -> str:

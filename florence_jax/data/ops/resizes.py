@@ -1,0 +1,136 @@
+"""Ops that resize a picture, or a box of it, bicubic or bilinear and antialiased, as PIL does."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from florence_jax.data.ops.geometry import GeometricOp
+from florence_jax.data.ops.registry import checked_pixels, checked_range, op
+from florence_jax.errors import UserError
+
+BICUBIC = Image.Resampling.BICUBIC
+INTERPOLATIONS = {"bicubic": BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+class ResizeWarp(NamedTuple):
+    """Box (left, top, right, bottom) of the source, resized to `size`; a `Warp`."""
+
+    box: tuple[int, int, int, int]
+    size: tuple[int, int]
+    resampling: Image.Resampling = BICUBIC
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """See `Warp`."""
+        (left, top, right, bottom), (height, width) = self.box, self.size
+        x, y = width / (right - left), height / (bottom - top)
+        return np.array([[x, 0.0, -left * x], [0.0, y, -top * y]])
+
+    def picture(self, picture: Image.Image) -> Image.Image:
+        """See `Warp`."""
+        height, width = self.size
+        return picture.resize((width, height), self.resampling, box=self.box)
+
+
+@op("resize")
+class Resize(GeometricOp):
+    """Bicubic resize: the shorter side becomes `size`, the other keeps the aspect ratio, rounded down."""
+
+    def __init__(self, size: int, field: str = "image"):
+        super().__init__(field)
+        self.side = checked_pixels(size)
+
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> ResizeWarp:
+        """Draws nothing."""
+        (height, width), short = size, min(size)
+        return ResizeWarp((0, 0, width, height), (self.side * height // short, self.side * width // short))
+
+
+@op("resize_exact")
+class ResizeExact(GeometricOp):
+    """Bicubic resize to (height, width), or (height, height), whatever the aspect ratio."""
+
+    def __init__(self, height: int, width: int | None = None, field: str = "image"):
+        super().__init__(field)
+        self.size = checked_pixels(height), checked_pixels(height if width is None else width)
+
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> ResizeWarp:
+        """Draws nothing."""
+        return ResizeWarp((0, 0, size[1], size[0]), self.size)
+
+
+@op("resize_long")
+class ResizeLong(GeometricOp):
+    """Bicubic resize that keeps the aspect ratio: the longer side becomes `size`, the other is rounded.
+
+    Args:
+      size: pixels.
+      short: what the shorter side may be at most; where it would be more, it is this, and the longer side below `size`.
+      field: of the pictures.
+    """
+
+    def __init__(self, size: int, short: int | None = None, field: str = "image"):
+        super().__init__(field)
+        self.long, self.short = checked_pixels(size), checked_pixels(size if short is None else short)
+
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> ResizeWarp:
+        """Draws nothing."""
+        height, width = size
+        scale = min(self.long / max(size), self.short / min(size))
+        target = max(1, round(height * scale)), max(1, round(width * scale))
+        return ResizeWarp((0, 0, width, height), target)
+
+
+@op("rrc")
+class RandomResizedCrop(GeometricOp):
+    """A random box, resized (antialiased) to (size, size): Inception's crop (Szegedy et al. 2014).
+
+    As in torchvision: area and log aspect ratio are uniform; ten tries for a box that fits, then a centred one.
+
+    Args:
+      size: pixels.
+      scale: range of the box's share of the image's area.
+      ratio: range of the box's width / height.
+      interpolation: 'bicubic', or 'bilinear', which takes 0.6 times as long.
+      visible, field: see `GeometricOp`.
+    """
+
+    random = True
+
+    def __init__(
+        self,
+        size: int,
+        scale: Sequence[float] = (0.08, 1.0),
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        interpolation: str = "bicubic",
+        visible: float = 0.0,
+        field: str = "image",
+    ):
+        super().__init__(field, visible)
+        if interpolation not in INTERPOLATIONS:
+            raise UserError(f"interpolation={interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}")
+        self.interpolation = INTERPOLATIONS[interpolation]
+        self.side = checked_pixels(size)
+        self.scale = checked_range("scale", scale, 1.0)
+        self.ratio = checked_range("ratio", ratio, 100.0)
+
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> ResizeWarp:
+        """See the class."""
+        return ResizeWarp(self._box(*size, rng), (self.side, self.side), self.interpolation)
+
+    def _box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for _ in range(10):
+            area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * rng.random())
+            ratio = math.exp(low + (high - low) * rng.random())
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1))
+                return left, top, left + w, top + h
+        w = min(width, max(1, round(height * self.ratio[1])))
+        h = min(height, max(1, round(width / self.ratio[0])))
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
