@@ -412,6 +412,7 @@ def test_evaluation_covers_each_record_once(batch_size, count):
         "image": np.uint8,
         "text": np.int32,
         "label": np.int32,
+        "warp": np.float32,
         "mask": np.bool_,
         "index": np.int32,
     }
