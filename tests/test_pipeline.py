@@ -412,7 +412,6 @@ def test_evaluation_covers_each_record_once(batch_size, count):
         "image": np.uint8,
         "text": np.int32,
         "label": np.int32,
-        "warp": np.float32,
         "mask": np.bool_,
         "index": np.int32,
     }
@@ -494,7 +493,7 @@ def test_mistakes_in_evaluation(options, message):
     [
         ([{"x": np.zeros((4, 5))}, {"x": np.zeros((4, 6))}], "", r"'x' has different shapes \(4, 5\) and \(4, 6\)"),
         ([{"x": 1, "y": 2}, {"x": 1}], "", "some records have no field 'y'"),
-        ([{"x": 1}, {"x": 2}], "keep(image)", "no field 'image'"),
+        ([{"x": 1}, {"x": 2}], "keep(image)", "no record has the field 'image'"),
         ([{"x": 1, "name": "a"}, {"x": 2, "name": "b"}], "", r"field 'name' is a str.*keep\(...\)"),
         ([{"x": 1, "boxes": [[1, 2, 3, 4]]}] * 2, "keep(x, boxes)", "field 'boxes' is a list"),
         ([{"x": 1, "image": b"abc"}] * 2, "", "field 'image' is a bytes"),
