@@ -1,6 +1,8 @@
 """Phases of a run alone: what workers raise, and the index of benchmarks."""
 
 import io
+import subprocess
+import sys
 
 import apache_beam as beam
 import numpy as np
@@ -36,6 +38,15 @@ def test_a_full_disk_in_a_worker_is_an_oserror_and_a_fault_of_the_program_is_not
     with pytest.raises(Exception, match="KeyError") as caught:
         run.beam(lambda root: root | beam.Create([1]) | beam.Map(fault))
     assert not isinstance(caught.value, OSError)
+
+
+def test_without_scores_of_pictures_there_is_no_jax():
+    """Neither in the main process nor in a worker, which loads the modules of its functions."""
+    modules = ["driver", "ingest.phase", "dedup.phase", "stages", "output.phase", "output.audit", "scores.clusters"]
+    code = "import sys\n" + "".join(f"import florence_jax.curation.{name}\n" for name in [*modules, "main"])
+    code += "print([name for name in ('jax', 'orbax', 'sklearn') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_animated_benchmark_pictures_follow_the_rules_of_measuring(tmp_path):

@@ -18,7 +18,6 @@ from florence_jax.curation.ingest.phase import build_table
 from florence_jax.curation.output.audit import write_audit
 from florence_jax.curation.output.phase import write_output
 from florence_jax.curation.run import Run
-from florence_jax.curation.scores.phase import build_scores
 from florence_jax.curation.stages import build_decisions
 
 
@@ -31,7 +30,11 @@ def curate(config: Mapping[str, Any], workdir: str, beam_args: Sequence[str] = (
     run = Run(config, workdir, beam_args)
     table = build_table(run)
     clusters = build_clusters(run, table)
-    scores = build_scores(run, table)
+    scores = ""
+    if run.rules.scorers:
+        from florence_jax.curation.scores.phase import build_scores  # loads JAX, which the other phases do without
+
+        scores = build_scores(run, table)
     decisions = build_decisions(run, table, scores, build_benchmarks(run))
     output = write_output(run, decisions)
     return write_audit(run, table, clusters, decisions, output)

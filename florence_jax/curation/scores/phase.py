@@ -151,9 +151,7 @@ def fill_missing_parts(folder: str, names: Iterable[str], count: int) -> None:
 
 
 def build_scores(run: Run, table: Mapping[str, Any]) -> str:
-    """Folder of the scores of pictures, '' if the configuration asks for none."""
-    if not run.rules.scorers:
-        return ""
+    """Folder of the scores of pictures, which the configuration asks for."""
     count, step = len(table["parts"]), scoring_step(run.rules)
     # Not in the digest: thresholds. Pairs that a new one lets live are scored, the others are known.
     models = json_digest(
