@@ -11,8 +11,8 @@ from florence_jax.files import write_text
 
 DOTS = 20  # a curve of at most so many points shows them
 SMALLEST = 5e-4  # with three decimals, what is nearer to 0 would read 0.000
-TILE = 160  # pixels, of a figure's longer side
-COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8d6a9f", "#c77d0a", "#4a4a4a")
+FIGURE_SIDE = 160  # pixels, of a figure's longer side
+CHART_COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8d6a9f", "#c77d0a", "#4a4a4a")
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff; max-width: 1100px; margin: 2em auto;
   padding: 0 1em; }
@@ -107,7 +107,7 @@ def contact_sheet(title: str, note: str, groups: Iterable[tuple[str, Sequence[tu
     return page(title, "\n".join(parts))
 
 
-class Example(NamedTuple):
+class GridCell(NamedTuple):
     """One cell of a grid: a text, a picture (data URI or None), and whether it is right."""
 
     text: str
@@ -115,7 +115,7 @@ class Example(NamedTuple):
     right: bool
 
 
-def matches_html(title: str, rows: Sequence[tuple[Example, Sequence[Example]]], judged: bool = True) -> str:
+def matches_html(title: str, rows: Sequence[tuple[GridCell, Sequence[GridCell]]], judged: bool = True) -> str:
     """A grid: each query with its answers, best first; right answers have a green frame (where they are `judged`)."""
     lines = [f"<h2>{html.escape(title)}</h2>"]
     for query, answers in rows:
@@ -125,7 +125,7 @@ def matches_html(title: str, rows: Sequence[tuple[Example, Sequence[Example]]], 
     return "\n".join(lines)
 
 
-def _cell(example: Example, kind: str) -> str:
+def _cell(example: GridCell, kind: str) -> str:
     picture = f'<img src="{example.picture}" alt="">' if example.picture else ""
     text = f"<div>{html.escape(example.text)}</div>" if example.text else ""
     return f'<div class="cell {kind}">{picture}{text}</div>'
@@ -168,7 +168,7 @@ def curve(title: str, steps: Sequence[float], series: Mapping[str, Sequence[floa
         at, _ = place(x, y0)
         parts.append(f'<text x="{at:.1f}" y="{height - 10}" text-anchor="middle">{x:.0f}</text>')
     for i, line in enumerate(points.values()):
-        colour = COLOURS[i % len(COLOURS)]
+        colour = CHART_COLOURS[i % len(CHART_COLOURS)]
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
         if len(line) <= DOTS:
@@ -177,7 +177,7 @@ def curve(title: str, steps: Sequence[float], series: Mapping[str, Sequence[floa
             ]
     if len(points) > 1:
         names = "".join(
-            f'<tspan dx="12" style="fill:{COLOURS[i % len(COLOURS)]}">{html.escape(name)}</tspan>'
+            f'<tspan dx="12" style="fill:{CHART_COLOURS[i % len(CHART_COLOURS)]}">{html.escape(name)}</tspan>'
             for i, name in enumerate(points)
         )
         parts.append(f'<text x="{width - right}" y="16" text-anchor="end">{names}</text>')

@@ -19,7 +19,7 @@ from florence_jax.data.sources.folder import FolderSource
 from florence_jax.data.sources.karpathy import open_karpathy
 from florence_jax.errors import UserError
 from florence_jax.evaluators.retrieval import CaptionRetrieval, open_retrieval
-from florence_jax.page import Example
+from florence_jax.page import GridCell
 from florence_jax.params.sharding import make_mesh
 from florence_jax.params.weights import load, make_description, save_pretrained
 from florence_jax.tasks import create_task
@@ -205,7 +205,7 @@ def test_the_page_shows_pictures_by_name_whatever_came_and_went(tmp_path):
     red, blue = record_thumbnail(source, 0), record_thumbnail(source, 2)
     Image.new("RGB", (64, 64), "black").save(tmp_path / "a.png")
     (tmp_path / "c.png").unlink()
-    query = [Example("x", None, True)]
+    query = [GridCell("x", None, True)]
     page = tool.results_html(index, query, np.array([[0, 1, 2]]), np.ones((1, 3)))
     assert [f'src="{red}"' in page, f'src="{blue}"' in page, page.count("<img")] == [True, True, 2]
     first = next(iter(open_source("emoji:new_names").metadata()))["key"]

@@ -43,7 +43,7 @@ DECIDING = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class CurationRules:
     """What the stages read; can be pickled into workers.
 
     Attributes:
@@ -102,7 +102,7 @@ class Rules:
         return [quarantine_stage(), validity_stage(self.validity), size_stage(self.size)]
 
 
-def make_all(config: Mapping[str, Any]) -> Rules:
+def make_all(config: Mapping[str, Any]) -> CurationRules:
     """The rules of a configuration as `configs/curate.py` lays it out.
 
     Raises:
@@ -129,7 +129,7 @@ def make_all(config: Mapping[str, Any]) -> Rules:
     files = [metadata, *(post[name] for name in ("takedown", "robots", "tdmrep"))]
     files += config["decontamination"]["benchmarks"].values()
     measure = _measure_rules(config)
-    return Rules(
+    return CurationRules(
         seed=config["seed"],
         measure=measure,
         validity=make_rules(ValidityRules, config["validity"] | {"limits": measure.limits.by_status()}),
@@ -152,7 +152,7 @@ def make_all(config: Mapping[str, Any]) -> Rules:
     )
 
 
-def make_stages(rules: Rules, count: int, benchmarks: str = "") -> list[Stage | WideStage]:
+def make_stages(rules: CurationRules, count: int, benchmarks: str = "") -> list[Stage | WideStage]:
     """The stages in their order. A pair leaves at the first that finds a reason.
 
     Args:

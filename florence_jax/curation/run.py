@@ -11,7 +11,7 @@ from apache_beam.portability.api import beam_provision_api_pb2
 from apache_beam.runners.portability.fn_api_runner import fn_runner
 from apache_beam.runners.portability.portable_runner import JobServiceHandle
 
-from florence_jax.curation.plan import Rules, make_all
+from florence_jax.curation.plan import CurationRules, make_all
 from florence_jax.errors import UserError
 from florence_jax.files import filesystem, read_json, write_json
 
@@ -47,7 +47,7 @@ class Run:
 
     def __init__(self, config: Mapping[str, Any], workdir: str, beam_args: Sequence[str] = ()):
         self.config, self.workdir = config, workdir.rstrip("/")
-        self.rules: Rules = make_all(config)
+        self.rules: CurationRules = make_all(config)
         self._beam_args = list(beam_args)
 
     def beam(self, build: Callable[[beam.Pipeline], Any]) -> None:

@@ -18,13 +18,13 @@ import pyarrow.compute as pc
 
 from florence_jax.curation.blocks import Repartition, Stage, WideStage, by_identifier, chain_stages, decision_rows
 from florence_jax.curation.output.shards import PLAN, by_shard, shard_count, with_place
-from florence_jax.curation.plan import FIELD, Rules, make_stages
+from florence_jax.curation.plan import FIELD, CurationRules, make_stages
 from florence_jax.curation.run import Run, part_paths
 from florence_jax.curation.table import DECISIONS, SCORES, read_table, with_column, write_table
 from florence_jax.files import json_digest, read_json, write_json
 
 
-def with_fields(block: pa.Table, rules: Rules) -> pa.Table:
+def with_fields(block: pa.Table, rules: CurationRules) -> pa.Table:
     """Adds the scores that come from fields of the raw pairs ('field:NAME'); NaN where a pair has none.
 
     A number may be written as text, as csv files have it.
@@ -47,7 +47,7 @@ def _number(value: Any) -> float:
 
 
 def load_block(
-    number_and_path: tuple[int, str], rules: Rules, clusters: str, scores: str, columns: Sequence[str]
+    number_and_path: tuple[int, str], rules: CurationRules, clusters: str, scores: str, columns: Sequence[str]
 ) -> pa.Table:
     """A part of the table with the columns that other phases made: "cluster", and scores of pictures.
 
@@ -73,7 +73,7 @@ def load_block(
 
 def load_blocks(
     parts: beam.PCollection[tuple[int, str]],
-    rules: Rules,
+    rules: CurationRules,
     stages: Sequence[Stage | WideStage],
     clusters: str,
     scores: str = "",

@@ -26,7 +26,7 @@ from florence_jax.evaluators.metrics import (
     roc_auc,
 )
 from florence_jax.evaluators.predictor import Embedder
-from florence_jax.page import Example, matches_html
+from florence_jax.page import GridCell, matches_html
 from florence_jax.pictures import data_uri
 
 SCORE_ROWS = 4096
@@ -303,7 +303,7 @@ def examples_html(
         lines = []
         for i in chosen:
             right = int(given.labels[i])
-            query = Example(names[right], record_thumbnail(source, int(index[i])) or None, True)
-            lines.append((query, [Example(names[k], None, bool(k == right)) for k in given.top[i]]))
+            query = GridCell(names[right], record_thumbnail(source, int(index[i])) or None, True)
+            lines.append((query, [GridCell(names[k], None, bool(k == right)) for k in given.top[i]]))
         body += matches_html(f"{title}: {what} answers", lines)
     return body

@@ -23,7 +23,7 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Evaluator
 from florence_jax.evaluators.predictor import COMPILED, Embedder, Predict
 from florence_jax.evaluators.solvers.adapt import Recipe, adapt_and_classify, embed_cached, embed_images
-from florence_jax.page import Example, curve, matches_html
+from florence_jax.page import GridCell, curve, matches_html
 from florence_jax.params.sharding import batch_sharding, place, replicated
 
 MODES = ("head", "backbone")
@@ -284,6 +284,6 @@ class FewShot(Evaluator):
         episode, source = next(iter(self._samplers.values()))(0), self._data.source
         lines = []
         for k, rows in zip(episode.classes, episode.support, strict=True):
-            pictures = [Example("", record_thumbnail(source, int(row)) or None, True) for row in rows[:PICTURES]]
-            lines.append((Example(self._data.names[int(k)], None, True), pictures))
+            pictures = [GridCell("", record_thumbnail(source, int(row)) or None, True) for row in rows[:PICTURES]]
+            lines.append((GridCell(self._data.names[int(k)], None, True), pictures))
         return matches_html(f"{self.name}: examples of the first episode", lines, judged=False)

@@ -17,7 +17,7 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.metrics import recalls, retrieval_chance
 from florence_jax.evaluators.predictor import Embedder
-from florence_jax.page import Example, matches_html
+from florence_jax.page import GridCell, matches_html
 from florence_jax.params.sharding import place
 
 QUERY_CHUNK = 1024
@@ -276,12 +276,12 @@ def matches_report(
     image_rows = []
     for i in chosen:
         nearest = np.argsort(-(texts @ images[i]), kind="stable")[:5]
-        answers = [Example(names[j], None, bool(j == image_ids[i])) for j in nearest]
-        image_rows.append((Example(names[image_ids[i]], pictures[i], True), answers))
+        answers = [GridCell(names[j], None, bool(j == image_ids[i])) for j in nearest]
+        image_rows.append((GridCell(names[image_ids[i]], pictures[i], True), answers))
     text_rows = []
     queries = np.unique(image_ids[: len(images)])
     for query in queries[np.linspace(0, len(queries) - 1, min(rows, len(queries))).astype(int)]:
         nearest = np.argsort(-(images @ texts[query]), kind="stable")[:5]
-        answers = [Example(names[image_ids[j]], pictures[j], bool(image_ids[j] == query)) for j in nearest]
-        text_rows.append((Example(names[query], None, True), answers))
+        answers = [GridCell(names[image_ids[j]], pictures[j], bool(image_ids[j] == query)) for j in nearest]
+        text_rows.append((GridCell(names[query], None, True), answers))
     return matches_html(f"{title}: image to text", image_rows) + matches_html(f"{title}: text to image", text_rows)

@@ -26,7 +26,7 @@ from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.folder import IMAGE_SUFFIXES, FolderSource
 from florence_jax.errors import UserError
 from florence_jax.inference.florence import Florence
-from florence_jax.page import Example, matches_html, write_page
+from florence_jax.page import GridCell, matches_html, write_page
 
 INDEX_FILE, EMBEDDINGS_FILE, KEYS_FILE = "index.json", "embeddings.npy", "keys.json"
 ROWS = 65536  # searched at once
@@ -170,13 +170,13 @@ def _is_record(source: Source, row: int, key: str) -> bool:
         return False
 
 
-def results_html(index: Index, queries: Sequence[Example], rows: np.ndarray, cosines: np.ndarray) -> str:
+def results_html(index: Index, queries: Sequence[GridCell], rows: np.ndarray, cosines: np.ndarray) -> str:
     """A line of pictures for each query, with names and cosines."""
     pictures = _pictures(index)
     lines = []
     for query, found, values in zip(queries, rows, cosines, strict=True):
         cells = [
-            Example(f"{index.keys[i]} ({value:.3f})", pictures(i) or None, right=False)
+            GridCell(f"{index.keys[i]} ({value:.3f})", pictures(i) or None, right=False)
             for i, value in zip(found, values, strict=True)
         ]
         lines.append((query, cells))
@@ -199,11 +199,11 @@ def _query(args: argparse.Namespace) -> None:
     check_weights(index, model)
     queries, vectors = [], []
     if args.text:
-        queries += [Example(text, None, True) for text in args.text]
+        queries += [GridCell(text, None, True) for text in args.text]
         vectors.append(model.embed_texts(args.text))
     if args.image:
         source = ListSource("--image", [str(Path(file).absolute()) for file in args.image])
-        queries += [Example(Path(f).name, record_thumbnail(source, i) or None, True) for i, f in enumerate(args.image)]
+        queries += [GridCell(Path(f).name, record_thumbnail(source, i) or None, True) for i, f in enumerate(args.image)]
         vectors.append(model.embed_source(source, on_corrupt="error", quiet=True)["embedding"])
     rows, cosines = search(index.embeddings, np.concatenate(vectors), args.k)
     for query, found, values in zip(queries, rows, cosines, strict=True):

@@ -34,7 +34,7 @@ from florence_jax.curation.dedup.join import DEFAULT_JOIN, DESIGNS
 from florence_jax.curation.ingest.hashing import DEFAULT_LIMITS, measure
 from florence_jax.errors import UserError
 from florence_jax.files import replacing, write_text
-from florence_jax.page import TILE, contact_sheet
+from florence_jax.page import FIGURE_SIDE, contact_sheet
 from florence_jax.pictures import thumbnail
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -250,7 +250,7 @@ def write_sheet(
     for key, _, where in items_of(args.input):
         if key in wanted:
             data = picture_bytes(where)
-            thumbnails[key] = thumbnail(data, TILE)
+            thumbnails[key] = thumbnail(data, FIGURE_SIDE)
     groups = []
     for group in members.values():
         heading = f"{len(group)} pictures" + (f", {SHOWN} shown" if len(group) > SHOWN else "")

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from florence_jax.curation.blocks import Repartition, by_identifier, chain_stages, load_callable
 from florence_jax.curation.ingest.measure import image_bytes
-from florence_jax.curation.plan import Rules, make_stages, stages_before
+from florence_jax.curation.plan import CurationRules, make_stages, stages_before
 from florence_jax.curation.run import Run, part_paths, remove_folder
 from florence_jax.curation.scores.clusters import cluster_embeddings
 from florence_jax.curation.scores.models import CallableModelHandler, CheckpointLoader, JaxModelHandler, ScorePairs
@@ -45,7 +45,7 @@ class ScoreAlive(beam.PTransform):
       step: of the checkpoint, where one scores.
     """
 
-    def __init__(self, workdir: str, rules: Rules, count: int, clusters: str, folder: str, step: int | None):
+    def __init__(self, workdir: str, rules: CurationRules, count: int, clusters: str, folder: str, step: int | None):
         super().__init__()
         self._workdir, self._rules, self._count = workdir, rules, count
         self._clusters, self._folder, self._step = clusters, folder, step
@@ -74,13 +74,13 @@ class ScoreAlive(beam.PTransform):
         return results | beam.Flatten() | beam.GroupByKey() | "WriteScores" >> beam.MapTuple(write)
 
 
-def scoring_step(rules: Rules) -> int | None:
+def scoring_step(rules: CurationRules) -> int | None:
     """Step of the checkpoint that scores; None if none does, or if there is none yet, which loading it reports."""
     spec = rules.scores.get("relevance", "")
     return newest_step(checkpoint_folder(spec.removeprefix(CHECKPOINT))) if spec.startswith(CHECKPOINT) else None
 
 
-def _handler(spec: str, rules: Rules, step: int | None) -> Any:
+def _handler(spec: str, rules: CurationRules, step: int | None) -> Any:
     if spec.startswith(CHECKPOINT):
         loader = CheckpointLoader(
             spec.removeprefix(CHECKPOINT), rules.tokenizer, step, embeddings=rules.select.cluster_t > 0
