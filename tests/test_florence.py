@@ -10,7 +10,7 @@ import pytest
 
 from florence_jax.errors import UserError
 from florence_jax.models.base import Model
-from florence_jax.models.florence import build, parameter_count
+from florence_jax.models.florence import TwoTowers, build, parameter_count, tower_inputs
 from florence_jax.models.resize import resize_bias_tables, resize_position_embedding
 from florence_jax.models.sizes import VARIANTS
 from florence_jax.params.rules import path_string
@@ -128,6 +128,34 @@ def test_a_batch_that_is_not_the_models(batch, message):
     np.testing.assert_array_equal(model.apply(params, {"x": jnp.ones(3, jnp.bfloat16)})["double"], 2)
     with pytest.raises(UserError, match=message):
         model.apply(params, batch)
+
+
+class Detector(TwoTowers):
+    """Two towers and a head on top."""
+
+    def setup(self):
+        super().setup()
+        self.detector = nn.Dense(3)
+
+    def __call__(self, batch, train=False):
+        outputs = super().__call__(batch, train)
+        return outputs | ({"logits": self.detector(outputs["image/tokens"])} if "image" in batch else {})
+
+
+def test_an_adapter_lies_beside_the_towers():
+    towers = build("ti", **SMALL)
+    inputs = tower_inputs(towers.config)
+    model = Model(Detector(towers.config), towers.config, inputs, tuple(inputs.keys() - {"image"}), towers.flops)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    own = jax.eval_shape(towers.init, jax.random.key(0))
+    assert params.keys() - own.keys() == {"detector"} and {name: params[name] for name in own} == own
+    batch = {"image": small_batch()["image"]}
+    alone = {name: params[name] for name in ("image", "detector")}
+    assert jax.eval_shape(model.apply, alone, batch)["logits"].shape == (3, 16, 3)
+    with pytest.raises(UserError, match="lacks image"):
+        model.apply(params, {"text": small_batch()["text"]})
+    with pytest.raises(UserError, match="the parameters no tower"):
+        jax.eval_shape(model.apply, alone, small_batch())
 
 
 def test_adapt():

@@ -32,10 +32,17 @@ class _Projection(nn.Module):
         return constrain(unit_norm(product))
 
 
-class _Florence(nn.Module):
+class TwoTowers(nn.Module):
+    """Florence's module; see `build` for its inputs and outputs.
+
+    An adapter that runs on these towers is a subclass, so that its parameters lie beside theirs: its `setup` calls this
+    one and adds its own, its `__call__` adds to these outputs.
+    """
+
     config: ModelConfig
 
-    def setup(self):
+    def setup(self) -> None:
+        """Makes the submodules, by the names of their parameters."""
         c = self.config
         common = dict(dtype=jnp.dtype(c.dtype), remat=c.remat, scan=c.scan)
         if c.image_tower == "vit":
@@ -64,12 +71,15 @@ class _Florence(nn.Module):
         return self.is_initializing() or self.has_variable("params", name)
 
     def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> dict[str, jax.Array]:
-        outputs = {}
-        if self._has("logit_scale"):
-            outputs["logit_scale"] = jnp.exp(self.logit_scale.astype(jnp.float32))
+        """Encodes what the batch holds."""
         for needed, given in (("image", "image_valid"), ("text", "text_length")):
             if given in batch and needed not in batch:
                 raise UserError(f"the batch holds {given} without {needed}")
+            if needed in batch and not self._has(needed):
+                raise UserError(f"the batch holds {needed}, the parameters no tower for it")
+        outputs = {}
+        if self._has("logit_scale"):
+            outputs["logit_scale"] = jnp.exp(self.logit_scale.astype(jnp.float32))
         if "image" in batch:
             valid = {"valid": batch["image_valid"]} if "image_valid" in batch else {}
             image = self.image(batch["image"], train, batch.get("example"), **valid)
@@ -83,7 +93,8 @@ class _Florence(nn.Module):
         return outputs
 
 
-def _model(config: ModelConfig) -> Model[ModelConfig]:
+def tower_inputs(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Inputs of the two towers, of one example; each is optional."""
     inputs = {
         "image": jax.ShapeDtypeStruct((1, config.res, config.res, 3), jnp.float32),
         "example": jax.ShapeDtypeStruct((1,), jnp.int32),
@@ -92,7 +103,12 @@ def _model(config: ModelConfig) -> Model[ModelConfig]:
     }
     if config.size_mode == "detection":
         inputs["image_valid"] = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return Model(_Florence(config), config, inputs, optional=tuple(inputs), flops=forward_flops(config))
+    return inputs
+
+
+def _model(config: ModelConfig) -> Model[ModelConfig]:
+    inputs = tower_inputs(config)
+    return Model(TwoTowers(config), config, inputs, optional=tuple(inputs), flops=forward_flops(config))
 
 
 def build(variant: str, **overrides: Any) -> Model[ModelConfig]:
