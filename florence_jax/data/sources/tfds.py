@@ -15,7 +15,8 @@ class TfdsSource(BaseSource):
     """A TFDS data set in ArrayRecord format, read without TensorFlow.
 
     The caption is the feature "caption", "text", "title" or "captions", else the name of the class "label" with spaces
-    for underscores; the class number is the field "class_id".
+    for underscores; the class number is the field "class_id". TFDS stores
+    a record as one whole: `metadata` reads the pictures with it, though it decodes none.
 
     Args:
       data: random-access TFDS data source with the image left encoded.
