@@ -44,7 +44,7 @@ class TwoTowers(nn.Module):
     def setup(self) -> None:
         """Makes the submodules, by the names of their parameters."""
         c = self.config
-        common = dict(dtype=jnp.dtype(c.dtype), remat=c.remat, scan=c.scan)
+        common: dict[str, Any] = dict(dtype=jnp.dtype(c.dtype), remat=c.remat, scan=c.scan)
         if c.image_tower == "vit":
             self.image = ViT(
                 width=c.image_width, layers=c.depths[0], heads=c.heads[0], patch_size=c.patch_size, res=c.res,
