@@ -39,11 +39,11 @@ class Evaluator(Protocol):
         """Evaluates `params`; every process of a job calls it and gets the same numbers."""
 
     def report(self) -> list[str]:
-        """HTML fragments about the last `run`."""
+        """HTML fragments about the last `run`; asked of process 0 alone."""
         return []
 
     def files(self) -> Mapping[str, bytes]:
-        """Files about the last `run`, such as every prediction, by the name that each gets in the workdir."""
+        """Files about the last `run`, such as all predictions, by name in the workdir; asked of process 0 alone."""
         return {}
 
 

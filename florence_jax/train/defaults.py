@@ -19,6 +19,27 @@ def model_overrides() -> ConfigDict:
     return ConfigDict(values)
 
 
+def optim_defaults() -> dict[str, Any]:
+    """Of the optimizer, see `train.optim`."""
+    return {
+        "learning_rate": 5e-4,
+        "schedule": "cosine",  # 'cosine' | 'linear' | 'steps', after the warm-up
+        "final_fraction": 0.01,  # cosine and linear end at this fraction of learning_rate
+        "step_at": (0.67, 0.92),  # steps: shares of total_steps after which the rate is multiplied ...
+        "step_factor": 0.1,  # ... by this
+        "warmup_steps": 0,
+        "b1": 0.9,
+        "b2": 0.98,
+        "eps": 1e-8,
+        "mu_dtype": "float32",  # or 'bfloat16': the first moment in half the memory
+        "weight_decay": 0.1,
+        "clip_norm": 1.0,  # 0: no clipping
+        "ema_decay": 0.0,  # 0: no moving average
+        "decay_rules": (),  # ((path pattern, bool), ...), first match wins, before the task's and the project's
+        "lr_rules": (),  # ((path pattern, multiplier), ...) likewise; 0 freezes
+    }
+
+
 def common(workdir: str) -> ConfigDict:
     """Defaults of the training system; a config file fills in the task, the model and the data."""
     return ConfigDict(
@@ -51,23 +72,7 @@ def common(workdir: str) -> ConfigDict:
                 "sharding_rules": (),  # ((path pattern, axis | 'largest' | 'replicate'), ...), before the task's
                 "fsdp_across_slices": False,  # may fsdp reach over the slow network between TPU slices, GPU nodes
             },
-            "optim": {
-                "learning_rate": 5e-4,
-                "schedule": "cosine",  # 'cosine' | 'linear' | 'steps', after the warm-up
-                "final_fraction": 0.01,  # cosine and linear end at this fraction of learning_rate
-                "step_at": (0.67, 0.92),  # steps: shares of total_steps after which the rate is multiplied ...
-                "step_factor": 0.1,  # ... by this
-                "warmup_steps": 0,
-                "b1": 0.9,
-                "b2": 0.98,
-                "eps": 1e-8,
-                "mu_dtype": "float32",  # or 'bfloat16': the first moment in half the memory
-                "weight_decay": 0.1,
-                "clip_norm": 1.0,  # 0: no clipping
-                "ema_decay": 0.0,  # 0: no moving average
-                "decay_rules": (),  # ((path pattern, bool), ...), first match wins, before the task's and the project's
-                "lr_rules": (),  # ((path pattern, multiplier), ...) likewise; 0 freezes
-            },
+            "optim": optim_defaults(),
             "checkpoint": {
                 "every": 1000,
                 "keep": 2,  # the newest ones

@@ -35,8 +35,7 @@ def make_train_step(
     Args:
       task: gives the loss and the projection.
       optimizer, schedule: from `optim.make_optimizer`.
-      seed: of the run.
-      ema_decay: of the moving average; 0 when the state has none.
+      seed: of the run. ema_decay: of the moving average; 0 when the state has none.
       mesh: device mesh; batches arrive sharded over it.
       shardings: the state's, from `sharding.state_shardings`.
       frozen: paths of the parameters that are not differentiated and stay bit for bit as they are.
@@ -55,8 +54,7 @@ def make_train_step(
             (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, still, batch, key)
         updates, opt_state = optimizer.update(grads, state["opt_state"], trained)
         projected = task.project(overlay(still, optax.apply_updates(trained, updates)))
-        trained = split(projected, frozen)[0]
-        params = overlay(still, trained)
+        params = overlay(still, trained := split(projected, frozen)[0])
         new = {"step": state["step"] + 1, "skipped_records": skipped, "params": params, "opt_state": opt_state}
         if ema_decay:
             new["ema"] = optax.incremental_update(trained, state["ema"], 1.0 - ema_decay)
