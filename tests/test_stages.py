@@ -13,9 +13,10 @@ from florence_jax.models.resize import resize_bias_tables
 from florence_jax.models.sizes import VARIANTS
 from florence_jax.params.checkpoint import Checkpoints
 from florence_jax.params.rules import path_string
-from florence_jax.params.weights import load_optimizer
+from florence_jax.params.weights import load, load_optimizer
 from florence_jax.tasks import create_task
 from florence_jax.train.loop import Trainer, run
+from florence_jax.train.state import eval_params
 
 
 def stage_config(stage, data, **changes):
@@ -92,9 +93,26 @@ def test_the_optimizer_goes_on_when_told(first, data):
             assert leaf.any() or "text" in name, name
 
 
-def test_a_stage_trains_from_the_last_one(first, data, tmp_path):
-    config = stage_config(3, data, init=first[0], init_optimizer=True)
+def test_a_stage_trains_from_the_last_one_with_the_image_tower_frozen(first, data, tmp_path):
+    """The moments of the rest go on; what is evaluated is the average of the text tower, and the image tower."""
+    options = {"init_optimizer": True, "mesh.fsdp": 2, "optim.ema_decay": 0.5}
+    rules = (("image/.*", 0.0), ("image_projection/.*", 0.0))
+    config = stage_config(3, data, init=first[0], **options, **{"optim.lr_rules": rules, "grad_cache.micro_batch": 2})
+    start = leaves(initial_state(config)["params"])
     assert run(config, create_task(config), tmp_path) == 0
+    folder = str(tmp_path / "checkpoints")
+    checkpoints = Checkpoints(folder, read_only=True)
+    stored = {root: checkpoints.shapes(root) for root in ("params", "ema", "opt_state")}
+    checkpoints.close()
+    assert stored["params"].keys() == start.keys()
+    assert stored["ema"].keys() == {name for name in start if not name.startswith("image")}
+    assert not any("image" in name for name in stored["opt_state"])
+    trainer = Trainer(config, create_task(config), tmp_path)
+    trainer.restore_for_evaluation()
+    evaluated, loaded = leaves(eval_params(trainer.state)), leaves(load(folder, trainer.target["params"]))
+    for name, leaf in start.items():
+        np.testing.assert_array_equal(evaluated[name], loaded[name])
+        assert np.array_equal(evaluated[name], leaf) == name.startswith("image"), name
 
 
 def test_the_optimizer_of_nothing_is_one_message(tmp_path):
