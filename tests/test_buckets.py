@@ -152,6 +152,17 @@ def test_padded_share():
     batch = {"image": np.zeros((2, 10, 20, 3), np.uint8), "valid": np.array([[10, 20], [5, 10]])}
     np.testing.assert_allclose(padded_share(batch)["padded"], [0, 0.75])
     assert padded_share({"image": batch["image"]}) == {}
+    frames = {"images": np.zeros((1, 2, 10, 20, 3), np.uint8), "valid": np.array([[[10, 20], [5, 20]]])}
+    np.testing.assert_allclose(padded_share(frames)["padded"], [0.25])
+
+
+def test_a_stream_of_padded_pictures_says_what_is_padding(data):
+    ops = "decode|resize_long(8)|pad_image({height}, {width})|keep(image, valid)"
+    found = batches(data._replace(ops=ops, buckets=make_buckets(data.sources, [(8, 8)])), 5)
+    assert {batch["image"].shape for batch in found} == {(4, 8, 8, 3)}
+    for batch in found:
+        np.testing.assert_allclose(batch["padded"], 1 - batch["valid"].prod(1) / 64, rtol=1e-6)
+        assert (batch["valid"].max(1) == 8).all() and batch["padded"].max() > 0
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------

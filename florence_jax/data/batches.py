@@ -9,7 +9,7 @@ from absl import logging
 
 from florence_jax.data.ops.captions import Caption, Texts
 from florence_jax.data.ops.registry import Op
-from florence_jax.data.records import BadRecord, Record, Source
+from florence_jax.data.records import PAYLOADS, BadRecord, Record, Source
 from florence_jax.errors import UserError
 
 Batch = dict[str, Any]  # arrays, and lists for the fields that stay on the host
@@ -209,16 +209,16 @@ def _kind(value: Any) -> str:
 
 
 def padded_share(batch: Mapping[str, Any]) -> Batch:
-    """{"padded": float32 (b,)}, the share of each picture that is padding, where the ops leave "valid"; else {}.
+    """{"padded": float32 (b,)}, the share of each example's pixels that is padding; {} where the ops leave no "valid".
 
-    "valid", int32 (b, axes), is the true size of "image" (b, height, width, ...) along its first axes, as ops that pad
-    leave it.
+    "valid", int32 (b, 2) or (b, K, 2), is the true height and width of a picture, of all frames of a video, or of each
+    of K pictures of an example, as op 'pad_image' leaves it; the pictures are (b, ..., height, width, channels).
     """
-    if "valid" not in batch or "image" not in batch:
+    pictures = next((batch[name] for name in PAYLOADS if name in batch), None)
+    if pictures is None or "valid" not in batch:
         return {}
-    valid = np.asarray(batch["valid"], np.float64)
-    whole = np.prod(batch["image"].shape[1 : 1 + valid.shape[1]])
-    return {"padded": (1 - valid.prod(1) / whole).astype(np.float32)}
+    share = 1 - np.asarray(batch["valid"], np.float64).prod(-1) / np.prod(pictures.shape[-3:-1])
+    return {"padded": share.reshape(len(share), -1).mean(1).astype(np.float32)}
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
