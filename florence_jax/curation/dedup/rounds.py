@@ -195,7 +195,8 @@ def _write_part(number: int, joined: Mapping[str, Iterable[Any]], firsts: np.nda
     labels = np.where(others > 0, np.arange(first, first + rows), -1)
     labels[members[:, 1] - first] = members[:, 0]
     write_table(f"{folder}/part-{number:05d}.parquet", pa.table({"cluster": pa.array(labels)}))
-    return Counter((others[others > 0] + 1).tolist())
+    sizes = np.unique(others[others > 0] + 1, return_counts=True)
+    return dict(zip(*(values.tolist() for values in sizes), strict=True))
 
 
 def _add_sizes(counters: Iterable[Mapping[int, int]]) -> Counter:
