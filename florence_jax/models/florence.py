@@ -46,7 +46,7 @@ class TwoTowers(nn.Module):
         c = self.config
         common: dict[str, Any] = dict(dtype=jnp.dtype(c.dtype), remat=c.remat, scan=c.scan)
         if c.image_tower == "vit":
-            self.image = ViT(
+            self.image: nn.Module = ViT(
                 width=c.image_width, layers=c.depths[0], heads=c.heads[0], patch_size=c.patch_size, res=c.res,
                 mlp_ratio=c.mlp_ratio, activation=c.image_activation, **common,
             )  # fmt: skip
