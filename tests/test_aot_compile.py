@@ -230,6 +230,17 @@ def test_preflight_of_fine_tuning_needs_neither_weights_nor_data():
         aot_compile.task_of(config)
 
 
+def test_a_head_gets_its_size_from_class_names_alone():
+    config = classify_config("protocol=finetune_linear")
+    config.init, config.data.train, config.model.variant, config.total_steps = "", "", "ti", 10
+    with pytest.raises(UserError, match="how many classes has the head"):
+        jax.eval_shape(aot_compile.task_of(config).init, jax.random.key(0))
+    config.classes = "cifar10"
+    task = aot_compile.task_of(config)
+    assert jax.eval_shape(task.init, jax.random.key(0))["head"]["weight"].shape[1] == 10
+    assert set(task.batches[0]) == {"image", "label", "corrupt"}
+
+
 # -- the search -------------------------------------------------------------------------------------------------------
 
 
