@@ -138,6 +138,8 @@ from florence_jax.params.sharding import BATCH_AXES
 class Lengths:
     def encode_batch(self, texts):
         return np.array([[len(text)] for text in texts], np.int32).reshape(-1, 1)
+    def lengths(self, ids):
+        return np.ones(len(ids), np.int32)
 
 with joined(ConfigDict({"start_timeout": 60.0, "lost_after": 20.0, "port": 0})):
     order = json.loads(sys.argv[2])

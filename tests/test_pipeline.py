@@ -44,6 +44,9 @@ class CharTokenizer:
     def __call__(self, text):
         return np.array([ord(c) for c in text.lower().ljust(12)[:12]], np.int32)
 
+    def lengths(self, ids):
+        return np.int32(len(ids))
+
 
 CONTEXT = {"tokenizer": CharTokenizer(), "templates": ("the {}", "a {}!")}
 

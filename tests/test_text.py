@@ -142,6 +142,16 @@ def test_pads_and_cuts(tokenizer):
     assert cut.tolist() == [*full[:7], tokenizer.eot_id]
 
 
+def test_lengths_know_padding_from_words_of_its_id(tokenizer, tiny_clip):
+    texts = ["cat", "cat dog", "dog " * 30]
+    want = [min(len(tokenizer.encode(text)), 8) for text in texts]
+    lengths = tokenizer.lengths(tokenizer.encode_batch(texts))
+    assert lengths.dtype == np.int32 and lengths.tolist() == want == [tokenizer.lengths(tokenizer(t)) for t in texts]
+    # Id 0 is "!" in CLIP's vocabulary: a word, also right before the end; and the end token may be in the text.
+    ids = np.array([[1, 0, 5, 0, tiny_clip.eot_id, 0, 0, 0], [1, tiny_clip.eot_id, 4, 0, 0, 0, 0, tiny_clip.eot_id]])
+    assert tiny_clip.lengths(ids).tolist() == [5, 8]
+
+
 def test_exact_fit_is_not_cut(tokenizer):
     full = tokenizer.encode("cat cat dog")
     tokenizer.length = len(full)

@@ -29,6 +29,9 @@ class WordTokenizer:
             raise UserError(f"caption {text!r} has no tokens")
         return np.array((words + [0] * 4)[:4], np.int32)
 
+    def lengths(self, ids):
+        return np.int32((ids != 0).sum())
+
 
 CONTEXT = {"tokenizer": WordTokenizer(), "templates": TEMPLATES}
 
@@ -417,8 +420,9 @@ def test_prompt():
 
 
 def test_tokenize():
-    text = run("tokenize", {"key": "k", "caption": "a red fox"})["text"]
-    assert text.dtype == np.int32 and text.tolist() == [1, 3, 3, 0]
+    out = run("tokenize", {"key": "k", "caption": "a red fox"})
+    assert out["text"].dtype == out["text_length"].dtype == np.int32
+    assert out["text"].tolist() == [1, 3, 3, 0] and out["text_length"] == 3
     for caption in ("-", "", None):
         with pytest.raises(BadRecord, match="'k'"):
             run("tokenize", {"key": "k", "caption": caption})
@@ -446,6 +450,7 @@ def test_texts():
         for step in parse_ops(f"caption({fields})|label|prompt|tokenize", CONTEXT):
             single = step(single, generator)
         np.testing.assert_array_equal(out["text"][k], single["text"])
+        assert out["text_length"][k] == single["text_length"] and out["text_length"].dtype == np.int32
         np.testing.assert_array_equal(out["label"][k], single["label"])
     assert not parse_ops("texts('caption=1')", CONTEXT | {"templates": ()})[0].random
     bare = run("texts('caption=1', 'group=1,none=1')", {"key": "k", "caption": "Red Fox", "none": ""})

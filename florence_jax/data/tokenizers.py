@@ -86,6 +86,13 @@ class Tokenizer(abc.ABC):
         """int32 (len(texts), length): the rows are `self(text)`."""
         return self._padded(self._encode(texts, self._split))
 
+    def lengths(self, ids: np.ndarray) -> np.ndarray:
+        """int32 (...): tokens before the padding in each row of ids (..., length), the last of them the end token.
+
+        Known by the place of the last end token: the padding's id may be a word's as well.
+        """
+        return (ids.shape[-1] - (ids[..., ::-1] == self.eot_id).argmax(-1)).astype(np.int32)
+
     def sample(self, text: str, rng: np.random.Generator) -> np.ndarray:
         """int32 (length,): as `self(text)`, but split into pieces at random; see `SentencePieceTokenizer`.
 

@@ -244,6 +244,7 @@ class Embedder:
             present = len(rows)
             yield {
                 "text": np.pad(rows, ((0, local - present), (0, 0))),
+                "text_length": np.pad(self._tokenizer.lengths(rows), (0, local - present), constant_values=1),
                 "mask": np.arange(local) < present,
                 "index": np.arange(start, start + local, dtype=np.int32),
             }

@@ -145,7 +145,12 @@ class Encoder:
         return self.model.apply(params, {"image": self.normalise(batch["image"])})["image/embedding"]
 
     def _text(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        return self.model.apply(params, {"text": batch["text"]})["text/embedding"]
+        return self.model.apply(params, text_inputs(batch))["text/embedding"]
+
+
+def text_inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What the text tower takes of a batch: "text" and, where it is known, "text_length"."""
+    return {name: batch[name] for name in ("text", "text_length") if name in batch}
 
 
 def open_encoder(config: ConfigDict) -> Encoder:

@@ -22,6 +22,7 @@ from florence_jax.params.layer_decay import layer_decay_rules
 from florence_jax.params.rules import Policy
 from florence_jax.tasks.base import Params, Task, frozen_parts, make_plan
 from florence_jax.tasks.classify import ClassificationSuite
+from florence_jax.tasks.encoder import text_inputs
 from florence_jax.tasks.pretrain import IN_BATCH, LOGIT_SCALE, clamp_logit_scale
 
 HEAD_INITS = ("zeros", "text")
@@ -128,12 +129,16 @@ class FineTuneUniCL(FineTune):
         """See `Task`."""
         (shapes,) = super().batches
         length = self.encoder.model.config.text_length
-        return ({**shapes, "text": jax.ShapeDtypeStruct((self.plan.batch_size, length), jnp.int32)},)
+        text = {
+            "text": jax.ShapeDtypeStruct((self.plan.batch_size, length), jnp.int32),
+            "text_length": jax.ShapeDtypeStruct((self.plan.batch_size,), jnp.int32),
+        }
+        return (shapes | text,)
 
     def train_data(self) -> TrainData:
         """Images with a prompt of their class."""
         data = super().train_data()
-        ops = f"{self.train_ops}|class_label|class_prompt|tokenize|keep(image, text, label)"
+        ops = f"{self.train_ops}|class_label|class_prompt|tokenize|keep(image, text, text_length, label)"
         context = {**data.context, "templates": self.templates, "tokenizer": self.encoder.tokenizer}
         return data._replace(ops=ops, context=context)
 
@@ -141,7 +146,7 @@ class FineTuneUniCL(FineTune):
         self, params: Params, batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """UniCL over images and class prompts, labels being classes."""
-        inputs = {"image": self.encoder.normalise(batch["image"]), "text": batch["text"]}
+        inputs = {"image": self.encoder.normalise(batch["image"]), **text_inputs(batch)}
         out = self.encode(params, inputs, key)
         labels = batch["label"][:, None]
         loss, metrics = unicl(out["image/embedding"], out["text/embedding"], labels, out["logit_scale"])

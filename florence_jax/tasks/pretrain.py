@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from florence_jax.data.batches import check_fields
-from florence_jax.data.ops.captions import Caption, parse_fields
+from florence_jax.data.ops.captions import MADE_OF_TEXTS, Caption, parse_fields
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.pipeline import TrainData
 from florence_jax.data.prompts import TEMPLATES
@@ -30,7 +30,7 @@ from florence_jax.models.base import Model
 from florence_jax.params.sharding import ambient_batch_axes, param_shardings
 from florence_jax.params.weights import checkpoint_folder, load, make_description
 from florence_jax.tasks.base import Params, Plan, Task, frozen_parts, make_identity, make_plan
-from florence_jax.tasks.encoder import RESIZED, build_model, normalise
+from florence_jax.tasks.encoder import RESIZED, build_model, normalise, text_inputs
 
 # CLIP's bounds of the learned logit scale (the logarithm of the multiplier), applied after each update.
 LOGIT_SCALE_RANGE = (0.0, float(np.log(100.0)))
@@ -145,7 +145,11 @@ class Pretrain(Task):
         texts = batch["text"].shape[1]
 
         def encode(params: Any, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            change = {"image": self._normalise, "text": lambda ids: ids.reshape(-1, ids.shape[-1])}  # (b K, L)
+            change = {
+                "image": self._normalise,
+                "text": lambda ids: ids.reshape(-1, ids.shape[-1]),  # (b K, L)
+                "text_length": lambda lengths: lengths.reshape(-1),
+            }
             inputs = {name: change[name](x) if name in change else x for name, x in inputs.items()}
             out = self.model.apply(params, inputs, train=train, rngs={"drop_path": key})
             back = {"image/embedding": (-1,), "text/embedding": (-1, texts)}
@@ -156,7 +160,7 @@ class Pretrain(Task):
             encode,
             params,
             {"image": batch["image"], "example": positions},
-            {"text": batch["text"]},
+            text_inputs(batch),
             micro_batch=cache.micro_batch,
             towers=cache.towers,
             axes=axes,
@@ -182,7 +186,7 @@ class Pretrain(Task):
         return self.model.apply(params, {"image": self._normalise(batch["image"])})["image/embedding"]
 
     def _embed_text(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        return self.model.apply(params, {"text": batch["text"]})["text/embedding"]
+        return self.model.apply(params, text_inputs(batch))["text/embedding"]
 
     # -- data -------------------------------------------------------------------------------------------------------
 
@@ -193,6 +197,7 @@ class Pretrain(Task):
         shapes = {
             "image": jax.ShapeDtypeStruct((size, model.res, model.res, 3), jnp.uint8),
             "text": jax.ShapeDtypeStruct((size, texts, model.text_length), jnp.int32),
+            "text_length": jax.ShapeDtypeStruct((size, texts), jnp.int32),
             "label": jax.ShapeDtypeStruct((size, texts, 2), jnp.int32),
             "corrupt": jax.ShapeDtypeStruct((size,), jnp.int32),
         }
@@ -209,8 +214,8 @@ class Pretrain(Task):
         for fields in self._captions:
             check_fields(sources, [Caption(**parse_fields(fields))])
         context = {"tokenizer": self.tokenizer, "templates": TEMPLATES if config.text.templates else ()}
-        texts = ", ".join(map(repr, self._captions))
-        ops = f"{self.train_ops}|texts({texts}, sampling={config.text.subword_sampling})|keep(image, text, label)"
+        texts, kept = ", ".join(map(repr, self._captions)), ", ".join(("image", *MADE_OF_TEXTS))
+        ops = f"{self.train_ops}|texts({texts}, sampling={config.text.subword_sampling})|keep({kept})"
         return TrainData(sources, weights, ops, context)
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:

@@ -211,11 +211,16 @@ class PairModel:
         self._ops, self._tokenizer = parse_ops(encoder.eval_ops, {}), encoder.tokenizer
 
     def prepare(self, example: ScorerPair) -> dict[str, np.ndarray]:
-        """{"image": uint8 (res, res, 3), "text": int32 (L,)}. Raises UserError for a bad image or caption."""
+        """{"image": uint8 (res, res, 3), "text": int32 (L,), "text_length": int32 ()}.
+
+        Raises:
+          UserError: for a bad image or caption.
+        """
         decoded: dict[str, Any] = {"image": example["image"], "key": ""}
         for image_op in self._ops:
             decoded = image_op(decoded, np.random.default_rng(0))  # evaluation ops draw nothing
-        return {"image": decoded["image"], "text": self._tokenizer(example["caption"])}
+        text = self._tokenizer(example["caption"])
+        return {"image": decoded["image"], "text": text, "text_length": self._tokenizer.lengths(text)}
 
     def apply(self, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """{"relevance": float32 (B,)} and, if asked for, "embedding": float32 (B, D)."""

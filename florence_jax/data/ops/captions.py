@@ -14,6 +14,7 @@ from florence_jax.data.records import BadRecord
 from florence_jax.errors import UserError
 
 MAX_CAPTION = 10_000  # characters; longer ones are web pages, not captions
+MADE_OF_TEXTS = ("text", "text_length", "label")
 JOINED = "_joined"  # 'keywords_joined' is the list field 'keywords' as one string
 
 
@@ -122,8 +123,9 @@ class Prompt(Op):
 
 @op("tokenize")
 class Tokenize(Op):
-    """Adds "text", int32 (L,): the caption through context["tokenizer"]. A caption without tokens is a bad record.
+    """Adds "text", int32 (L,), the caption through context["tokenizer"], and "text_length", int32 (), its tokens.
 
+    What comes after them is padding. A caption without tokens is a bad record.
     With probability `sampling` the caption is split into pieces at random (`Tokenizer.sample`).
     """
 
@@ -137,14 +139,14 @@ class Tokenize(Op):
             self.tokenizer.sample("word", np.random.default_rng(0))  # raises now if it cannot
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Adds the ids."""
+        """Adds the ids and their number."""
         caption = _caption(example)
         try:
-            if self.random and rng.random() < self.sampling:
-                return example | {"text": self.tokenizer.sample(caption, rng)}
-            return example | {"text": self.tokenizer(caption)}
+            sampled = self.random and rng.random() < self.sampling
+            text = self.tokenizer.sample(caption, rng) if sampled else self.tokenizer(caption)
         except UserError as error:
             raise BadRecord(key_of(example), str(error)) from error
+        return example | {"text": text, "text_length": self.tokenizer.lengths(text)}
 
 
 @op("texts")
@@ -152,8 +154,8 @@ class Texts(Op):
     """Several texts of one example: texts('caption=1', 'keywords=1,group=2', sampling=0.2) gives it two.
 
     Each is made from the example as by `caption(<fields>)|label|prompt|tokenize(sampling=...)`. Adds "text", int32
-    (K, L), and "label", int32 (K, 2), for K sets of fields. A set of which an example has no field gives a text of the
-    first set instead, so that plain pairs can be mixed with ones that have keywords.
+    (K, L), "text_length", int32 (K,), and "label", int32 (K, 2), for K sets of fields. A set of which an example has no
+    field gives a text of the first set instead, so that plain pairs can be mixed with ones that have keywords.
     """
 
     def __init__(self, *fields: str, context: Mapping[str, Any], sampling: float = 0.0):
@@ -173,7 +175,7 @@ class Texts(Op):
             for step in chain if any(_texts(example, name) for name in names) else self.chains[0]:
                 text = step(text, rng)
             made.append(text)
-        return example | {name: np.stack([text[name] for text in made]) for name in ("text", "label")}
+        return example | {name: np.stack([text[name] for text in made]) for name in MADE_OF_TEXTS}
 
 
 @op("keep")

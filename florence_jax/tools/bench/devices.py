@@ -111,6 +111,7 @@ def random_batch(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.nda
     return {
         "image": rng.integers(0, 256, shapes["image"].shape, np.uint8),
         "text": rng.integers(4, 500, shapes["text"].shape, np.int32),
+        "text_length": np.full(shapes["text_length"].shape, shapes["text"].shape[-1], np.int32),
         "label": np.tile(np.arange(size, dtype=np.int32)[:, None, None], (1, *rest)),
         "corrupt": np.zeros(size, np.int32),
     }
