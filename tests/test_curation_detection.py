@@ -164,7 +164,7 @@ def test_merge_table_is_complete_and_says_why(built):
 def test_sheet_is_self_contained(built):
     page = (built / "sheet.html").read_text()
     assert page.count("data:image/webp;base64,") == 8
-    assert "http" not in page and "src='data:" in page and not re.search(r"<(script|link)", page)
+    assert "http" not in page and 'src="data:' in page and not re.search(r"<(script|link)", page)
     assert "negative: bat (animal), couch" in page and "teacher dyhead-1, score at least 0.5" in page
 
 
