@@ -33,17 +33,17 @@ def pytest_unconfigure():
         shutil.rmtree(CACHE, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """Folder of twenty pictures in four sub-folders."""
+    """Folder of twenty pictures in four sub-folders, of all tests of a worker: none writes there."""
     from tiny_images import twenty_images  # it imports what must be imported after the settings above
 
     return twenty_images(tmp_path_factory.mktemp("data") / "pictures")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """Checkpoints of a tiny run, its config.json beside them."""
+    """Checkpoints of a tiny run, its config.json beside them, of all tests of a worker: none writes there."""
     from tiny_images import tiny_checkpoint
 
     return tiny_checkpoint(tmp_path_factory.mktemp("weights"))

@@ -1,9 +1,10 @@
 """Every evaluator gives the same numbers in one process and in a job of several, for another batch size."""
 
 import json
+from pathlib import Path
 
 import pytest
-from tiny_images import run_main, tiny_checkpoint, twenty_images
+from tiny_images import run_main
 from two_processes import run_job
 
 NAMES = "emoji:new_names"
@@ -42,10 +43,9 @@ SLOW_PROTOCOLS = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """The weights, the pictures, and a split file that gives each picture two captions."""
-    folder = tmp_path_factory.mktemp("data")
-    pictures, split = twenty_images(folder / "pictures"), folder / "dataset_coco.json"
+def places(pictures, tmp_path_factory):
+    """The pictures, and a split file that gives each picture two captions."""
+    split = tmp_path_factory.mktemp("split") / "dataset_coco.json"
     images = [
         {
             "filename": f.name,
@@ -53,10 +53,10 @@ def data(tmp_path_factory):
             "split": "test",
             "sentences": [{"raw": f"{f} {i}"} for i in "ab"],
         }
-        for f in sorted((folder / "pictures").glob("*/*.png"))
+        for f in sorted(Path(pictures).glob("*/*.png"))
     ]
     split.write_text(json.dumps({"images": images}))
-    return tiny_checkpoint(folder / "weights"), {"pictures": pictures, "split": split}
+    return {"pictures": pictures, "split": split}
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,7 @@ def data(tmp_path_factory):
         pytest.param(4, SLOW_PROTOCOLS, id="4-more", marks=pytest.mark.slow),
     ],
 )
-def test_several_processes_give_the_numbers_of_one(data, count, protocols, tmp_path):
-    weights, places = data
+def test_several_processes_give_the_numbers_of_one(weights, places, count, protocols, tmp_path):
     commands, alone = {}, {}
     for name, arguments in protocols.items():
         commands[name] = [*(argument.format(**places) for argument in arguments), f"--config.init={weights}"]

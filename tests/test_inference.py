@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,8 +122,8 @@ def notebook_cells():
     return ["".join(c["source"]) for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "code"]
 
 
-def test_the_cells_of_the_notebook_work_on_a_runs_folder(weights, monkeypatch, capsys):
-    workdir, shown = Path(weights).parent, []
+def test_the_cells_of_the_notebook_work_on_a_runs_folder(weights, monkeypatch, capsys, tmp_path):
+    workdir, shown = shutil.copytree(Path(weights).parent, tmp_path / "run"), []
     (workdir / "report.html").write_text("<p>what it learned</p>")
     stand_in = SimpleNamespace(HTML=str, display=shown.append)
     monkeypatch.setitem(sys.modules, "IPython.display", stand_in)
