@@ -140,7 +140,7 @@ def show_number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 or value == int(value) and abs(value) > 1 else f"{value:.3f}"
 
 
-def curve(title: str, steps: Sequence[float], series: Mapping[str, Sequence[float]]) -> str:
+def curve(title: str, steps: Sequence[float], series: Mapping[str, Sequence[float | None]]) -> str:
     """An SVG line chart, 480 x 260 pixels; points that are not finite are left out, and series without a point."""
     points = {
         name: line

@@ -138,7 +138,7 @@ def recall_chance(right: np.ndarray, total: int, k: int) -> float:
 
 def retrieval_chance(image_ids: np.ndarray, text_ids: np.ndarray) -> dict[str, float]:
     """Chance levels of `two_way_recalls` for the ids of its images and texts."""
-    chance = {}
+    chance: dict[str, float] = {}
     for prefix, queries, targets in (("i2t_", image_ids, text_ids), ("t2i_", text_ids, image_ids)):
         values, counts = np.unique(targets, return_counts=True)
         place = np.searchsorted(values, queries).clip(max=len(values) - 1)

@@ -181,7 +181,7 @@ class Embedder:
       batch_size: global images, or texts, a call; a multiple of the number of devices. One shape, one compilation.
     """
 
-    def __init__(self, predict: dict[str, Predict], tokenizer: Tokenizer | None, mesh: Mesh, batch_size: int):
+    def __init__(self, predict: Mapping[str, Predict], tokenizer: Tokenizer | None, mesh: Mesh, batch_size: int):
         self._tokenizer = tokenizer
         self._compiled_towers: set[str] = set()
         self._towers: dict[str, Predictor] = {

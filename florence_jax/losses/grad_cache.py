@@ -10,6 +10,7 @@ Here it is a scan over micro-batches whose body is rematerialised, so `jax.grad`
 above; there is no second code path to keep equal to the first.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -50,12 +51,12 @@ def encode_pairs(
         raise UserError(f"grad_cache.towers={towers!r}: choose one of {', '.join(TOWERS)}")
     if not micro_batch:
         return encode(params, image | text)
-    settings = dict(micro_batch=micro_batch, axes=axes, replicated=replicated)
+    cached = functools.partial(encode_cached, encode, micro_batch=micro_batch, axes=axes, replicated=replicated)
     if towers == "both":
-        return encode_cached(encode, params, image | text, **settings)
+        return cached(params, image | text)
     # Without the text tower's parameters, so that the scan carries no gradients for them.
     image_params = {name: value for name, value in params.items() if not name.startswith("text")}
-    return encode_cached(encode, image_params, image, **settings) | encode(params, text)
+    return cached(image_params, image) | encode(params, text)
 
 
 def encode_cached(

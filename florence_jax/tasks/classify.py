@@ -85,7 +85,7 @@ class ClassificationSuite(Suite):
         test = data.test or OWN_TEST.get(data.train, "")
         self.test_source: Source | None = open_images(test) if test else None
         self.classes = self._open_classes(names)
-        if self.train_source and not test:
+        if self.train_source is not None and self.classes is not None and not test:
             self.train_source, self.test_source = hold_out(self.train_source, self.classes, config.holdout, config.seed)
         self.templates = choose_templates(config.templates, dataset)
         multi = self.classes is not None and self.classes.multi
@@ -131,14 +131,23 @@ class ClassificationSuite(Suite):
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
         """Those of the protocol, and retrieval on `config.eval.source` where one is given."""
-        if self.test_source is None:
-            raise UserError("no images to evaluate on: give --config.data.test=DATA")
         found, pairs = self.protocol_evaluators(mesh), self.config.eval.source
         if pairs and not self.encoder.speaks:
             raise UserError(f"config.eval.source={pairs}: retrieval needs weights with a text tower and its tokenizer")
         if pairs:
             found.append(open_retrieval("held_out", open_source(pairs), self.eval_ops, self.embedder(mesh)))
         return found
+
+    @property
+    def tested(self) -> tuple[Source, ClassIndex]:
+        """The test images and their classes.
+
+        Raises:
+          UserError: there are none.
+        """
+        if self.test_source is None or self.classes is None:
+            raise UserError("no images to evaluate on: give --config.data.test=DATA")
+        return self.test_source, self.classes
 
     @abc.abstractmethod
     def protocol_evaluators(self, mesh: Mesh) -> list[Evaluator]:
@@ -156,8 +165,7 @@ class ClassificationSuite(Suite):
         """Zero-shot classification of the test images."""
         return ZeroShot(
             name,
-            self.test_source,
-            self.classes,
+            *self.tested,
             self.eval_ops,
             self.embedder(mesh),
             self.templates,
@@ -184,13 +192,14 @@ class ProbeSuite(ClassificationSuite):
         config = self.config
         if self.train_source is None:
             raise UserError("a probe needs images to learn from: give --config.data.train=DATA")
+        images, classes = self.tested
         validation: Any = config.holdout
         if config.validation:
-            validation = as_labelled(open_images(config.validation), self.classes)
+            validation = as_labelled(open_images(config.validation), classes)
         probe = LinearProbe(
             "probe",
-            as_labelled(self.train_source, self.classes),
-            as_labelled(self.test_source, self.classes),
+            as_labelled(self.train_source, classes),
+            as_labelled(images, classes),
             self.eval_ops,
             self.embedder(mesh, "features"),
             metric=self.metric,
@@ -212,7 +221,7 @@ class FewShotSuite(ClassificationSuite):
         options = self.config.fewshot
         episodes = FewShot(
             "fewshot",
-            as_labelled(self.test_source, self.classes),
+            as_labelled(*self.tested),
             self.eval_ops,
             self.embedder(mesh, "flip_pair"),
             self.encoder.predict["features"],

@@ -71,7 +71,7 @@ class Encoder:
         self.tokenizer_spec = tokenizer or self.description.tokenizer
         self._tokenizer: Tokenizer | None = None
         if self.tokenizer_spec and self.has_text:
-            options = {"model": {"variant": self.variant, "overrides": self.overrides}}
+            options: dict[str, Any] = {"model": {"variant": self.variant, "overrides": self.overrides}}
             options |= {"text": {"tokenizer": self.tokenizer_spec}, "precision": precision}
             self._tokenizer, self.model = build_model(ConfigDict(options))
         else:

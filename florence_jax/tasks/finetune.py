@@ -235,8 +235,7 @@ class FineTuneLinear(FineTune):
         """By the head's scores."""
         return Classification(
             name,
-            self.test_source,
-            self.classes,
+            *self.tested,
             self.eval_ops,
             self.embedder(mesh, "logits"),
             lambda params, scores: lambda start, stop: scores[start:stop],

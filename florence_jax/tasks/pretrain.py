@@ -75,6 +75,7 @@ class Pretrain(Task):
         flops = self.model.flops
         self.flops_per_example = 3.0 * (flops["image"] + len(self._captions) * flops["text"])
         self.predict = {"image": self._embed_image, "text": self._embed_text}
+        self.plan = self.length()
 
     def open_model(self) -> tuple[Tokenizer, Model]:
         """What is trained."""
@@ -84,9 +85,8 @@ class Pretrain(Task):
         """As `config.data.captions`."""
         return self.config.data.captions
 
-    @functools.cached_property
-    def plan(self) -> Plan:
-        """See `Task`."""
+    def length(self) -> Plan:
+        """The plan."""
         return make_plan(self.config)
 
     @functools.cached_property

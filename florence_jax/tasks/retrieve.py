@@ -1,6 +1,5 @@
 """Image-text retrieval with trained weights: as they are, or trained further on pairs."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,11 +81,12 @@ class FineTuneRetrieval(Pretrain):
     def open_model(self) -> tuple[Tokenizer, Model]:
         """The towers of `config.init`."""
         self.encoder = open_towers(self.config)
-        return self.encoder.tokenizer, self.encoder.model
+        tokenizer = self.encoder.tokenizer
+        assert tokenizer is not None  # `open_towers` wants texts
+        return tokenizer, self.encoder.model
 
-    @functools.cached_property
-    def plan(self) -> Plan:
-        """See `Task`."""
+    def length(self) -> Plan:
+        """In epochs of the training data."""
         known = bool(self.config.data.train)
         return make_plan(self.config, sum(len(source) for source in self.mixture[0]) if known else None)
 

@@ -300,7 +300,7 @@ class Trainer:
         found = np.int32((self.workdir / "result.json").exists())
         return bool(multihost_utils.broadcast_one_to_all(found))
 
-    def make_step(self) -> Callable[..., Any]:
+    def make_step(self) -> jax.stages.Wrapped:
         """The jitted train step; see `step.make_train_step`."""
         return make_train_step(
             self.task,
@@ -398,7 +398,7 @@ class CompiledStep:
       step: jitted, see `step.make_train_step`.
     """
 
-    def __init__(self, step: Callable[..., Any]):
+    def __init__(self, step: jax.stages.Wrapped):
         self._step = step
         self._compiled: dict[Any, Callable[..., Any]] = {}
 

@@ -1,6 +1,6 @@
 """One optimizer step as a single jitted function."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ def make_train_step(
     mesh: Mesh,
     shardings: Any,
     frozen: Collection[str] = (),
-) -> Callable[[dict[str, Any], dict[str, jax.Array]], tuple[dict[str, Any], dict[str, jax.Array]]]:
+) -> jax.stages.Wrapped:
     """Builds `step(state, batch) -> (state, metrics)`; the old state's buffers are donated.
 
     The step's random key is `fold_in(key(seed), step)`, so a resumed run draws what an undisturbed one would. After

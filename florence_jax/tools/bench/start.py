@@ -20,6 +20,7 @@ from typing import Any
 
 from absl import flags
 
+from florence_jax.config_files import read_config
 from florence_jax.data.pipeline import Process, train_stream
 from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
@@ -88,12 +89,11 @@ def start_processes(paths: Sequence[str], count: int, batch: int) -> list[list[d
 
 def first_batch(path: str, process: tuple[int, int], batch: int) -> dict[str, Any]:
     """{"bytes_read", "seconds"} until this process has its rows of the first batch of `path`."""
-    from configs.pretrain import get_config  # here, so that the parent loads no model
-    from florence_jax.tasks import create_task
+    from florence_jax.tasks import create_task  # here, so that the parent loads no model
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
-    config = get_config("variant=ti")
+    config = read_config("configs/pretrain.py:variant=ti")
     config.batch_size = batch
     config.data.train = path
     task = create_task(config)
