@@ -133,7 +133,7 @@ class FineTuneUniCL(FineTune):
             "text": jax.ShapeDtypeStruct((self.plan.batch_size, length), jnp.int32),
             "text_length": jax.ShapeDtypeStruct((self.plan.batch_size,), jnp.int32),
         }
-        return (shapes | text,)
+        return ({**shapes, **text},)
 
     def train_data(self) -> TrainData:
         """Images with a prompt of their class."""
