@@ -127,7 +127,7 @@ def test_croissant_validates_and_reads_the_records(run):
     assert dataset.metadata.name == "florence_jax-sample"
     files = {file.name: file.sha256 for file in dataset.metadata.distribution}
     sums = dict(reversed(line.split()) for line in (workdir / "output" / "SHA256SUMS").read_text().splitlines())
-    assert files == sums and len(files) == 4
+    assert files == sums and len(files) == 6  # two shards in two formats, and a side file of each ArrayRecord
     names = [record_set.name for record_set in dataset.metadata.record_sets]
     found = [record for name in names for record in dataset.records(name)]
     assert len(found) == summary["records"]
