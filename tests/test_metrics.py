@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from ml_collections import ConfigDict
 
-from florence_jax.train.loop import Trainer
+from florence_jax.train.loop import finish
 from florence_jax.train.metrics import MetricsWriter, peak_memory, read_metrics
 
 
@@ -32,16 +32,15 @@ def test_resume_replaces_later_lines(tmp_path):
 
 def test_what_is_not_finite_is_null_in_valid_files(tmp_path):
     """The ROC AUC of a set with one class: the run ends with its result and its report."""
-    results = {"eval/roc_auc": math.nan, "eval/large": math.inf, "eval/top1": 0.5}
+    results = {"roc_auc": math.nan, "large": math.inf, "top1": 0.5}
     writer = MetricsWriter(tmp_path, resume_step=0, write=True)
-    writer.write(1, results)
+    writer.write(1, {f"eval/test/{name}": value for name, value in results.items()})
     writer.close()
-    config = ConfigDict({"task": "classify"})
-    run = SimpleNamespace(workdir=tmp_path, config=config, state={"step": 1}, is_main=True, _evaluators=[])
-    run._evaluate = lambda: results
-    Trainer.finish(run)
+    test = SimpleNamespace(name="test", run=lambda params: results, chance={}, charts=(), report=list, files=dict)
+    suite = SimpleNamespace(name="classify", identity={}, description={"parts": {}})
+    finish(ConfigDict({"eval": {"source": ""}}), suite, tmp_path, [test], None, 1)
     written = [(tmp_path / name).read_text() for name in ("metrics.jsonl", "result.json")]
-    expected = {"eval/roc_auc": None, "eval/large": None, "eval/top1": 0.5, "step": 1}
+    expected = {"eval/test/roc_auc": None, "eval/test/large": None, "eval/test/top1": 0.5, "step": 1}
     assert [json.loads(text, parse_constant=pytest.fail) for text in written] == [expected, expected]
     assert '<td class="n">nan</td>' in (tmp_path / "report.html").read_text()
 
