@@ -2,6 +2,7 @@
 
 import copy
 import io
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +52,11 @@ def small_config(inputs, **changes):
     for name, value in changes.items():
         config[name] = config[name] | value if isinstance(value, dict) else value
     return config
+
+
+def stamps(folder, pattern):
+    """Which file each name is: another one once it has been written again."""
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in Path(folder).glob(pattern)}
 
 
 ONE_PROCESS = beam_options("DirectRunner", 1, "")

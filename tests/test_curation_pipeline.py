@@ -4,11 +4,7 @@ import dataclasses
 import functools
 import io
 import json
-import os
 import pickle
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from apache_beam.runners.portability.local_job_service import LocalJobServicer
-from curation_tools import ONE_PROCESS, pairs, picture, small_config, write_parquet
+from curation_tools import ONE_PROCESS, pairs, picture, small_config, stamps, write_parquet
 from PIL import Image
 
 from florence_jax.curation import plan, stages
@@ -55,10 +51,6 @@ def log(workdir, source="p"):
     by_uid = {row["uid"]: (row["stage"], row["reason"], row["value"]) for row in rows}
     assert len(by_uid) == len(rows)
     return {f"{i:04d}": by_uid[uid] for i in range(2000) if (uid := uid_of(source, f"{i:04d}")) in by_uid}
-
-
-def stamps(folder, pattern):
-    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in Path(folder).glob(pattern)}
 
 
 @pytest.fixture
@@ -436,55 +428,3 @@ def test_the_advice_for_a_job_server_that_cannot_be_fetched():
 def test_merkle_root():
     one, two, three = (f"{i:064x}" for i in range(3))
     assert merkle_root([one]) == one and len({merkle_root(x) for x in ([one, two], [two, one], [one, two, three])}) == 3
-
-
-# -- the whole command, killed ----------------------------------------------------------------------------------------
-
-
-def command(workdir, *more):
-    return [
-        sys.executable,
-        "-m",
-        "florence_jax.curation.main",
-        "--config=configs/curate.py",
-        f"--workdir={workdir}",
-        *more,
-    ]
-
-
-def run_to_end(workdir, *more):
-    result = subprocess.run(command(workdir, *more), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout.split("root:")[1].strip()
-
-
-@pytest.mark.slow
-def test_kill_and_worker_matrix(tmp_path):
-    """kill -9 of the whole process group at random moments; the end is that of an undisturbed run, and no finished
-    part or shard is made again. 1, 2 and 4 workers give the same root."""
-    start = time.monotonic()
-    root = run_to_end(tmp_path / "plain", "--workers=2")
-    seconds = time.monotonic() - start
-    for workers in (1, 4):
-        assert run_to_end(tmp_path / f"w{workers}", f"--workers={workers}") == root
-    moments = np.random.default_rng(5).uniform(0.1, 1.0, 8) * seconds
-    finished: dict = {}
-    for moment in moments.tolist():
-        process = subprocess.Popen(
-            command(tmp_path / "killed", "--workers=2"),
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        made = stamps(tmp_path / "killed", "measured/*.parquet") | stamps(tmp_path / "killed", "output/*.array_record")
-        assert {name: made.get(name) for name in finished} == finished
-        finished = made
-    assert finished
-    assert run_to_end(tmp_path / "killed", "--workers=2") == root
-    made = stamps(tmp_path / "killed", "measured/*.parquet") | stamps(tmp_path / "killed", "output/*.array_record")
-    assert {name: made.get(name) for name in finished} == finished
