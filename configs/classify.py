@@ -9,6 +9,8 @@
         --config.data.train=tfds:imagenet2012:train --config.data.test=tfds:imagenet2012:validation
     python -m florence_jax.main --config=configs/classify.py:protocol=finetune_linear --config.init=DIR \
         --config.data.train=DIR
+    python -m florence_jax.main --config=configs/classify.py:protocol=head --config.init=DIR \
+        --config.data.test=DIR                                                       # what finetune_linear trained
 
 `--config.init` is `checkpoints/` of a run (the default is that of configs/pretrain.py) or a folder written by
 florence_jax.tools.import_torch. Data: a folder with one sub-folder of images for each class, ArrayRecord files, or
@@ -16,9 +18,9 @@ tfds:NAME:SPLIT. Results are in WORKDIR/result.json and report.html.
 
 Further names of data: isic:DIR, eurosat:DIR, cropdisease:DIR, chestx:DIR (as their publishers pack them), digits:train.
 
-Arguments: protocol = zeroshot | probe | fewshot | finetune_unicl | finetune_linear; res = image size (0: the weights'
-own); runlocal. probe: logistic regression on frozen features, CLIP's protocol. fewshot: 600 episodes of CD-FSL on the
-head; --config.fewshot.train=backbone trains the image tower too, as in the paper.
+Arguments: protocol = zeroshot | probe | fewshot | head | finetune_unicl | finetune_linear; res = image size (0: the
+weights' own); runlocal. probe: logistic regression on frozen features, CLIP's protocol. fewshot: 600 episodes of CD-FSL
+on the head; --config.fewshot.train=backbone trains the image tower too, as in the paper.
 Fine-tuning has the paper's ImageNet recipe (UniCL loss on class prompts, no new head, batch 8,192, 10 epochs, cosine,
 500 warm-up steps, peak 2e-5); smaller data get a batch of at most their own size. It was run at size ti only.
 
@@ -33,7 +35,7 @@ from florence_jax.config_files import parse_arg
 from florence_jax.errors import UserError
 from florence_jax.train.defaults import common, model_overrides
 
-EVALUATED = ("zeroshot", "probe", "fewshot")
+EVALUATED = ("zeroshot", "probe", "fewshot", "head")
 TRAINED = ("finetune_unicl", "finetune_linear")
 
 

@@ -378,11 +378,11 @@ def test_protocols_that_need_a_text_tower_say_so(image_only, pictures, tmp_path,
     assert "holds no text tower" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("protocol", TASKS["classify"])
+@pytest.mark.parametrize("protocol", TASKS["classify"].protocols)
 def test_every_protocol_has_a_smoke_test_configuration(protocol):
     config = get_config(f"protocol={protocol},runlocal,res=64")
     assert config.protocol == protocol and config.total_steps <= 2 and config.model.overrides.res == 64
-    assert config.mode == ("train" if issubclass(TASKS["classify"][protocol], FineTune) else "eval")
+    assert config.mode == ("train" if issubclass(TASKS["classify"].protocols[protocol], FineTune) else "eval")
 
 
 def test_weights_of_an_import_and_another_resolution(weights, tmp_path):

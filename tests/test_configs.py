@@ -40,12 +40,12 @@ def test_smoke_test_size_builds(name):
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_one_schema(name):
     get = importlib.import_module(f"configs.{name}").get_config
-    for protocol in TASKS[name]:
+    for protocol in TASKS[name].protocols:
         config = get(f"protocol={protocol}" if protocol else None)
         assert config.task == name and config.get("protocol", "") == protocol
         for part, keys in SCHEMA.items():
             assert set(config[part]) - {"captions"} == keys
-        assert config.mode == ("train" if issubclass(TASKS[name][protocol], (Pretrain, FineTune)) else "eval")
+        assert config.mode == ("train" if issubclass(TASKS[name].protocols[protocol], (Pretrain, FineTune)) else "eval")
 
 
 @pytest.mark.parametrize("name", TRAINING)

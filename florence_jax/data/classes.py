@@ -185,12 +185,13 @@ def _label_of(record: Mapping[str, Any]) -> Any:
     return next((record[name] for name in ("class_id", MULTI_FIELD, "caption") if record.get(name) is not None), None)
 
 
-def open_classes(source: Source, spec: str = "", field: str = "") -> ClassIndex:
+def open_classes(source: Source, spec: str | ClassNames = "", field: str = "") -> ClassIndex:
     """The classes of a labelled source.
 
     Args:
       source: labelled by "class_id" (TFDS), "labels" (several an image) or "caption" (a sub-folder for each class).
-      spec: class names: a shipped set, a file, or '' for the shipped names of a TFDS set, else the data's own labels.
+      spec: class names: a shipped set, a file, `ClassNames`, or '' for the shipped names of a TFDS set, else the data's
+        own labels.
       field: take the label from this field of the records; '' for the ones above ("group" of the embedded set).
 
     Names are joined to the data's labels by text (ignoring case, '_' and '-'); where no label is among the names and
@@ -205,7 +206,7 @@ def open_classes(source: Source, spec: str = "", field: str = "") -> ClassIndex:
         spec = dataset_name(source.name)
     if not field and source.name.startswith("emoji:"):
         field = EMOJI_FIELD
-    given = load_class_names(spec) if spec else None
+    given = spec if isinstance(spec, ClassNames) else load_class_names(spec) if spec else None
     first = next(iter(source.metadata()), {})
     multi = not field and "class_id" not in first and first.get(MULTI_FIELD) is not None
     if not field and "class_id" in first:
@@ -222,7 +223,7 @@ def open_classes(source: Source, spec: str = "", field: str = "") -> ClassIndex:
     places = _by_plain(labels, source.name)
     if given is None:
         return ClassIndex([(label,) for label in labels], places, field, multi)
-    numbers, note = _join(labels, given, source.name, spec)
+    numbers, note = _join(labels, given, source.name, spec if isinstance(spec, str) else "of the weights")
     return ClassIndex(given.names, numbers, field, multi, note)
 
 

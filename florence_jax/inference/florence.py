@@ -7,12 +7,13 @@
     texts = model.embed_texts(["a cat", "a dog"])
     cosines = images @ texts.T
     probabilities = model.classify(["cat.jpg"], ["cat", "dog", "horse"])
+    answers = Florence("runs/mine").predict(["cat.jpg"])  # of weights fine-tuned for classes: [[("cat", .98)]]
 
 `docs/colab.ipynb` does this in a notebook. For evaluations with metrics use `python -m florence_jax.main`.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from florence_jax.data.prompts import TEMPLATES
 from florence_jax.data.records import ListSource, Source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.metrics import softmax
-from florence_jax.evaluators.predictor import Embedder
+from florence_jax.evaluators.predictor import Embedder, Predictor
 from florence_jax.evaluators.zero_shot import class_embeddings
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks.encoder import Encoder
@@ -66,7 +67,7 @@ class Florence:
             raise UserError(f"batch_size={batch_size} must be at least 1")
         self.encoder = Encoder(os.fspath(init), {"res": res}, tokenizer, precision)
         self._mesh, self._batch_size = make_mesh(-1, 1), batch_size
-        self.params = self.encoder.load_on(self._mesh)
+        self.params = self.encoder.load_on(self._mesh, head=True)
         self._embedders: dict[tuple[str, int], Embedder] = {}
 
     def embed_images(self, images: Sequence[Picture]) -> np.ndarray:
@@ -141,12 +142,73 @@ class Florence:
         Raises:
           UserError: as `embed_images` and `embed_texts`; for a template without '{}'.
         """
+        return softmax(self.embed_images(images) @ self._class_vectors(names, templates))
+
+    def _class_vectors(self, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> np.ndarray:
+        """float32 (D, K): what the vectors of pictures are multiplied with to give the logits of classes."""
         _check_list(names, "names")
         self._check_text()
-        vectors = self.embed_images(images)
         embedder = self._embedder("text", len(names) * len(templates))
         classes = class_embeddings(embedder, self.params, names, templates)
-        return softmax(float(np.exp(self.params["logit_scale"])) * vectors @ classes.T)
+        return float(np.exp(self.params["logit_scale"])) * classes.T
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The K classes that the weights were trained for, in the order of `probabilities`; () for none."""
+        return self.encoder.description.classes
+
+    def probabilities(self, images: Sequence[Picture]) -> np.ndarray:
+        """Of the classes that the weights were trained for, by their linear head or else by the classes' prompts.
+
+        Args:
+          images: N pictures as for `embed_images`.
+
+        Returns:
+          float32 (N, K); rows sum to 1, but for a head of several classes an image, whose entries stand alone.
+
+        Raises:
+          UserError: as `classify`; for weights that were not trained for classes.
+        """
+        if self.encoder.head is None and self.classes:
+            return self.classify(images, self.classes)
+        source = _as_source(images)
+        _ = self.encoder.known_head
+        logits = self.embed_source(source, on_corrupt="error", tower="logits", quiet=True)["embedding"]
+        return self.encoder.known_head.probabilities(logits)
+
+    def each_probability(self, source: Source, names: Sequence[str] = ()) -> Iterator[tuple[int, str, np.ndarray]]:
+        """As `probabilities`, or `classify` where names are given, of a source of any length.
+
+        Yields:
+          (row of the source, key, float32 (K,)) of each readable record, in order.
+
+        Raises:
+          UserError: as those.
+        """
+        vectors = self._class_vectors(names) if names else None
+        function = self.encoder.predict["logits" if vectors is None else "image"]
+        size = min(self._batch_size, 1 << max(len(source) - 1, 0).bit_length())
+        predictor = Predictor(lambda params, batch: {"out": function(params, batch)}, self._mesh, size)
+        ops = f"{self.encoder.eval_ops}|keep(image, key)"
+        for row in predictor.rows(self.params, source, ops, {}, host=("key",), on_corrupt="skip"):
+            out = row["out"][None]
+            found = self.encoder.known_head.probabilities(out) if vectors is None else softmax(out @ vectors)
+            yield row["index"], row["key"], found[0]
+
+    def predict(self, images: Sequence[Picture], top: int = 1) -> list[list[tuple[str, float]]]:
+        """The likeliest classes of each picture, with their probabilities, best first.
+
+        Args:
+          images: N pictures as for `embed_images`.
+          top: classes given of each.
+
+        Returns:
+          N lists of (name, probability).
+
+        Raises:
+          UserError: as `probabilities`.
+        """
+        return [best_classes(row, self.classes, top) for row in self.probabilities(images)]
 
     def _check_text(self) -> None:
         if not self.encoder.has_text:
@@ -161,6 +223,12 @@ class Florence:
             functions = {as_tower: self.encoder.predict[tower]}
             self._embedders[tower, size] = Embedder(functions, tokenizer, self._mesh, size)
         return self._embedders[tower, size]
+
+
+def best_classes(probabilities: np.ndarray, names: Sequence[str], top: int) -> list[tuple[str, float]]:
+    """(name, probability) of the `top` likeliest of K classes, best first; of equals the first."""
+    order = np.argsort(-probabilities, kind="stable")[:top]
+    return [(names[place], float(probabilities[place])) for place in order]
 
 
 def _check_list(values: Any, what: str) -> None:

@@ -1,27 +1,49 @@
 """Tasks by name: each joins a model, a loss and data for the one training loop, or weights and evaluators."""
 
+import importlib
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from florence_jax.errors import UserError
 from florence_jax.tasks.base import Suite, Task
-from florence_jax.tasks.classify import FewShotSuite, ProbeSuite, ZeroShotSuite
+from florence_jax.tasks.classify import FewShotSuite, HeadSuite, ProbeSuite, ZeroShotSuite
 from florence_jax.tasks.finetune import FineTuneLinear, FineTuneUniCL
 from florence_jax.tasks.pretrain import Pretrain
 from florence_jax.tasks.retrieve import FineTuneRetrieval, RetrievalSuite
 
-# Task -> protocol ('' where a task has one only) -> what it is.
-TASKS: Mapping[str, Mapping[str, Callable[[ConfigDict], Suite]]] = {
-    "pretrain": {"": Pretrain},
-    "classify": {
-        "zeroshot": ZeroShotSuite,
-        "probe": ProbeSuite,
-        "fewshot": FewShotSuite,
-        "finetune_unicl": FineTuneUniCL,
-        "finetune_linear": FineTuneLinear,
-    },
-    "retrieve": {"zeroshot": RetrievalSuite, "finetune": FineTuneRetrieval},
+CLASSIFIER = "florence_jax.inference.classifier:Classifier"
+PRETRAINED = "pretrain"
+
+
+class Registered(NamedTuple):
+    """A task.
+
+    Attributes:
+      protocols: what its configuration can do, by `config.protocol` ('' where there is one only).
+      answerer: 'module:class', what `florence_jax.predict` uses for the weights of this task, see `inference.base`; it
+        is imported only there.
+    """
+
+    protocols: Mapping[str, Callable[[ConfigDict], Suite]]
+    answerer: str
+
+
+TASKS: dict[str, Registered] = {
+    PRETRAINED: Registered({"": Pretrain}, CLASSIFIER),
+    "classify": Registered(
+        {
+            "zeroshot": ZeroShotSuite,
+            "probe": ProbeSuite,
+            "fewshot": FewShotSuite,
+            "head": HeadSuite,
+            "finetune_unicl": FineTuneUniCL,
+            "finetune_linear": FineTuneLinear,
+        },
+        CLASSIFIER,
+    ),
+    "retrieve": Registered({"zeroshot": RetrievalSuite, "finetune": FineTuneRetrieval}, CLASSIFIER),
 }
 
 
@@ -29,7 +51,7 @@ def create_suite(config: ConfigDict) -> Suite:
     """Builds what `config.task` and `config.protocol` name; raises `UserError` listing the known ones."""
     if config.task not in TASKS:
         raise UserError(f"config.task={config.task!r} is unknown; known tasks: {', '.join(sorted(TASKS))}")
-    protocols, protocol = TASKS[config.task], config.get("protocol", "")
+    protocols, protocol = TASKS[config.task].protocols, config.get("protocol", "")
     if protocol not in protocols:
         raise UserError(f"config.protocol={protocol!r} is unknown; choose one of {', '.join(protocols)}")
     return protocols[protocol](config)
@@ -41,3 +63,9 @@ def create_task(config: ConfigDict) -> Task:
     if not isinstance(suite, Task):
         raise UserError(f"protocol {config.protocol!r} of task {config.task!r} trains nothing")
     return suite
+
+
+def answerer_class(task: str) -> Any:
+    """What `florence_jax.predict` uses for the weights of a task; imported towers are used as pretrained ones."""
+    module, _, name = TASKS.get(task, TASKS[PRETRAINED]).answerer.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -12,6 +12,7 @@ from florence_jax.data.classes import (
     EVAL_OPS,
     METRICS,
     ClassIndex,
+    ClassNames,
     as_labelled,
     choose_templates,
     dataset_name,
@@ -26,7 +27,7 @@ from florence_jax.data.records import Source
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Evaluator
-from florence_jax.evaluators.classification import check_metric
+from florence_jax.evaluators.classification import Classification, check_metric
 from florence_jax.evaluators.fewshot import FewShot, flip_pair
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.probe import LinearProbe
@@ -35,6 +36,7 @@ from florence_jax.evaluators.zero_shot import ZeroShot
 from florence_jax.params.weights import make_description
 from florence_jax.tasks.base import Params, Suite, make_identity
 from florence_jax.tasks.encoder import open_encoder
+from florence_jax.tasks.linear_head import ENTRY
 
 # Held-out images of the embedded set, where nobody names any.
 OWN_TEST = {"emoji:train": "emoji:new_style"}
@@ -161,6 +163,19 @@ class ClassificationSuite(Suite):
             self._embedders[image] = Embedder(predict, tokenizer, mesh, self.config.eval.batch_size)
         return self._embedders[image]
 
+    def by_head(self, name: str, mesh: Mesh) -> Classification:
+        """Classification of the test images by the scores of a head."""
+        return Classification(
+            name,
+            self.test_source,
+            self.classes,
+            self.eval_ops,
+            self.embedder(mesh, "logits"),
+            lambda params, scores: lambda start, stop: scores[start:stop],
+            self.metric,
+            self.config.data.on_corrupt,
+        )
+
     def zero_shot(self, name: str, mesh: Mesh) -> ZeroShot:
         """Zero-shot classification of the test images."""
         return ZeroShot(
@@ -182,6 +197,46 @@ class ZeroShotSuite(ClassificationSuite):
     def protocol_evaluators(self, mesh: Mesh) -> list[Evaluator]:
         """See the class."""
         return [self.zero_shot("zero_shot", mesh)]
+
+
+class HeadSuite(ClassificationSuite):
+    """The linear classifier that `config.init` holds (of protocol finetune_linear), on `config.data.test`.
+
+    Raises:
+      UserError: as `ClassificationSuite`; for weights without a classifier, other class names, images that do not fit.
+    """
+
+    learns = False
+
+    def __init__(self, config: ConfigDict):
+        if config.classes:
+            raise UserError("config.classes: the classes are those of the weights; leave it out")
+        super().__init__(config)
+        self.head = self.encoder.known_head
+        if self.classes is not None and self.classes.multi != self.head.multi:
+            kinds = ("one class an image", "several classes an image")
+            raise UserError(
+                f"the classifier of {config.init} gives {kinds[self.head.multi]}, but {config.data.test} has "
+                f"{kinds[self.classes.multi]}"
+            )
+
+    def _open_classes(self, names: str) -> ClassIndex | None:
+        """The classifier's, joined to the labels of the images by name."""
+        known = self.encoder.description.classes
+        given = ClassNames(known, tuple((name,) for name in known))
+        return None if self.test_source is None else open_classes(self.test_source, given, self.config.label_field)
+
+    def parts(self) -> dict[str, Mapping[str, Any]]:
+        """The parts of the model."""
+        return super().parts() | {ENTRY: self.head.part()}
+
+    def load(self, mesh: Mesh) -> Params:
+        """The weights of `config.init`, with the classifier."""
+        return self.encoder.load_on(mesh, self.config.mesh.sharding_rules, head=True)
+
+    def protocol_evaluators(self, mesh: Mesh) -> list[Evaluator]:
+        """See the class."""
+        return [self.by_head("test", mesh)]
 
 
 class ProbeSuite(ClassificationSuite):

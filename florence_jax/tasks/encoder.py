@@ -19,6 +19,7 @@ from florence_jax.models.sizes import VARIANTS, resolve_config
 from florence_jax.params.rules import Rules
 from florence_jax.params.sharding import param_shardings
 from florence_jax.params.weights import Description, describe, load
+from florence_jax.tasks.linear_head import ENTRY, LinearHead
 
 # Channel statistics of ImageNet, in units of a full-scale pixel.
 MEAN = (0.485, 0.456, 0.406)
@@ -43,7 +44,7 @@ class Encoder:
       description: of the folder. variant, overrides: of the towers, as for `florence.build`. model: `Model`.
       predict: pure functions (params, batch) -> float32 (B, D): 'image' and 'text', unit vectors of the joint space
         ('image' of a folder without projection: the features, made unit), 'features', what the image tower gives
-        before the projection.
+        before the projection, and 'logits' (B, K) of the folder's classifier, where it holds one.
 
     Raises:
       UserError: for a folder without a model, unknown options, an unreadable tokenizer.
@@ -76,7 +77,7 @@ class Encoder:
             self._tokenizer, self.model = build_model(ConfigDict(options))
         else:
             self.model = florence.build(self.variant, **{**self.overrides, "dtype": precision})
-        self.predict = {"image": self._image, "text": self._text, "features": self._features}
+        self.predict = {"image": self._image, "text": self._text, "features": self._features, "logits": self._logits}
 
     @property
     def has_text(self) -> bool:
@@ -103,6 +104,22 @@ class Encoder:
             )
         return self._tokenizer
 
+    @functools.cached_property
+    def head(self) -> LinearHead | None:
+        """The classifier that the folder also holds, if it does; its classes are those of `description`."""
+        part = self.description.parts.get(ENTRY)
+        return None if part is None else LinearHead.of(part, len(self.description.classes))
+
+    @property
+    def known_head(self) -> LinearHead:
+        """As `head`. Raises UserError if there is none."""
+        if self.head is None:
+            raise UserError(
+                f"{self.description.folder} holds no classifier: give weights of configs/classify.py:"
+                "protocol=finetune_linear, or name the classes (zero-shot)"
+            )
+        return self.head
+
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters, of the towers that the folder holds."""
         params = self.model.init(key)
@@ -120,9 +137,17 @@ class Encoder:
         rules = (*((f"{name}(/.*)?", "new") for name in new), *RESIZED)
         return load(self.description.folder, like, rules, self.model.adapt)
 
-    def load_on(self, mesh: Mesh, rules: Rules[int | str] = ()) -> dict[str, Any]:
-        """The folder's parameters, sharded over a mesh; `rules` are asked before the project's `SHARDING_RULES`."""
+    def load_on(self, mesh: Mesh, rules: Rules[int | str] = (), head: bool = False) -> dict[str, Any]:
+        """The folder's parameters, sharded over a mesh.
+
+        Args:
+          mesh: device mesh.
+          rules: are asked before the project's `SHARDING_RULES`.
+          head: read the folder's classifier too.
+        """
         shapes = jax.eval_shape(self.init, jax.random.key(0))
+        if head and self.head is not None:
+            shapes[ENTRY] = jax.eval_shape(lambda: self.head.init(self.model.config))
         places = param_shardings(shapes, mesh, policy=rules)
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
         return self.load(like)
@@ -138,6 +163,9 @@ class Encoder:
 
     def _features(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         return self.model.apply(params, {"image": self.normalise(batch["image"])})["image/pooled"]
+
+    def _logits(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        return self.known_head.logits(params, self.model.apply(params, {"image": self.normalise(batch["image"])}))
 
     def _image(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         if "image_projection" not in self.description.entries:

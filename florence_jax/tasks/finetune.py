@@ -23,6 +23,7 @@ from florence_jax.params.rules import Policy
 from florence_jax.tasks.base import Params, Task, frozen_parts, make_plan
 from florence_jax.tasks.classify import ClassificationSuite
 from florence_jax.tasks.encoder import text_inputs
+from florence_jax.tasks.linear_head import ENTRY, LinearHead
 from florence_jax.tasks.pretrain import IN_BATCH, LOGIT_SCALE, clamp_logit_scale
 
 HEAD_INITS = ("zeros", "text")
@@ -184,36 +185,36 @@ class FineTuneLinear(FineTune):
             raise UserError("how many classes has the head? Give --config.data.train=DATA, or --config.classes=NAMES")
         return self.classes
 
+    @functools.cached_property
+    def head(self) -> LinearHead:
+        """What is trained on top of the towers."""
+        known = self._known_classes
+        return LinearHead(len(known), "embedding" if self.from_text else "pooled", known.multi)
+
     def parts(self) -> dict[str, Mapping[str, Any]]:
-        """Towers, and the head: on the image's "pooled" features or its "embedding"."""
-        features = "embedding" if self.from_text else "pooled"
-        head = {"features": features, "multi": self._known_classes.multi, "entries": ["head"]}
-        return super().parts() | {"head": head}
+        """Towers, and the head."""
+        return super().parts() | {ENTRY: self.head.part()}
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters of the towers, and {"head": {"weight" (C, K), "bias" (K,)}}, zeros."""
-        sizes, count = self.encoder.model.config, len(self._known_classes)
-        stages = 1 if sizes.image_tower == "vit" else len(sizes.depths)
-        width = sizes.projection if self.from_text else sizes.image_width * 2 ** (stages - 1)
-        head = {"weight": jnp.zeros((width, count), jnp.float32), "bias": jnp.zeros((count,), jnp.float32)}
-        return super().init(key) | {"head": head}
+        """Fresh parameters of the towers, and of the head, zeros."""
+        return super().init(key) | {ENTRY: self.head.init(self.encoder.model.config)}
 
     def start(self, params: Params) -> Params:
         """The folder's parameters, and the head's start."""
-        loaded = self.encoder.load(params, new=("head",))
-        head = jax.tree.map(jnp.zeros_like, params["head"])
+        loaded = self.encoder.load(params, new=(ENTRY,))
+        head = jax.tree.map(jnp.zeros_like, params[ENTRY])
         if self.from_text:
             mesh = jax.tree.leaves(params)[0].sharding.mesh
             weights = class_embeddings(self.embedder(mesh), loaded, self._known_classes.first_names, self.templates)
             head["weight"] = jax.device_put(weights.T, head["weight"].sharding)
-        return loaded | {"head": head}
+        return loaded | {ENTRY: head}
 
     def loss(
         self, params: Params, batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross entropy of the head; with several classes an image, of each class against the rest."""
         inputs = {"image": self.encoder.normalise(batch["image"])}
-        logits = self._head(params, self.encode(params, inputs, key))
+        logits = self.head.logits(params, self.encode(params, inputs, key))
         if self._known_classes.multi:
             known = (batch["label"] >= 0).astype(jnp.float32)
             entropy = optax.sigmoid_binary_cross_entropy(logits, (batch["label"] > 0).astype(jnp.float32))
@@ -233,20 +234,8 @@ class FineTuneLinear(FineTune):
 
     def test_evaluator(self, name: str, mesh: Mesh) -> Classification:
         """By the head's scores."""
-        return Classification(
-            name,
-            *self.tested,
-            self.eval_ops,
-            self.embedder(mesh, "logits"),
-            lambda params, scores: lambda start, stop: scores[start:stop],
-            self.metric,
-            self.config.data.on_corrupt,
-        )
-
-    def _head(self, params: Params, out: dict[str, jax.Array]) -> jax.Array:
-        features = out["logit_scale"] * out["image/embedding"] if self.from_text else out["image/pooled"]
-        product = jnp.matmul(features, params["head"]["weight"], precision="highest")
-        return product + params["head"]["bias"][None]
+        return self.by_head(name, mesh)
 
     def _logits(self, params: Params, batch: dict[str, jax.Array]) -> jax.Array:
-        return self._head(params, self.encoder.model.apply(params, {"image": self.encoder.normalise(batch["image"])}))
+        out = self.encoder.model.apply(params, {"image": self.encoder.normalise(batch["image"])})
+        return self.head.logits(params, out)

@@ -22,8 +22,8 @@ import numpy as np
 from absl import logging
 
 from florence_jax.data.records import BadRecord, ListSource, Source, record_thumbnail
-from florence_jax.data.sources.catalog import open_source
-from florence_jax.data.sources.folder import IMAGE_SUFFIXES, FolderSource
+from florence_jax.data.sources.catalog import is_picture_folder, open_pictures, open_source
+from florence_jax.data.sources.folder import FolderSource
 from florence_jax.errors import UserError
 from florence_jax.inference.florence import Florence
 from florence_jax.page import GridCell, matches_html, write_page
@@ -44,25 +44,6 @@ class Index(NamedTuple):
     info: dict[str, Any]
 
 
-def open_images(spec: str) -> Source:
-    """All image files of a folder, at any depth, sorted; or a source by its name.
-
-    Raises:
-      UserError: for a folder without images, or as `open_source`.
-    """
-    if not _is_picture_folder(spec):
-        return open_source(spec)
-    folder = Path(spec)
-    files = sorted(f for f in folder.rglob("*") if f.name.lower().endswith(IMAGE_SUFFIXES) and f.is_file())
-    if not files:
-        raise UserError(f"--images={spec}: no image files there ({', '.join(IMAGE_SUFFIXES)})")
-    return FolderSource(str(folder), [{"key": str(f.relative_to(folder)), "caption": ""} for f in files])
-
-
-def _is_picture_folder(spec: str) -> bool:
-    return Path(spec).is_dir() and not list(Path(spec).glob("*.array_record*"))
-
-
 def write_index(out: str, model: Florence, images: str, dtype: str = "float32") -> Index:
     """Embeds all readable images and writes the folder `out`, which appears only when it is complete.
 
@@ -71,7 +52,7 @@ def write_index(out: str, model: Florence, images: str, dtype: str = "float32") 
     """
     if Path(out).exists():
         raise UserError(f"--out={out} exists already: choose another folder, or remove it")
-    source = open_images(images)
+    source = open_pictures(images)
     found = model.embed_source(source)
     keys = [row["key"] for row in source.metadata()]
     if len(keys) != len(source):  # unreadable records have no key
@@ -156,7 +137,7 @@ def search(embeddings: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndar
 def _pictures(index: Index) -> Callable[[int], str]:
     """Thumbnails by row of the index; '' for a picture that is no longer where it was."""
     images, rows = index.info["images"], index.info["rows"]
-    if _is_picture_folder(images):  # by name: files may have come and gone
+    if is_picture_folder(images):  # by name: files may have come and gone
         source = FolderSource(images, [{"key": key, "caption": ""} for key in index.keys])
         return lambda i: record_thumbnail(source, i)
     source = open_source(images)

@@ -6,12 +6,15 @@ A record is a dict: "key" (str, unique in its source), "image" (encoded bytes), 
 
 import importlib.resources
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 from etils import epath
 
 from florence_jax.data.records import Source
 from florence_jax.data.sources.array_record import ArrayRecordSource, array_record_paths
-from florence_jax.data.sources.folder import open_folder
+from florence_jax.data.sources.folder import IMAGE_SUFFIXES, FolderSource, open_folder
+from florence_jax.data.sources.karpathy import open_karpathy
 from florence_jax.data.sources.tfds import open_tfds
 from florence_jax.errors import UserError
 
@@ -30,14 +33,9 @@ def open_source(spec: str) -> Source:
     Raises:
       UserError: if it does not exist, is empty, lacks a column, or is of an unknown kind.
     """
-    if spec.startswith("emoji:"):
-        return _open_emoji(spec)
-    if spec.startswith("tfds:"):
-        return open_tfds(spec)
-    if spec.startswith("karpathy:"):
-        from florence_jax.data.sources.karpathy import open_karpathy  # it makes a source of this module
-
-        return open_karpathy(spec)
+    kind, colon, _ = spec.partition(":")
+    if colon and kind in KINDS:
+        return KINDS[kind](spec)
     paths = array_record_paths(spec)
     if paths:
         return ArrayRecordSource(paths, spec)
@@ -46,7 +44,7 @@ def open_source(spec: str) -> Source:
     if epath.Path(spec).exists():
         raise UserError(f"data source {spec}: unknown kind of file; use *.array_record or a folder")
     if re.match(r"\w\w+:(?!//)", spec):
-        raise UserError(f"data source {spec!r}: unknown kind; use emoji:SPLIT, tfds:NAME:SPLIT or a path")
+        raise UserError(f"data source {spec!r}: unknown kind; use a path or one of {', '.join(f'{k}:' for k in KINDS)}")
     raise UserError(f"data source {spec!r} does not exist; use emoji:train, tfds:NAME:SPLIT or an existing path")
 
 
@@ -84,3 +82,32 @@ def _open_emoji(spec: str) -> ArrayRecordSource:
     return ArrayRecordSource(
         [str(importlib.resources.files("florence_jax.data") / f"emoji/{split}.array_record")], spec
     )
+
+
+# How a source is opened whose name begins with 'KIND:'. Anything else is a path.
+KINDS: dict[str, Callable[[str], Source]] = {"emoji": _open_emoji, "tfds": open_tfds, "karpathy": open_karpathy}
+
+
+def open_pictures(spec: str) -> Source:
+    """Pictures to be looked at, whether they have captions or not.
+
+    Args:
+      spec: a folder, whose image files are taken at any depth, sorted; one image file; or a source by its name.
+
+    Raises:
+      UserError: for a folder without images, or as `open_source`.
+    """
+    path = Path(spec)
+    if path.is_file() and path.name.lower().endswith(IMAGE_SUFFIXES):
+        return FolderSource(str(path.parent), [{"key": path.name, "caption": ""}])
+    if not is_picture_folder(spec):
+        return open_source(spec)
+    files = sorted(f for f in path.rglob("*") if f.name.lower().endswith(IMAGE_SUFFIXES) and f.is_file())
+    if not files:
+        raise UserError(f"{spec}: no image files there ({', '.join(IMAGE_SUFFIXES)})")
+    return FolderSource(str(path), [{"key": str(f.relative_to(path)), "caption": ""} for f in files])
+
+
+def is_picture_folder(spec: str) -> bool:
+    """Whether it is a folder of files, not of records."""
+    return Path(spec).is_dir() and not array_record_paths(spec)

@@ -1,0 +1,46 @@
+"""What `python -m florence_jax.predict` asks of the weights of a task: one answer for every picture of a source."""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from florence_jax.data.records import Record, Source
+
+
+class Found(NamedTuple):
+    """The answer for one record.
+
+    Attributes:
+      index: row of the record in its source. key: its name.
+      rows: a line of the CSV file each, as values by column; a detector has one for every box, perhaps none.
+      text: what the page says below the picture.
+    """
+
+    index: int
+    key: str
+    rows: Sequence[Mapping[str, Any]]
+    text: str
+
+
+class Answerer(Protocol):
+    """Trained weights that answer about pictures; named by their task in `tasks.TASKS`.
+
+    Attributes:
+      columns: of the CSV file, after the one with the file's name.
+    """
+
+    columns: tuple[str, ...]
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Adds the options that only this kind of weights has."""
+
+    @classmethod
+    def open(cls, init: str, args: argparse.Namespace) -> "Answerer":
+        """Loads the weights of the folder `init`. Raises UserError, also for options that do not fit them."""
+
+    def answers(self, source: Source) -> Iterator[Found]:
+        """Of every readable record, in order; unreadable ones are left out."""
+
+    def picture(self, record: Record, found: Found) -> str:
+        """Data URI of the picture for the page, with what was found drawn on it; '' if it cannot be read."""

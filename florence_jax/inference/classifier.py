@@ -1,0 +1,83 @@
+"""Classes of pictures, for `florence_jax.predict`: by a trained head, or by name (zero-shot)."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from florence_jax.data.records import Record, Source
+from florence_jax.errors import UserError
+from florence_jax.inference.base import Found
+from florence_jax.inference.florence import Florence, best_classes
+from florence_jax.pictures import thumbnail
+
+SHOWN = 3  # classes below a picture of the page
+
+
+class Classifier:
+    """See `inference.base.Answerer`.
+
+    Args:
+      model: the weights.
+      names: of the classes, for zero-shot; () for the classes that the weights were trained for.
+      top: classes of each picture in the tables.
+
+    Raises:
+      UserError: for weights that were not trained for classes, where no names are given.
+    """
+
+    columns = ("class", "probability", "rank")
+
+    def __init__(self, model: Florence, names: Sequence[str] = (), top: int = 1):
+        if top < 1:
+            raise UserError(f"--top={top} must be at least 1")
+        if not names and not model.classes:
+            raise UserError(
+                f"the weights in {model.encoder.description.folder} were not trained for classes: name some with "
+                "--names=cat,dog or --names=FILE, a name a line (zero-shot)"
+            )
+        self.model, self.top = model, top
+        self.names = tuple(names or model.classes)
+        self._by_name = bool(names) or model.encoder.head is None
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Adds the options of classification."""
+        parser.add_argument("--names", default="", help="classes: NAME,NAME,... or a file with a name a line")
+        parser.add_argument("--top", type=int, default=1, help="classes of each picture in the tables")
+        parser.add_argument("--res", type=int, default=None, help="image size in pixels; default: the weights' own")
+        parser.add_argument("--tokenizer", default="", help="default: the one that the weights were trained with")
+
+    @classmethod
+    def open(cls, init: str, args: argparse.Namespace) -> "Classifier":
+        """Loads the weights of the folder `init`."""
+        model = Florence(init, args.res, args.tokenizer, batch_size=args.batch_size)
+        return cls(model, read_names(args.names), args.top)
+
+    def answers(self, source: Source) -> Iterator[Found]:
+        """Of every readable record, in order."""
+        for index, key, row in self.model.each_probability(source, self.names if self._by_name else ()):
+            best = best_classes(row, self.names, max(self.top, SHOWN))
+            rows: list[dict[str, Any]] = [
+                {"class": name, "probability": round(value, 6), "rank": rank}
+                for rank, (name, value) in enumerate(best[: self.top], 1)
+            ]
+            yield Found(index, key, rows, ", ".join(f"{name} {value:.2f}" for name, value in best[:SHOWN]))
+
+    def picture(self, record: Record, found: Found) -> str:
+        """The picture, small."""
+        del found
+        return thumbnail(record["image"])
+
+
+def read_names(given: str) -> tuple[str, ...]:
+    """'cat,dog', or a file with a name a line. Raises UserError for a name that occurs twice."""
+    text = given
+    if given and Path(given).is_file():
+        text = Path(given).read_text("utf-8-sig").replace("\n", ",")
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise UserError(f"--names={given}: {repeated[0]!r} is there twice")
+    if given and not names:
+        raise UserError(f"--names={given} names no class")
+    return tuple(names)

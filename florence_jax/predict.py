@@ -1,0 +1,151 @@
+"""What trained weights say about your own pictures, from the weights' folder alone.
+
+    python -m florence_jax.predict --init=runs/mine --input=my_pictures --out=found
+    python -m florence_jax.predict --init=runs/pretrain --input=my_pictures --out=found --names=cat,dog,horse
+
+What the folder was trained for decides what is done: a classifier gives its classes; weights of a pretraining classify
+by the names that --names gives (zero-shot). --input is a folder, whose pictures are taken at any depth, one picture, or
+a data source of the project. Into --out go predictions.csv (a line for each picture and answer), predictions.json (one
+object for each picture) and report.html with pictures. Files that cannot be read are listed and passed over.
+"""
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+
+from florence_jax.data.ops.image import Decode
+from florence_jax.data.records import BadRecord, Source
+from florence_jax.data.sources.catalog import open_pictures
+from florence_jax.errors import UserError
+from florence_jax.files import write_bytes, write_json
+from florence_jax.inference.base import Answerer, Found
+from florence_jax.page import figure_html, markup, table_html, write_page
+from florence_jax.params.weights import describe
+from florence_jax.tasks import PRETRAINED, answerer_class
+
+PAGE_PICTURES = 200  # more would make a page that no browser likes
+FILE = "file"  # the first column
+
+
+class Answers(NamedTuple):
+    """All answers of a run, and what could not be read as (file, reason)."""
+
+    found: list[Found]
+    unread: list[tuple[str, str]]
+
+
+def answer_all(answerer: Answerer, source: Source) -> Answers:
+    """Goes through a source, once."""
+    found = list(answerer.answers(source))
+    missing = np.setdiff1d(np.arange(len(source)), [answer.index for answer in found])
+    return Answers(found, [why_unread(source, int(index)) for index in missing])
+
+
+def why_unread(source: Source, index: int) -> tuple[str, str]:
+    """(name, reason) of a record without an answer."""
+    try:
+        record = source[index]
+        Decode()(record, np.random.default_rng(0))
+    except BadRecord as bad:
+        return bad.key, bad.reason
+    return str(record["key"]), "its answer is not a number"
+
+
+def write_tables(out: Path, columns: Sequence[str], answers: Answers, facts: dict[str, Any]) -> None:
+    """predictions.csv and predictions.json."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [FILE, *columns])
+    writer.writeheader()
+    for found in answers.found:
+        writer.writerows({FILE: found.key, **row} for row in found.rows)
+    write_bytes(str(out / "predictions.csv"), text.getvalue().encode("utf-8", "surrogateescape"))
+    pictures = [{FILE: found.key, "found": list(found.rows)} for found in answers.found]
+    unread = [{FILE: key, "reason": reason} for key, reason in answers.unread]
+    write_json(str(out / "predictions.json"), {**facts, "pictures": pictures, "unread": unread})
+
+
+def write_report(out: Path, answerer: Answerer, source: Source, answers: Answers, facts: dict[str, Any]) -> None:
+    """report.html: the first pictures with what was found, and the files that could not be read."""
+    shown = answers.found[:PAGE_PICTURES]
+    cells = [figure_html([answerer.picture(source[found.index], found)], found.text, found.key) for found in shown]
+    counts = f"{len(answers.found)} pictures of {facts['input']} by {facts['init']}"
+    if len(shown) < len(answers.found):
+        counts += f"; the first {len(shown)} are shown, all are in predictions.csv"
+    parts = [f"<p>{markup(counts)}</p>", f'<div class="tiles">{"".join(cells)}</div>']
+    if answers.unread:
+        parts += [f"<h2>Not read ({len(answers.unread)})</h2>", table_html((FILE, "reason"), answers.unread)]
+    write_page(out / "report.html", "Predictions", "\n".join(parts))
+
+
+def predict(answerer: Answerer, source: Source, out: Path, facts: dict[str, Any]) -> Answers:
+    """Answers about every record of `source`, and writes the tables and the page into `out`.
+
+    Args:
+      facts: "init", "input" and whatever else the JSON file is to say at its top.
+
+    Raises:
+      UserError: if no picture could be read, or `out` cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out={out}: {error}; choose another folder") from error
+    answers = answer_all(answerer, source)
+    if not answers.found:
+        key, reason = answers.unread[0]
+        raise UserError(
+            f"none of the {len(source)} pictures of {source.name} could be read; the first, {key}: {reason}"
+        )
+    try:
+        write_tables(out, answerer.columns, answers, facts)
+        write_report(out, answerer, source, answers, facts)
+    except OSError as error:
+        raise UserError(f"cannot write to --out={out}: {error}; choose a writable folder with space") from error
+    return answers
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, type[Answerer]]:
+    """The options, among them those of the kind of weights that --init holds, and what answers with such weights."""
+    parser = argparse.ArgumentParser(
+        prog="python -m florence_jax.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--init", required=True, help="workdir of a run, its checkpoints/, or an imported folder")
+    parser.add_argument("--input", required=True, help="folder of pictures, one picture, or a data source")
+    parser.add_argument("--out", required=True, help="folder for the tables and the page")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures a call of the model")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--init", default="")
+    init = first.parse_known_args(argv)[0].init
+    kind = answerer_class(describe(init).task if init else PRETRAINED)  # without --init for --help alone
+    kind.add_arguments(parser)
+    return parser.parse_args(argv), kind
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code (2 for a user's mistake)."""
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every phase of a restore, the stream every bad record
+    try:
+        args, kind = parse_arguments(sys.argv[1:] if argv is None else argv)
+        source = open_pictures(args.input)
+        facts = {"init": args.init, "input": args.input}
+        answers = predict(kind.open(args.init, args), source, Path(args.out), facts)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for key, reason in answers.unread:
+        print(f"not read: {key}: {reason}", file=sys.stderr)
+    print(
+        f"{len(answers.found)} pictures, {len(answers.unread)} not read: {args.out}/report.html, predictions.csv, .json"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
