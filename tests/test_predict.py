@@ -1,4 +1,4 @@
-"""`florence_jax.predict` and `Florence.predict` on a head that was trained on twenty pictures, from its folder alone."""
+"""`florence_jax.predict` and `Florence.predict` with a head trained on twenty pictures, from its folder alone."""
 
 import csv
 import json
