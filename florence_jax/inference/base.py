@@ -1,13 +1,15 @@
 """What `python -m florence_jax.predict` asks of the weights of a task: one answer for every picture of a source."""
 
 import argparse
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from florence_jax.data.records import Record, Source
 
 
-class Found(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Found:
     """The answer for one record.
 
     Attributes:

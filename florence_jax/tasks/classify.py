@@ -167,8 +167,7 @@ class ClassificationSuite(Suite):
         """Classification of the test images by the scores of a head."""
         return Classification(
             name,
-            self.test_source,
-            self.classes,
+            *self.tested,
             self.eval_ops,
             self.embedder(mesh, "logits"),
             lambda params, scores: lambda start, stop: scores[start:stop],

@@ -146,8 +146,8 @@ class Encoder:
           head: read the folder's classifier too.
         """
         shapes = jax.eval_shape(self.init, jax.random.key(0))
-        if head and self.head is not None:
-            shapes[ENTRY] = jax.eval_shape(lambda: self.head.init(self.model.config))
+        if head and (found := self.head) is not None:
+            shapes[ENTRY] = jax.eval_shape(lambda: found.init(self.model.config))
         places = param_shardings(shapes, mesh, policy=rules)
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
         return self.load(like)
