@@ -34,18 +34,18 @@ PAGE_PICTURES = 200  # more would make a page that no browser likes
 FILE = "file"  # the first column
 
 
-class Answers(NamedTuple):
+class Predictions(NamedTuple):
     """All answers of a run, and what could not be read as (file, reason)."""
 
     found: list[Found]
     unread: list[tuple[str, str]]
 
 
-def answer_all(answerer: Answerer, source: Source) -> Answers:
+def answer_all(answerer: Answerer, source: Source) -> Predictions:
     """Goes through a source, once."""
     found = list(answerer.answers(source))
     missing = np.setdiff1d(np.arange(len(source)), [answer.index for answer in found])
-    return Answers(found, [why_unread(source, int(index)) for index in missing])
+    return Predictions(found, [why_unread(source, int(index)) for index in missing])
 
 
 def why_unread(source: Source, index: int) -> tuple[str, str]:
@@ -58,7 +58,7 @@ def why_unread(source: Source, index: int) -> tuple[str, str]:
     return str(record["key"]), "its answer is not a number"
 
 
-def write_tables(out: Path, columns: Sequence[str], answers: Answers, facts: dict[str, Any]) -> None:
+def write_tables(out: Path, columns: Sequence[str], answers: Predictions, facts: dict[str, Any]) -> None:
     """predictions.csv and predictions.json."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [FILE, *columns])
@@ -71,7 +71,9 @@ def write_tables(out: Path, columns: Sequence[str], answers: Answers, facts: dic
     write_json(str(out / "predictions.json"), {**facts, "pictures": pictures, "unread": unread})
 
 
-def write_report(out: Path, answerer: Answerer, source: Source, answers: Answers, facts: dict[str, Any]) -> None:
+def write_predictions_page(
+    out: Path, answerer: Answerer, source: Source, answers: Predictions, facts: dict[str, Any]
+) -> None:
     """report.html: the first pictures with what was found, and the files that could not be read."""
     shown = answers.found[:PAGE_PICTURES]
     cells = [figure_html([answerer.picture(source[found.index], found)], found.text, found.key) for found in shown]
@@ -84,7 +86,7 @@ def write_report(out: Path, answerer: Answerer, source: Source, answers: Answers
     write_page(out / "report.html", "Predictions", "\n".join(parts))
 
 
-def predict(answerer: Answerer, source: Source, out: Path, facts: dict[str, Any]) -> Answers:
+def predict(answerer: Answerer, source: Source, out: Path, facts: dict[str, Any]) -> Predictions:
     """Answers about every record of `source`, and writes the tables and the page into `out`.
 
     Args:
@@ -105,7 +107,7 @@ def predict(answerer: Answerer, source: Source, out: Path, facts: dict[str, Any]
         )
     try:
         write_tables(out, answerer.columns, answers, facts)
-        write_report(out, answerer, source, answers, facts)
+        write_predictions_page(out, answerer, source, answers, facts)
     except OSError as error:
         raise UserError(f"cannot write to --out={out}: {error}; choose a writable folder with space") from error
     return answers

@@ -24,7 +24,7 @@ from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks import create_task
 from florence_jax.tools.aot_compile import __main__ as aot_compile
 from florence_jax.tools.aot_compile import report, topologies
-from florence_jax.tools.aot_compile.report import table
+from florence_jax.tools.aot_compile.report import report_table
 from florence_jax.train.loop import open_stream
 from tests.tiny_run import TINY_MODEL, tiny_config, tiny_pairs
 
@@ -194,7 +194,7 @@ def test_preflight_compiles_the_real_step():
     assert 0 < hbm["arguments"] < 12 * report["parameters"] + 2 * (32 * 32 * 3 + 4 * 64 + 8)
     expected = report["model_flops"] / (8 * 197e12 * 0.5)
     assert report["expected"]["step_seconds"] == pytest.approx(expected)
-    text = table(report)
+    text = report_table(report)
     assert "v5e:2x4, 8 chips, mesh data=2 fsdp=4" in text and text.endswith("fits")
     json.dumps(report)
 
@@ -219,7 +219,7 @@ def test_preflight_of_fine_tuning_needs_neither_weights_nor_data():
     assert found["fits"] and found["batch"] == 16 and (found["task"], found["variant"]) == ("classify", "ti")
     (bucket,) = found["buckets"]
     assert bucket["inputs"]["image"] == [64, 64, 3] and bucket["hbm"] == found["hbm"]
-    assert re.search(r"bucket 0 +image 64x64x3, ", table(found))
+    assert re.search(r"bucket 0 +image 64x64x3, ", report_table(found))
     with pytest.raises(UserError, match="--bucket=1: batches have 1 shapes"):
         aot_compile.preflight(config, topologies.find("v5e:2x4"), 0.5, devices=jax.devices(), bucket=1)
     config.init = "nowhere"
@@ -272,7 +272,7 @@ def searched(monkeypatch):
 
     def search(capacity):
         measure = Measure(capacity)
-        return aot_compile.search(config, topologies.find("v5e:2x4"), 0.4, measure), measure.asked
+        return aot_compile.lightest_that_fits(config, topologies.find("v5e:2x4"), 0.4, measure), measure.asked
 
     return search
 

@@ -12,7 +12,7 @@ from florence_jax.evaluators.base import Evaluator
 from florence_jax.tasks.base import Task, make_identity, make_plan
 from florence_jax.tools.aot_compile import __main__ as aot_compile
 from florence_jax.tools.aot_compile import topologies
-from florence_jax.tools.aot_compile.report import table
+from florence_jax.tools.aot_compile.report import report_table
 from florence_jax.train import loop
 from florence_jax.train.defaults import common, model_overrides
 from florence_jax.train.metrics import read_metrics
@@ -152,6 +152,6 @@ def test_preflight_compiles_every_bucket_or_one(monkeypatch):
     found = aot_compile.preflight(config(), topology, 0.5, devices=jax.devices())
     assert [bucket["inputs"]["image"] for bucket in found["buckets"]] == [list(size) for size in SIZES]
     assert found["fits"] and found["hbm"]["peak"] == max(bucket["hbm"]["peak"] for bucket in found["buckets"])
-    assert "bucket 1" in table(found)
+    assert "bucket 1" in report_table(found)
     one = aot_compile.preflight(config(), topology, 0.5, devices=jax.devices(), bucket=1)
     assert [bucket["bucket"] for bucket in one["buckets"]] == [1]

@@ -49,7 +49,7 @@ def test_a_folder_of_other_runs_is_left_alone(tmp_path, calls, capsys, other):
 
 
 def test_table_of_runs_with_different_metrics():
-    text = compare.table({"a": [{"eval/x": 0.5, "step": 1}], "b": [{"eval/y": 0.25}, {"eval/y": None}]})
+    text = compare.comparison_table({"a": [{"eval/x": 0.5, "step": 1}], "b": [{"eval/y": 0.25}, {"eval/y": None}]})
     assert [line.split() for line in text.splitlines()[1:]] == [
         ["eval/x", "0.500", "(0.500", "to", "0.500)", "-"],
         ["eval/y", "-", "0.250", "(0.250", "to", "0.250)"],

@@ -270,7 +270,7 @@ def test_command_mistakes(folder, tmp_path, capsys):
 def test_index_round_trip(measured, tmp_path):
     pictures = {f"k{i}": item | {"stamp": i} for i, item in enumerate([*measured[:3], measure(b"broken")])}
     hash_index.save(tmp_path / "i.npz", pictures)
-    loaded = hash_index.load(tmp_path / "i.npz")
+    loaded = hash_index.load_index(tmp_path / "i.npz")
     for key, item in pictures.items():
         for name in ("status", "width", "bytes", "stamp", "h64", "image_id", "probes", "detail", "aspect"):
             assert loaded[key][name] == item[name]
@@ -286,7 +286,7 @@ def test_perturbation_table_tells_recall_from_failure(monkeypatch):
     wanted = ("JPEG 50", "horizontal flip", "centred crop 17 %", "rotation 90 degrees", "letterbox")
     monkeypatch.setattr(perturb, "CHANGES", tuple(c for c in perturb.CHANGES if c[1][0] in wanted))
     originals = [*(scene(240, 180, seed) for seed in range(8)), Image.new("RGB", (120, 120))]
-    result = perturb.table(originals)
+    result = perturb.recall_table(originals)
     assert (result["originals"], result["low_detail"], result["pairs"]) == (8, 1, 56)
     recall = {line["change"]: line["recall"][6] for line in result["changes"]}
     assert recall.pop("rotation 90 degrees") == 0
@@ -308,7 +308,7 @@ def test_perturbation_command(tmp_path, capsys):
 def test_recall_on_photographs():
     pytest.importorskip("skimage")
     pytest.importorskip("sklearn")
-    lines = perturb.table(perturb.spread(perturb.bundled_pictures()["photographs"], 400))["changes"]
+    lines = perturb.recall_table(perturb.spread(perturb.bundled_pictures()["photographs"], 400))["changes"]
     goals = {
         **dict.fromkeys(("recompress", "resize", "grey", "blur", "noise"), (0.995, 0.995)),
         **dict.fromkeys(("light", "watermark", "crop 2 %"), (0.88, 0.98)),

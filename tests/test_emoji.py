@@ -261,7 +261,7 @@ def small_packages(count=40):
 
 def test_a_rebuild_gives_the_same_bytes_and_a_change_is_noticed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build_emoji, "read_packages", lambda folder: small_packages())
-    splits = build_emoji.build(tmp_path, tmp_path / "a")
+    splits = build_emoji.build_set(tmp_path, tmp_path / "a")
     assert sum(len(rows) for rows in splits.values()) == len(splits["train"]) + 40
     assert len(splits["train"]) == 2 * len(splits["new_style"]) - (not build_emoji.is_held_out("thing 1f602"))
     arguments = ["--npm", str(tmp_path), "--out", str(tmp_path / "a")]

@@ -12,7 +12,7 @@ from florence_jax.data.records import ArraySource
 from florence_jax.data.sources.labelled import Labelled, open_labelled
 from florence_jax.errors import UserError
 from florence_jax.evaluators.predictor import Embedder
-from florence_jax.evaluators.probe import LinearProbe, grid_c, hold_out, score, search_c
+from florence_jax.evaluators.probe import LinearProbe, grid_c, score, search_c, split_validation
 from florence_jax.evaluators.solvers.logistic import Fits, LogisticRegression, objective, sklearn_weights
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tools.bench import __main__ as bench
@@ -138,13 +138,15 @@ def test_search_prefers_stronger_penalties_and_stays_on_the_grid():
 
 def test_hold_out_is_stratified_and_repeatable():
     labels = np.array([0] * 10 + [1] * 5 + [2])
-    rest, held = hold_out(labels, 0.2, 3)
+    rest, held = split_validation(labels, 0.2, 3)
     assert np.bincount(labels[held], minlength=3).tolist() == [2, 1, 0]
     assert sorted([*rest, *held]) == list(range(16))
-    assert np.array_equal(hold_out(labels, 0.2, 3)[1], held) and not np.array_equal(hold_out(labels, 0.2, 4)[1], held)
+    assert np.array_equal(split_validation(labels, 0.2, 3)[1], held) and not np.array_equal(
+        split_validation(labels, 0.2, 4)[1], held
+    )
     for share, message in ((0.0, "between"), (0.01, "holds none out")):
         with pytest.raises(UserError, match=message):
-            hold_out(labels, share, 0)
+            split_validation(labels, share, 0)
 
 
 def test_scores_that_c_is_chosen_by():

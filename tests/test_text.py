@@ -254,8 +254,8 @@ LINES = [f"{a} {b}" for a in ("red", "green", "blue", "Small", "large") for b in
 
 def test_training_depends_on_the_set_of_texts_only():
     texts = [*LINES, *TEMPLATES]
-    model = train_tokenizer.train(texts, 320)
-    assert train_tokenizer.train([*texts[::-1], "", "  ", "RED  cat"], 320) == model
+    model = train_tokenizer.train_pieces(texts, 320)
+    assert train_tokenizer.train_pieces([*texts[::-1], "", "  ", "RED  cat"], 320) == model
     assert b"/" not in model.replace(b"</s>", b"")  # no path of the machine that trained it
 
 
@@ -290,7 +290,7 @@ def test_training_command_errors(tmp_path, capsys, lines, size, out, message):
 
 def test_training_on_nothing_and_on_a_missing_source(tmp_path, capsys):
     with pytest.raises(UserError, match="no text"):
-        train_tokenizer.train(["", " "], 300)
+        train_tokenizer.train_pieces(["", " "], 300)
     assert train_tokenizer.main(["--source=emoji:gone", f"--out={tmp_path / 'x.model'}"]) == 2
     assert "emoji" in capsys.readouterr().err
     assert train_tokenizer.main(["--source=emoji:train", "--fields=gone", f"--out={tmp_path / 'x.model'}"]) == 2

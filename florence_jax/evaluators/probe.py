@@ -58,7 +58,7 @@ def search_c(score: Callable[[Sequence[float]], Sequence[float]]) -> tuple[float
         wanted = [i for i in (best - distance, best + distance) if 0 <= i <= last]
 
 
-def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_validation(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Splits rows at random, class by class: (rows to train on, rows to validate on), both sorted.
 
     Each class gives `share` of its rows, rounded, to validation, but keeps at least one. Rows with several classes,
@@ -161,7 +161,7 @@ class LinearProbe(Evaluator):
             chosen = (features, labels)
             features, labels = np.concatenate([features, held[0]]), np.concatenate([labels, held[1]])
         else:
-            rows, held_rows = hold_out(labels, self._validation, self._seed)
+            rows, held_rows = split_validation(labels, self._validation, self._seed)
             chosen, held = (features[rows], labels[rows]), (features[held_rows], labels[held_rows])
         c, tried, near = self._search(*chosen, *held)
         test, test_labels, index = self._features(params, self._test)

@@ -355,7 +355,7 @@ def split_records(records: list[dict]) -> dict[str, list[dict]]:
     return splits
 
 
-def build(npm: pathlib.Path, out: pathlib.Path) -> dict[str, list[dict]]:
+def build_set(npm: pathlib.Path, out: pathlib.Path) -> dict[str, list[dict]]:
     """Builds the three files and their side files in `out` from the tarballs in `npm`; returns the records written.
 
     Raises:
@@ -392,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             target = pathlib.Path(scratch) if args.check else args.out
-            for name, rows in build(args.npm, target).items():
+            for name, rows in build_set(args.npm, target).items():
                 size = (target / f"{name}.array_record").stat().st_size
                 print(f"{name}: {len(rows)} records, {size} bytes")
             changed = changed_files(target, args.out)

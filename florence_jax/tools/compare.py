@@ -70,7 +70,7 @@ def claim(workdir: Path, settings: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(settings) + "\n")
 
 
-def train(workdir: Path, settings: Mapping[str, Any]) -> dict[str, float | None]:
+def train_run(workdir: Path, settings: Mapping[str, Any]) -> dict[str, float | None]:
     """One run in `workdir`, or its results where it is finished.
 
     Raises:
@@ -85,7 +85,7 @@ def train(workdir: Path, settings: Mapping[str, Any]) -> dict[str, float | None]
     return json.loads((workdir / "result.json").read_text())
 
 
-def table(results: Mapping[str, Sequence[Mapping[str, float | None]]]) -> str:
+def comparison_table(results: Mapping[str, Sequence[Mapping[str, float | None]]]) -> str:
     """One column for each setting: 'mean (lowest to highest)' over its runs, '-' where none has the metric."""
     every = [name for runs in results.values() for run in runs for name in run if name.startswith("eval/")]
     metrics = list(dict.fromkeys(every))
@@ -123,11 +123,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         results: dict[str, list[dict[str, float | None]]] = {}
         for workdir, settings in runs:
             label = f"{settings['name']}={settings['value']}" if settings["name"] else "as configured"
-            results.setdefault(label, []).append(train(workdir, settings))
+            results.setdefault(label, []).append(train_run(workdir, settings))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.config}, seeds {args.seeds}: mean (lowest to highest)\n{table(results)}")
+    print(f"{args.config}, seeds {args.seeds}: mean (lowest to highest)\n{comparison_table(results)}")
     return 0
 
 

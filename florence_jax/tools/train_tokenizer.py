@@ -30,7 +30,7 @@ from florence_jax.errors import UserError
 FIELDS = ("caption", "keywords", "group")
 
 
-def train(texts: Iterable[str], vocab_size: int) -> bytes:
+def train_pieces(texts: Iterable[str], vocab_size: int) -> bytes:
     """Trains a unigram model (Kudo 2018) and returns it serialized.
 
     Args:
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         texts = list(file_texts(args.corpus) if args.corpus else source_texts(args.source, fields))
         if not any(map(normalise_caption, texts)):
             raise UserError(f"{args.corpus or args.source} has no text")
-        model = train([*texts, *(template.replace("{}", " ") for template in TEMPLATES)], args.vocab_size)
+        model = train_pieces([*texts, *(template.replace("{}", " ") for template in TEMPLATES)], args.vocab_size)
         epath.Path(args.out).write_bytes(model)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--out={args.out} is a file; name a folder")
     if args.workers < 1 or args.sheet < 0:
         raise UserError("--workers must be at least 1 and --sheet not negative")
-    known = hash_index.load(args.index) if args.index else {}
+    known = hash_index.load_index(args.index) if args.index else {}
     pictures, read = measure_new(items_of(args.input), known, args.workers)
     if not pictures:
         raise UserError(f"{args.input}: no pictures ({', '.join(SUFFIXES)})")
@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     labels, _, joined = cluster(measured, ranks, join)
     best, size = representatives(labels, ranks)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_table(args.out / f"pairs.{args.table}", PAIR_COLUMNS, pair_rows(keys, measured, best))
-    write_table(args.out / f"clusters.{args.table}", CLUSTER_COLUMNS, cluster_rows(pictures, keys, best, size))
+    write_rows(args.out / f"pairs.{args.table}", PAIR_COLUMNS, pair_rows(keys, measured, best))
+    write_rows(args.out / f"clusters.{args.table}", CLUSTER_COLUMNS, cluster_rows(pictures, keys, best, size))
     write_sheet(args, keys, measured, best, size)
     hash_index.save(args.out / "index.npz", pictures)
     counts = {
@@ -212,7 +212,7 @@ def cluster_rows(
         yield key, item["status"], *group, item["width"], item["height"], item["bytes"]
 
 
-def write_table(path: Path, columns: Sequence[str], rows: Iterable[tuple]) -> None:
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[tuple]) -> None:
     """Writes csv or parquet, by the suffix. Raises UserError where pyarrow is missing."""
     if path.suffix == ".csv":
         with (
@@ -249,7 +249,7 @@ def write_sheet(
     thumbnails = {}
     for key, _, where in items_of(args.input):
         if key in wanted:
-            data = picture_bytes(where)
+            data = bytes_at(where)
             thumbnails[key] = thumbnail(data, FIGURE_SIDE)
     groups = []
     for group in members.values():
@@ -265,7 +265,7 @@ def write_sheet(
     write_text(args.out / "contact_sheet.html", contact_sheet("Near-duplicates", note, groups))
 
 
-def picture_bytes(where: bytes | Path) -> bytes:
+def bytes_at(where: bytes | Path) -> bytes:
     """The bytes of a picture; b'' if its file has gone."""
     try:
         return where.read_bytes() if isinstance(where, Path) else where

@@ -31,7 +31,7 @@ def save(path: Path, pictures: Mapping[str, Mapping[str, Any]]) -> None:
         np.savez_compressed(file, **columns)
 
 
-def load(path: Path) -> dict[str, dict[str, Any]]:
+def load_index(path: Path) -> dict[str, dict[str, Any]]:
     """Reads what `save` wrote. Raises UserError if it is not that."""
     try:
         with np.load(path) as file:

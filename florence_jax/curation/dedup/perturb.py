@@ -207,7 +207,7 @@ def boxes(width: int, height: int, count: int) -> list[tuple[int, int, int, int]
     return [(left, top, left + wide, top + high) for left, top in corners]
 
 
-def table(originals: Sequence[Image.Image]) -> dict[str, Any]:
+def recall_table(originals: Sequence[Image.Image]) -> dict[str, Any]:
     """Applies every change to every original.
 
     Returns:
@@ -315,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sets = {name: spread(paths, args.limit) for name, paths in (named or bundled_pictures()).items()}
         if args.limit < 1 or not all(sets.values()):
             raise UserError(f"no pictures: --images needs pictures of {MIN_TILE} pixels and more, --limit at least 1")
-        result = {name: table(originals) for name, originals in sets.items()}
+        result = {name: recall_table(originals) for name, originals in sets.items()}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -75,13 +75,13 @@ def main(argv: Sequence[str]) -> None:
             write_shardings(config, topology.chips, Path(_SHARDINGS.value))
             return
         compile_all = functools.partial(preflight, bucket=_BUCKET.value)
-        measure = functools.partial(search, measure=compile_all) if _SEARCH.value else compile_all
+        measure = functools.partial(lightest_that_fits, measure=compile_all) if _SEARCH.value else compile_all
         result = measure(config, topology, _MFU.value)
     except UserError as error:
         fail(error)
     except OSError as error:
         fail(UserError(f"{error}; choose a writable --shardings file"))
-    print(report.table(result), file=sys.stderr, flush=True)
+    print(report.report_table(result), file=sys.stderr, flush=True)
     print(json.dumps(result), flush=True)
     sys.exit(0 if result["fits"] else 1)
 
@@ -118,7 +118,7 @@ def preflight(
     worst = max(buckets, key=lambda found: (not found["fits"], found["hbm"].get("peak", 0)))
     flops = task.flops_per_example * task.plan.batch_size
     seconds = flops / (topology.chips * topology.chip.peak_flops * mfu)
-    return describe(trainer, topology) | {
+    return describe_program(trainer, topology) | {
         "fits": worst["fits"],
         "buckets": buckets,
         "hbm": worst["hbm"],
@@ -145,7 +145,7 @@ def task_of(config: ConfigDict) -> Task:
         raise UserError(f"{error} ({way})") from error
 
 
-def describe(trainer: Trainer, topology: Topology) -> dict[str, Any]:
+def describe_program(trainer: Trainer, topology: Topology) -> dict[str, Any]:
     """What was compiled."""
     config, task = trainer.config, trainer.task
     cache = config.get("grad_cache") or {}
@@ -218,7 +218,7 @@ def _version(package: str) -> str:
         return "none"
 
 
-def search(
+def lightest_that_fits(
     config: ConfigDict,
     topology: Topology,
     mfu: float,

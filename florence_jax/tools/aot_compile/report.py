@@ -163,7 +163,7 @@ def hbm_of_failure(message: str) -> dict[str, int] | None:
     return {}
 
 
-def table(report: dict[str, Any]) -> str:
+def report_table(report: dict[str, Any]) -> str:
     """The report of `aot_compile.preflight` for a terminal."""
     memory, times = report["hbm"], report["expected"]
     slices = f"{report['slices']} slices of " if report["slices"] > 1 else ""

@@ -23,7 +23,7 @@ import itertools
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rounds = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.rounds + 1):
-            times = time_loop(measure, files, args.images), time_loop(plain_hash, files, args.images)
+            times = [timing.time_loop(function, files, args.images)[1] for function in (measure, plain_hash)]
             rounds.append([*times, *beam_seconds(Path(folder) / "shards", files, 2 * args.images)])
     # The first round warms up.
     cpu, plain, beam, measuring = (
@@ -93,14 +93,6 @@ def plain_hash(data: bytes) -> tuple[np.ndarray, np.ndarray, bytes]:
     plane = np.asarray(image.convert("L").resize((GRID, GRID), Image.Resampling.BILINEAR)).astype(np.float64)
     rows = COSINES[0]
     return *hash_bits((rows @ plane @ rows.T)[None]), identity
-
-
-def time_loop(function: Callable[[bytes], Any], files: Sequence[bytes], count: int) -> float:
-    """Processor seconds per image in this thread."""
-    began = time.thread_time()
-    for data in itertools.islice(itertools.cycle(files), count):
-        function(data)
-    return (time.thread_time() - began) / count
 
 
 def beam_seconds(folder: Path, files: Sequence[bytes], count: int) -> tuple[float | None, float | None]:

@@ -21,7 +21,6 @@ takes the source's images as they are. With several sizes the first is reported 
 
 import argparse
 import io
-import itertools
 import re
 import tempfile
 import time
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     results = {}
     for name, size in sizes.items():
         records = originals if size is None else [enlarge(record, size, i) for i, record in enumerate(originals)]
-        results[name] = measure(records, args)
+        results[name] = time_pictures(records, args)
     names = ("source", "image_size", "res", "batch", "workers", "images", "rounds")
     options = {name: getattr(args, name) for name in names} | {"records": len(originals)}
     return options | next(iter(results.values())) | {"sizes": results} | timing.cpu_hardware()
@@ -115,7 +114,7 @@ def enlarge(record: dict[str, Any], size: tuple[int, int], seed: int) -> dict[st
     return {**record, "image": file.getvalue()}
 
 
-def measure(records: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+def time_pictures(records: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
     """Both contestants on these records, in turns."""
     images = [record["image"] for record in records]
     decode, image_ops, pipeline = [], [], []
@@ -126,8 +125,8 @@ def measure(records: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict
         task = Pretrain(config)
         augment = make_augment(task.train_ops)
         for _ in range(args.rounds):
-            decode.append(time_loop(decode_image, images, args.images))
-            image_ops.append(time_loop(augment, images, args.images))
+            decode.append(timing.time_loop(decode_image, images, args.images))
+            image_ops.append(timing.time_loop(augment, images, args.images))
             pipeline.append(time_pipeline(open_stream(config, task, task.train_data()), args))
     decode_wall, decode_cpu = np.median(decode, axis=0)
     image_ops_wall, image_ops_cpu = np.median(image_ops, axis=0)
@@ -169,14 +168,6 @@ def make_augment(ops: str) -> Callable[[bytes], np.ndarray]:
         return example["image"]
 
     return augment
-
-
-def time_loop(function: Callable[[bytes], Any], images: Sequence[bytes], count: int) -> tuple[float, float]:
-    """(seconds, processor seconds) per image of a bare loop in this thread."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    for image in itertools.islice(itertools.cycle(images), count):
-        function(image)
-    return (time.perf_counter() - wall) / count, (time.process_time() - cpu) / count
 
 
 def time_pipeline(stream: Stream, args: argparse.Namespace) -> tuple[float, float]:

@@ -26,7 +26,8 @@ from florence_jax.models import florence
 from florence_jax.models.base import Model
 from florence_jax.models.layers import REMATS
 from florence_jax.models.sizes import VARIANTS, ModelConfig
-from florence_jax.tools.bench import step, timing
+from florence_jax.tools.bench import timing
+from florence_jax.tools.bench.step import TimedStep, adamw, device
 
 DROP_PATH = 0.1
 GROWTH = (1, 2, 4, 8)  # batches whose memory is reported, over half the timed batch
@@ -53,8 +54,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = florence.build(args.variant, **options)
     losses = {"cached": make_loss(model, args.micro_batch, args.towers), "uncached": make_loss(model, 0, args.towers)}
     params = jax.jit(model.init)(jax.random.key(0))
-    batch = random_batch(model.config, args.batch)
-    times = timing.interleaved({name: step(loss, params, batch) for name, loss in losses.items()}, args.steps)
+    batch = random_pairs(model.config, args.batch)
+    times = timing.interleaved({name: timed_step(loss, params, batch) for name, loss in losses.items()}, args.steps)
     report = timing.ratio_report(times["uncached"], times["cached"])
     batches = [args.batch // 2 * factor for factor in GROWTH]
     memory = {name: {size: peak_bytes(loss, model, size) for size in batches} for name, loss in losses.items()}
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "seconds_uncached": timing.median(times["uncached"]),
         **{name: getattr(args, name) for name in names},
         "res": model.config.res,
-        **step.device(),
+        **device(),
     }
 
 
@@ -95,7 +96,7 @@ def make_loss(model: Model, micro_batch: int, towers: str) -> Loss:
     return loss
 
 
-def random_batch(config: ModelConfig, size: int) -> dict[str, jax.Array]:
+def random_pairs(config: ModelConfig, size: int) -> dict[str, jax.Array]:
     """Random pairs, of which two have the same caption."""
     rng = np.random.default_rng(0)
     return {
@@ -105,15 +106,15 @@ def random_batch(config: ModelConfig, size: int) -> dict[str, jax.Array]:
     }
 
 
-def step(loss: Loss, params: Any, batch: dict[str, jax.Array]) -> step.Step:
+def timed_step(loss: Loss, params: Any, batch: dict[str, jax.Array]) -> TimedStep:
     """A whole training step, AdamW included."""
-    return step.Step(lambda params: loss(params, batch), params, step.adamw())
+    return TimedStep(lambda params: loss(params, batch), params, adamw())
 
 
 def peak_bytes(loss: Loss, model: Model, size: int) -> int:
     """Working memory of the compiled loss and gradients for `size` pairs, arguments and results not counted."""
     params = jax.eval_shape(model.init, jax.random.key(0))
-    batch = jax.eval_shape(lambda: random_batch(model.config, size))
+    batch = jax.eval_shape(lambda: random_pairs(model.config, size))
     compiled = jax.jit(jax.value_and_grad(loss)).lower(params, batch).compile()
     return int(compiled.memory_analysis().temp_size_in_bytes)
 

@@ -33,7 +33,7 @@ CS = "1e-4,1e-3,1e-2,1e-1,1,1e1"
 NORM, OFFSET = 10.0, 5.0  # lengths of the within-class noise and of the common offset
 
 
-class Split(NamedTuple):
+class ProbeData(NamedTuple):
     """Training and test examples: features float32 (N, D) and labels int32 (N,)."""
 
     train: np.ndarray
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = _sklearn()
     features, labels = make_features(args)
     n = args.examples
-    split = Split(features[:n], labels[:n], features[n:], labels[n:])
+    split = ProbeData(features[:n], labels[:n], features[n:], labels[n:])
     fits, seconds = _ours(args, cs, split)
     ours = [judge(split, c, fits.weights[i], fits.bias[i]) for i, c in enumerate(cs)]
     theirs, report = _theirs(lambda c: model(C=c, max_iter=10_000, tol=args.tol), cs, split, "")
@@ -126,7 +126,7 @@ def _sklearn() -> Any:
     return Theirs
 
 
-def _ours(args: argparse.Namespace, cs: list[float], split: Split) -> tuple[Fits, float]:
+def _ours(args: argparse.Namespace, cs: list[float], split: ProbeData) -> tuple[Fits, float]:
     began = time.perf_counter()
     fits = LogisticRegression(split.train, split.labels, args.classes, make_mesh(-1, 1), args.dtype).fit(cs)
     seconds = time.perf_counter() - began
@@ -135,7 +135,7 @@ def _ours(args: argparse.Namespace, cs: list[float], split: Split) -> tuple[Fits
 
 
 def _theirs(
-    make: Callable[[float], Any], cs: list[float], split: Split, name: str
+    make: Callable[[float], Any], cs: list[float], split: ProbeData, name: str
 ) -> tuple[list[tuple[float, float]], dict[str, Any]]:
     """(objective, test accuracy) of scikit-learn for each C, and its seconds, iterations and accuracies."""
     found, times, iterations = [], [], []
@@ -156,7 +156,7 @@ def _theirs(
     return found, {f"sklearn_{name}{key}": value for key, value in report.items()}
 
 
-def judge(split: Split, c: float, weights: np.ndarray, bias: np.ndarray) -> tuple[float, float]:
+def judge(split: ProbeData, c: float, weights: np.ndarray, bias: np.ndarray) -> tuple[float, float]:
     """Objective on the training examples, and accuracy in percent on the test examples, of weights (D, K)."""
     right = (split.test @ weights + bias).argmax(1) == split.test_labels
     return objective(split.train, split.labels, weights, bias, c), 100 * float(right.mean())

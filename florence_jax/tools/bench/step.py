@@ -95,10 +95,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if rival is not None:
         report |= timing.ratio_report(times["image_tower_seconds"], times["torch_seconds"])
     report.setdefault("seconds", report["image_tower_seconds"])
-    return describe(args) | speed(model.flops, report, args) | report | device()
+    return describe_run(args) | speed(model.flops, report, args) | report | device()
 
 
-def describe(args: argparse.Namespace) -> dict[str, Any]:
+def describe_run(args: argparse.Namespace) -> dict[str, Any]:
     """The options that were measured."""
     names = ("variant", "batch", "res", "dtype", "remat", "unroll", "steps")
     return {name: getattr(args, name) for name in names} | {"towers": "image" if args.image_only else "image+text"}
@@ -121,7 +121,7 @@ def device() -> dict[str, Any]:
     return {"device": jax.devices()[0].device_kind, "jax": jax.__version__} | timing.cpu_hardware()
 
 
-class Step:
+class TimedStep:
     """A training step compiled ahead of time; each call runs one, waits for it and returns its loss.
 
     `compile_seconds` is what compiling took; by the compiler's figures, `peak_bytes` is its working memory and
@@ -164,7 +164,7 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def pretrain_step(model: Model, params: Any, batch: int) -> Step:
+def pretrain_step(model: Model, params: Any, batch: int) -> TimedStep:
     """The step of `tasks/pretrain.py` on a fixed random batch in which two captions are equal."""
     config, rng = model.config, np.random.default_rng(0)
     inputs = {
@@ -177,7 +177,7 @@ def pretrain_step(model: Model, params: Any, batch: int) -> Step:
         out = model.apply(params, inputs, train=True)
         return unicl(out["image/embedding"], out["text/embedding"], labels, out["logit_scale"])[0]
 
-    return Step(loss, params, optax.chain(optax.clip_by_global_norm(1.0), adamw()))
+    return TimedStep(loss, params, optax.chain(optax.clip_by_global_norm(1.0), adamw()))
 
 
 def image_batch(config: ModelConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -188,7 +188,7 @@ def image_batch(config: ModelConfig, batch: int) -> tuple[np.ndarray, np.ndarray
     return images, rng.standard_normal((batch, channels), np.float32)
 
 
-def image_step(model: Model, params: Any, images: np.ndarray, target: np.ndarray) -> Step:
+def image_step(model: Model, params: Any, images: np.ndarray, target: np.ndarray) -> TimedStep:
     """The image tower's step of the comparison."""
     rest = {name: value for name, value in params.items() if name != "image"}
 
@@ -196,7 +196,7 @@ def image_step(model: Model, params: Any, images: np.ndarray, target: np.ndarray
         out = model.apply({**rest, "image": params}, {"image": image}, train=True)
         return jnp.square(out["image/pooled"] - target).mean()
 
-    return Step(functools.partial(loss, jnp.asarray(images), jnp.asarray(target)), params["image"], adamw())
+    return TimedStep(functools.partial(loss, jnp.asarray(images), jnp.asarray(target)), params["image"], adamw())
 
 
 def make_rival(
