@@ -29,7 +29,7 @@ from florence_jax.train.loop import open_stream
 from tests.tiny_run import TINY_MODEL, tiny_config, tiny_pairs
 
 GOLDEN = Path(__file__).parent / "golden" / "flagship_shardings.json"
-# The flagship's way onto a v5p-512; the same options are in docs/tpu.md. --shardings writes the golden file.
+# The flagship's way onto a v5p-512; the same options are in docs/performance.md. --shardings writes the golden file.
 FLAGSHIP = [
     "--config=configs/pretrain.py:variant=H",
     "--config.batch_size=24576",

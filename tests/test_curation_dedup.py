@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +25,7 @@ from florence_jax.pictures import thumbnail
 from florence_jax.tools.bench import __main__ as bench
 
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+ROOT = Path(__file__).parent.parent
 
 
 def jpeg(image, quality=85):
@@ -180,11 +185,13 @@ def run(*arguments):
     return dedup_files.main([str(argument) for argument in arguments])
 
 
-def test_command_on_a_folder(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_command_on_a_folder(folder, tmp_path):
+    """As a program, with processes of its own: they find what they run only outside of a package's `__main__`."""
     out = tmp_path / "runs" / "dedup"  # without --out
-    assert run(folder, "--workers", 1) == 0
-    counts = json.loads(capsys.readouterr().out)
+    command = [sys.executable, "-m", "florence_jax.curation.dedup", str(folder), "--workers=2"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
     assert counts == json.loads((out / "counts.json").read_text())
     assert counts["pictures"] == counts["read_now"] == 48 and counts["unreadable"] == {"corrupt": 1}
     assert (counts["clusters_of_several"], counts["duplicates"], counts["largest_cluster"]) == (5, 32, 8)

@@ -21,8 +21,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +29,13 @@ import numpy as np
 from florence_jax.curation.dedup import hash_index
 from florence_jax.curation.dedup.clusters import Views, cluster, hash_rows, representatives, total_order
 from florence_jax.curation.dedup.join import DEFAULT_JOIN, DESIGNS
-from florence_jax.curation.ingest.hashing import DEFAULT_LIMITS, measure
+from florence_jax.curation.dedup.measurements import SUFFIXES, items_of, measure_new
 from florence_jax.errors import UserError
 from florence_jax.files import replacing, write_text
 from florence_jax.page import FIGURE_SIDE, contact_sheet
 from florence_jax.pictures import thumbnail
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-CHUNK = 64  # pictures a worker process gets at a time
 SHOWN = 12  # members of a cluster on the contact sheet
-LIMITS = dataclasses.replace(DEFAULT_LIMITS, animated=True)  # an animation is a picture like others here
-Item = tuple[str, int, "bytes | Path"]  # key, stamp, where the picture is
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,77 +96,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     write_text(args.out / "counts.json", json.dumps(counts, indent=1))
     return counts
-
-
-def items_of(path: Path) -> Iterator[Item]:
-    """The pictures of a folder or parquet file, in order. Raises UserError for a parquet file without pictures."""
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
-            status = file.stat()
-            yield str(file), status.st_mtime_ns ^ status.st_size, file
-        return
-    try:
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise UserError("reading parquet needs pyarrow: pip install pyarrow") from error
-    try:
-        table = pq.ParquetFile(path)
-    except Exception as error:  # pyarrow's errors have no common base that users could be shown
-        raise UserError(f"{path}: neither a folder nor a parquet file ({error})") from error
-    names = set(table.schema_arrow.names)
-    if not names & {"image", "path"}:
-        raise UserError(f"{path}: needs a column 'image' or 'path'; it has {', '.join(sorted(names))}")
-    column, count = "image" if "image" in names else "path", 0
-    for batch in table.iter_batches(CHUNK, columns=sorted(names & {"image", "path", "key"})):
-        for row in batch.to_pylist():
-            image = row[column]
-            image = image.get("bytes", image) if isinstance(image, dict) else image
-            if not isinstance(image, (bytes, str, type(None))):
-                kind = table.schema_arrow.field(column).type
-                raise UserError(f"{path}: column {column!r} holds {kind}, not bytes, a struct with 'bytes', or paths")
-            key = str(row["key"]) if row.get("key") is not None else f"{path}#{count}"
-            yield key, 0, path.parent / image if isinstance(image, str) else image or b""
-            count += 1
-
-
-def measure_new(
-    items: Iterable[Item], known: dict[str, dict[str, Any]], workers: int
-) -> tuple[dict[str, dict[str, Any]], int]:
-    """(key -> measurements of known and new pictures, how many were read). Raises UserError on a repeated key."""
-    pictures, waiting, seen, read = dict(known), [], set(), 0
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else None
-
-    def flush() -> None:
-        results = pool.map(measure_item, waiting, chunksize=CHUNK // 4) if pool else map(measure_item, waiting)
-        pictures.update(zip((key for key, _, _ in waiting), results, strict=True))
-        waiting.clear()
-
-    try:
-        for key, stamp, where in items:
-            if key in seen:
-                raise UserError(f"key {key!r} occurs twice; keys must be unique")
-            seen.add(key)
-            if key in known and known[key]["stamp"] == stamp:
-                continue
-            waiting.append((key, stamp, where))
-            read += 1
-            if len(waiting) >= CHUNK * workers:
-                flush()
-        flush()
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
-    return pictures, read
-
-
-def measure_item(item: Item) -> dict[str, Any]:
-    """Measures one picture; a file that cannot be read has the status 'unreadable'."""
-    _, stamp, where = item
-    try:
-        data = where.read_bytes() if isinstance(where, Path) else where
-    except OSError:
-        return {**measure(b"", LIMITS), "status": "unreadable", "stamp": stamp}
-    return {**measure(data, LIMITS), "stamp": stamp}
 
 
 def rank(keys: Sequence[str], measured: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -271,3 +194,7 @@ def bytes_at(where: bytes | Path) -> bytes:
         return where.read_bytes() if isinstance(where, Path) else where
     except OSError:
         return b""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
