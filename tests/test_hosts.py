@@ -18,7 +18,7 @@ from test_roll_call import free_port
 from tiny_run import TINY_FLAGS, tiny_config, tiny_pairs
 
 from florence_jax.errors import UserError
-from florence_jax.jobs.hosts import EXIT_LOST, Place, connect_on_cluster, meet, place_in_environment
+from florence_jax.jobs.hosts import EXIT_LOST, ProcessInfo, connect_on_cluster, meet, process_from_environment
 from florence_jax.tasks import create_task
 from florence_jax.train.loop import EXIT_PREEMPTED, Trainer
 from florence_jax.train.metrics import read_metrics
@@ -173,12 +173,12 @@ def test_evaluation_keeps_its_rows_where_devices_of_a_host_are_no_neighbours(cou
 def test_the_place_is_read_from_the_environment(monkeypatch):
     for name, value in zip(("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"), ("h:65500", "4", "3"), strict=True):
         monkeypatch.setenv(f"JAX_{name}", value)
-    assert place_in_environment() == Place("h:65500", 4, 3) and place_in_environment().watch_port == 65400
+    assert process_from_environment() == ProcessInfo("h:65500", 4, 3) and process_from_environment().watch_port == 65400
     monkeypatch.setenv("JAX_PROCESS_ID", "4")
     with pytest.raises(UserError, match="JAX_PROCESS_ID=4: give HOST:PORT"):
-        place_in_environment()
+        process_from_environment()
     monkeypatch.delenv("JAX_PROCESS_ID")
-    assert place_in_environment() is None
+    assert process_from_environment() is None
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
     with pytest.raises(UserError, match="this is no TPU slice, SLURM, Kubernetes or MPI job.*: set JAX_COORD"):
         connect_on_cluster({"initialization_timeout": 1})

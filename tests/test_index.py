@@ -217,7 +217,7 @@ def test_the_page_shows_pictures_by_name_whatever_came_and_went(tmp_path):
 def test_an_index_remembers_weights_in_a_bucket(pictures, tmp_path):
     description = SimpleNamespace(folder="gs://b/run/checkpoints")
     model = SimpleNamespace(
-        encoder=SimpleNamespace(description=description, tokenizer_spec="", speaks=False),
+        encoder=SimpleNamespace(description=description, tokenizer_spec="", can_embed_text=False),
         embed_source=lambda source: {"embedding": np.eye(20, dtype=np.float32), "index": np.arange(20)},
     )
     made = tool.write_index(str(tmp_path / "index"), model, pictures)

@@ -69,8 +69,8 @@ class Scorer(Protocol):
         """Returns a function (start, stop) -> float32 (stop - start, K), the scores of those rows of the features."""
 
 
-class Judge:
-    """Judges the scores of a classifier on a labelled source, for the terminal and for the report.
+class ClassificationMetrics:
+    """Metrics of a classifier's scores on a labelled source, for the terminal and for the report.
 
     Args:
       name: for messages and titles.
@@ -180,7 +180,7 @@ class Judge:
 
 
 class Classification(Evaluator):
-    """A classifier on a labelled source. Results: see `Judge`.
+    """A classifier on a labelled source. Results: see `ClassificationMetrics`.
 
     Args:
       name: prefix of the results.
@@ -211,12 +211,12 @@ class Classification(Evaluator):
         self.charts = (Chart(f"{name}: {metric}", {"": metric}),)
         self._source, self._classes, self._embedder, self._scorer = source, classes, embedder, scorer
         self._ops, self._on_corrupt = f"{ops}|class_label|keep(image, label)", on_corrupt
-        self._judge = Judge(name, source, classes.first_names, metric, classes.multi, classes.note)
+        self._metrics = ClassificationMetrics(name, source, classes.first_names, metric, classes.multi, classes.note)
 
     @property
     def chance(self) -> dict[str, float]:
         """What guessing scores."""
-        return self._judge.chance
+        return self._metrics.chance
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
@@ -224,11 +224,11 @@ class Classification(Evaluator):
         labels, count = images["label"], len(images["label"])
         score = self._scorer(params, images["embedding"])
         chunks = (score(i, min(i + SCORE_ROWS, count)) for i in range(0, count, SCORE_ROWS))
-        return self._judge(chunks, labels, images["index"], HINT)
+        return self._metrics(chunks, labels, images["index"], HINT)
 
     def report(self) -> list[str]:
-        """See `Judge`."""
-        return self._judge.report
+        """See `ClassificationMetrics`."""
+        return self._metrics.report
 
 
 # -- report -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from florence_jax.data.sources.labelled import Labelled
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Evaluator
-from florence_jax.evaluators.classification import Judge
+from florence_jax.evaluators.classification import ClassificationMetrics
 from florence_jax.evaluators.metrics import average_precisions, class_targets, confusion_matrix, mean_per_class, roc_auc
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.solvers.logistic import Fits, LogisticRegression, objective, sklearn_weights
@@ -98,8 +98,9 @@ def score(metric: str, scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 class LinearProbe(Evaluator):
-    """The probe of one data set. Results: those of `classification.Judge` on the test split, 'validation_<metric>' and
-    'log10_c' of the C chosen; with `compare` also 'sklearn_<metric>', and 'sklearn_objective_diff', by what share of
+    """The probe of one data set.
+
+    Results: those of `ClassificationMetrics` on the test split, 'validation_<metric>' and 'log10_c' of the C chosen; with `compare` also 'sklearn_<metric>', and 'sklearn_objective_diff', by what share of
     scikit-learn's objective ours is higher.
 
     Args:
@@ -143,13 +144,13 @@ class LinearProbe(Evaluator):
         self._train, self._test, self._validation = train, test, validation
         self._ops, self._embedder, self._on_corrupt = f"{ops}|keep(image)", embedder, on_corrupt
         self._seed, self._dtype, self._compare = seed, dtype, compare
-        self._judge = Judge(name, test.source, train.names, metric, self._several)
+        self._metrics = ClassificationMetrics(name, test.source, train.names, metric, self._several)
         self._sweep: list[str] = []
 
     @property
     def chance(self) -> dict[str, float]:
         """What guessing scores."""
-        chance = self._judge.chance
+        chance = self._metrics.chance
         same = {f"{what}_{self._metric}" for what in ("validation", "sklearn")}
         return chance | {name: chance[self._metric] for name in same if self._metric in chance}
 
@@ -166,7 +167,7 @@ class LinearProbe(Evaluator):
         c, tried, near = self._search(*chosen, *held)
         test, test_labels, index = self._features(params, self._test)
         final = self._regression(features, labels).fit([c], start=near)
-        results = self._judge([final.scores(0, test)], test_labels, index, HINT)
+        results = self._metrics([final.scores(0, test)], test_labels, index, HINT)
         results |= {f"validation_{self._metric}": tried[c], "log10_c": float(np.log10(c))}
         self._sweep = [self._curve(tried, c)]
         if self._compare:
@@ -174,8 +175,8 @@ class LinearProbe(Evaluator):
         return results
 
     def report(self) -> list[str]:
-        """The curve of validation results over C, then as `Judge`."""
-        return self._sweep + self._judge.report
+        """The curve of validation results over C, then as `ClassificationMetrics`."""
+        return self._sweep + self._metrics.report
 
     def _features(self, params: Any, split: Labelled) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Features, labels and rows in the source, of the readable images."""

@@ -28,7 +28,7 @@ MEETING_SECONDS = 3600  # compilation may take long on one of the processes; a d
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """This process's place in the job: process 0 is at `address` (HOST:PORT)."""
 
     address: str
@@ -42,7 +42,7 @@ class Place:
         return port + PORT_DISTANCE if port + PORT_DISTANCE < 65536 else port - PORT_DISTANCE
 
 
-def place_in_environment() -> Place | None:
+def process_from_environment() -> ProcessInfo | None:
     """From the environment `VARIABLES` where all are set, else None.
 
     Raises:
@@ -58,10 +58,10 @@ def place_in_environment() -> Place | None:
             f"{', '.join(f'{n}={v}' for n, v in zip(VARIABLES, values, strict=True))}: give HOST:PORT of process "
             "0, the number of processes, and this one's number, from 0 to count - 1"
         )
-    return Place(address, int(count), int(index))
+    return ProcessInfo(address, int(count), int(index))
 
 
-def connect_on_cluster(settings: Mapping[str, int]) -> Place:
+def connect_on_cluster(settings: Mapping[str, int]) -> ProcessInfo:
     """Connects the processes of a TPU slice, SLURM, Kubernetes or MPI job, as JAX finds them; this one's place.
 
     Process 0 tells the others where it is, for the watchers. Here JAX's own start comes before theirs, and it is JAX
@@ -84,13 +84,13 @@ def connect_on_cluster(settings: Mapping[str, int]) -> Place:
     own = socket.getfqdn().encode()[: len(name)]
     name[: len(own)] = list(own)
     host = bytes(multihost_utils.broadcast_one_to_all(name)).rstrip(b"\0").decode()
-    return Place(f"{host}:{CLUSTER_PORT}", jax.process_count(), jax.process_index())
+    return ProcessInfo(f"{host}:{CLUSTER_PORT}", jax.process_count(), jax.process_index())
 
 
 class Watch:
     """This process's watcher, see `roll_call.py`."""
 
-    def __init__(self, place: Place, options: ConfigDict):
+    def __init__(self, place: ProcessInfo, options: ConfigDict):
         self._meetings: dict[str, threading.Event] = {}
         self._process = subprocess.Popen(
             [
@@ -163,14 +163,14 @@ def joined(options: ConfigDict) -> Iterator[None]:
       options: `config.hosts`.
 
     Raises:
-      UserError: as `place_in_environment` and `connect_on_cluster`.
+      UserError: as `process_from_environment` and `connect_on_cluster`.
     """
     # The watchers are first, and name the process; JAX's own check is behind them.
     settings = {
         "initialization_timeout": int(options.start_timeout),
         "heartbeat_timeout_seconds": int(2 * options.lost_after) + 10,
     }
-    known = place_in_environment()
+    known = process_from_environment()
     place = known or connect_on_cluster(settings)
     if place.count == 1:
         yield

@@ -134,7 +134,7 @@ class ClassificationSuite(Suite):
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
         """Those of the protocol, and retrieval on `config.eval.source` where one is given."""
         found, pairs = self.protocol_evaluators(mesh), self.config.eval.source
-        if pairs and not self.encoder.speaks:
+        if pairs and not self.encoder.can_embed_text:
             raise UserError(f"config.eval.source={pairs}: retrieval needs weights with a text tower and its tokenizer")
         if pairs:
             found.append(open_retrieval("held_out", open_source(pairs), self.eval_ops, self.embedder(mesh)))
@@ -159,7 +159,7 @@ class ClassificationSuite(Suite):
         """One for each kind of image prediction, so that all evaluators share what is compiled."""
         if image not in self._embedders:
             predict = {"image": self.predict[image], "text": self.predict["text"]}
-            tokenizer = self.encoder.tokenizer if self.encoder.speaks else None
+            tokenizer = self.encoder.tokenizer if self.encoder.can_embed_text else None
             self._embedders[image] = Embedder(predict, tokenizer, mesh, self.config.eval.batch_size)
         return self._embedders[image]
 

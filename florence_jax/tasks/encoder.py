@@ -85,7 +85,7 @@ class Encoder:
         return {"text", "text_projection", "image_projection"} <= set(self.description.entries)
 
     @property
-    def speaks(self) -> bool:
+    def can_embed_text(self) -> bool:
         """Whether texts can be embedded: there is a text tower, and its tokenizer is known."""
         return self._tokenizer is not None
 

@@ -98,7 +98,7 @@ class FineTune(ClassificationSuite, Task):
         found: list[Evaluator] = [self.test_evaluator("test", mesh)]
         for alpha in config.wise_ft:
             found.append(Interpolated(self.test_evaluator(f"test_wise{alpha:g}", mesh), self.start, alpha))
-        if watch.source and self.encoder.speaks and config.init:
+        if watch.source and self.encoder.can_embed_text and config.init:
             embedder = self.embedder(mesh)
             inner = open_zero_shot("forgetting", watch.source, self.eval_ops, embedder, watch.classes, "skip")
             found.append(Forgetting(inner, self.start, watch.threshold))

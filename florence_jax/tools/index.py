@@ -63,7 +63,7 @@ def write_index(out: str, model: Florence, images: str, dtype: str = "float32") 
         "tokenizer": model.encoder.tokenizer_spec,
         "images": str(Path(images).absolute()) if Path(images).exists() else images,
         "rows": found["index"].tolist(),
-        "mark": model.embed_texts([MARK])[0].tolist() if model.encoder.speaks else None,
+        "mark": model.embed_texts([MARK])[0].tolist() if model.encoder.can_embed_text else None,
     }
     partial = Path(f"{out}.{uuid.uuid4().hex}.partial")
     try:
@@ -101,7 +101,7 @@ def check_weights(index: Index, model: Florence) -> None:
     if index.embeddings.shape[1] != width:
         raise UserError(f"the index has vectors of {index.embeddings.shape[1]} numbers, the weights give {width}")
     mark = index.info.get("mark")
-    if mark and encoder.speaks:
+    if mark and encoder.can_embed_text:
         off = np.abs(model.embed_texts([MARK])[0] - np.asarray(mark)).max()
         if off > MARK_TOLERANCE:
             raise UserError(

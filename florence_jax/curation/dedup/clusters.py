@@ -210,10 +210,10 @@ def cluster(
     Arguments as of `near_edges` and `representatives`. Returns (labels as of `split_components`, edges, counts).
     """
     edges, counts = near_edges(np.arange(len(measured)), measured, join, min_detail)
-    return settle(edges, measured, ranks, join), edges, counts
+    return label_clusters(edges, measured, ranks, join), edges, counts
 
 
-def settle(
+def label_clusters(
     edges: np.ndarray, measured: Sequence[Mapping[str, Any]], ranks: np.ndarray, join: Join = DEFAULT_JOIN
 ) -> np.ndarray:
     """Labels of the clusters that `edges` make: components, the large ones split. Arguments as of `cluster`."""
