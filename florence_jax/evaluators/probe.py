@@ -100,8 +100,9 @@ def score(metric: str, scores: np.ndarray, labels: np.ndarray) -> float:
 class LinearProbe(Evaluator):
     """The probe of one data set.
 
-    Results: those of `ClassificationMetrics` on the test split, 'validation_<metric>' and 'log10_c' of the C chosen; with `compare` also 'sklearn_<metric>', and 'sklearn_objective_diff', by what share of
-    scikit-learn's objective ours is higher.
+    Results: those of `ClassificationMetrics` on the test split, 'validation_<metric>' and 'log10_c' of the C chosen;
+    with `compare` also 'sklearn_<metric>', and 'sklearn_objective_diff', by what share of scikit-learn's objective ours
+    is higher.
 
     Args:
       name: prefix of the results.
