@@ -12,7 +12,7 @@ from curation_tools import ONE_PROCESS, pairs, picture, small_config, write_parq
 
 from florence_jax.curation.driver import curate
 from florence_jax.curation.keyed import keyed_hash
-from florence_jax.curation.output.funnel import TOP, AuditError, Funnel, joined_part
+from florence_jax.curation.output.funnel import TOP_REASONS, AuditError, Funnel, joined_part
 from florence_jax.curation.output.funnel_page import write_html
 from florence_jax.curation.run import Run
 from florence_jax.curation.table import DECISIONS, uid_of
@@ -86,7 +86,7 @@ def test_counts_on_beam_equal_those_of_one_list(run):
         expected = [
             (value, n, kept[value]) for value, n in sorted(values.items(), key=lambda item: (-item[1], item[0]))
         ]
-        assert [(row["value"], row["pairs"], row["kept"]) for row in summary["slices"][title]] == expected[:TOP]
+        assert [(row["value"], row["pairs"], row["kept"]) for row in summary["slices"][title]] == expected[:TOP_REASONS]
     shown = [row for row in rows if row["listed"] is None]
     shown.sort(key=lambda row: keyed_hash(0, row["uid"], "example"))
     for stage, reason in funnel.reasons:

@@ -241,7 +241,7 @@ def test_pseudo_box_of_a_class_that_people_denied(world, tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_streamed_json_equals_json(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(json_stream, "CHUNK", chunk)
+    monkeypatch.setattr(json_stream, "READ_BYTES", chunk)
     data = {
         "info": {"n": [1]},
         "a": [12345, -6.5e3, 'ä"]', None, {"x": [[1, 2], {}]}, [], 7],

@@ -103,12 +103,17 @@ def test_nothing_imports_private_jax_or_the_configs():
 
 
 def test_a_name_is_defined_once():
-    """A public class or function has one home; what every command has (main, run, ...) is no name."""
+    """A public name has one home; what every command has (main, run, ...) is no name."""
     homes = defaultdict(set)
     for path in FILES:
         for node in tree(path).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-                homes[node.name].add(str(path.relative_to(ROOT)))
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [n.id for target in targets if target for n in ast.walk(target) if isinstance(n, ast.Name)]
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names = [node.name]
+            for name in names:
+                if not name.startswith("_"):
+                    homes[name].add(str(path.relative_to(ROOT)))
     common = {"main", "run", "add_arguments", "available"}
     assert not {name: sorted(files) for name, files in homes.items() if len(files) > 1 and name not in common}
 

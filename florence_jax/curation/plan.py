@@ -24,7 +24,7 @@ from florence_jax.curation.select.stage import Relevance, Selection
 from florence_jax.errors import UserError
 from florence_jax.files import filesystem, json_digest, read_json
 
-FORMATS = ("array_record", "parquet", "webdataset")
+OUTPUT_FORMATS = ("array_record", "parquet", "webdataset")
 SCORE_NAMES = ("relevance", "nsfw", "learner_loss", "reference_loss")
 FIELD = "field:"
 # Parts of the configuration that decisions depend on; a change of anything else moves no pair.
@@ -207,8 +207,8 @@ def _measure_rules(config: Mapping[str, Any]) -> MeasureRules:
 
 def _check_output(config: Mapping[str, Any]) -> None:
     """Raises UserError for what would fail after all the work."""
-    if unknown := sorted(set(config["output"]["formats"]) - set(FORMATS)):
-        raise UserError(f"output.formats={unknown[0]!r} is unknown; known: {', '.join(FORMATS)}")
+    if unknown := sorted(set(config["output"]["formats"]) - set(OUTPUT_FORMATS)):
+        raise UserError(f"output.formats={unknown[0]!r} is unknown; known: {', '.join(OUTPUT_FORMATS)}")
     least = {"measure.rows_per_split": 1, "output.records_per_shard": 1, "output.shards": 0, "report.examples": 0}
     for option, low in least.items():
         section, _, name = option.partition(".")

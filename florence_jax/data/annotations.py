@@ -20,7 +20,7 @@ from florence_jax.errors import UserError
 from florence_jax.files import csv_cells
 
 # In the order of preference: of two boxes for one object the one of the earlier set is kept.
-KINDS = ("coco", "lvis", "objects365", "openimages", "imagenet")
+FORMATS = ("coco", "lvis", "objects365", "openimages", "imagenet")
 SPLITS = ("train", "validation")
 PAGES = {
     "coco": "https://cocodataset.org/#download",
@@ -29,7 +29,7 @@ PAGES = {
     "openimages": "https://storage.googleapis.com/openimages/web/download.html",
     "imagenet": "https://www.image-net.org/download.php",
 }
-Pairs = tuple[np.ndarray, np.ndarray]
+IdPairs = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SourceSpec:
     """One annotated set of images.
 
     Attributes:
-      kind: one of `KINDS`.
+      kind: one of `FORMATS`.
       annotations: the file: JSON, or the boxes CSV of OpenImages.
       images: the folder.
       split: 'train' or 'validation'.
@@ -109,9 +109,9 @@ class Annotations:
     crowd: np.ndarray
     group_of: np.ndarray
     scores: np.ndarray
-    negative: Pairs
-    not_exhaustive: Pairs
-    positive: Pairs
+    negative: IdPairs
+    not_exhaustive: IdPairs
+    positive: IdPairs
     exhaustive: bool = False
     teacher: str | None = None
     threshold: float | None = None
@@ -269,13 +269,13 @@ def _rows_of(ids: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     return rows
 
 
-def _pairs(flat: array.array, category_rows: Callable[[np.ndarray], np.ndarray]) -> Pairs:
+def _pairs(flat: array.array, category_rows: Callable[[np.ndarray], np.ndarray]) -> IdPairs:
     images, categories = np.array(flat, np.int64).reshape(-1, 2).T
     categories = category_rows(categories)
     return images[categories >= 0].astype(np.int32), categories[categories >= 0]
 
 
-def _no_pairs() -> Pairs:
+def _no_pairs() -> IdPairs:
     return np.zeros(0, np.int32), np.zeros(0, np.int32)
 
 
@@ -389,7 +389,7 @@ def _add_parents(root: dict, names: dict[str, str], parents: dict[str, set[str]]
 
 def _verified_labels(
     path: str, rows: dict[str, int], numbers: dict[str, int], skipped: collections.Counter
-) -> tuple[Pairs, Pairs]:
+) -> tuple[IdPairs, IdPairs]:
     """Positive and negative (image, category) pairs that people verified."""
     columns = {True: (array.array("i"), array.array("i")), False: (array.array("i"), array.array("i"))}
     for line, (image_id, label, confidence) in csv_columns(path, LABEL_COLUMNS):

@@ -39,16 +39,16 @@ def make_buckets(sources: Sequence[Source], sizes: Sequence[tuple[int, int]]) ->
         raise UserError(f"buckets need different sizes (height, width) of at least 1 pixel, not {list(sizes)}")
     shapes = np.concatenate([_shapes(source) for source in sources])
     chosen = np.empty(len(shapes), np.int64)
-    for start in range(0, len(shapes), CHUNK):
-        chosen[start : start + CHUNK] = nearest_sizes(shapes[start : start + CHUNK], sizes)
+    for start in range(0, len(shapes), METADATA_ROWS):
+        chosen[start : start + METADATA_ROWS] = nearest_sizes(shapes[start : start + METADATA_ROWS], sizes)
     buckets = [Bucket(np.flatnonzero(chosen == k), (height, width)) for k, (height, width) in enumerate(sizes)]
     for bucket in buckets:
         logging.info("bucket of %d x %d pixels (height x width): %d records", *bucket.size, len(bucket.rows))
     return tuple(bucket for bucket in buckets if len(bucket.rows))
 
 
-CHUNK = 1 << 20  # records compared with all sizes at once
-SAME = 1e-6  # difference of logarithms of aspect ratios that are one
+METADATA_ROWS = 1 << 20  # records compared with all sizes at once
+SAME_SIZE = 1e-6  # difference of logarithms of aspect ratios that are one
 
 
 def nearest_sizes(shapes: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -56,7 +56,7 @@ def nearest_sizes(shapes: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.nd
     logs, targets = np.log(shapes.astype(np.float64)), np.log(np.asarray(sizes, np.float64))
     aspect = np.abs((logs[:, 1] - logs[:, 0])[:, None] - (targets[:, 1] - targets[:, 0])[None])
     area = np.abs(logs.sum(1)[:, None] - targets.sum(1)[None])
-    return np.where(aspect <= aspect.min(1, keepdims=True) + SAME, area, np.inf).argmin(1)
+    return np.where(aspect <= aspect.min(1, keepdims=True) + SAME_SIZE, area, np.inf).argmin(1)
 
 
 def _shapes(source: Source) -> np.ndarray:

@@ -18,7 +18,7 @@ from florence_jax.data.ops.registry import key_of
 from florence_jax.data.prompts import TEMPLATE_SETS, class_prompts, template_set
 from florence_jax.data.records import BadRecord, Source, Subset
 from florence_jax.data.sources.catalog import open_source
-from florence_jax.data.sources.labelled import READERS, Labelled, NearestVehicle, open_labelled
+from florence_jax.data.sources.labelled import LABELLED_READERS, Labelled, NearestVehicle, open_labelled
 from florence_jax.errors import UserError
 
 # What a data set is scored by, where that is not the share of right answers (CLIP, Radford et al. 2021, table 9).
@@ -301,7 +301,7 @@ def all_targets(source: Source, classes: ClassIndex) -> np.ndarray:
 
 def open_images(spec: str) -> Source:
     """Opens a labelled source: as `sources.open_source`, or one of `labelled.open_labelled`, such as 'eurosat:DIR'."""
-    if spec.partition(":")[0] in (*READERS, "digits"):
+    if spec.partition(":")[0] in (*LABELLED_READERS, "digits"):
         return open_labelled(spec).source
     source = open_source(spec)
     return NearestVehicle(source) if spec.startswith("tfds:") and dataset_name(spec) == "kitti" else source

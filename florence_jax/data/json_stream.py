@@ -10,7 +10,7 @@ from etils import epath
 
 from florence_jax.errors import UserError
 
-CHUNK = 1 << 20  # bytes read at a time
+READ_BYTES = 1 << 20  # bytes read at a time
 
 
 class _JsonText:
@@ -25,7 +25,7 @@ class _JsonText:
         if self._end:
             return False
         # At least doubling: a long item is parsed again only a few times.
-        data = self._file.read(max(CHUNK, len(self._text) - self._at))
+        data = self._file.read(max(READ_BYTES, len(self._text) - self._at))
         self._end = not data
         self._text = self._text[self._at :] + self._bytes.decode(data, final=self._end)
         self._at = 0

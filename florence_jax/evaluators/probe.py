@@ -29,7 +29,7 @@ STEPS_PER_DECADE, DECADES = 8, 6
 COARSE = 2 * STEPS_PER_DECADE
 VALIDATION = 0.2
 SKLEARN_TOLERANCE = 1e-7
-HINT = "that --config.init is of a trained model and that the labels are those of the images"
+PROBE_HINT = "that --config.init is of a trained model and that the labels are those of the images"
 
 
 def grid_c(index: int) -> float:
@@ -168,7 +168,7 @@ class LinearProbe(Evaluator):
         c, tried, near = self._search(*chosen, *held)
         test, test_labels, index = self._features(params, self._test)
         final = self._regression(features, labels).fit([c], start=near)
-        results = self._metrics([final.scores(0, test)], test_labels, index, HINT)
+        results = self._metrics([final.scores(0, test)], test_labels, index, PROBE_HINT)
         results |= {f"validation_{self._metric}": tried[c], "log10_c": float(np.log10(c))}
         self._sweep = [self._curve(tried, c)]
         if self._compare:

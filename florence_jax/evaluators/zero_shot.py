@@ -13,7 +13,7 @@ from florence_jax.evaluators.metrics import softmax
 from florence_jax.evaluators.predictor import Embedder
 
 # Of the softmax behind VOC's ranking of images by class (CLIP's learned maximum); no other metric depends on it.
-LOGIT_SCALE = 100.0
+CLIP_SCALE = 100.0
 
 
 def class_embeddings(embedder: Embedder, params: Any, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
@@ -39,7 +39,7 @@ def class_embeddings(embedder: Embedder, params: Any, names: Sequence[str], temp
 class ZeroShot(Classification):
     """Zero-shot classification on a labelled source; results as `Classification`.
 
-    Scores are `LOGIT_SCALE` times the cosine of the image's and the class's embedding; for VOC's metric their softmax.
+    Scores are `CLIP_SCALE` times the cosine of the image's and the class's embedding; for VOC's metric their softmax.
 
     Args:
       name, source, classes, ops, embedder, metric, on_corrupt: see `Classification`.
@@ -63,8 +63,8 @@ class ZeroShot(Classification):
     def _scores(self, params: Any, features: np.ndarray) -> Callable[[int, int], np.ndarray]:
         weights = class_embeddings(self._embedder, params, self._classes.first_names, self._templates)
         if self.metric == "voc_map":  # images are ranked for each class by the softmax over classes (ELEVATER)
-            return lambda start, stop: softmax(LOGIT_SCALE * (features[start:stop] @ weights.T))
-        return lambda start, stop: LOGIT_SCALE * (features[start:stop] @ weights.T)
+            return lambda start, stop: softmax(CLIP_SCALE * (features[start:stop] @ weights.T))
+        return lambda start, stop: CLIP_SCALE * (features[start:stop] @ weights.T)
 
 
 def open_zero_shot(

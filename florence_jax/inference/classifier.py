@@ -11,7 +11,7 @@ from florence_jax.inference.base import Found
 from florence_jax.inference.florence import Florence, best_classes
 from florence_jax.pictures import thumbnail
 
-SHOWN = 3  # classes below a picture of the page
+SHOWN_CLASSES = 3  # classes below a picture of the page
 
 
 class Classifier:
@@ -57,12 +57,12 @@ class Classifier:
     def answers(self, source: Source) -> Iterator[Found]:
         """Of every readable record, in order."""
         for index, key, row in self.model.each_probability(source, self.names if self._by_name else ()):
-            best = best_classes(row, self.names, max(self.top, SHOWN))
+            best = best_classes(row, self.names, max(self.top, SHOWN_CLASSES))
             rows: list[dict[str, Any]] = [
                 {"class": name, "probability": round(value, 6), "rank": rank}
                 for rank, (name, value) in enumerate(best[: self.top], 1)
             ]
-            yield Found(index, key, rows, ", ".join(f"{name} {value:.2f}" for name, value in best[:SHOWN]))
+            yield Found(index, key, rows, ", ".join(f"{name} {value:.2f}" for name, value in best[:SHOWN_CLASSES]))
 
     def picture(self, record: Record, found: Found) -> str:
         """The picture, small."""

@@ -89,7 +89,7 @@ class ModelConfig(Mapping):
 
 
 # What a value of each type of field looks like, for the message about one that does not.
-KINDS: dict[Any, str] = {
+VALUE_KINDS: dict[Any, str] = {
     bool: "True or False",
     int: "a whole number",
     float: "a number",
@@ -178,14 +178,14 @@ def _check_given(given: Mapping[str, Any]) -> None:
             continue
         value = given[field.name]
         if not _fits(value, field.type):
-            raise UserError(f"{field.name}={value!r}: must be {KINDS[field.type]}")
+            raise UserError(f"{field.name}={value!r}: must be {VALUE_KINDS[field.type]}")
         numbers = value if isinstance(value, Collection) else (value,)
         if field.name in POSITIVE and not (len(numbers) and all(number > 0 for number in numbers)):
             raise UserError(f"{field.name}={value!r}: must be above 0")
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether `value` is of a type of `KINDS`; True is no number."""
+    """Whether `value` is of a type of `VALUE_KINDS`; True is no number."""
     if kind in (bool, str):
         return isinstance(value, kind)
     if kind in (int, float):

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from florence_jax.data.pipeline import TrainData
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
+from florence_jax.models.base import Params
 from florence_jax.params.rules import Policy, frozen_entries
 
-Params = dict[str, Any]
 WARMUP_SHARE = 0.1  # of a run that is counted in epochs: the most that its warm-up may take
 
 

@@ -33,8 +33,9 @@ from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.probe import LinearProbe
 from florence_jax.evaluators.retrieval import open_retrieval
 from florence_jax.evaluators.zero_shot import ZeroShot
+from florence_jax.models.base import Params
 from florence_jax.params.weights import make_description
-from florence_jax.tasks.base import Params, Suite, make_identity
+from florence_jax.tasks.base import Suite, make_identity
 from florence_jax.tasks.encoder import open_encoder
 from florence_jax.tasks.linear_head import ENTRY
 

@@ -18,9 +18,10 @@ from florence_jax.evaluators.classification import Classification
 from florence_jax.evaluators.finetuning import Forgetting, Interpolated
 from florence_jax.evaluators.zero_shot import class_embeddings, open_zero_shot
 from florence_jax.losses.unicl import unicl
+from florence_jax.models.base import Params
 from florence_jax.params.layer_decay import layer_decay_rules
 from florence_jax.params.rules import Policy
-from florence_jax.tasks.base import Params, Task, frozen_parts, make_plan
+from florence_jax.tasks.base import Task, frozen_parts, make_plan
 from florence_jax.tasks.classify import ClassificationSuite
 from florence_jax.tasks.encoder import text_inputs
 from florence_jax.tasks.linear_head import ENTRY, LinearHead

@@ -26,10 +26,10 @@ from florence_jax.evaluators.retrieval import open_retrieval
 from florence_jax.evaluators.zero_shot import open_zero_shot
 from florence_jax.losses.grad_cache import encode_pairs
 from florence_jax.losses.unicl import unicl, unicl_sharded
-from florence_jax.models.base import Model
+from florence_jax.models.base import Model, Params
 from florence_jax.params.sharding import ambient_batch_axes, param_shardings
 from florence_jax.params.weights import checkpoint_folder, load, make_description
-from florence_jax.tasks.base import Params, Plan, Task, frozen_parts, make_identity, make_plan
+from florence_jax.tasks.base import Plan, Task, frozen_parts, make_identity, make_plan
 from florence_jax.tasks.encoder import RESIZED, build_model, normalise, text_inputs
 
 # CLIP's bounds of the learned logit scale (the logarithm of the multiplier), applied after each update.

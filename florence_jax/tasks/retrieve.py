@@ -10,9 +10,9 @@ from florence_jax.data.tokenizers import Tokenizer
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Evaluator
 from florence_jax.evaluators.predictor import Embedder
-from florence_jax.models.base import Model
+from florence_jax.models.base import Model, Params
 from florence_jax.params.weights import checkpoint_folder, load, make_description
-from florence_jax.tasks.base import Params, Plan, Suite, make_identity, make_plan
+from florence_jax.tasks.base import Plan, Suite, make_identity, make_plan
 from florence_jax.tasks.encoder import RESIZED, Encoder, open_encoder
 from florence_jax.tasks.pretrain import Pretrain, open_held_out
 

@@ -79,7 +79,7 @@ GROUPS = {
     "objects": "objects",
     "symbols": "symbols",
 }
-SPLITS = ("train", "new_style", "new_names")
+BUILT_SPLITS = ("train", "new_style", "new_names")
 SIZE = 64  # pixels, both sides
 WEBP = {"quality": 82, "method": 6}
 SPLIT_SALT = "florence_jax emoji families"  # chosen once, as a plain description
@@ -341,8 +341,8 @@ def is_held_out(family: str) -> bool:
 
 
 def split_records(records: list[dict]) -> dict[str, list[dict]]:
-    """Distributes records over `SPLITS` as the module says; Noto and Fluent of held-out names are unused."""
-    splits = {name: [] for name in SPLITS}
+    """Distributes records over `BUILT_SPLITS` as the module says; Noto and Fluent of held-out names are unused."""
+    splits = {name: [] for name in BUILT_SPLITS}
     for record in sorted(records, key=lambda record: hashlib.sha256(record["key"].encode()).digest()):
         held_out, unseen_style = is_held_out(record["family"]), record["style"] == "twemoji"
         if unseen_style:
@@ -373,7 +373,7 @@ def build_set(npm: pathlib.Path, out: pathlib.Path) -> dict[str, list[dict]]:
 def changed_files(rebuilt: pathlib.Path, shipped: pathlib.Path) -> list[str]:
     """Returns the names of the data files that differ in any byte between two folders, or that one lacks."""
     changed = []
-    for name in (f"{split}.array_record{suffix}" for split in SPLITS for suffix in ("", META)):
+    for name in (f"{split}.array_record{suffix}" for split in BUILT_SPLITS for suffix in ("", META)):
         a, b = (folder / name for folder in (rebuilt, shipped))
         if not (a.exists() and b.exists() and a.read_bytes() == b.read_bytes()):
             changed.append(a.name)

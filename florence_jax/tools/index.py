@@ -30,7 +30,7 @@ from florence_jax.page import GridCell, matches_html, write_page
 
 INDEX_FILE, EMBEDDINGS_FILE, KEYS_FILE = "index.json", "embeddings.npy", "keys.json"
 ROWS = 65536  # searched at once
-DTYPES = ("float32", "float16")
+VECTOR_DTYPES = ("float32", "float16")
 # Its embedding is kept, to notice an index that is searched with other weights than it was made with.
 MARK = "a photo"
 MARK_TOLERANCE = 1e-2
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     embed.add_argument("--init", default="runs/pretrain/checkpoints", help="weights: a run's or an imported folder")
     embed.add_argument("--images", required=True, help="folder or data source")
     embed.add_argument("--out", required=True, help="new folder")
-    embed.add_argument("--dtype", choices=DTYPES, default="float32", help="of the vectors on disk")
+    embed.add_argument("--dtype", choices=VECTOR_DTYPES, default="float32", help="of the vectors on disk")
     embed.add_argument("--batch-size", type=int, default=256)
     query = commands.add_parser("query", help="look for images")
     query.add_argument("--index", required=True)

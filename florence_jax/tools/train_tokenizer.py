@@ -27,7 +27,7 @@ from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.tokenizers import SENTENCEPIECE_IDS
 from florence_jax.errors import UserError
 
-FIELDS = ("caption", "keywords", "group")
+TEXT_FIELDS = ("caption", "keywords", "group")
 
 
 def train_pieces(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -78,7 +78,7 @@ def file_texts(path: str) -> list[str]:
 def source_texts(spec: str, fields: Sequence[str] = ()) -> Iterator[str]:
     """The texts in the given record fields (str or list of str) of a source, where a record has them.
 
-    Without `fields`, in whichever of `FIELDS` there are.
+    Without `fields`, in whichever of `TEXT_FIELDS` there are.
 
     Raises:
       UserError: for an unknown source, or a given field that none of its records has.
@@ -86,7 +86,7 @@ def source_texts(spec: str, fields: Sequence[str] = ()) -> Iterator[str]:
     known: set[str] = set()
     for record in open_source(spec).metadata():
         known |= record.keys()
-        for field in fields or FIELDS:
+        for field in fields or TEXT_FIELDS:
             value = record.get(field)
             for text in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(text, str):
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--corpus", help="text file, one caption a line")
     what.add_argument("--source", help="data source, e.g. emoji:train")
-    parser.add_argument("--fields", help=f"record fields of --source to take texts from ({','.join(FIELDS)})")
+    parser.add_argument("--fields", help=f"record fields of --source to take texts from ({','.join(TEXT_FIELDS)})")
     parser.add_argument("--vocab_size", type=int, default=2000)
     parser.add_argument("--out", required=True, help="file to write, *.model")
     args = parser.parse_args(argv)

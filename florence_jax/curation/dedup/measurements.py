@@ -13,8 +13,8 @@ from typing import Any
 from florence_jax.curation.ingest.hashing import DEFAULT_LIMITS, measure
 from florence_jax.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-CHUNK = 64  # pictures a worker process gets at a time
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+MEASURED_CHUNK = 64  # pictures a worker process gets at a time
 LIMITS = dataclasses.replace(DEFAULT_LIMITS, animated=True)  # an animation is a picture like others here
 Item = tuple[str, int, "bytes | Path"]  # key, stamp, where the picture is
 
@@ -22,7 +22,7 @@ Item = tuple[str, int, "bytes | Path"]  # key, stamp, where the picture is
 def items_of(path: Path) -> Iterator[Item]:
     """The pictures of a folder or parquet file, in order. Raises UserError for a parquet file without pictures."""
     if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
+        for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file()):
             status = file.stat()
             yield str(file), status.st_mtime_ns ^ status.st_size, file
         return
@@ -38,7 +38,7 @@ def items_of(path: Path) -> Iterator[Item]:
     if not names & {"image", "path"}:
         raise UserError(f"{path}: needs a column 'image' or 'path'; it has {', '.join(sorted(names))}")
     column, count = "image" if "image" in names else "path", 0
-    for batch in table.iter_batches(CHUNK, columns=sorted(names & {"image", "path", "key"})):
+    for batch in table.iter_batches(MEASURED_CHUNK, columns=sorted(names & {"image", "path", "key"})):
         for row in batch.to_pylist():
             image = row[column]
             image = image.get("bytes", image) if isinstance(image, dict) else image
@@ -58,7 +58,7 @@ def measure_new(
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else None
 
     def flush() -> None:
-        results = pool.map(measure_item, waiting, chunksize=CHUNK // 4) if pool else map(measure_item, waiting)
+        results = pool.map(measure_item, waiting, chunksize=MEASURED_CHUNK // 4) if pool else map(measure_item, waiting)
         pictures.update(zip((key for key, _, _ in waiting), results, strict=True))
         waiting.clear()
 
@@ -71,7 +71,7 @@ def measure_new(
                 continue
             waiting.append((key, stamp, where))
             read += 1
-            if len(waiting) >= CHUNK * workers:
+            if len(waiting) >= MEASURED_CHUNK * workers:
                 flush()
         flush()
     finally:

@@ -133,16 +133,16 @@ def chain(im: Image.Image) -> Image.Image:
     return ImageEnhance.Brightness(crop(0.02)(fit(320)(im))).enhance(1.1)
 
 
-Change = tuple[str, Callable[[Image.Image], Image.Image], int, str]
-SAME: Callable[[Image.Image], Image.Image] = lambda im: im  # noqa: E731
-CHANGES: tuple[tuple[str, Change], ...] = tuple(
+PictureChange = tuple[str, Callable[[Image.Image], Image.Image], int, str]
+SAME_PICTURE: Callable[[Image.Image], Image.Image] = lambda im: im  # noqa: E731
+CHANGES: tuple[tuple[str, PictureChange], ...] = tuple(
     (group, (name, change, *(rest or (95, "JPEG"))))
     for group, name, change, *rest in (
-        ("recompress", "JPEG 90", SAME, 90, "JPEG"),
-        ("recompress", "JPEG 50", SAME, 50, "JPEG"),
-        ("recompress", "JPEG 20", SAME, 20, "JPEG"),
-        ("recompress", "WebP 50", SAME, 50, "WEBP"),
-        ("recompress", "PNG", SAME, 95, "PNG"),
+        ("recompress", "JPEG 90", SAME_PICTURE, 90, "JPEG"),
+        ("recompress", "JPEG 50", SAME_PICTURE, 50, "JPEG"),
+        ("recompress", "JPEG 20", SAME_PICTURE, 20, "JPEG"),
+        ("recompress", "WebP 50", SAME_PICTURE, 50, "WEBP"),
+        ("recompress", "PNG", SAME_PICTURE, 95, "PNG"),
         ("resize", "resize 0.25", resize(0.25)),
         ("resize", "resize 0.5", resize(0.5)),
         ("resize", "resize 0.75", resize(0.75)),

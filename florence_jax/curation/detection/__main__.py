@@ -45,7 +45,7 @@ from florence_jax.curation.detection.pseudo import (
 )
 from florence_jax.curation.detection.sheet import write_detection_sheet
 from florence_jax.curation.detection.write import prepare_folder, shards, write_records
-from florence_jax.data.annotations import KINDS, SPLITS, Annotations, SourceSpec, parse_spec, read_annotations
+from florence_jax.data.annotations import FORMATS, SPLITS, Annotations, SourceSpec, parse_spec, read_annotations
 from florence_jax.errors import UserError
 from florence_jax.files import write_text
 
@@ -83,7 +83,7 @@ def build_detection_set(
     for name, value in (("within", within), ("across", across)):
         if not 0 < value <= 1:
             raise UserError(f"the IoU {name} sources must be above 0 and at most 1, not {value}")
-    tables = sorted(tables, key=lambda t: (KINDS.index(t.spec.kind), SPLITS.index(t.spec.split), t.spec.label))
+    tables = sorted(tables, key=lambda t: (FORMATS.index(t.spec.kind), SPLITS.index(t.spec.split), t.spec.label))
     space = LabelSpace(tables, rules)
     paths = [path for table in tables for path in file_paths(table.spec, table.files)]
     rows = join_rows(tables, image_facts(paths, workers, verify))
@@ -173,13 +173,13 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for kind in KINDS:
+    for kind in FORMATS:
         parser.add_argument(f"--{kind}", action="append", default=[], metavar="ANNOTATIONS:IMAGES[:validation]")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--teacher", help="RESULTS.json of COCO results, or package.module:callable to run now")
     parser.add_argument("--teacher_name", help="for the records; default: the --teacher without folders")
     parser.add_argument(
-        "--teacher_classes", choices=KINDS[:-1], default="", help="the set that its classes are named by"
+        "--teacher_classes", choices=FORMATS[:-1], default="", help="the set that its classes are named by"
     )
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="least score of a pseudo box (%(default)s)")
     parser.add_argument("--imagenet_words", help="words.txt or LOC_synset_mapping.txt: names of the images' classes")
@@ -199,9 +199,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _read_tables(args: argparse.Namespace) -> list[Annotations]:
-    specs = [parse_spec(kind, text) for kind in KINDS for text in getattr(args, kind)]
+    specs = [parse_spec(kind, text) for kind in FORMATS for text in getattr(args, kind)]
     if not specs:
-        raise UserError(f"no source: give at least one of {', '.join('--' + kind for kind in KINDS)}")
+        raise UserError(f"no source: give at least one of {', '.join('--' + kind for kind in FORMATS)}")
     for value, name in ((args.shards or 1, "shards"), (args.workers, "workers")):
         if value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")

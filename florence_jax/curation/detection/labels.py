@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from florence_jax.data.annotations import KINDS, Annotations, Category, csv_columns
+from florence_jax.data.annotations import FORMATS, Annotations, Category, csv_columns
 from florence_jax.data.captions import normalise_caption
 from florence_jax.errors import UserError
 
@@ -59,7 +59,7 @@ RULES = (
     ("objects365", "Table Teniis paddle", "table tennis racket"),
 )
 LabelRule = tuple[str, str, str]
-_Member = tuple[str, Category]  # a set (of KINDS) and its category
+_Member = tuple[str, Category]  # a set (of FORMATS) and its category
 
 
 def class_text(name: str) -> str:
@@ -75,8 +75,8 @@ def read_rules(path: str) -> list[LabelRule]:
     """
     rules = []
     for line, (kind, category, text) in csv_columns(path, ("source", "category", "text")):
-        if kind not in KINDS or not category or not class_text(text):
-            raise UserError(f"{path} line {line}: needs a source ({', '.join(KINDS)}), a category and a text")
+        if kind not in FORMATS or not category or not class_text(text):
+            raise UserError(f"{path} line {line}: needs a source ({', '.join(FORMATS)}), a category and a text")
         rules.append((kind, category, text))
     return rules
 
@@ -164,7 +164,7 @@ class LabelSpace:
             }
             for (kind, category), (text, how) in self._named.items()
         ]
-        return sorted(rows, key=lambda row: (row["class_id"], KINDS.index(row["source"]), row["category_id"]))
+        return sorted(rows, key=lambda row: (row["class_id"], FORMATS.index(row["source"]), row["category_id"]))
 
     def classes(self) -> list[dict]:
         """For each class: id, text, names (all that the sets give it) and parents (texts of broader concepts)."""
@@ -182,7 +182,7 @@ class LabelSpace:
 
 def _order(member: _Member) -> tuple[int, str, str, str]:
     kind, category = member
-    return KINDS.index(kind), category.name, category.id, category.named_by
+    return FORMATS.index(kind), category.name, category.id, category.named_by
 
 
 def _end(final: dict[str, str], text: str) -> str:

@@ -15,7 +15,7 @@ from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.errors import UserError
 from florence_jax.files import write_text
 
-RECORDS_PER_SHARD = 4096
+RECORDS_A_SHARD = 4096
 PLAN_FILE = "plan.json"
 
 
@@ -30,11 +30,11 @@ def shards(merged: Merged, split: str, count: int | None) -> dict[str, np.ndarra
     Args:
       merged: the set.
       split: 'train' or 'validation'.
-      count: of files; None for one for each `RECORDS_PER_SHARD` records. A file without records is not written.
+      count: of files; None for one for each `RECORDS_A_SHARD` records. A file without records is not written.
     """
     records = np.flatnonzero(merged.validation == (split == "validation"))
     digests = np.fromiter((shard_digest(merged.key(r)) for r in records), np.uint64, len(records))
-    count = count or max(1, -(-len(records) // RECORDS_PER_SHARD))
+    count = count or max(1, -(-len(records) // RECORDS_A_SHARD))
     order = np.argsort(digests, kind="stable")
     records, shard = records[order], (digests[order] % np.uint64(count)).astype(np.int64)
     order = np.argsort(shard, kind="stable")

@@ -50,7 +50,7 @@ MEDIA_TYPES = {
     ".tar": "application/x-tar",
 }
 # Fields of the parquet shards: name, type, what it is.
-FIELDS = (
+RECORD_FIELDS = (
     ("key", "sc:Text", "uid: 128-bit hash of the source's name and the key in it"),
     ("image", "sc:ImageObject", "encoded image"),
     ("caption", "sc:Text", "caption as found"),
@@ -112,7 +112,7 @@ def _record_set(file: str) -> dict[str, Any]:
             "dataType": kind,
             "source": {"fileObject": {"@id": file}, "extract": {"column": name}},
         }
-        for name, kind, text in FIELDS
+        for name, kind, text in RECORD_FIELDS
     ]
     return {"@type": "cr:RecordSet", "@id": f"records/{file}", "name": f"records/{file}", "field": fields}
 

@@ -18,7 +18,7 @@ from florence_jax.curation.table import DECISIONS, partitions, read_table, with_
 from florence_jax.files import exists
 
 SIDES = (32, 64, 128, 200, 256, 512, 1024)  # pixels, for drop rates by size
-TOP = 20  # values of a slice that are listed
+TOP_REASONS = 20  # values of a slice that are listed
 COLUMNS = ("uid", "source", "url", "host", "licence_id", "language", "status", "width", "height", "bytes", "caption")
 COLUMNS += ("image_id", "path", "offset", "size", "listed")
 # Title in the report, column of the table; "smaller side" is made of two.
@@ -128,9 +128,9 @@ def _add(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
 
 
 def _commonest(lists: Iterable[Sequence[tuple]]) -> list[tuple]:
-    """The TOP values of one slice, as (value, pairs, kept pairs)."""
+    """The TOP_REASONS values of one slice, as (value, pairs, kept pairs)."""
     return heapq.nsmallest(
-        TOP, itertools.chain.from_iterable(lists), key=lambda row: (-row[1], row[0] or "", row[0] is None)
+        TOP_REASONS, itertools.chain.from_iterable(lists), key=lambda row: (-row[1], row[0] or "", row[0] is None)
     )
 
 

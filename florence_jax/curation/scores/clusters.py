@@ -15,7 +15,7 @@ from florence_jax.errors import UserError
 from florence_jax.files import exists
 
 SAMPLE = 256  # pairs a cluster that the centres are fitted to, on average; all pairs where there are fewer
-BATCH = 1024  # embeddings a step of k-means, at least
+KMEANS_BATCH = 1024  # embeddings a step of k-means, at least
 
 
 def cluster_embeddings(folder: str, count: int, clusters: int, seed: int, run: Callable[[Callable], None]) -> str:
@@ -140,7 +140,7 @@ def kmeans(embeddings: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     with _one_thread():
         model = MiniBatchKMeans(
             clusters,
-            batch_size=max(BATCH, 4 * clusters),
+            batch_size=max(KMEANS_BATCH, 4 * clusters),
             n_init=1,
             random_state=keyed_hash(seed, "kmeans") >> 32,
         )

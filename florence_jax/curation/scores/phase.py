@@ -27,7 +27,7 @@ from florence_jax.params.checkpoint import newest_step
 from florence_jax.params.weights import checkpoint_folder
 
 CHECKPOINT = "checkpoint:"
-BATCH = 64
+SCORED_BATCH = 64
 # (uid, text_id) and the scores found.
 ScoreRow = tuple[tuple[str, str], Mapping[str, Any]]
 
@@ -85,8 +85,8 @@ def _handler(spec: str, rules: CurationRules, step: int | None) -> Any:
         loader = CheckpointLoader(
             spec.removeprefix(CHECKPOINT), rules.tokenizer, step, embeddings=rules.select.cluster_t > 0
         )
-        return JaxModelHandler(loader, BATCH)
-    return CallableModelHandler(load_callable(spec), BATCH)
+        return JaxModelHandler(loader, SCORED_BATCH)
+    return CallableModelHandler(load_callable(spec), SCORED_BATCH)
 
 
 def _write_alive(number: int, block: pa.Table, folder: str) -> None:

@@ -88,15 +88,15 @@ def open_labelled(spec: str) -> Labelled:
       UserError: if it does not exist or is not in that layout.
     """
     kind, _, rest = spec.partition(":")
-    if kind in READERS and rest:
-        return READERS[kind](epath.Path(rest))
+    if kind in LABELLED_READERS and rest:
+        return LABELLED_READERS[kind](epath.Path(rest))
     if kind == "digits":
         return digits(rest)
     if kind == "emoji":
         return by_field(open_source(spec), "group")
     if epath.Path(spec).is_dir():
         return class_folders(epath.Path(spec))
-    known = ", ".join(f"{name}:DIR" for name in READERS)
+    known = ", ".join(f"{name}:DIR" for name in LABELLED_READERS)
     raise UserError(f"labelled set {spec!r} does not exist; use {known}, digits, emoji:SPLIT or a folder of classes")
 
 
@@ -187,7 +187,7 @@ def digits(part: str = "") -> Labelled:
     )
 
 
-READERS: dict[str, Callable[[epath.Path], Labelled]] = {
+LABELLED_READERS: dict[str, Callable[[epath.Path], Labelled]] = {
     "isic": isic,
     "eurosat": eurosat,
     "cropdisease": cropdisease,

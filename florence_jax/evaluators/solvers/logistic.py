@@ -21,7 +21,7 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.solvers.lbfgs import TOLERANCE, Solution, Step, minimise
 from florence_jax.params.sharding import batch_sharding, place, replicated
 
-DTYPES = ("auto", "float32", "bfloat16")
+SOLVER_DTYPES = ("auto", "float32", "bfloat16")
 VARIANCE_SHARE = 1e-3
 LOGITS_BYTES = 2**31  # on a device, for one array of predictions; bounds how many C are solved at once
 
@@ -351,8 +351,8 @@ class LogisticRegression:
 
 
 def _check(features: np.ndarray, labels: np.ndarray, classes: int, dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise UserError(f"probe dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
+    if dtype not in SOLVER_DTYPES:
+        raise UserError(f"probe dtype {dtype!r} is unknown; choose {', '.join(SOLVER_DTYPES)}")
     if features.ndim != 2 or len(features) != len(labels) or not len(labels):
         raise UserError(f"a probe needs (N, D) features and N labels, not {features.shape} and {labels.shape}")
     if labels.ndim == 2:

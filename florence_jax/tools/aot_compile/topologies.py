@@ -31,7 +31,7 @@ class Kind:
     cores: int = 1
 
 
-KINDS = {
+CHIP_KINDS = {
     "v4": Kind(275e12, 30.75 * GIB, (*_CUBES, "12x16x16"), cores=2),
     "v5e": Kind(197e12, 15.75 * GIB, _SQUARES),
     "v5p": Kind(459e12, 95.74 * GIB, (*_CUBES, "16x16x24"), cores=2),
@@ -60,7 +60,7 @@ class Topology:
     @property
     def chip(self) -> Kind:
         """What one of its chips can do."""
-        return KINDS[self.kind]
+        return CHIP_KINDS[self.kind]
 
 
 def find(name: str, slices: int = 1) -> Topology:
@@ -74,14 +74,14 @@ def find(name: str, slices: int = 1) -> Topology:
     kind, _, shape = name.partition(":")
     if match := re.fullmatch(r"(v\d\w*?)(?:litepod)?-(\d+)", name):
         kind = {"v5": "v5e"}.get(match[1], match[1])
-        chips = int(match[2]) // (KINDS[kind].cores if kind in KINDS else 1)
-        shape = next((s for s in KINDS[kind].shapes if _chips(s) == chips), "") if kind in KINDS else ""
-    if kind in KINDS and re.fullmatch(r"\d+(x\d+)+", shape):
+        chips = int(match[2]) // (CHIP_KINDS[kind].cores if kind in CHIP_KINDS else 1)
+        shape = next((s for s in CHIP_KINDS[kind].shapes if _chips(s) == chips), "") if kind in CHIP_KINDS else ""
+    if kind in CHIP_KINDS and re.fullmatch(r"\d+(x\d+)+", shape):
         wanted = sorted(map(int, shape.split("x")))
-        for known in KINDS[kind].shapes:
+        for known in CHIP_KINDS[kind].shapes:
             if sorted(map(int, known.split("x"))) == wanted:
                 return Topology(kind, tuple(map(int, known.split("x"))), slices)
-    lists = "; ".join(f"{kind}: {', '.join(entry.shapes)}" for kind, entry in KINDS.items())
+    lists = "; ".join(f"{kind}: {', '.join(entry.shapes)}" for kind, entry in CHIP_KINDS.items())
     raise UserError(f"unknown topology {name!r}; write KIND:SHAPE with one of {lists}")
 
 
