@@ -71,7 +71,7 @@ def test_the_memory_benchmark_runs_the_phases(tmp_path, monkeypatch):
     figures = curate_memory.measure_phases(folder, rows, ONE_PROCESS)
     assert list(figures["peak_mb"]) == ["components", "audit", "embeddings"]
     peaks = [figures["base_mb"], *figures["peak_mb"].values()]
-    assert peaks == sorted(peaks) and peaks[0] > 1
+    assert min(peaks) > 10  # megabytes
     labels = union_find(np.concatenate([load_array(path) for path in edge_paths(f"{folder}/clusters/edges")]), rows)
     alone = np.bincount(labels, minlength=rows)[labels] == 1
     parts = [read_table(f"{folder}/clusters/part-{i:05d}.parquet")["cluster"].to_numpy() for i in range(4)]
