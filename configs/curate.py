@@ -53,7 +53,7 @@ def _input() -> dict:
         "size": {"min_side": 200, "max_aspect": 3.0, "min_bytes": 5120, "max_bytes": 0},
         "near_duplicates": {
             "k": 4,  # bits of 64: 2, 4 or 6
-            # Bits of 256. At 40, curation.perturb misses its goal for gamma 1.5 (k = 6), with as few false pairs.
+            # Bits of 256. At 40, dedup.perturb misses its goal for gamma 1.5 (k = 6), with as few false pairs.
             "max_d256": 44,
             "hot_bucket": 50_000,
             "window": 256,

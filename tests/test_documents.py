@@ -64,7 +64,8 @@ def test_the_modules_that_are_started_are_programs():
 
 
 def test_files_that_the_documents_name_are_there():
-    for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+    now = {*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {ROOT / "CHANGELOG.md"}  # which names what is gone
+    for file in now:
         text = file.read_text()
         names = re.findall(r"\b(?:florence_jax|tests|docs|configs|launch)/[\w/]+\.(?:py|md|sh|json|txt|ipynb)", text)
         names += re.findall(
