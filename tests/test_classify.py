@@ -422,7 +422,7 @@ def test_weights_of_an_import_and_another_resolution(weights, tmp_path):
         ("zeroshot", ["--config.model.overrides.res=37"], "res=37"),
         ("zeroshot", ["--config.mode=train"], "nothing is trained here"),
         ("fewshot", ["--config.data.train=emoji:train"], "'fewshot' trains nothing: give the images as"),
-        ("probe", ["--config.data.train="], "no images to evaluate on: give --config.data.test=DATA"),
+        ("probe", ["--config.data.train="], "a probe needs images to learn from: give --config.data.train=DATA"),
         ("finetune_linear", ["--config.init="], "no weights: give them with --config.init=DIR; or the size"),
         ("finetune_linear", ["--config.model.variant=B"], "are of variant ti, not B"),
         ("paint", [], "unknown protocol 'paint'"),
