@@ -335,7 +335,9 @@ def test_a_head_of_class_embeddings_answers_like_zero_shot(zero_shot, weights, p
     task, mesh = FineTuneLinear(config), make_mesh(-1, 1)
     fresh = jax.device_put(task.init(jax.random.key(0)), replicated(mesh))
     (test,) = task.evaluators(mesh)
-    assert test.run(task.start(fresh))["top1"] == result(zero_shot)["eval/zero_shot/top1"]
+    loaded = task.load(mesh)  # of mode=eval, where nothing was trained
+    assert test.run(loaded)["top1"] == result(zero_shot)["eval/zero_shot/top1"]
+    jax.tree.map(np.testing.assert_array_equal, loaded, task.start(fresh))
 
 
 def test_linear_probe_on_twenty_images(weights, pictures, tmp_path):

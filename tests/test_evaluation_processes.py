@@ -27,11 +27,11 @@ SLOW_PROTOCOLS = {
         "--config.mode=eval",
         "--config.head_init=text",
         "--config.wise_ft=(0.5,)",
-        "--config.data={pictures}",
+        "--config.data.train={pictures}",
     ],
     "backbone": [
         "--config=configs/classify.py:protocol=fewshot",
-        "--config.data={pictures}",
+        "--config.data.test={pictures}",
         "--config.fewshot.train=backbone",
         *(f"--config.fewshot.{option}" for option in EPISODES),
     ],

@@ -21,6 +21,7 @@ from florence_jax.losses.unicl import unicl
 from florence_jax.models.base import Params
 from florence_jax.params.layer_decay import layer_decay_rules
 from florence_jax.params.rules import Policy
+from florence_jax.params.sharding import param_shardings
 from florence_jax.tasks.base import Task, frozen_parts, make_plan
 from florence_jax.tasks.classify import ClassificationSuite
 from florence_jax.tasks.encoder import text_inputs
@@ -203,12 +204,22 @@ class FineTuneLinear(FineTune):
     def start(self, params: Params) -> Params:
         """The folder's parameters, and the head's start."""
         loaded = self.encoder.load(params, new=(ENTRY,))
-        head = jax.tree.map(jnp.zeros_like, params[ENTRY])
+        places = jax.tree.map(lambda leaf: leaf.sharding, params[ENTRY])
+        return loaded | {ENTRY: self._first_head(loaded, places["weight"].mesh, places)}
+
+    def load(self, mesh: Mesh) -> Params:
+        """As `start`: what is evaluated before anything is trained."""
+        loaded, shapes = super().load(mesh), jax.eval_shape(self.init, jax.random.key(0))
+        places = param_shardings(shapes, mesh, policy=self.config.mesh.sharding_rules)
+        return loaded | {ENTRY: self._first_head(loaded, mesh, places[ENTRY])}
+
+    def _first_head(self, loaded: Params, mesh: Mesh, places: Params) -> Params:
+        """Zeros or class embeddings, each leaf where `places` says."""
+        head: Params = self.head.init(self.encoder.model.config)
         if self.from_text:
-            mesh = jax.tree.leaves(params)[0].sharding.mesh
-            weights = class_embeddings(self.embedder(mesh), loaded, self._known_classes.first_names, self.templates)
-            head["weight"] = jax.device_put(weights.T, head["weight"].sharding)
-        return loaded | {ENTRY: head}
+            names = self._known_classes.first_names
+            head["weight"] = class_embeddings(self.embedder(mesh), loaded, names, self.templates).T
+        return jax.device_put(head, places)
 
     def loss(
         self, params: Params, batch: dict[str, jax.Array], key: jax.Array
