@@ -166,6 +166,21 @@ def param_shardings(
     return tree
 
 
+def params_like(
+    shapes: Any, mesh: Mesh | AbstractMesh, rules: Rules[int | str] = (), policy: Rules[int | str] = ()
+) -> Any:
+    """`shapes` with the places that `param_shardings` gives them: what `weights.load` reads parameters into.
+
+    Arguments and errors as there.
+    """
+    return with_places(shapes, param_shardings(shapes, mesh, rules, policy))
+
+
+def with_places(shapes: Any, shardings: Any) -> Any:
+    """A tree of `jax.ShapeDtypeStruct` of these shapes, dtypes and shardings."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
 def _axis(leaf: Any, rule: int | str, fsdp: int) -> int | str | None:
     """The axis to split, 'replicate', or None if the rule cannot be followed."""
     if rule == "replicate":

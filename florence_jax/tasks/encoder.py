@@ -17,7 +17,7 @@ from florence_jax.models.base import Model
 from florence_jax.models.layers import unit_norm
 from florence_jax.models.sizes import VARIANTS, resolve_config
 from florence_jax.params.rules import Rules
-from florence_jax.params.sharding import param_shardings
+from florence_jax.params.sharding import params_like
 from florence_jax.params.weights import Description, describe, load
 from florence_jax.tasks.linear_head import ENTRY, LinearHead
 
@@ -148,9 +148,7 @@ class Encoder:
         shapes = jax.eval_shape(self.init, jax.random.key(0))
         if head and (found := self.head) is not None:
             shapes[ENTRY] = jax.eval_shape(lambda: found.init(self.model.config))
-        places = param_shardings(shapes, mesh, policy=rules)
-        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
-        return self.load(like)
+        return self.load(params_like(shapes, mesh, policy=rules))
 
     @functools.cached_property
     def eval_ops(self) -> str:

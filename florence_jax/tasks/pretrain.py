@@ -27,7 +27,7 @@ from florence_jax.evaluators.zero_shot import open_zero_shot
 from florence_jax.losses.grad_cache import encode_pairs
 from florence_jax.losses.unicl import unicl, unicl_sharded
 from florence_jax.models.base import Model, Params
-from florence_jax.params.sharding import ambient_batch_axes, param_shardings
+from florence_jax.params.sharding import ambient_batch_axes, params_like
 from florence_jax.params.weights import checkpoint_folder, load, make_description
 from florence_jax.tasks.base import Plan, Task, frozen_parts, make_identity, make_plan
 from florence_jax.tasks.encoder import RESIZED, build_model, normalise, text_inputs
@@ -128,8 +128,7 @@ class Pretrain(Task):
     def load(self, mesh: Mesh) -> Params:
         """The parameters of `config.init`: the moving average where that run kept one."""
         shapes = jax.eval_shape(self.init, jax.random.key(0))
-        places = param_shardings(shapes, mesh, self.config.mesh.sharding_rules, self.policy.sharding)
-        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+        like = params_like(shapes, mesh, self.config.mesh.sharding_rules, self.policy.sharding)
         return load(checkpoint_folder(self.config.init), like, RESIZED, self.model.adapt)
 
     def loss(

@@ -24,7 +24,7 @@ from florence_jax.jobs.hosts import EXIT_LOST, meet
 from florence_jax.jobs.trace import StepTrace
 from florence_jax.jobs.watchdog import Watchdog
 from florence_jax.params.checkpoint import Checkpoints, UnreadableCheckpoint
-from florence_jax.params.sharding import batch_sharding, make_mesh, param_shardings, state_shardings
+from florence_jax.params.sharding import batch_sharding, make_mesh, param_shardings, state_shardings, with_places
 from florence_jax.params.weights import load_optimizer, write_description
 from florence_jax.tasks.base import Suite, Task
 from florence_jax.train.metrics import (
@@ -199,9 +199,7 @@ class Trainer:
         self._params_sharding = param_shardings(abstract, self.mesh, config.mesh.sharding_rules, policy.sharding)
         shapes = jax.eval_shape(self._fresh_state, jax.random.key(config.seed))
         self.shardings = state_shardings(shapes, self._params_sharding, self.mesh)
-        self.target = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
-        )
+        self.target = with_places(shapes, self.shardings)
         self.state: dict[str, Any] = {}
         self._stop = threading.Event()
         self._trace = StepTrace(workdir / "profile", config.profile.steps)
