@@ -10,7 +10,7 @@ In florence_jax/ each file of it would lie in a room of its own:
     task.py       tasks/         model, loss and data joined for the loop
     evaluator.py  evaluators/    numbers, a chart, pictures, a file
     answerer.py   inference/     for florence_jax.predict
-    config.py     configs/
+    config.py     configs/       named as the task: configs/toy_detection.py
 
 `python -m toy_detector` is `florence_jax.main` with them registered.
 """

@@ -12,7 +12,7 @@ from florence_jax.inference.base import Found
 from florence_jax.params.sharding import make_mesh
 from florence_jax.pictures import draw_boxes, picture_uri
 from florence_jax.tasks.encoder import Encoder
-from toy_detector.detector import PART, Detector
+from toy_detector.detector import DETECTOR, Detector
 from toy_detector.evaluator import best_boxes
 
 
@@ -26,7 +26,7 @@ class ToyAnswerer:
         mesh = make_mesh(-1, 1)
         self._params = self._detector.load_on(mesh)
         self._predictor = Predictor(self._detector.detect, mesh, batch_size)
-        side = self._detector.encoder.description.parts[PART]["side"]
+        side = self._detector.encoder.description.parts[DETECTOR]["side"]
         self._ops = f"decode|resize_long({side})|pad_image({side})|keep(image, valid, key, warp)"
 
     @staticmethod

@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:tests python -m toy_detector --config=tests/toy_detector/config.py --config.init=runs/pretrain
 
-About a minute on a laptop's CPU. A preflight needs no weights: --config.init= --config.model.variant=NAME.
+It was run at `runlocal` only, on 64 pictures. A preflight needs no weights: --config.init= --config.model.variant=NAME.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.eval_ops = f"decode|{fit}"
     config.text = {"tokenizer": ""}
     config.batch_size, config.total_steps = 32, 400
-    config.optim.learning_rate = 3e-3
+    config.optim.learning_rate = 1e-2
     config.eval.every = 100
     if given.runlocal:
         config.data.workers, config.batch_size, config.total_steps = 0, 16, 24

@@ -11,9 +11,9 @@ from florence_jax.params.rules import Rules
 from florence_jax.params.sharding import params_like
 from florence_jax.params.weights import load
 from florence_jax.tasks.encoder import RESIZED, Encoder
-from toy_detector.model import build
+from toy_detector.model import build_detector
 
-PART = "detector"  # in model.json
+DETECTOR = "detector"  # its part in model.json
 ENTRIES = ("image", "detector")  # of the parameters: no text, no projection
 # What pretraining has not trained: the detector, and the norms of maps, which only the detection mode has.
 FRESH = ((r"detector/.*", "new"), (r"image/norm\d+/.*", "new"))
@@ -31,10 +31,10 @@ class Detector:
     """
 
     def __init__(self, encoder: Encoder, variant: str = ""):
-        part = encoder.description.parts.get(PART)
+        part = encoder.description.parts.get(DETECTOR)
         self.encoder, self.trained = encoder, part is not None
         self.variant = variant or (part or {}).get("variant", "")
-        self.model = build(encoder.model.config, self.variant)
+        self.model = build_detector(encoder.model.config, self.variant)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters."""
@@ -53,7 +53,7 @@ class Detector:
     def outputs(
         self, params: Any, batch: Mapping[str, jax.Array], train: bool = False, key: jax.Array | None = None
     ) -> dict[str, jax.Array]:
-        """See `model.build`; the batch has "image" uint8 (B, H, W, 3) and "valid" int32 (B, 2)."""
+        """See `model.build_detector`; the batch has "image" uint8 (B, H, W, 3) and "valid" int32 (B, 2)."""
         inputs = {"image": self.encoder.normalise(batch["image"]), "image_valid": batch["valid"]}
         return self.model.apply(params, inputs, train, None if key is None else {"drop_path": key})
 

@@ -18,7 +18,7 @@ from florence_jax.page import figure_html
 from florence_jax.pictures import draw_boxes, picture_uri
 from toy_detector.loss import overlap
 
-SHOWN = 6  # pictures of the page
+PAGE_EXAMPLES = 6  # pictures of the page
 # Stay on the host: a string, the true boxes, which are ragged, and the way back to the source picture.
 HOST = ("picture_id", "boxes", "warp")
 
@@ -88,7 +88,7 @@ class BoxRecall(Evaluator):
     def report(self) -> list[str]:
         """The first pictures, true boxes green, found ones red."""
         figures = []
-        for index, found in enumerate(self._found[:SHOWN]):
+        for index, found in enumerate(self._found[:PAGE_EXAMPLES]):
             record = self._source[index]
             image, true = Decode()(record, np.random.default_rng(0))["image"], record["boxes"]
             texts = [""] * len(true) + [f"{score:.2f}" for score in found["scores"]]

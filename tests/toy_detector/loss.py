@@ -45,7 +45,7 @@ def detection_loss(out: dict[str, jax.Array], batch: dict[str, jax.Array]) -> tu
     """Scalar loss of a global batch and its parts.
 
     Args:
-      out: outputs of the model, see `model.build`. batch: with what op 'toy_pad_boxes' adds.
+      out: outputs of the model, see `model.build_detector`. batch: with what op 'toy_pad_boxes' adds.
     """
     boxes, positive, unknown = assign(out["detector/centres"], batch["boxes"], batch["objects"], batch["ignore"])
     judged = (out["detector/inside"] & ~unknown).astype(jnp.float32)

@@ -35,7 +35,7 @@ class CellHead(nn.Module):
 
     @nn.compact
     def __call__(self, cells: jax.Array, valid: jax.Array, stride: int) -> dict[str, jax.Array]:
-        """Cells (B, h, w, C) of `stride` pixels, of which `valid` (B, 2) are the picture's. N = h * w; see `build`."""
+        """Cells (B, h, w, C) of `stride` pixels, of which `valid` (B, 2) are the picture's. N is h * w."""
         batch, height, width, _ = cells.shape
         raw = Dense(5, name="out")(gelu(Dense(self.config.width, name="hidden")(cells.astype(jnp.float32))))
         raw = raw.reshape(batch, -1, 5)
@@ -66,7 +66,7 @@ class DetectorTowers(TwoTowers):
         return outputs | {f"detector/{name}": value for name, value in found.items()}
 
 
-def build(config: ModelConfig, variant: str) -> Model[ModelConfig]:
+def build_detector(config: ModelConfig, variant: str) -> Model[ModelConfig]:
     """A detector on an image tower: parameters {"image", "detector"} and what `florence.build` has beside them.
 
     Its inputs are "image" and "image_valid", and "example" if there is stochastic depth. Its outputs, beside the

@@ -20,7 +20,7 @@ from florence_jax.params.rules import Policy
 from florence_jax.params.weights import make_description
 from florence_jax.tasks.base import Task, frozen_parts, make_identity, make_plan
 from florence_jax.tasks.encoder import open_encoder
-from toy_detector.detector import ENTRIES, PART, Detector
+from toy_detector.detector import DETECTOR, ENTRIES, Detector
 from toy_detector.evaluator import BoxRecall
 from toy_detector.loss import detection_loss
 
@@ -60,7 +60,7 @@ class ToyDetection(Task):
         towers = self.detector.encoder.towers_part() | {"entries": ENTRIES[:1]}
         head = {"variant": self.detector.variant, "side": max(map(max, self.sizes)), "entries": ENTRIES[1:]}
         source = {"init": self.config.init, "data": self.config.data.train}
-        return make_description(self.name, {"towers": towers, PART: head}, source=source)
+        return make_description(self.name, {"towers": towers, DETECTOR: head}, source=source)
 
     # -- model ------------------------------------------------------------------------------------------------------
 
