@@ -12,16 +12,28 @@ from florence_jax.command_line import CONFIG, WORKDIR, fail, no_more_arguments, 
 from florence_jax.errors import UserError
 from florence_jax.jobs.host_memory import keep_freed_memory
 from florence_jax.jobs.hosts import joined
+from florence_jax.jobs.stop_signals import stopped_at_once
 from florence_jax.tasks import create_suite
+from florence_jax.tasks.base import Task
 from florence_jax.train.loop import run
+from florence_jax.train.workdir import free_workdir
 
 
-def work(config: ConfigDict, workdir: Path) -> int:
-    """Runs the configured task; returns the exit code. A mistake ends the program with one message."""
+def work(config: ConfigDict, given: str | None) -> int:
+    """Runs the configured task in the folder `given`; returns the exit code. A mistake ends the program with a message.
+
+    Without a folder it is the configuration's or, where that holds an evaluation of something else, one beside it.
+    """
+    workdir = Path(given or config.workdir)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     try:
-        return run(config, create_suite(config), workdir)
+        suite = create_suite(config)
+        if given is None and not isinstance(suite, Task):
+            workdir = free_workdir(suite.identity, config, workdir)
+        return run(config, suite, workdir)
+    except KeyboardInterrupt:
+        return stopped_at_once()
     except UserError as error:
         fail(error)
     except OSError as error:
@@ -45,7 +57,7 @@ def main(argv: list[str]) -> None:
         )
     try:
         with joined(config.hosts) if config.distributed else contextlib.nullcontext():
-            code = work(config, Path(workdir))
+            code = work(config, WORKDIR.value)
     except UserError as error:
         fail(error)
     sys.exit(code)

@@ -19,8 +19,9 @@ from tiny_run import TINY_FLAGS, tiny_config, tiny_pairs
 
 from florence_jax.errors import UserError
 from florence_jax.jobs.hosts import EXIT_LOST, ProcessInfo, connect_on_cluster, meet, process_from_environment
+from florence_jax.jobs.stop_signals import EXIT_PREEMPTED
 from florence_jax.tasks import create_task
-from florence_jax.train.loop import EXIT_PREEMPTED, Trainer
+from florence_jax.train.loop import Trainer
 from florence_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]

@@ -20,11 +20,12 @@ from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
+from florence_jax.jobs.stop_signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, StopSignals
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks import create_suite, create_task
 from florence_jax.tasks.pretrain import Pretrain
 from florence_jax.train import loop
-from florence_jax.train.loop import EXIT_PREEMPTED, run
+from florence_jax.train.loop import run
 from florence_jax.train.metrics import read_metrics
 from florence_jax.train.workdir import check_same_run
 
@@ -93,22 +94,87 @@ def test_evaluation_alone_gives_the_same_numbers(finished, pairs, capsys):
     assert "chance" in table and "eval/held_out/i2t_r@1" in table
 
 
-def test_another_architecture_is_one_message_with_all_mismatches(finished, pairs):
+def test_another_architecture_is_one_message_with_all_mismatches(finished, pairs, tmp_path):
     config = tiny_config(pairs, **{"optim.ema_decay": 0.5, "model.overrides.projection": 24})
-    before = (finished / "config.json").read_text()
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "config.json").unlink()  # else its options are compared
     with pytest.raises(UserError, match="another architecture") as error:
-        train(config, finished)
+        train(config, workdir)
     for name in ("params/image_projection/kernel", "params/text_projection/kernel", "ema/text_projection/kernel"):
         assert name in str(error.value)
-    assert (finished / "config.json").read_text() == before  # what its checkpoints are of
+    assert not (workdir / "config.json").exists()
 
 
 def test_other_data_in_the_same_workdir_is_one_message(finished, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     other = tiny_pairs(tmp_path / "other")
-    with pytest.raises(UserError, match=f"holds a run with config.data.train=.*resumed with '{other}'.*--workdir"):
+    with pytest.raises(UserError, match=f"holds a run with config.data.train=.*would now be '{other}'.*--workdir"):
         train(tiny_config(other, **{"optim.ema_decay": 0.5, "total_steps": 12}), finished)
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(
+    "name,value,said",
+    [
+        ("text.tokenizer", "{}/pieces.model", "config.text.tokenizer='sentencepiece', which would now be '{}"),
+        ("model.overrides.text_heads", 1, "config.model.overrides.text_heads=2, which would now be 1"),
+        ("model.overrides.image_mean", (0.5, 0.5, 0.5), "config.model.overrides.image_mean=[0.485, "),
+        ("data.captions", "caption=1", "config.data.captions='caption=1|key"),
+        ("data.train_ops", "decode|resize({res})|center_crop({res})", "config.data.train_ops='decode|affine"),
+        ("init", "{}/elsewhere", "config.init='', which would now be '{}/elsewhere'"),
+    ],
+)
+def test_what_shapes_do_not_show_is_compared(finished, pairs, tmp_path, mode, name, value, said):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    shutil.copy(ROOT / "florence_jax" / "data" / "emoji" / "tokenizer.model", tmp_path / "pieces.model")
+    value = value.replace("{}", str(tmp_path)) if isinstance(value, str) else value
+    config = tiny_config(pairs, mode=mode, **{"optim.ema_decay": 0.5, "total_steps": 12, name: value})
+    with pytest.raises(UserError) as error:
+        train(config, finished)
+    assert said.replace("{}", str(tmp_path)) in str(error.value) and "another --workdir" in str(error.value)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_the_same_data_may_be_named_otherwise(finished, pairs):
+    relative = os.path.relpath(pairs) + "/"
+    assert train(tiny_config(relative, **{"optim.ema_decay": 0.5}), finished) == 0
+
+
+def test_results_of_one_thing_never_replace_those_of_another(finished, pairs, tmp_path):
+    workdir, other = shutil.copytree(finished, tmp_path / "run"), tiny_pairs(tmp_path / "other", 16)
+    before = {name: (workdir / name).read_bytes() for name in ("result.json", "report.html", "config.json")}
+
+    def evaluated(init="", folder=workdir, **changes):
+        return train(tiny_config(pairs, mode="eval", init=init, **{"optim.ema_decay": 0.5, **changes}), folder)
+
+    with pytest.raises(UserError, match=f"holds results with config.eval.source=.*would now be '{other}'.*--config.in"):
+        evaluated(**{"eval.source": other})
+    (workdir / "config.json").unlink()
+    with pytest.raises(UserError, match="no config.json says what of.*another --workdir"):
+        evaluated(init="elsewhere")
+    (workdir / "config.json").write_bytes(before["config.json"])
+    assert {name: (workdir / name).read_bytes() for name in before} == before
+    found = tmp_path / "found"  # of these weights, elsewhere
+    assert evaluated(str(workdir), found, **{"eval.source": other}) == 0
+    assert json.loads((found / "result.json").read_text())["eval/held_out/images"] == 16
+    with pytest.raises(UserError, match="holds a run with config.init="):
+        evaluated(str(finished), found, **{"eval.source": other})
+    shutil.rmtree(workdir / "checkpoints")
+    for again in (lambda: train(tiny_config(pairs), found), evaluated):
+        with pytest.raises(UserError, match="holds a result.json but no checkpoints"):
+            again()
+
+
+def test_a_run_may_be_evaluated_on_more_data(finished, pairs, pictures, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    config = tiny_config(pairs, mode="eval", **{"optim.ema_decay": 0.5, "data.test": pictures})
+    assert train(config, workdir) == 0
+    result, written = (json.loads((workdir / name).read_text()) for name in ("result.json", "config.json"))
+    assert "eval/test/top1" in result and result["eval/held_out/images"] == 48
+    assert written["mode"] == "train" and written["identity"]["data.test"] == pictures
+    with pytest.raises(UserError, match="holds results with config.data.test="):
+        train(tiny_config(pairs, mode="eval", **{"optim.ema_decay": 0.5}), workdir)
 
 
 def test_a_config_json_that_cannot_be_read_is_one_message(pairs, tmp_path):
@@ -219,15 +285,54 @@ def at_step(monkeypatch, at, action):
     monkeypatch.setattr(loop, "open_stream", Stream)
 
 
-def test_sigterm_saves_and_the_rerun_continues_bit_for_bit(finished, pairs, tmp_path, capsys, monkeypatch):
-    config = tiny_config(pairs, **{"optim.ema_decay": 0.5})
-    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert train(config, tmp_path) == EXIT_PREEMPTED
-    assert "stopped by SIGTERM at step 3" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "number,code,said",
+    [
+        (signal.SIGTERM, EXIT_PREEMPTED, "SIGTERM"),
+        (signal.SIGINT, EXIT_INTERRUPTED, "Ctrl-C"),
+        (signal.SIGHUP, EXIT_PREEMPTED, "SIGHUP: its terminal was closed"),
+    ],
+)
+def test_a_signal_saves_and_the_rerun_continues_bit_for_bit(
+    number, code, said, finished, pairs, tmp_path, capsys, monkeypatch
+):
+    config, handler = tiny_config(pairs, **{"optim.ema_decay": 0.5}), signal.getsignal(number)
+    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), number))
+    assert train(config, tmp_path) == code
+    assert f"stopped by {said} at step 3, saved" in capsys.readouterr().out and signal.getsignal(number) == handler
     assert max(values(tmp_path)) == 3 and (tmp_path / "checkpoints" / "3").exists()
     assert train(config, tmp_path) == 0
     assert "resuming" in capsys.readouterr().out
     assert values(tmp_path) == values(finished)
+
+
+def test_a_second_interrupt_ends_at_once_and_waits_for_the_save(pairs, tmp_path, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(monkeypatch, 5, twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(pairs), tmp_path)
+    assert (tmp_path / "checkpoints" / "4").exists()
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not signals.wanted(0)
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+def test_a_failure_right_after_a_save_waits_for_it(pairs, tmp_path, monkeypatch):
+    def fail():
+        raise UserError("the disk of the data is gone")
+
+    at_step(monkeypatch, 5, fail)
+    with pytest.raises(UserError, match="disk of the data"):
+        train(tiny_config(pairs), tmp_path)
+    assert (tmp_path / "checkpoints" / "4").exists()
 
 
 def test_damaged_newest_checkpoint_is_passed_over(finished, pairs, tmp_path, capsys):

@@ -6,7 +6,10 @@ import pytest
 from tiny_images import run_main
 from tiny_run import TINY_FLAGS, tiny_pairs
 
-from florence_jax.train.loop import EXIT_PREEMPTED, Trainer
+from florence_jax import main as entry
+from florence_jax.jobs.stop_signals import EXIT_PREEMPTED
+from florence_jax.train.loop import Trainer
+from florence_jax.train.workdir import write_config
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,24 @@ def test_full_disk_is_one_line(capsys, tmp_path, monkeypatch):
     assert run_main(*TINY_FLAGS, f"--config.data.train={pairs}", f"--workdir={tmp_path}/run") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "No space left on device" in line and "run the same command again" in line
+
+
+def test_the_default_folder_is_another_for_other_data(weights, pictures, tmp_path, monkeypatch):
+    begun = []
+
+    def begin(config, suite, workdir):
+        begun.append(workdir.name)
+        workdir.mkdir(exist_ok=True)
+        write_config(config, suite.identity, workdir)
+        return 0
+
+    monkeypatch.setattr(entry, "run", begin)
+    fixed = ["--config=configs/retrieve.py:protocol=zeroshot", f"--config.init={weights}"]
+    for source in (pictures, "emoji:new_names", pictures, f"{pictures}/", "emoji:new_style", "emoji:new_names"):
+        assert run_main(*fixed, f"--config.eval.source={source}", f"--config.workdir={tmp_path}/base") == 0
+    assert begun == ["base", "base_2", "base", "base", "base_3", "base_2"]
+    assert run_main(*fixed, "--config.eval.source=emoji:new_names", f"--workdir={tmp_path}/base") == 0
+    assert begun[-1] == "base"  # as it was told; `run` refuses it
 
 
 def test_config_is_dumped_before_training(tmp_path, monkeypatch):

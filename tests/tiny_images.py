@@ -50,7 +50,7 @@ def tiny_checkpoint(folder):
     task = create_task(config)
     params = jax.jit(task.init)(jax.random.key(0))
     (folder / "run").mkdir()
-    write_config(config, folder / "run")
+    write_config(config, task.identity, folder / "run")
     write_description(str(folder / "run" / "checkpoints"), task.description)
     checkpoints = Checkpoints(str(folder / "run" / "checkpoints"))
     checkpoints.save(2, {"params": params, "ema": jax.tree.map(lambda x: 1.5 * x, params)})

@@ -240,12 +240,12 @@ def _ops_of(ops: str, buckets: Sequence[Bucket]) -> list[str]:
 def _stay_with_the_trainer(worker: int, workers: int) -> None:
     """For a worker process: it ends when the trainer has, however that ended, and not before.
 
-    SIGTERM and Ctrl-C may come to the whole process group, while the trainer still needs batches up to the step at
-    which it saves. grain's own end is SIGKILL.
+    SIGTERM, Ctrl-C and SIGHUP may come to the whole process group, while the trainer still needs batches up to the step
+    at which it saves. grain's own end is SIGKILL.
     """
     del worker, workers
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
     def follow() -> None:
         trainer = multiprocessing.parent_process()

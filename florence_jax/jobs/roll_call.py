@@ -323,9 +323,9 @@ def main() -> None:
     for name in ("start-timeout", "lost-after"):
         parser.add_argument(f"--{name}", type=float, required=True)
     options = parser.parse_args()
-    # Both go to the training process, which then saves; its watcher stays until it has ended.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # They also go to the training process, which then saves; its watcher stays until it has ended.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     (Leader if options.index == 0 else Member)(options).run()
 
 

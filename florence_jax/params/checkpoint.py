@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -228,6 +229,19 @@ class Checkpoints:
                 + "; ".join(lines)
                 + ". Use the configuration it was trained with, or another --workdir"
             )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """As `close`; when the block failed, the save that it had begun is waited for all the same."""
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except UserError as second:
+            print(f"warning: {second}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Waits for pending saves and releases the manager's threads."""

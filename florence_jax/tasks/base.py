@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 from florence_jax.data.pipeline import TrainData
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
-from florence_jax.models.base import Params
+from florence_jax.models.base import Model, Params
 from florence_jax.params.rules import Policy, frozen_entries
 
+FREE_OPTIONS = ("dtype", "remat", "scan", "drop_path", "logit_scale_init")  # of a model: may change in a resumed run
 WARMUP_SHARE = 0.1  # of a run that is counted in epochs: the most that its warm-up may take
 
 
@@ -45,8 +46,8 @@ class Suite(Protocol):
 
     @property
     @abc.abstractmethod
-    def identity(self) -> Mapping[str, str]:
-        """What one run is of, by names of configuration keys ('data.train').
+    def identity(self) -> Mapping[str, Any]:
+        """What one run is of, by names of configuration keys ('data.train'), as they are resolved; JSON-able.
 
         A workdir that holds a run of another identity is refused. Everything else may change when a run is resumed.
         """
@@ -162,13 +163,22 @@ def make_plan(config: ConfigDict, examples: int | None = None) -> Plan:
     )
 
 
-def make_identity(config: ConfigDict, *names: str) -> dict[str, str]:
+def make_identity(config: ConfigDict, *names: str) -> dict[str, Any]:
     """The values of the named keys ('data.train'), for `Suite.identity`."""
     flat = config.to_dict()
-    found = {}
+    found: dict[str, Any] = {}
     for name in ("task", *names):
         value: Any = flat
         for part in name.split("."):
             value = value[part]
-        found[name] = str(value)
+        found[name] = value
     return found
+
+
+def model_identity(model: Model) -> dict[str, Any]:
+    """The sizes and options of a model, for `Suite.identity`: many of them do not show in the shapes of its parameters.
+
+    Not among them: how it is computed, and what only training uses.
+    """
+    found = {f"model.overrides.{name}": value for name, value in model.config.items() if name not in FREE_OPTIONS}
+    return {"model.variant": found.pop("model.overrides.variant"), **found}

@@ -35,7 +35,7 @@ from florence_jax.evaluators.retrieval import open_retrieval
 from florence_jax.evaluators.zero_shot import ZeroShot
 from florence_jax.models.base import Params
 from florence_jax.params.weights import make_description
-from florence_jax.tasks.base import Suite, make_identity
+from florence_jax.tasks.base import Suite, make_identity, model_identity
 from florence_jax.tasks.encoder import open_encoder
 from florence_jax.tasks.linear_head import ENTRY
 
@@ -107,9 +107,11 @@ class ClassificationSuite(Suite):
         return ClassIndex(load_class_names(names).names, {}) if names else None
 
     @property
-    def identity(self) -> Mapping[str, str]:
-        """See `Suite`."""
-        return make_identity(self.config, "protocol", "init", "data.train", "data.test", "classes", "label_field")
+    def identity(self) -> Mapping[str, Any]:
+        """See `Suite`. The seed draws the images that are held out."""
+        data = ("data.train", "data.test", "holdout", "seed", "classes", "label_field", "templates")
+        resolved = {"text.tokenizer": self.encoder.tokenizer_spec, "data.eval_ops": self.eval_ops}
+        return make_identity(self.config, "protocol", "init", *data) | resolved | model_identity(self.encoder.model)
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -270,6 +272,12 @@ class FewShotSuite(ClassificationSuite):
     """Episodes of few-shot classification on `config.data.test`."""
 
     learns = False
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """See `Suite`."""
+        options = ("fewshot.train", "fewshot.ways", "fewshot.shots", "fewshot.queries", "fewshot.episodes")
+        return {**super().identity, **make_identity(self.config, *options)}
 
     def protocol_evaluators(self, mesh: Mesh) -> list[Evaluator]:
         """See the class."""

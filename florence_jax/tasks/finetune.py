@@ -57,6 +57,11 @@ class FineTune(ClassificationSuite, Task):
         """See `frozen_parts`."""
         return frozen_parts(self, self.config)
 
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """See `Suite`."""
+        return {**super().identity, "data.train_ops": self.train_ops}
+
     def encode(self, params: Params, inputs: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
         """The towers' outputs in training."""
         train = "image" not in self.frozen

@@ -29,7 +29,7 @@ from florence_jax.losses.unicl import unicl, unicl_sharded
 from florence_jax.models.base import Model, Params
 from florence_jax.params.sharding import ambient_batch_axes, params_like
 from florence_jax.params.weights import checkpoint_folder, load, make_description
-from florence_jax.tasks.base import Plan, Task, frozen_parts, make_identity, make_plan
+from florence_jax.tasks.base import Plan, Task, frozen_parts, make_identity, make_plan, model_identity
 from florence_jax.tasks.encoder import RESIZED, build_model, normalise, text_inputs
 
 # CLIP's bounds of the learned logit scale (the logarithm of the multiplier), applied after each update.
@@ -95,9 +95,21 @@ class Pretrain(Task):
         return frozen_parts(self, self.config)
 
     @property
-    def identity(self) -> Mapping[str, str]:
+    def identity(self) -> Mapping[str, Any]:
         """See `Suite`."""
-        return make_identity(self.config, "loss", "init", "data.train")
+        resolved = {
+            "text.tokenizer": self.tokenizer_spec,
+            "data.captions": "|".join(self._captions),
+            "data.train_ops": self.train_ops,
+            "data.eval_ops": self.eval_ops,
+        }
+        given = make_identity(self.config, "loss", "init", "data.train", "text.templates")
+        return given | resolved | model_identity(self.model)
+
+    @property
+    def tokenizer_spec(self) -> str:
+        """As for `data.tokenizers.load_tokenizer`."""
+        return self.config.text.tokenizer
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -106,7 +118,7 @@ class Pretrain(Task):
         return make_description(
             self.name,
             {"towers": self.towers_part()},
-            tokenizer=config.text.tokenizer,
+            tokenizer=self.tokenizer_spec,
             source={"init": config.init, "data": config.data.train},
         )
 

@@ -12,7 +12,7 @@ from florence_jax.evaluators.base import Evaluator
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.models.base import Model, Params
 from florence_jax.params.weights import checkpoint_folder, load, make_description
-from florence_jax.tasks.base import Plan, Suite, make_identity, make_plan
+from florence_jax.tasks.base import Plan, Suite, make_identity, make_plan, model_identity
 from florence_jax.tasks.encoder import RESIZED, Encoder, open_encoder
 from florence_jax.tasks.pretrain import Pretrain, open_held_out
 
@@ -47,9 +47,16 @@ class RetrievalSuite(Suite):
         self.config, self.encoder = config, open_towers(config)
 
     @property
-    def identity(self) -> Mapping[str, str]:
+    def identity(self) -> Mapping[str, Any]:
         """See `Suite`."""
-        return make_identity(self.config, "protocol", "init")
+        resolved = {"text.tokenizer": self.encoder.tokenizer_spec, "data.eval_ops": self.eval_ops}
+        given = make_identity(self.config, "protocol", "init", "eval.source", "data.test")
+        return given | resolved | model_identity(self.encoder.model)
+
+    @property
+    def eval_ops(self) -> str:
+        """Image ops at the model's size."""
+        return self.config.data.eval_ops.replace("{res}", str(self.encoder.model.config.res))
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -65,8 +72,7 @@ class RetrievalSuite(Suite):
         """See `pretrain.open_held_out`."""
         config, encoder = self.config, self.encoder
         embedder = Embedder(encoder.predict, encoder.tokenizer, mesh, config.eval.batch_size)
-        ops = config.data.eval_ops.replace("{res}", str(encoder.model.config.res))
-        return open_held_out(config, ops, embedder)
+        return open_held_out(config, self.eval_ops, embedder)
 
 
 class FineTuneRetrieval(Pretrain):
@@ -99,9 +105,14 @@ class FineTuneRetrieval(Pretrain):
         return "captions=1" if isinstance(first.get("captions"), list) else "caption=1"
 
     @property
-    def identity(self) -> Mapping[str, str]:
+    def identity(self) -> Mapping[str, Any]:
         """See `Suite`."""
-        return make_identity(self.config, "protocol", "loss", "init", "data.train")
+        return {**super().identity, **make_identity(self.config, "protocol")}
+
+    @property
+    def tokenizer_spec(self) -> str:
+        """That of the weights, unless the configuration names one."""
+        return self.encoder.tokenizer_spec
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -109,7 +120,7 @@ class FineTuneRetrieval(Pretrain):
         return make_description(
             self.name,
             {"towers": self.encoder.towers_part()},
-            tokenizer=self.encoder.tokenizer_spec,
+            tokenizer=self.tokenizer_spec,
             source={"init": self.config.init, "data": self.config.data.train},
         )
 

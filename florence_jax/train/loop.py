@@ -1,13 +1,10 @@
 """The one training loop: evaluate, save, next batch, step, in that order, for every task."""
 
 import contextlib
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -21,6 +18,7 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator, all_charts, all_files, chance_levels, evaluate
 from florence_jax.files import write_bytes
 from florence_jax.jobs.hosts import EXIT_LOST, meet
+from florence_jax.jobs.stop_signals import StopSignals
 from florence_jax.jobs.trace import StepTrace
 from florence_jax.jobs.watchdog import Watchdog
 from florence_jax.params.checkpoint import Checkpoints, UnreadableCheckpoint
@@ -41,6 +39,10 @@ from florence_jax.train.report import results_table, write_report
 from florence_jax.train.state import eval_params, eval_part, init_state, start_average
 from florence_jax.train.step import make_train_step
 from florence_jax.train.workdir import (
+    RESULT_FILE,
+    add_evaluated,
+    check_no_results,
+    check_same_results,
     check_same_run,
     checkpoint_directory,
     make_workdir,
@@ -49,7 +51,6 @@ from florence_jax.train.workdir import (
 )
 
 NO_EVALUATION = "no evaluation set for this data: give one with --config.eval.source=PATH"
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again to go on.
 
 
 def run(config: ConfigDict, suite: Suite, workdir: Path) -> int:
@@ -62,7 +63,7 @@ def run(config: ConfigDict, suite: Suite, workdir: Path) -> int:
         evaluators' files; it is made once the data are known to be there.
 
     Returns:
-      Exit code: 0 when finished, `EXIT_PREEMPTED` when SIGTERM stopped the run after saving.
+      Exit code: 0 when finished, that of `StopSignals` when a signal stopped the run after saving.
 
     Raises:
       UserError: for anything a user can fix, see the modules called.
@@ -80,26 +81,33 @@ def run(config: ConfigDict, suite: Suite, workdir: Path) -> int:
 
 
 def evaluate_only(config: ConfigDict, suite: Suite, workdir: Path) -> None:
-    """Evaluates the newest checkpoint of a task in `workdir`; without one, or for another suite, `config.init`.
+    """Evaluates the newest checkpoint of a task in `workdir`; without any, or for another suite, `config.init`.
 
     Raises:
-      UserError: as `run`.
+      UserError: as `run`; also where the workdir holds a run or results of something else.
     """
     directory, is_main = checkpoint_directory(config, workdir), jax.process_index() == 0
+    if is_main:
+        check_same_results(suite.identity, config, workdir)
     if isinstance(suite, Task) and (directory.exists() or not config.init):
         trainer = Trainer(config, suite, workdir)
         mesh, evaluators = trainer.mesh, suite.evaluators(trainer.mesh)
         trainer.restore_for_evaluation()
         step, params = int(trainer.state["step"]), eval_params(trainer.state)
+        if is_main:
+            print(f"evaluating {directory} at step {step}", flush=True)
+        finish(config, suite, workdir, evaluators, params, step)
+        if is_main:
+            add_evaluated(config, workdir)
     else:
         mesh = mesh_of(config)
         evaluators = suite.evaluators(mesh)
         if is_main:
             make_workdir(workdir)
-        step, params = 0, suite.load(mesh)
+        params = suite.load(mesh)
         if is_main:
-            write_config(config, workdir)
-    finish(config, suite, workdir, evaluators, params, step)
+            write_config(config, suite.identity, workdir)
+        finish(config, suite, workdir, evaluators, params, step=0)
 
 
 def mesh_of(config: ConfigDict, devices: list[Any] | None = None) -> Mesh:
@@ -133,11 +141,15 @@ def finish(
     print(results_table(results, chance) if results else NO_EVALUATION, flush=True)
     for name, content in all_files(evaluators).items():
         write_bytes(str(workdir / name), content)
-    write_json_file(workdir / "result.json", finite(results) | {"step": step})
+    write_json_file(workdir / RESULT_FILE, finite(results) | {"step": step})
     write_report(
         workdir / "report.html",
         title=f"florence_jax {suite.name}: {workdir}" + (f" at step {step}" if step else ""),
-        facts={**suite.identity, "model": variants(suite), "eval.source": config.eval.source},
+        facts={
+            **{name: str(value) for name, value in suite.identity.items() if not name.startswith("model.")},
+            "model": variants(suite),
+            "eval.source": config.eval.source,
+        },
         config=config.to_dict(),
         history=read_metrics(workdir / "metrics.jsonl"),
         charts=[*(training_charts(suite) if isinstance(suite, Task) else ()), *all_charts(evaluators)],
@@ -201,7 +213,6 @@ class Trainer:
         self.shardings = state_shardings(shapes, self._params_sharding, self.mesh)
         self.target = with_places(shapes, self.shardings)
         self.state: dict[str, Any] = {}
-        self._stop = threading.Event()
         self._trace = StepTrace(workdir / "profile", config.profile.steps)
         self._batch_sharding = batch_sharding(self.mesh)
 
@@ -232,6 +243,8 @@ class Trainer:
                 continue
             self._say(f"resuming {self.workdir} at step {step} of {self.task.plan.total_steps}")
             return step
+        if self.is_main:
+            check_no_results(self.config, self.workdir)
         self.state = self._initial_state()
         if self.is_main:
             write_description(str(self.directory), self.task.description)
@@ -271,21 +284,15 @@ class Trainer:
                 self._finish(evaluators)
             return 0
         if self.is_main:
-            write_config(config, self.workdir)
+            write_config(config, self.task.identity, self.workdir)
         self._describe()
         writer = MetricsWriter(self.workdir, resume_step=start, write=self.is_main)
-        alone = jax.process_count() == 1  # else SIGTERM is JAX's, see `_stops`
-        handler = signal.signal(signal.SIGTERM, self._on_sigterm) if alone else None
-        try:
-            finished = self._steps(start, data, evaluators, writer, checkpoints)
-            checkpoints.close()
-        finally:
-            if alone:
-                signal.signal(signal.SIGTERM, handler)
-            writer.close()
+        with StopSignals() as signals, contextlib.closing(writer), checkpoints:
+            finished = self._steps(start, data, evaluators, writer, checkpoints, signals)
         if not finished:
-            self._say(f"stopped by SIGTERM at step {int(self.state['step'])}, saved; run the same command to go on")
-            return EXIT_PREEMPTED
+            step = int(self.state["step"])
+            self._say(f"stopped by {signals.meaning} at step {step}, saved; run the same command to go on")
+            return signals.exit_code
         self._finish(evaluators)
         return 0
 
@@ -295,7 +302,7 @@ class Trainer:
 
     def _has_result(self) -> bool:
         """Whether process 0, which writes it, has a result.json: the same answer on every process."""
-        found = np.int32((self.workdir / "result.json").exists())
+        found = np.int32((self.workdir / RESULT_FILE).exists())
         return bool(multihost_utils.broadcast_one_to_all(found))
 
     def make_step(self) -> jax.stages.Wrapped:
@@ -318,6 +325,7 @@ class Trainer:
         evaluators: Sequence[Evaluator],
         writer: MetricsWriter,
         checkpoints: Checkpoints,
+        signals: StopSignals,
     ) -> bool:
         """The loop proper; True when it reached the end, False when it was asked to stop."""
         config, plan = self.config, self.task.plan
@@ -331,7 +339,7 @@ class Trainer:
             for user in (stream, progress, watchdog, self._trace):
                 stack.callback(user.close)
             for step in range(start, plan.total_steps + 1):
-                stop, last = self._stops(step), step == plan.total_steps
+                stop, last = signals.wanted(step), step == plan.total_steps
                 evaluates = is_due(step, plan.eval_every) and start < step and not last
                 saves = step > start and (stop or last or is_due(step, config.checkpoint.every))
                 if evaluates or saves or stop:
@@ -360,19 +368,6 @@ class Trainer:
                 self._trace.after(step + 1, wait=late.drain)
                 progress.step()
         return last
-
-    def _stops(self, step: int) -> bool:
-        """Whether to save and stop before the step after `step`: the same answer on every process.
-
-        With several processes, JAX takes SIGTERM on any of them and agrees on a step that none has passed.
-        """
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._stop.is_set()
-
-    def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
-        del signum, frame
-        self._stop.set()
 
     def _describe(self) -> None:
         count, plan = sum(x.size for x in jax.tree.leaves(self.target["params"])), self.task.plan

@@ -1,6 +1,8 @@
 """The folder of a run: config.json, what the run is of, results. Checkpoints and metrics have files of their own."""
 
+import itertools
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +14,8 @@ from ml_collections import ConfigDict
 from florence_jax.errors import UserError
 from florence_jax.files import write_bytes
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, RESULT_FILE = "config.json", "result.json"
+RUN_OF = "identity"  # in config.json
 
 
 def make_workdir(workdir: Path) -> None:
@@ -35,13 +38,27 @@ def write_json_file(file: Path, content: Any) -> None:
     write_bytes(str(file), (json.dumps(content, indent=1, default=str) + "\n").encode())
 
 
-def write_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes config.json, what the folder's checkpoints and results are of: only once it is known that they will be."""
-    write_json_file(workdir / CONFIG_FILE, config.to_dict())
+def write_config(config: ConfigDict, identity: Mapping[str, Any], workdir: Path) -> None:
+    """Writes config.json, what the folder's checkpoints and results are of: only once it is known that they will be.
+
+    Args:
+      config: as it was given.
+      identity: see `tasks.base.Suite`; under "identity", with the data that are evaluated.
+      workdir: of the run.
+    """
+    content = config.to_dict() | {RUN_OF: {**_evaluated(config), **identity}}
+    write_json_file(workdir / CONFIG_FILE, content)
 
 
-def check_same_run(identity: Mapping[str, str], config: ConfigDict, workdir: Path) -> None:
-    """Compares what a run is of with the config.json of the workdir, whose checkpoints it would resume.
+def add_evaluated(config: ConfigDict, workdir: Path) -> None:
+    """Notes in the config.json of a trained run, where it has one, what it was evaluated on."""
+    if content := _read_config(workdir):
+        content[RUN_OF] = {**content.get(RUN_OF, {}), **_evaluated(config)}
+        write_json_file(workdir / CONFIG_FILE, content)
+
+
+def check_same_run(identity: Mapping[str, Any], config: ConfigDict, workdir: Path) -> None:
+    """Compares what a run is of with the config.json of the workdir, whose checkpoints it would use.
 
     Args:
       identity: see `tasks.base.Suite`.
@@ -51,26 +68,97 @@ def check_same_run(identity: Mapping[str, str], config: ConfigDict, workdir: Pat
     Raises:
       UserError: for a difference: the old checkpoints would pass for ones of the new data; for an unreadable file.
     """
+    if different := _differences(identity, _saved_identity(workdir)):
+        raise UserError(
+            f"{workdir} holds a run with {different}: give the options that it was begun with, or choose another "
+            f"--workdir (to start from its weights, --config.init={checkpoint_directory(config, workdir)})"
+        )
+
+
+def check_same_results(identity: Mapping[str, Any], config: ConfigDict, workdir: Path) -> None:
+    """As `check_same_run`, for an evaluation, whose results would replace those in the workdir.
+
+    Data that were not evaluated before may be added: nothing is lost.
+
+    Raises:
+      UserError: for a difference; for checkpoints of which no config.json says what they are, beside `config.init`.
+    """
+    directory, saved = checkpoint_directory(config, workdir), _saved_identity(workdir)
+    if not saved and config.init and directory.exists():
+        raise UserError(
+            f"{directory} holds checkpoints and no {CONFIG_FILE} says what of, so whether they or --config.init="
+            f"{config.init} are to be evaluated is not known: choose another --workdir"
+        )
+    check_same_run(identity, config, workdir)
+    if (_read_config(workdir) or {}).get("mode") == "train" and not directory.exists():
+        check_no_results(config, workdir)
+    added = {name: value for name, value in _evaluated(config).items() if saved.get(name) and name not in identity}
+    if different := _differences(added, saved):
+        raise UserError(
+            f"{workdir} holds results with {different}: an evaluation would replace them; choose another --workdir "
+            f"(for the weights there, --config.init={directory})"
+        )
+
+
+def check_no_results(config: ConfigDict, workdir: Path) -> None:
+    """For a folder that should have checkpoints and has none. Raises `UserError` where it has results."""
+    if (workdir / RESULT_FILE).exists():
+        raise UserError(
+            f"{workdir} holds a {RESULT_FILE} but no checkpoints (looked in {checkpoint_directory(config, workdir)}): "
+            f"choose another --workdir, or remove {workdir / RESULT_FILE}"
+        )
+
+
+def free_workdir(identity: Mapping[str, Any], config: ConfigDict, workdir: Path) -> Path:
+    """`workdir` or, where that is of something else, `workdir`_2, _3, ...: the first that is free or of the same."""
+    wanted = {**_evaluated(config), **identity}
+    names = itertools.chain([workdir.name], (f"{workdir.name}_{number}" for number in itertools.count(2)))
+    folders = map(workdir.with_name, names)
+    return next(
+        folder
+        for folder in folders
+        if not (folder / CONFIG_FILE).exists() or (saved := _saved_identity(folder)) and not _differences(wanted, saved)
+    )
+
+
+# -- what a folder is of ----------------------------------------------------------------------------------------------
+
+
+def _evaluated(config: ConfigDict) -> dict[str, str]:
+    return {"data.test": config.data.test, "eval.source": config.eval.source}
+
+
+def _read_config(workdir: Path) -> dict[str, Any] | None:
     try:
-        before = json.loads((workdir / CONFIG_FILE).read_text())
+        content = json.loads((workdir / CONFIG_FILE).read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        return content
     except FileNotFoundError:
-        return
+        return None
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot read {workdir / CONFIG_FILE}, which says what the run there is of: {error}; choose another "
             "--workdir, or remove that file to resume with this configuration"
         ) from error
-    for name, new in identity.items():
-        old = _text_at(before, name)
-        if old is not None and old != new:
-            raise UserError(
-                f"{workdir} holds a run with config.{name}={old!r}, which would be resumed with {new!r}: choose "
-                f"another --workdir (to start from its weights, --config.init={checkpoint_directory(config, workdir)})"
-            )
 
 
-def _text_at(config: Mapping[str, Any], name: str) -> str | None:
-    value: Any = config
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value if isinstance(value, str) else None
+def _saved_identity(workdir: Path) -> dict[str, Any]:
+    """{} where nothing is known."""
+    return (_read_config(workdir) or {}).get(RUN_OF, {})
+
+
+def _differences(new: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    """Such as "config.text.tokenizer='a', which would now be 'b'; config.loss='clip', ..."; '' for none."""
+    found = {name: value for name, value in json.loads(json.dumps(new, default=str)).items() if name in saved}
+    return "; ".join(
+        f"config.{name}={saved[name]!r}, which would now be {value!r}"
+        for name, value in found.items()
+        if not _same(saved[name], value)
+    )
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Whether two values are equal, or one path: relative and absolute, with and without a slash at its end."""
+    paths = isinstance(old, str) and isinstance(new, str) and old and new
+    return old == new or bool(paths) and os.path.abspath(old) == os.path.abspath(new)

@@ -50,7 +50,7 @@ class ToyDetection(Task):
         return frozen_parts(self, self.config)
 
     @property
-    def identity(self) -> Mapping[str, str]:
+    def identity(self) -> Mapping[str, Any]:
         """See `Suite`."""
         return make_identity(self.config, "init", "data.train")
 
