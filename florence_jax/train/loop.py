@@ -18,6 +18,7 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator, all_charts, all_files, chance_levels, evaluate
 from florence_jax.files import write_bytes
 from florence_jax.jobs.hosts import EXIT_LOST, meet
+from florence_jax.jobs.run_lock import only_run
 from florence_jax.jobs.stop_signals import StopSignals
 from florence_jax.jobs.trace import StepTrace
 from florence_jax.jobs.watchdog import Watchdog
@@ -96,18 +97,21 @@ def evaluate_only(config: ConfigDict, suite: Suite, workdir: Path) -> None:
         step, params = int(trainer.state["step"]), eval_params(trainer.state)
         if is_main:
             print(f"evaluating {directory} at step {step}", flush=True)
-        finish(config, suite, workdir, evaluators, params, step)
-        if is_main:
-            add_evaluated(config, workdir)
+            make_workdir(workdir)
+        with only_run(workdir):
+            finish(config, suite, workdir, evaluators, params, step)
+            if is_main:
+                add_evaluated(config, workdir)
     else:
         mesh = mesh_of(config)
         evaluators = suite.evaluators(mesh)
         if is_main:
             make_workdir(workdir)
-        params = suite.load(mesh)
-        if is_main:
-            write_config(config, suite.identity, workdir)
-        finish(config, suite, workdir, evaluators, params, step=0)
+        with only_run(workdir):
+            params = suite.load(mesh)
+            if is_main:
+                write_config(config, suite.identity, workdir)
+            finish(config, suite, workdir, evaluators, params, step=0)
 
 
 def mesh_of(config: ConfigDict, devices: list[Any] | None = None) -> Mesh:
@@ -266,10 +270,14 @@ class Trainer:
 
     def train(self) -> int:
         """Runs to the plan's last step; see `run`."""
-        config, total = self.config, self.task.plan.total_steps
         data, evaluators = self.task.train_data(), self.task.evaluators(self.mesh)
         if self.is_main:
             make_workdir(self.workdir)
+        with only_run(self.workdir):
+            return self._train(data, evaluators)
+
+    def _train(self, data: TrainData, evaluators: Sequence[Evaluator]) -> int:
+        config, total = self.config, self.task.plan.total_steps
         checkpoints = Checkpoints(
             str(self.directory), keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
         )
