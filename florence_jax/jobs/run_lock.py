@@ -20,7 +20,7 @@ from florence_jax.jobs.hosts import meet
 LOCK_FILE = "lock.json"
 BEAT_SECONDS = 5.0  # between two signs of life
 SILENCE_SECONDS = 30.0  # without one a process that cannot be looked at, on another host, is taken for dead
-SETTLE_SECONDS = 0.2  # in which two that take over the same lock notice each other
+TIE_SECONDS = 0.2  # in which two that take over the same lock notice each other
 Holder = dict[str, str | int]
 
 
@@ -99,7 +99,7 @@ def _take(file: Path, own: Holder) -> None:
         if not alive and now == holder:
             print(f"taking over {file.parent}, which {_named(holder)} left without a word", flush=True)
             file.unlink(missing_ok=True)
-    time.sleep(SETTLE_SECONDS)
+    time.sleep(TIE_SECONDS)
     if (now := _read(file)) != own:
         raise UserError(f"{file.parent} was taken at the same moment by another run: {_named(now)}")
 
