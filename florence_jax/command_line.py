@@ -40,5 +40,9 @@ def fail(error: Exception) -> NoReturn:
     inner = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
     # ml_collections wraps the name of an unknown key, with a guess at the right one, in a KeyError.
     text = f"unknown config key {inner.args[0]}" if isinstance(inner, KeyError) and inner.args else str(error)
+    flag, is_group, _ = text.partition(": Failed to parse ")
+    if is_group and "as a ConfigDict" in text:
+        name = flag.removeprefix("flag ").partition("=")[0]
+        text = f"{flag}: {name} is a group of options, of which one is given by its name, as {name}.NAME=VALUE"
     print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.exit(2)

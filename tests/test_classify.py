@@ -415,7 +415,7 @@ def test_weights_of_an_import_and_another_resolution(weights, tmp_path):
 @pytest.mark.parametrize(
     "protocol,options,message",
     [
-        ("zeroshot", ["--config.init=nowhere"], "no weights at nowhere: give --config.init=DIR"),
+        ("zeroshot", ["--config.init=nowhere"], "no weights at nowhere: give the workdir of a run"),
         ("zeroshot", ["--config.data.test=nowhere"], "'nowhere' does not exist"),
         ("zeroshot", ["--config.classes=nowhere"], "class names 'nowhere'"),
         ("zeroshot", ["--config.classes=cifar10"], "4 of the 4 classes"),

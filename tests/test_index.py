@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import struct
 import zlib
 from types import SimpleNamespace
@@ -221,7 +222,17 @@ def test_an_index_remembers_weights_in_a_bucket(pictures, tmp_path):
         embed_source=lambda source: {"embedding": np.eye(20, dtype=np.float32), "index": np.arange(20)},
     )
     made = tool.write_index(str(tmp_path / "index"), model, pictures)
-    assert made.info["init"] == "gs://b/run/checkpoints"
+    assert made.info["init"] == "gs://b/run/checkpoints" and made.info["unread"] == []
+
+
+def test_unreadable_pictures_are_told_and_listed(weights, pictures, tmp_path, capsys):
+    shutil.copytree(pictures, tmp_path / "data")
+    (tmp_path / "data" / "a.png").write_bytes(b"no")
+    arguments = [f"--init={weights}", f"--images={tmp_path / 'data'}", f"--out={tmp_path}/index", "--batch-size=24"]
+    assert tool.main(["embed", *arguments]) == 0
+    told = capsys.readouterr()
+    assert "1 not read, listed in index.json" in told.out and "not read: a.png" in told.err
+    assert tool.open_index(f"{tmp_path}/index").info["unread"] == ["a.png"]
 
 
 def test_weights_without_a_text_tower_are_searched_by_picture(weights, pictures, tmp_path, capsys):

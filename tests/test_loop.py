@@ -106,6 +106,8 @@ def test_another_architecture_is_one_message_with_all_mismatches(finished, pairs
 
 
 def test_other_data_in_the_same_workdir_is_one_message(finished, tmp_path):
+    finished = shutil.copytree(finished, tmp_path / "run")
+    (finished / "checkpoints" / "12.orbax-checkpoint-tmp-0").mkdir()  # what a live run there may be writing
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     other = tiny_pairs(tmp_path / "other")
     with pytest.raises(UserError, match=f"holds a run with config.data.train=.*would now be '{other}'.*--workdir"):

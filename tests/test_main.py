@@ -27,6 +27,7 @@ from florence_jax.train.workdir import write_config
             "unknown config key 'total_step' Did you mean",
         ),
         (["--config=configs/pretrain.py", "--config.total_steps=many"], "total_steps"),
+        (["--config=configs/pretrain.py", "--config.data=mine"], "is given by its name, as --config.data.NAME=VALUE"),
         (["--config=configs/pretrain.py", "total_steps=3"], "unexpected argument 'total_steps=3'"),
         (
             ["--config=configs/pretrain.py:runlocal", "--config.data.train=gone", "--workdir={}"],

@@ -103,5 +103,7 @@ def test_the_configurations_rules_come_before_the_tasks():
         make_optimizer(settings(lr_rules=(("gone", 0.5),)), 10, PARAMS)
     with pytest.raises(UserError, match="nothing is trained"):
         make_optimizer(settings(lr_rules=((".*", 0.0),)), 10, PARAMS)
+    with pytest.raises(UserError, match="'x' of 'a/.*' must be a number of at least 0"):
+        make_optimizer(settings(lr_rules=(("a/.*", "x"),)), 10, PARAMS)
     with pytest.raises(UserError, match="some of the stacked blocks of a/kernel"):
         make_optimizer(settings(lr_rules=(("a/kernel", (0.0, 0.5)),)), 10, PARAMS)

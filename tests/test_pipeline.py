@@ -439,7 +439,7 @@ def test_bad_records_in_evaluation():
     assert [batch["mask"].tolist() for batch in batches] == [[False, True], [True, False], [True, False]]
     assert [batch["index"].tolist() for batch in batches] == [[0, 1], [2, 3], [4, -1]]
     broken = ListSource([BadRecord("r", "broken")] * 3)
-    with pytest.raises(UserError, match="no usable record"):
+    with pytest.raises(UserError, match="no usable record among 3 in a row; the last: record 'r': broken"):
         take(eval_stream(broken, "keep(image)", {}, batch_size=2, on_corrupt="skip"), 9)
 
 

@@ -95,7 +95,7 @@ def test_pretrained_weights_need_names(weights, pictures, tmp_path, capsys):
     ("change", "message"),
     [
         ({"--input": "{tmp}/none"}, "does not exist"),
-        ({"--input": "{tmp}/broken"}, "no usable record"),
+        ({"--input": "{tmp}/broken"}, "no usable record among 1 in a row; the last: record 'a.png': corrupt image"),
         ({"--init": "{tmp}"}, "there is no"),
         ({"--top": "0"}, "--top=0"),
         ({"--names": "cat,cat"}, "'cat' is there twice"),
@@ -115,3 +115,12 @@ def test_names_of_a_file(tmp_path):
     assert read_names(str(tmp_path / "names.txt")) == ("cat", "golden retriever")
     with pytest.raises(UserError, match="names no class"):
         read_names(",")
+
+
+def test_ctrl_c_is_one_message(head, pictures, tmp_path, capsys, monkeypatch):
+    def interrupted(answerer, source):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("florence_jax.predict.answer_all", interrupted)
+    assert main([f"--init={head}", f"--input={pictures}", f"--out={tmp_path / 'out'}"]) == 130
+    assert capsys.readouterr().err.startswith("interrupted: ")

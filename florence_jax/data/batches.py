@@ -139,12 +139,18 @@ class BatchMaker:
             return None
 
     def _any_example(self, first: int) -> Record:
-        count = len(self._sources[0])
-        for i in (j % count for j in range(first, first + min(MAX_BAD_IN_A_ROW, count))):
-            (record,) = self._read([i])
-            if (example := self._eval_example(i, record)) is not None:
-                return example
-        raise UserError(f"{self._sources[0].name}: no usable record among {MAX_BAD_IN_A_ROW} in a row")
+        """The first usable example of record `first` and its followers."""
+        source, last = self._sources[0], None
+        looked_at = min(MAX_BAD_IN_A_ROW, len(source))
+        for j in range(first, first + looked_at):
+            (record,) = self._read([j % len(source)])
+            try:
+                if isinstance(record, BadRecord):
+                    raise record
+                return _apply(self._ops, record, self._rng(j % len(source)))
+            except BadRecord as bad:
+                last = bad
+        raise UserError(f"{source.name}: no usable record among {looked_at} in a row; the last: {last}")
 
 
 def starts_of(sources: Sequence[Source]) -> np.ndarray:

@@ -98,8 +98,16 @@ def lr_multipliers(rules: Rules[Any], params: Any, policy: Policy) -> Any:
       rules: of the configuration, `optim.lr_rules`.
       params: the parameters, or their shapes.
       policy: of the task.
+
+    Raises:
+      UserError: as `match_rules`; for a multiplier that is no number of at least 0.
     """
-    return match_rules(rules, params, what="learning rate", defaults=(*policy.lr, (".*", 1.0)))
+    found = match_rules(rules, params, what="learning rate", defaults=(*policy.lr, (".*", 1.0)))
+    for pattern, value in rules:
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(factor, (int, float)) and factor >= 0 for factor in values):
+            raise UserError(f"learning rate rules: {value!r} of {pattern!r} must be a number of at least 0")
+    return found
 
 
 def frozen_paths(multiplier: Any) -> frozenset[str]:

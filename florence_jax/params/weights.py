@@ -149,7 +149,7 @@ def checkpoint_folder(init: str) -> str:
         folder = folder / "checkpoints"
     if not folder.is_dir():
         raise UserError(
-            f"no weights at {init}: give --config.init=DIR, the checkpoints/ folder of a run (train one with "
+            f"no weights at {init}: give the workdir of a run (train one with "
             "python -m florence_jax.main --config=configs/pretrain.py) or one written by "
             "python -m florence_jax.tools.import_torch"
         )

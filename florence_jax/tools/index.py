@@ -34,6 +34,7 @@ VECTOR_DTYPES = ("float32", "float16")
 # Its embedding is kept, to notice an index that is searched with other weights than it was made with.
 MARK = "a photo"
 MARK_TOLERANCE = 1e-2
+UNREAD_SAID = 20  # files named on the terminal
 
 
 class Index(NamedTuple):
@@ -63,6 +64,7 @@ def write_index(out: str, model: Florence, images: str, dtype: str = "float32") 
         "tokenizer": model.encoder.tokenizer_spec,
         "images": str(Path(images).absolute()) if Path(images).exists() else images,
         "rows": found["index"].tolist(),
+        "unread": [keys[i] for i in np.setdiff1d(np.arange(len(source)), found["index"])],
         "mark": model.embed_texts([MARK])[0].tolist() if model.encoder.can_embed_text else None,
     }
     partial = Path(f"{out}.{uuid.uuid4().hex}.partial")
@@ -167,7 +169,13 @@ def results_html(index: Index, queries: Sequence[GridCell], rows: np.ndarray, co
 def _embed(args: argparse.Namespace) -> None:
     model = Florence(args.init, tokenizer=args.tokenizer, batch_size=args.batch_size)
     index = write_index(args.out, model, args.images, args.dtype)
-    print(f"{len(index.keys)} images in {args.out}, {index.embeddings.nbytes / 1e6:.1f} MB of vectors")
+    unread = index.info["unread"]
+    for key in unread[:UNREAD_SAID]:
+        print(f"not read: {key}", file=sys.stderr)
+    print(
+        f"{len(index.keys)} images in {args.out}, {index.embeddings.nbytes / 1e6:.1f} MB of vectors; {len(unread)} not "
+        f"read{f', listed in {INDEX_FILE}' if unread else ''}"
+    )
 
 
 def _query(args: argparse.Namespace) -> None:

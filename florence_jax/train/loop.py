@@ -46,6 +46,7 @@ from florence_jax.train.workdir import (
     check_same_results,
     check_same_run,
     checkpoint_directory,
+    has_steps,
     make_workdir,
     write_config,
     write_json_file,
@@ -235,8 +236,6 @@ class Trainer:
     def _start(self, checkpoints: Checkpoints) -> int:
         """Restores the newest checkpoint, or makes a fresh state; returns the step to continue from."""
         while (step := checkpoints.latest_step()) is not None:
-            if self.is_main:
-                check_same_run(self.task.identity, self.config, self.workdir)
             try:
                 self.state = checkpoints.restore(self.target, step)
             except UnreadableCheckpoint as error:
@@ -278,6 +277,8 @@ class Trainer:
 
     def _train(self, data: TrainData, evaluators: Sequence[Evaluator]) -> int:
         config, total = self.config, self.task.plan.total_steps
+        if self.is_main and has_steps(self.directory):
+            check_same_run(self.task.identity, config, self.workdir)  # before `Checkpoints`, which clears files away
         checkpoints = Checkpoints(
             str(self.directory), keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
         )

@@ -33,6 +33,11 @@ def checkpoint_directory(config: ConfigDict, workdir: Path) -> epath.Path:
     return epath.Path(config.checkpoint.directory or workdir / "checkpoints")
 
 
+def has_steps(directory: epath.Path) -> bool:
+    """Whether a folder holds checkpoints, which a run there would resume."""
+    return directory.exists() and any(path.name.isdigit() for path in directory.iterdir())
+
+
 def write_json_file(file: Path, content: Any) -> None:
     """Writes JSON in the order that it has, in one step."""
     write_bytes(str(file), (json.dumps(content, indent=1, default=str) + "\n").encode())
