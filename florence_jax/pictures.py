@@ -2,15 +2,21 @@
 
 import base64
 import contextlib
+import functools
+import importlib.util
 import io
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from florence_jax.errors import UserError
+
 WHITE = (255, 255, 255)
 # First bytes of the usual formats: PIL otherwise tries a dozen readers on every image.
 USUAL_FORMATS = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"RI": "WEBP"}
+HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"))
+HEIF_INSTALL = "for HEIC pictures: pip install pillow-heif"
 THUMBNAIL_SIDE = 96  # pixels of the longer side
 TINY = 48  # pictures of fewer pixels are enlarged
 MAX_SHOWN = 64_000_000  # pixels; a larger picture has no thumbnail
@@ -71,11 +77,41 @@ def _write_label(
 
 
 def open_picture(data: bytes | Image.Image) -> contextlib.AbstractContextManager[Image.Image]:
-    """A picture to use in a `with` statement; PIL's own exceptions pass through."""
+    """A picture to use in a `with` statement; PIL's own exceptions pass through.
+
+    Raises:
+      UserError: for HEIC without pillow-heif.
+    """
     if isinstance(data, Image.Image):
         return contextlib.nullcontext(data)  # its owner closes it
+    if is_heif(data[:64]):
+        register_heif()
     known = USUAL_FORMATS.get(data[:2])
     return Image.open(io.BytesIO(data), formats=[known] if known else None)
+
+
+def is_heif(prefix: bytes) -> bool:
+    """Whether the first 64 bytes of a file are those of HEIC, which Pillow reads only with pillow-heif."""
+    if prefix[4:8] != b"ftyp":
+        return False
+    general = prefix[8:12] in (b"mif1", b"msf1") and b"avi" not in prefix[16:]  # AVIF is of that family too
+    return prefix[8:12] in HEIF_BRANDS or general
+
+
+@functools.cache
+def has_heif() -> bool:
+    """Whether HEIC can be read here."""
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
+@functools.cache
+def register_heif() -> None:
+    """Makes Pillow open HEIC. Raises UserError where pillow-heif is missing."""
+    if not has_heif():
+        raise UserError(HEIF_INSTALL)
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 
 def flat(image: Image.Image) -> Image.Image:

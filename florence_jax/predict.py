@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 
 from florence_jax.data.ops.image import Decode
-from florence_jax.data.records import BadRecord, Source
+from florence_jax.data.records import BadRecord, Source, summary_of
 from florence_jax.data.sources.catalog import open_pictures
 from florence_jax.errors import UserError
 from florence_jax.files import write_bytes, write_json
@@ -137,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, kind = parse_arguments(sys.argv[1:] if argv is None else argv)
         source = open_pictures(args.input)
+        print(summary_of(source).get("says", f"{source.name}: {len(source):,} pictures"), flush=True)
         facts = {"init": args.init, "input": args.input}
         answers = predict(kind.open(args.init, args), source, Path(args.out), facts)
     except UserError as error:

@@ -216,7 +216,13 @@ def open_classes(source: Source, spec: str | ClassNames = "", field: str = "") -
         if labels and all(isinstance(label, (int, np.integer)) for label in labels):
             return ClassIndex(_by_number(source, given, own, labels).names, {}, multi=True)
     else:
-        labels = _distinct(value for row in source.metadata() if (value := row.get(field or "caption")))
+        rows = list(source.metadata())
+        if not field and any(len(set(row.get("captions", ()))) > 1 for row in rows):
+            raise UserError(
+                f"{source.name}: its pictures have several captions each, which are no classes; name the field with "
+                "the class: --config.label_field=FIELD"
+            )
+        labels = _distinct(value for row in rows if (value := row.get(field or "caption")))
     if not labels:
         raise UserError(f"{source.name}: no record has a class in its field {field or 'caption'!r}")
     labels = sorted(map(str, labels))

@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,6 +64,11 @@ class Source(Protocol):
         """All readable records in order, without PAYLOADS, which are not read where they lie apart."""
 
 
+def summary_of(source: Source) -> Mapping[str, Any]:
+    """What a source says it found when it was opened ("says" is the sentence for people); {} if it says nothing."""
+    return getattr(source, "summary", {})
+
+
 class Subset:
     """Some records of a source, in the given order; a `Source`.
 
@@ -75,6 +80,7 @@ class Subset:
         self.name = name
         self._source, self._rows = source, np.asarray(rows, np.int64)
         self.class_names = tuple(getattr(source, "class_names", ()))
+        self.summary = summary_of(source)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -4,6 +4,8 @@ import abc
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from florence_jax.data.records import Source
+
 
 class Chart(NamedTuple):
     """A chart over the steps of a run.
@@ -33,6 +35,11 @@ class Evaluator(Protocol):
     def chance(self) -> Mapping[str, float]:
         """What guessing scores, by the names that `run` gives; a name without a chance level is left out."""
         return {}
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """The data that it opened or was given."""
+        return ()
 
     @abc.abstractmethod
     def run(self, params: Any) -> dict[str, float]:

@@ -214,6 +214,11 @@ class Classification(Evaluator):
         self._metrics = ClassificationMetrics(name, source, classes.first_names, metric, classes.multi, classes.note)
 
     @property
+    def sources(self) -> Sequence[Source]:
+        """See `Evaluator`."""
+        return (self._source,)
+
+    @property
     def chance(self) -> dict[str, float]:
         """What guessing scores."""
         return self._metrics.chance

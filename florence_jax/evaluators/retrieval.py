@@ -150,6 +150,11 @@ class Retrieval(Evaluator):
         self._report: list[str] = []
 
     @property
+    def sources(self) -> Sequence[Source]:
+        """See `Evaluator`."""
+        return (self._source,)
+
+    @property
     def chance(self) -> Mapping[str, float]:
         """Of the last `run`: it depends on what could be read."""
         return self._chance
@@ -219,6 +224,11 @@ class CaptionRetrieval(Evaluator):
         self._ops = f"{ops}|keep(image)"
         self._chance: dict[str, float] = {}
         self._report: list[str] = []
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """See `Evaluator`."""
+        return (self._source,)
 
     @property
     def chance(self) -> Mapping[str, float]:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from florence_jax.data.pipeline import TrainData
+from florence_jax.data.records import Source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.models.base import Model, Params
@@ -56,6 +57,11 @@ class Suite(Protocol):
     @abc.abstractmethod
     def description(self) -> Mapping[str, Any]:
         """Content of the `model.json` beside the checkpoints, see `params.weights.make_description`."""
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """The data that it opened; that of its evaluators apart."""
+        return ()
 
     @abc.abstractmethod
     def load(self, mesh: Mesh) -> Params:

@@ -124,6 +124,11 @@ class ClassificationSuite(Suite):
             source={"init": self.config.init, "data": self.config.data.train},
         )
 
+    @property
+    def sources(self) -> Sequence[Source]:
+        """See `Suite`."""
+        return [source for source in (self.train_source, self.test_source) if source is not None]
+
     def parts(self) -> dict[str, Mapping[str, Any]]:
         """The parts of the model."""
         return {"towers": self.encoder.towers_part()}

@@ -219,6 +219,11 @@ class Pretrain(Task):
         """Sources and weights of `config.data.train`."""
         return open_mixture(self.config.data.train)
 
+    @property
+    def sources(self) -> Sequence[Source]:
+        """See `Suite`."""
+        return self.mixture[0] if self.config.data.train else ()
+
     def train_data(self) -> TrainData:
         """See `Task`; raises `UserError` also for an unknown caption field."""
         config, (sources, weights) = self.config, self.mixture

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from florence_jax.data.records import BadRecord, ListSource, Source, record_thumbnail
+from florence_jax.data.records import BadRecord, ListSource, Source, record_thumbnail, summary_of
 from florence_jax.data.sources.catalog import is_picture_folder, open_pictures, open_source
 from florence_jax.data.sources.folder import FolderSource
 from florence_jax.errors import UserError
@@ -54,6 +54,7 @@ def write_index(out: str, model: Florence, images: str, dtype: str = "float32") 
     if Path(out).exists():
         raise UserError(f"--out={out} exists already: choose another folder, or remove it")
     source = open_pictures(images)
+    print(summary_of(source).get("says", f"{source.name}: {len(source):,} pictures"), flush=True)
     found = model.embed_source(source)
     keys = [row["key"] for row in source.metadata()]
     if len(keys) != len(source):  # unreadable records have no key

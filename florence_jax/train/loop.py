@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from florence_jax.data.pipeline import Process, Stream, TrainData, to_global, train_stream
+from florence_jax.data.records import Source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator, all_charts, all_files, chance_levels, evaluate
 from florence_jax.files import write_bytes
@@ -49,6 +50,7 @@ from florence_jax.train.workdir import (
     has_steps,
     make_workdir,
     write_config,
+    write_data,
     write_json_file,
 )
 
@@ -100,6 +102,8 @@ def evaluate_only(config: ConfigDict, suite: Suite, workdir: Path) -> None:
             print(f"evaluating {directory} at step {step}", flush=True)
             make_workdir(workdir)
         with only_run(workdir):
+            if is_main:
+                write_data(opened_sources(suite, evaluators), workdir)
             finish(config, suite, workdir, evaluators, params, step)
             if is_main:
                 add_evaluated(config, workdir)
@@ -112,6 +116,7 @@ def evaluate_only(config: ConfigDict, suite: Suite, workdir: Path) -> None:
             params = suite.load(mesh)
             if is_main:
                 write_config(config, suite.identity, workdir)
+                write_data(opened_sources(suite, evaluators), workdir)
             finish(config, suite, workdir, evaluators, params, step=0)
 
 
@@ -119,6 +124,11 @@ def mesh_of(config: ConfigDict, devices: list[Any] | None = None) -> Mesh:
     """The mesh of `config.mesh` over `devices` (default: all)."""
     sizes = config.mesh
     return make_mesh(sizes.data, sizes.fsdp, devices, fsdp_across_slices=sizes.fsdp_across_slices)
+
+
+def opened_sources(suite: Suite, evaluators: Sequence[Evaluator]) -> list[Source]:
+    """The data of a run."""
+    return [*suite.sources, *(source for evaluator in evaluators for source in evaluator.sources)]
 
 
 def open_stream(config: ConfigDict, task: Task, data: TrainData, start_step: int = 0) -> Stream:
@@ -294,6 +304,7 @@ class Trainer:
             return 0
         if self.is_main:
             write_config(config, self.task.identity, self.workdir)
+            write_data(opened_sources(self.task, evaluators), self.workdir)
         self._describe()
         writer = MetricsWriter(self.workdir, resume_step=start, write=self.is_main)
         with StopSignals() as signals, contextlib.closing(writer), checkpoints:

@@ -4,17 +4,18 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from florence_jax.data.records import Source, summary_of
 from florence_jax.errors import UserError
 from florence_jax.files import write_bytes
 
-CONFIG_FILE, RESULT_FILE = "config.json", "result.json"
+CONFIG_FILE, RESULT_FILE, DATA_FILE = "config.json", "result.json", "data.json"
 RUN_OF = "identity"  # in config.json
 
 
@@ -60,6 +61,15 @@ def add_evaluated(config: ConfigDict, workdir: Path) -> None:
     if content := _read_config(workdir):
         content[RUN_OF] = {**content.get(RUN_OF, {}), **_evaluated(config)}
         write_json_file(workdir / CONFIG_FILE, content)
+
+
+def write_data(sources: Iterable[Source], workdir: Path) -> None:
+    """Writes data.json and prints a sentence each: what sources with a summary found and passed over."""
+    found = {summary["says"]: summary for source in sources if (summary := summary_of(source))}
+    for says in found:
+        print(says, flush=True)
+    if found:
+        write_json_file(workdir / DATA_FILE, list(found.values()))
 
 
 def check_same_run(identity: Mapping[str, Any], config: ConfigDict, workdir: Path) -> None:

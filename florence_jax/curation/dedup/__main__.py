@@ -29,7 +29,8 @@ import numpy as np
 from florence_jax.curation.dedup import hash_index
 from florence_jax.curation.dedup.clusters import Views, cluster, hash_rows, representatives, total_order
 from florence_jax.curation.dedup.join import DEFAULT_JOIN, DESIGNS
-from florence_jax.curation.dedup.measurements import PICTURE_SUFFIXES, items_of, measure_new
+from florence_jax.curation.dedup.measurements import items_of, measure_new
+from florence_jax.data.sources.picture_files import list_pictures
 from florence_jax.errors import UserError
 from florence_jax.files import replacing, write_text
 from florence_jax.page import FIGURE_SIDE, contact_sheet
@@ -71,9 +72,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.workers < 1 or args.sheet < 0:
         raise UserError("--workers must be at least 1 and --sheet not negative")
     known = hash_index.load_index(args.index) if args.index else {}
+    found = list_pictures(args.input).sentence() if args.input.is_dir() else str(args.input)
+    print(found, file=sys.stderr, flush=True)
     pictures, read = measure_new(items_of(args.input), known, args.workers)
     if not pictures:
-        raise UserError(f"{args.input}: no pictures ({', '.join(PICTURE_SUFFIXES)})")
+        raise UserError(f"no pictures in {found}")
     usable = {key: item for key, item in pictures.items() if item["status"] == "ok"}
     keys, measured = list(usable), list(usable.values())
     ranks = rank(keys, measured)

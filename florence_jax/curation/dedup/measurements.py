@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from florence_jax.curation.ingest.hashing import DEFAULT_LIMITS, measure
+from florence_jax.data.sources.picture_files import list_pictures
 from florence_jax.errors import UserError
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MEASURED_CHUNK = 64  # pictures a worker process gets at a time
 LIMITS = dataclasses.replace(DEFAULT_LIMITS, animated=True)  # an animation is a picture like others here
 Item = tuple[str, int, "bytes | Path"]  # key, stamp, where the picture is
@@ -22,7 +22,7 @@ Item = tuple[str, int, "bytes | Path"]  # key, stamp, where the picture is
 def items_of(path: Path) -> Iterator[Item]:
     """The pictures of a folder or parquet file, in order. Raises UserError for a parquet file without pictures."""
     if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file()):
+        for file in (path / name for name in list_pictures(path).pictures):
             status = file.stat()
             yield str(file), status.st_mtime_ns ^ status.st_size, file
         return

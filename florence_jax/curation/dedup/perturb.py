@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from florence_jax.curation.dedup.clusters import MIN_DETAIL, hash_rows
 from florence_jax.curation.dedup.join import DEFAULT_JOIN
 from florence_jax.curation.ingest.hashing import bit_distance, measure
-from florence_jax.data.sources.folder import IMAGE_SUFFIXES
+from florence_jax.data.sources.picture_files import list_pictures
 from florence_jax.errors import UserError
 from florence_jax.files import write_text
 
@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = args.images and Path(args.images)
         if folder and not folder.is_dir():
             raise UserError(f"--images={folder} is not a folder")
-        named = folder and {"images": sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)}
+        named = folder and {"images": [folder / name for name in list_pictures(folder).pictures]}
         sets = {name: spread(paths, args.limit) for name, paths in (named or bundled_pictures()).items()}
         if args.limit < 1 or not all(sets.values()):
             raise UserError(f"no pictures: --images needs pictures of {MIN_TILE} pixels and more, --limit at least 1")

@@ -19,8 +19,8 @@ from florence_jax.curation.dedup.rounds import (
 from florence_jax.curation.ingest.hashing import measure
 from florence_jax.curation.run import Run, part_paths
 from florence_jax.curation.table import load_array
-from florence_jax.data.sources.folder import IMAGE_SUFFIXES
-from florence_jax.files import filesystem, json_digest, read_json, write_file, write_json
+from florence_jax.data.sources.picture_files import list_pictures
+from florence_jax.files import filesystem, json_digest, read_bytes, read_json, write_file, write_json
 
 
 def build_clusters(run: Run, table: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,5 @@ def build_benchmarks(run: Run) -> str:
 
 
 def _pictures(folder: str, rules: Any) -> Iterable[Mapping[str, Any]]:
-    fs, inner = filesystem(folder)
-    for path in sorted(fs.find(inner)):
-        if path.lower().endswith(IMAGE_SUFFIXES):
-            yield measure(fs.cat_file(path), rules.measure.limits)
+    for name in list_pictures(folder).pictures:
+        yield measure(read_bytes(f"{folder.rstrip('/')}/{name}"), rules.measure.limits)

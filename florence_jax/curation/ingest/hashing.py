@@ -32,6 +32,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from florence_jax.data.sources.picture_files import PREFIX_BYTES, picture_reader
 from florence_jax.pictures import flat
 
 # Readers by first bytes. They are called directly: `Image.open` would warn about, or refuse, a large picture before
@@ -45,6 +46,7 @@ PICTURE_READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
     (b"II*\0", TiffImagePlugin.TiffImageFile),
     (b"MM\0*", TiffImagePlugin.TiffImageFile),
 )
+OTHER_FORMATS = frozenset(("AVIF", "HEIF", "JPEG2000", "PPM"))  # whose first bytes are not always the same
 ORIENTATION = 0x0112  # the EXIF tag
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -155,6 +157,7 @@ def _decode(data: bytes, limits: Limits, result: dict[str, Any]) -> Image.Image:
     if len(data) > limits.max_bytes:
         raise Unusable("too_many_bytes")
     reader = next((reader for prefix, reader in PICTURE_READERS if data.startswith(prefix)), None)
+    reader = reader or picture_reader(data[:PREFIX_BYTES], OTHER_FORMATS)
     if reader is None:
         raise Unusable("unsupported")
     with reader(io.BytesIO(data)) as image:

@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 from florence_jax.curation.ingest.readers import (
     folder_rows,
     folder_tables,
-    image_suffix,
     make_pair,
     tar_samples,
 )
 from florence_jax.data.records import BadRecord
 from florence_jax.data.sources.array_record import META, ArrayRecordSource
+from florence_jax.data.sources.picture_files import list_pictures
 from florence_jax.errors import UserError
 from florence_jax.files import filesystem, json_digest, table_rows
 
@@ -109,8 +109,9 @@ def _splits_of(name: str, path: str, rows: int) -> list[Split]:
     files = [file for file in files if not os.path.basename(file).startswith((".", "_"))]
     tars = {_stem(file) for file in files if file.endswith(TAR_SUFFIXES)}
     kinds = {file: kind for file in files if (kind := _kind(file))}
-    # img2dataset writes 00000.parquet with the metadata of 00000.tar beside it.
-    kinds = {file: kind for file, kind in kinds.items() if kind != "parquet" or _stem(file) not in tars}
+    # img2dataset writes 00000.parquet with the metadata of 00000.tar, or of the files in the folder 00000, beside it.
+    beside = tars | {_stem(file) for file, kind in kinds.items() if kind == "parquet" and fs.isdir(_stem(file))}
+    kinds = {file: kind for file, kind in kinds.items() if kind != "parquet" or _stem(file) not in beside}
     splits: list[Split] = []
     for file, short in _short_names({file: os.path.basename(_stem(file)) for file in kinds}).items():
         if kinds[file] == "parquet":
@@ -182,12 +183,14 @@ def _folder_splits(name: str, path: str, rows: int) -> list[Split]:
         splits += [Split(name, "table", table, "", *ends, stamp) for ends in itertools.pairwise([*starts, -1])]
     if splits:
         return splits
+    listing = list_pictures(path)
+    print(listing.sentence(used=listing.texts), flush=True)
     fs, inner = filesystem(path)
-    folders = [inner.rstrip("/"), *sorted(p for p in fs.ls(inner, detail=False) if fs.isdir(p))]
+    inside = dict.fromkeys(os.path.dirname(picture) for picture in listing.pictures)
+    folders = sorted(f"{inner.rstrip('/')}/{folder}".rstrip("/") for folder in inside)
     for folder, short in _short_names({folder: os.path.basename(folder) for folder in folders}).items():
         files = sorted((f["name"], f["size"]) for f in fs.ls(folder, detail=True) if f["type"] == "file")
-        if any(image_suffix(file) for file, _ in files):
-            splits.append(Split(name, "folder", fs.unstrip_protocol(folder), short, 0, -1, json_digest(files)))
+        splits.append(Split(name, "folder", fs.unstrip_protocol(folder), short, 0, -1, json_digest(files)))
     return splits
 
 

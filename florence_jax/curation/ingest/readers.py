@@ -6,7 +6,8 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from florence_jax.data.sources.folder import IMAGE_SUFFIXES, TABLES
+from florence_jax.data.sources.folder import TABLES
+from florence_jax.data.sources.picture_files import list_pictures
 from florence_jax.files import filesystem
 
 # Names of fields in data sets people have, the first that a record has wins; compared in lower case.
@@ -25,11 +26,6 @@ RESPONSE_HEADERS = frozenset(
     "server-timing set-cookie strict-transport-security tdm-policy tdm-reservation timing-allow-origin "
     "transfer-encoding upgrade vary via warning x-robots-tag".split()
 )
-
-
-def image_suffix(path: str) -> bool:
-    """Whether the name is that of an image file."""
-    return path.lower().endswith(IMAGE_SUFFIXES)
 
 
 def make_pair(
@@ -248,15 +244,11 @@ def folder_rows(folder: str, short: str) -> Iterator[dict[str, Any]]:
 
     `short` stands for the folder in keys.
     """
+    listing = list_pictures(folder, deep=False)
     fs, inner = filesystem(folder)
-    files = sorted(path for path in fs.ls(inner, detail=False) if fs.isfile(path))
-    known = set(files)
-    for file in files:
-        if not image_suffix(file):
-            continue
-        stem = file.rpartition(".")[0]
-        fields = _json_fields(fs.cat_file(f"{stem}.json")) if f"{stem}.json" in known else {}
-        if f"{stem}.txt" in known:
-            fields["caption"] = fs.cat_file(f"{stem}.txt")
-        name = os.path.basename(file)
+    for name in listing.pictures:
+        stem = os.path.splitext(name)[0]
+        fields = _json_fields(fs.cat_file(f"{inner}/{stem}.json")) if f"{stem}.json" in listing.texts else {}
+        if f"{stem}.txt" in listing.texts:
+            fields["caption"] = fs.cat_file(f"{inner}/{stem}.txt")
         yield fields | {"key": f"{short}/{name}", "image_path": name}

@@ -13,8 +13,9 @@ from etils import epath
 
 from florence_jax.data.records import Source
 from florence_jax.data.sources.array_record import ArrayRecordSource, array_record_paths
-from florence_jax.data.sources.folder import IMAGE_SUFFIXES, FolderSource, open_folder
+from florence_jax.data.sources.folder import FolderSource, open_folder
 from florence_jax.data.sources.karpathy import open_karpathy
+from florence_jax.data.sources.picture_files import is_picture, list_pictures
 from florence_jax.data.sources.tfds import open_tfds
 from florence_jax.errors import UserError
 
@@ -28,7 +29,7 @@ def open_source(spec: str) -> Source:
       spec: 'emoji:train' | 'emoji:new_style' | 'emoji:new_names'; a file, glob pattern or folder of `*.array_record`
         (also `*.array_record-00000-of-00010`); 'tfds:NAME:SPLIT'; 'karpathy:FILE.json:SPLIT@IMAGES'; or a folder of
         images with captions.csv (columns file and caption), metadata.csv or metadata.jsonl (fields file_name and
-        text), or with one sub-folder a class.
+        text), with a .txt or .json beside each, or else with one sub-folder a class.
 
     Raises:
       UserError: if it does not exist, is empty, lacks a column, or is of an unknown kind.
@@ -98,14 +99,17 @@ def open_pictures(spec: str) -> Source:
       UserError: for a folder without images, or as `open_source`.
     """
     path = Path(spec)
-    if path.is_file() and path.name.lower().endswith(IMAGE_SUFFIXES):
+    if path.is_file() and not array_record_paths(spec) and is_picture(path):
         return FolderSource(str(path.parent), [{"key": path.name, "caption": ""}])
     if not is_picture_folder(spec):
         return open_source(spec)
-    files = sorted(f for f in path.rglob("*") if f.name.lower().endswith(IMAGE_SUFFIXES) and f.is_file())
-    if not files:
-        raise UserError(f"{spec}: no image files there ({', '.join(IMAGE_SUFFIXES)})")
-    return FolderSource(str(path), [{"key": str(f.relative_to(path)), "caption": ""} for f in files])
+    listing = list_pictures(path)
+    if not listing.pictures:
+        raise UserError(f"no pictures in {listing.sentence()}")
+    rows = [{"key": key, "caption": ""} for key in listing.pictures]
+    passed_over = listing.not_pictures()
+    says = listing.sentence()
+    return FolderSource(str(path), rows, {"pictures": len(rows), "passed_over": passed_over, "says": says})
 
 
 def is_picture_folder(spec: str) -> bool:

@@ -1,20 +1,25 @@
-"""Folders of pictures with captions.csv, metadata.jsonl, or a sub-folder for each class."""
+"""Folders of pictures: captions in a table, in a text beside each picture, or a sub-folder for each class."""
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
-from florence_jax.data.records import BaseSource, Record, picture_bytes
+from florence_jax.data.records import BadRecord, BaseSource, Record, picture_bytes
+from florence_jax.data.sources.picture_files import Listing, list_pictures, shown, some
 from florence_jax.errors import UserError
 from florence_jax.files import table_rows
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Tables of captions beside pictures, the first that a folder has counts.
 TABLES = ("captions.csv", "metadata.csv", "metadata.jsonl")
 # Names of the columns of captions.csv and of the fields of metadata.jsonl, first match wins.
 FILE_COLUMNS = ("file", "filename", "file_name", "filepath", "image")
 CAPTION_COLUMNS = ("caption", "text", "title")
+LOOKED_AT = 64  # texts beside pictures that are read when a folder is opened: never all
+TEXT_SHARE = 0.5  # of the pictures have a text, where it is texts and not sub-folders that tell what a picture shows
 
 
 class FolderSource(BaseSource):
@@ -23,10 +28,11 @@ class FolderSource(BaseSource):
     Args:
       folder: where the files are.
       rows: a dict for each record with "key" (file name relative to the folder), "caption" and further str fields.
+      summary: what was found in the folder, see `open_folder`; {} where nothing was looked for.
     """
 
-    def __init__(self, folder: str, rows: Sequence[Record]):
-        self.name = folder
+    def __init__(self, folder: str, rows: Sequence[Record], summary: Mapping[str, Any] | None = None):
+        self.name, self.summary = folder, dict(summary or {})
         self._rows = list(rows)
         if not self._rows:
             raise UserError(f"data source {folder} has no records")
@@ -43,25 +49,273 @@ class FolderSource(BaseSource):
         return map(dict, self._rows)
 
 
+class TextSource(FolderSource):
+    """Image files with a .txt or a .json beside each, which are read when a record is.
+
+    Args:
+      folder: where the files are.
+      pictures: names, relative to the folder.
+      texts: names of the .txt and .json files there.
+      summary: as of `FolderSource`.
+
+    A record has "key", "folder" (its sub-folder, '' for none), "caption" (of the .txt, else of the .json), "captions"
+    where the .json has that list, and the other texts of the .json.
+    """
+
+    def __init__(self, folder: str, pictures: Sequence[str], texts: set[str], summary: Mapping[str, Any] | None = None):
+        super().__init__(folder, [{"key": key, "folder": key.rpartition("/")[0]} for key in pictures], summary)
+        self._texts = {text for key in pictures for text in _texts_beside(key, texts)}
+
+    def __getitem__(self, index: int) -> Record:
+        return self._read(self._rows[index]) | super().__getitem__(index)
+
+    def metadata(self) -> Iterator[Record]:
+        """All records whose text can be read, in order; the image files are not touched."""
+        for row in self._rows:
+            try:
+                yield self._read(row)
+            except BadRecord:
+                continue
+
+    def _read(self, row: Record) -> Record:
+        fields: Record = {}
+        for name in _texts_beside(row["key"], self._texts):
+            data = picture_bytes(os.path.join(self.name, name), row["key"])
+            if name.endswith(".json"):
+                fields = json_texts(data) | fields
+            else:
+                fields["caption"] = data.decode("utf-8-sig", "replace").strip()
+        if "caption" not in fields:
+            raise BadRecord(row["key"], "the .json beside it has no caption")
+        return fields | row
+
+
+def _texts_beside(key: str, texts: set[str]) -> list[str]:
+    """Of a picture the .txt and the .json of the same name that are there."""
+    stem = os.path.splitext(key)[0]
+    return [name for name in (f"{stem}.txt", f"{stem}.json") if name in texts]
+
+
+def json_texts(data: bytes) -> Record:
+    """The texts and lists of texts of a .json beside a picture: "caption" and "captions" by these names.
+
+    Numbers and all else are left out; {} for what is no JSON object.
+    """
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return {}
+    if not isinstance(value, dict):
+        return {}
+    listed = {
+        name: field
+        for name, field in value.items()
+        if isinstance(field, str) or (isinstance(field, list) and field and all(isinstance(x, str) for x in field))
+    }
+    found = {name: listed[name] for name in listed if name not in ("key", "image", "images", "video", "folder")}
+    named = next((name for name in (*CAPTION_COLUMNS, "captions") if name in found), None)
+    if named is None:
+        return found
+    first = found.pop(named)
+    if isinstance(first, list):
+        return found | {"caption": first[0], "captions": first}
+    return found | {"caption": first}
+
+
 def open_folder(folder: str) -> FolderSource:
-    """A folder of pictures as `catalog.open_source` describes it. Raises UserError."""
+    """A folder of pictures as `catalog.open_source` describes it. Raises UserError.
+
+    The source has `summary`: "folder", "files" (None where the folder was not listed), "pictures" (records),
+    "texts" (where captions come from), "distinct" (captions or classes; None where only some were read), "example",
+    "passed_over" (reason: count), and "says", the sentence for people.
+    """
     path = epath.Path(folder)
     for name in TABLES:
         if (path / name).exists():
-            rows = [{"": row.line, **_named(row.fields)} for row in table_rows(path / name)]
-            return FolderSource(folder, _as_records(path / name, rows))
-    rows = [
-        {"key": f"{sub.name}/{file.name}", "caption": sub.name.replace("_", " ")}
-        for sub in sorted(p for p in path.iterdir() if p.is_dir())
-        for file in sorted(sub.iterdir())
-        if file.name.lower().endswith(IMAGE_SUFFIXES)
-    ]
+            return _open_table(folder, path / name)
+    listing = list_pictures(folder)
+    with_texts = _with_texts(listing)
+    rows = class_rows(listing)
+    if with_texts and (len(with_texts) >= TEXT_SHARE * len(listing.pictures) or not rows):
+        return _open_texts(listing, with_texts)
     if not rows:
         raise UserError(
             f"data source {folder}: needs *.array_record files, or images with captions.csv (columns file, caption), "
-            "metadata.jsonl, or a sub-folder of images for each class"
+            "metadata.jsonl, a .txt or .json beside each image, or a sub-folder of images for each class. Found: "
+            f"{listing.sentence()}"
         )
-    return FolderSource(folder, rows)
+    return open_class_folders(listing, rows)
+
+
+# -- a text beside each picture ---------------------------------------------------------------------------------------
+
+
+def _spread(names: Sequence[str], count: int = LOOKED_AT) -> list[str]:
+    """Some of many, spread evenly."""
+    step = max(1, len(names) // count)
+    return list(names[::step][:count])
+
+
+def _with_texts(listing: Listing) -> list[str]:
+    """The pictures with a caption beside them; a .json counts if any that is looked at holds one: it may hold boxes."""
+    beside = {key: found for key in listing.pictures if (found := _texts_beside(key, listing.texts))}
+    only_json = [key for key, found in beside.items() if not found[0].endswith(".txt")]
+    looked = [json_texts(_read_quietly(listing.folder, beside[key][0])) for key in _spread(only_json)]
+    if any("caption" in fields for fields in looked):
+        return list(beside)
+    return [key for key, found in beside.items() if found[0].endswith(".txt")]
+
+
+def _read_quietly(folder: str, name: str) -> bytes:
+    try:
+        return picture_bytes(os.path.join(folder, name))
+    except BadRecord:  # counted when the record is read
+        return b""
+
+
+def _open_texts(listing: Listing, pictures: Sequence[str]) -> TextSource:
+    source = TextSource(listing.folder, pictures, listing.texts)
+    used = {text for key in pictures for text in _texts_beside(key, listing.texts)}
+    kinds = sorted({os.path.splitext(text)[1] for text in used}, reverse=True)
+    looked = TextSource(listing.folder, _spread(pictures), listing.texts)
+    captions = [row["caption"] for row in looked.metadata()]
+    if not any(captions):
+        raise UserError(f"data source {listing.folder}: the {' and '.join(kinds)} files beside the pictures are empty")
+    without, whole = len(listing.pictures) - len(pictures), len(looked) == len(source)
+    distinct, example = len(set(captions)), next(filter(None, captions))
+    of = "" if whole else f" of the {len(captions)} looked at"
+    says = f"{distinct:,} distinct captions{of} from the {' and '.join(kinds)} beside each, such as {_quoted(example)}"
+    if any("/" in key for key in pictures):
+        says += ", not from the names of the sub-folders (those are in the field 'folder')"
+    if without:
+        says += f"; {without:,} pictures have no caption and are left out"
+    source.summary = _summary(
+        listing, len(source), f"{' and '.join(kinds)} files", distinct if whole else None, example, says, used
+    )
+    source.summary["passed_over"] |= {"no caption": without} if without else {}
+    return source
+
+
+def _quoted(text: str) -> str:
+    return repr(shown(text if len(text) <= 80 else f"{text[:77]}..."))
+
+
+def _summary(
+    listing: Listing, records: int, texts: str, distinct: int | None, example: str, says: str, used: set[str]
+) -> dict[str, Any]:
+    head = f"{shown(listing.folder)}: {listing.files:,} files, {len(listing.pictures):,} read as pictures; {says}"
+    return {
+        "folder": listing.folder,
+        "files": listing.files,
+        "pictures": records,
+        "texts": texts,
+        "distinct": distinct,
+        "example": example,
+        "passed_over": listing.not_pictures(used),
+        "not_searched": listing.left,
+        "says": head + listing.passed_over_text(used),
+    }
+
+
+# -- a sub-folder for each class --------------------------------------------------------------------------------------
+
+
+def class_rows(listing: Listing) -> list[tuple[str, str]]:
+    """(picture, folder of its class) of each: the sub-folder, at the first depth where the pictures are in several.
+
+    Pictures that lie deeper are of that class too; those beside the sub-folders have none and are left out.
+    """
+    inside = [(key, parts) for key in listing.pictures if len(parts := key.split("/")) > 1]
+    depth, loose = 1, len(inside) < len(listing.pictures)
+    while inside and not loose and all(len(parts) > depth + 1 for _, parts in inside):
+        if inside[0][1][depth - 1] != inside[-1][1][depth - 1]:  # as they are sorted, else all are in that folder
+            break
+        depth += 1
+    return [(key, "/".join(parts[:depth])) for key, parts in inside]
+
+
+def class_name(folder: str) -> str:
+    """The name of the class whose pictures are in a folder."""
+    return folder.rpartition("/")[2]
+
+
+def open_class_folders(listing: Listing, rows: Sequence[tuple[str, str]]) -> FolderSource:
+    """The source of `class_rows`: a class is the caption, with spaces for '_'."""
+    records = [{"key": key, "caption": class_name(folder).replace("_", " ")} for key, folder in rows]
+    folders = sorted({folder for _, folder in rows})
+    without, used = len(listing.pictures) - len(rows), set(folders)
+    above = folders[0].rpartition("/")[0]
+    empty = [name for name in listing.folders if name.rpartition("/")[0] == above and name not in used]
+    says = f"{len(folders):,} classes from the names of the sub-folders: {some(map(class_name, folders))}"
+    says += f"; {without:,} pictures beside the sub-folders have no class and are left out" if without else ""
+    says += f"; no pictures in {some(empty)}" if empty else ""
+    example = records[0]["caption"]
+    summary = _summary(listing, len(records), "names of sub-folders", len(folders), example, says, ())
+    summary["passed_over"] |= {"no class": without} if without else {}
+    return FolderSource(listing.folder, records, summary)
+
+
+# -- a table ----------------------------------------------------------------------------------------------------------
+
+
+def _open_table(folder: str, path: epath.Path) -> FolderSource:
+    rows = _as_records(path, [{"": row.line, **_named(row.fields)} for row in table_rows(path)])
+    records = one_a_picture(rows)
+    captions = list(dict.fromkeys(caption for record in records for caption in captions_of(record)))
+    example = captions[0] if captions else ""
+    says = f"{path.name}: {len(rows):,} rows of {len(records):,} pictures, {len(captions):,} distinct captions"
+    says += f", such as {_quoted(example)}" if example else ""
+    if len(records) < len(rows):
+        says += " (all of a picture are in its list field 'captions')"
+    listing = Listing(folder) if "://" in folder else list_pictures(folder)  # in a bucket that takes long
+    named, there = {os.path.normpath(record["key"]) for record in records}, set(listing.pictures)
+    extra = len(there - named)
+    absent = sum(1 for key in named - there if there and not _exists(os.path.join(folder, key)))
+    says += f"; {extra:,} pictures are not in the table and left out" if extra else ""
+    says += f"; {absent:,} pictures of the table are not there" if absent else ""
+    listing.passed_over -= Counter({path.suffix.lower(): 1})  # the table itself
+    summary = _summary(listing, len(records), path.name, len(captions), example, says, ())
+    summary["passed_over"] |= {"not in the table": extra} if extra else {}
+    summary["passed_over"] |= {"not in the folder": absent} if absent else {}
+    return FolderSource(folder, records, summary)
+
+
+def _exists(path: str) -> bool:
+    try:
+        return os.path.exists(path)
+    except ValueError:  # a name with a NUL
+        return False
+
+
+def captions_of(record: Mapping[str, Any]) -> list[str]:
+    """All captions of a record, blank ones left out."""
+    value = record.get("captions") or record.get("caption") or ()
+    listed = value if isinstance(value, list) else [value]
+    return [text for text in listed if isinstance(text, str) and text.strip()]
+
+
+def one_a_picture(rows: Sequence[Record]) -> list[Record]:
+    """Rows of one picture as one record, in the order of the first rows.
+
+    Where any picture has several rows, every record has "captions", the list of all that are not blank, and "caption",
+    the first. Of the other fields, those that differ between the rows become lists, in the order of the rows.
+    """
+    groups: dict[str, list[Record]] = {}
+    for row in rows:
+        groups.setdefault(os.path.normpath(row["key"]), []).append(row)
+    if len(groups) == len(rows):
+        return list(rows)
+    return [_joined(group) for group in groups.values()]
+
+
+def _joined(group: Sequence[Record]) -> Record:
+    record = dict(group[0])
+    if len(group) > 1:
+        for name in dict.fromkeys(name for row in group for name in row if name not in ("key", "caption", "captions")):
+            values = [row[name] for row in group if name in row]
+            record[name] = values[0] if all(value == values[0] for value in values) else values
+    captions = [caption for row in group for caption in captions_of(row)]
+    return record | {"caption": captions[0] if captions else "", "captions": captions}
 
 
 def _named(fields: Record) -> Record:

@@ -12,7 +12,8 @@ from etils import epath
 
 from florence_jax.data.records import ArraySource, BadRecord, Record, Source
 from florence_jax.data.sources.catalog import open_source
-from florence_jax.data.sources.folder import IMAGE_SUFFIXES, FolderSource
+from florence_jax.data.sources.folder import FolderSource, class_name, class_rows, open_class_folders
+from florence_jax.data.sources.picture_files import list_pictures
 from florence_jax.errors import UserError
 from florence_jax.files import table_rows
 
@@ -114,15 +115,11 @@ def by_field(source: Source, field: str) -> Labelled:
 
 def class_folders(folder: epath.Path) -> Labelled:
     """One sub-folder of images a class, in alphabetical order."""
-    rows = [
-        {"key": f"{sub.name}/{file.name}", "caption": sub.name.replace("_", " ")}
-        for sub in sorted(p for p in folder.iterdir() if p.is_dir())
-        for file in sorted(sub.iterdir())
-        if file.name.lower().endswith(IMAGE_SUFFIXES)
-    ]
+    listing = list_pictures(folder)
+    rows = class_rows(listing)
     if not rows:
-        raise UserError(f"{folder} has no sub-folders with images, one for each class")
-    return _labelled(FolderSource(str(folder), rows), [row["key"].split("/")[0] for row in rows])
+        raise UserError(f"{folder} has no sub-folders with images, one for each class. Found: {listing.sentence()}")
+    return _labelled(open_class_folders(listing, rows), [class_name(part) for _, part in rows])
 
 
 def eurosat(folder: epath.Path) -> Labelled:
