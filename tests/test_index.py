@@ -277,7 +277,7 @@ def huge_png(path):
     "arguments,message",
     [
         (["embed", "--images={pictures}", "--out={made}"], "exists already"),
-        (["embed", "--images={empty}", "--out={empty}/new"], "no image files there"),
+        (["embed", "--images={empty}", "--out={empty}/new"], "no pictures in"),
         (["query", "--index={made}"], "--text or --image"),
         (["query", "--index={made}", "--text=x", "--k=0"], "--k=0 must be at least 1"),
         (["query", "--index={empty}", "--text=x"], "is not an index"),
@@ -286,7 +286,7 @@ def huge_png(path):
     ],
 )
 def test_mistakes_of_the_index(made, weights, pictures, tmp_path, capsys, arguments, message):
-    huge = huge_png(tmp_path / "no_pictures_here")
+    huge = huge_png(tmp_path / "no_pictures_here.part")
     given = [a.format(made=made, pictures=pictures, empty=tmp_path, huge=huge) for a in arguments]
     given += [f"--init={weights}"] if given[0] == "embed" else []
     assert tool.main(given) == 2

@@ -72,11 +72,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.workers < 1 or args.sheet < 0:
         raise UserError("--workers must be at least 1 and --sheet not negative")
     known = hash_index.load_index(args.index) if args.index else {}
-    found = list_pictures(args.input).sentence() if args.input.is_dir() else str(args.input)
-    print(found, file=sys.stderr, flush=True)
+    listing = list_pictures(args.input) if args.input.is_dir() else None
+    if listing and listing.pictures:
+        print(listing.sentence(), file=sys.stderr, flush=True)
     pictures, read = measure_new(items_of(args.input), known, args.workers)
     if not pictures:
-        raise UserError(f"no pictures in {found}")
+        raise UserError(f"no pictures in {listing.sentence() if listing else args.input}")
     usable = {key: item for key, item in pictures.items() if item["status"] == "ok"}
     keys, measured = list(usable), list(usable.values())
     ranks = rank(keys, measured)
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     counts = {
         "pictures": len(pictures),
         "read_now": read,
+        "passed_over": listing.not_pictures() if listing else {},
         "unreadable": dict(Counter(item["status"] for item in pictures.values() if item["status"] != "ok")),
         "clusters_of_several": int((size[best == np.arange(len(best))] > 1).sum()),
         "duplicates": int((best != np.arange(len(best))).sum()),
