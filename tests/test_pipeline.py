@@ -4,6 +4,7 @@ import collections
 import hashlib
 import io
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -317,6 +318,34 @@ if __name__ == "__main__":
     # Comes back only when the worker, which holds the pipe too, has ended.
     done = subprocess.run(command, stdout=subprocess.PIPE, timeout=60, env=environment)
     assert done.returncode in (0, -signal.SIGKILL) and done.stdout
+
+
+class KillsItsWorker(ListSource):
+    """Ends the process that reads record 0, as the system does."""
+
+    def __init__(self, records, number):
+        super().__init__(records)
+        self.number = number
+
+    def __getitems__(self, indices):
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), self.number)
+        return super().__getitems__(indices)
+
+
+@pytest.mark.parametrize(
+    "number,said",
+    [
+        (signal.SIGKILL, r"killed by the system, as it does when memory runs out: use fewer .*data\.workers=0"),
+        (signal.SIGBUS, r"shared memory /dev/shm \(\d+ MB\) .* is full: .*--shm-size=8g.*data\.workers=0"),
+    ],
+)
+def test_a_worker_that_the_system_kills_is_explained(number, said):
+    source = KillsItsWorker([{"key": str(i), "number": i} for i in range(8)], number)
+    with train_stream(TrainData([source], None, NUMBER_OPS, {}), batch_size=4, seed=0, workers=2) as stream:
+        with pytest.raises(UserError, match=said) as error:
+            next(stream)
+    assert "\n" not in str(error.value)
 
 
 # -- bad records ------------------------------------------------------------------------------------------------------

@@ -11,8 +11,11 @@ What is left of an example after the ops is in the batch, or an error: end the o
 """
 
 import dataclasses
+import errno
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -31,6 +34,9 @@ from florence_jax.errors import UserError
 if TYPE_CHECKING:
     import jax
 POLICIES = ("skip", "error")
+WORKER_DIED = re.compile(r"Worker process was terminated unexpectedly with exit code (-?\d+)")  # grain's words
+SHARED_MEMORY = "/dev/shm"
+FEWER_WORKERS = "fewer worker processes, --config.data.workers=N, or none, --config.data.workers=0"
 
 
 class TrainData(NamedTuple):
@@ -69,7 +75,16 @@ class Stream(Iterator[Batch]):
         self._iterator = iterator
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        try:
+            return next(self._iterator)
+        except RuntimeError as error:
+            if died := WORKER_DIED.search(str(error)):
+                raise UserError(_why_a_worker_died(-int(died[1]))) from error
+            raise
+        except OSError as error:
+            if error.errno == errno.ENOSPC:  # of the shared memory: nothing else is written here
+                raise UserError(_why_a_worker_died(signal.SIGBUS)) from error
+            raise
 
     def close(self) -> None:
         """Ends the threads and worker processes; may be called twice."""
@@ -254,6 +269,26 @@ def _stay_with_the_trainer(worker: int, workers: int) -> None:
         os._exit(0)
 
     threading.Thread(target=follow, daemon=True, name="trainer").start()
+
+
+def _why_a_worker_died(number: int) -> str:
+    """One line with the fix, for the number of the signal that ended a worker process (or minus its exit code)."""
+    if number == signal.SIGKILL:
+        return (
+            "a worker process that makes batches was killed by the system, as it does when memory runs out: use "
+            f"{FEWER_WORKERS}, a smaller batch, or a machine (or container, job) with more memory"
+        )
+    if number == signal.SIGBUS:
+        size = shutil.disk_usage(SHARED_MEMORY).total / 2**20 if os.path.exists(SHARED_MEMORY) else 0
+        return (
+            f"the shared memory {SHARED_MEMORY} ({size:.0f} MB) through which worker processes give batches is full: "
+            f"give the container more (docker run --shm-size=8g, or --ipc=host), or use {FEWER_WORKERS}"
+        )
+    return f"a worker process that makes batches ended by itself ({_code(number)}): see why with {FEWER_WORKERS}"
+
+
+def _code(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"exit code {-number}"
 
 
 # -- the order --------------------------------------------------------------------------------------------------------

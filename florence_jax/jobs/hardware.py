@@ -1,4 +1,11 @@
-"""What accelerators can do, by the names that JAX gives them."""
+"""What accelerators can do, by the names that JAX gives them, and how many processors this process may use."""
+
+import os
+from pathlib import Path
+
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time in a period, and the period
+TRAINER_CORES = 2  # for the training process itself
+MOST_WORKERS = 8  # processes that make batches: more are a choice to be made by who knows the machine
 
 # Peak dense bf16 FLOP/s of one device (vendors' data sheets).
 PEAK_FLOPS = {
@@ -18,3 +25,18 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA L4": 121e12,
 }
+
+
+def available_cores() -> int:
+    """Cores that this process may use: of the machine, of what it is bound to, of what its container is given."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        share, period = CPU_LIMIT.read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if share == "max" else max(min(cores, int(share) // int(period)), 1)
+
+
+def worker_count(wanted: int) -> int:
+    """Processes that make batches: `wanted`, or with -1 one for each core to spare, at most `MOST_WORKERS`."""
+    return wanted if wanted != -1 else min(max(available_cores() - TRAINER_CORES, 0), MOST_WORKERS)

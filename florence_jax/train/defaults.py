@@ -57,7 +57,7 @@ def common(workdir: str) -> ConfigDict:
                 "test": "",  # held-out images with their classes
                 "train_ops": "decode|rrc({res}, scale=(0.5, 1.0))",  # {res}: of the model
                 "eval_ops": "decode|resize({res})|center_crop({res})",
-                "workers": 8,  # processes that make batches; 0: threads of the trainer
+                "workers": -1,  # processes that make batches; 0: threads of the trainer; -1: by the cores to spare
                 "cache": False,  # keep decoded images in memory; for data much smaller than that
                 "on_corrupt": "skip",  # or 'error'
             },

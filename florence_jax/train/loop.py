@@ -18,6 +18,7 @@ from florence_jax.data.records import Source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator, all_charts, all_files, chance_levels, evaluate
 from florence_jax.files import write_bytes
+from florence_jax.jobs.hardware import available_cores, worker_count
 from florence_jax.jobs.hosts import EXIT_LOST, meet
 from florence_jax.jobs.run_lock import only_run
 from florence_jax.jobs.stop_signals import StopSignals
@@ -139,7 +140,7 @@ def open_stream(config: ConfigDict, task: Task, data: TrainData, start_step: int
         seed=config.seed,
         start_step=start_step,
         process=Process(jax.process_index(), jax.process_count()),
-        workers=config.data.workers,
+        workers=worker_count(config.data.workers),
         on_corrupt=config.data.on_corrupt,
         cache=config.data.cache,
     )
@@ -391,10 +392,12 @@ class Trainer:
 
     def _describe(self) -> None:
         count, plan = sum(x.size for x in jax.tree.leaves(self.target["params"])), self.task.plan
+        workers, cores = worker_count(self.config.data.workers), available_cores()
         self._say(
             f"{self.task.name} {variants(self.task)}: {count / 1e6:.2f} M parameters, "
             f"{self.task.flops_per_example / 1e9:.2f} GFLOP a training example, {plan.total_steps} steps of "
-            f"{plan.batch_size} on {self.mesh.size} {jax.devices()[0].platform} device(s), workdir {self.workdir}"
+            f"{plan.batch_size} on {self.mesh.size} {jax.devices()[0].platform} device(s), batches made by "
+            f"{f'{workers} processes' if workers else 'threads'} ({cores} cores), workdir {self.workdir}"
         )
 
     def _say(self, text: str) -> None:
