@@ -313,6 +313,17 @@ def test_rows_of_one_picture_are_one_record(tmp_path, name):
     assert open_classes(source, field="place").first_names == ["Rome"]
 
 
+def test_curation_reads_rows_of_one_picture_as_one_pair(tmp_path, capsys):
+    rows = "".join(f"{i}.png,text {i} {k}\n" for i in range(4) for k in range(5))
+    folder = fill(tmp_path, {f"{i}.png": encoded() for i in range(4)} | {"captions.csv": f"file,text\n{rows}"})
+    splits = list_splits(folder, 7)  # 7 rows at least, whole pictures
+    found = [pair for split in splits for pair in read_split(split, 1 << 20)]
+    assert len(splits) == 2 and [pair["key"] for pair in found] == ["0.png", "1.png", "2.png", "3.png"]
+    assert found[2]["caption"] == "text 2 0" and found[2]["extra"]["captions"] == [f"text 2 {k}" for k in range(5)]
+    out = capsys.readouterr().out
+    assert "20 rows of 4 pictures" in out and "config.measure.extra_fields" in out
+
+
 def test_one_row_a_picture_stays_one_caption_and_missing_files_are_said(tmp_path):
     folder = fill(tmp_path, {"a.png": encoded(), "captions.csv": "file,caption\na.png,x\ngone.png,y\n"})
     source = open_source(folder)

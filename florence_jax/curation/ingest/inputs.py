@@ -24,6 +24,8 @@ from florence_jax.curation.ingest.readers import (
     folder_rows,
     folder_tables,
     make_pair,
+    row_captions,
+    row_picture,
     tar_samples,
 )
 from florence_jax.data.records import BadRecord
@@ -35,6 +37,11 @@ from florence_jax.files import filesystem, json_digest, table_rows
 Pair = dict[str, Any]
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 READ_ROWS = 64  # parquet rows decoded at a time: with images of 1 MB, 64 MB
+
+
+SEVERAL = (
+    "The first caption of a picture is judged and kept; config.measure.extra_fields=('captions',) keeps the list of all"
+)
 
 
 class DamagedInput(Exception):
@@ -178,7 +185,15 @@ def _folder_splits(name: str, path: str, rows: int) -> list[Split]:
     splits: list[Split] = []
     for table in folder_tables(path):
         fs, inner = filesystem(table)
-        starts = [row.at for number, row in enumerate(table_rows(table)) if number % rows == 0]
+        starts, behind, total, pictures = [], rows, 0, 0
+        for _, group in itertools.groupby(table_rows(table), key=row_picture):
+            places = [row.at for row in group]
+            if behind >= rows:
+                starts.append(places[0])
+                behind = 0
+            behind, total, pictures = behind + len(places), total + len(places), pictures + 1
+        if pictures < total:
+            print(f"{table}: {total:,} rows of {pictures:,} pictures. {SEVERAL}", flush=True)
         stamp = fs.ukey(inner)
         splits += [Split(name, "table", table, "", *ends, stamp) for ends in itertools.pairwise([*starts, -1])]
     if splits:
@@ -242,8 +257,11 @@ def _read_array_record(split: Split, max_bytes: int) -> Iterator[Pair]:
 
 def _read_table(split: Split, max_bytes: int) -> Iterator[Pair]:
     folder = os.path.dirname(split.path)
-    for row in table_rows(split.path, split.start, split.stop):
-        yield make_pair(row.fields, split.source, f"[{row.at}]", folder, max_bytes)
+    for _, group in itertools.groupby(table_rows(split.path, split.start, split.stop), key=row_picture):
+        rows = list(group)
+        captions = row_captions(rows) if len(rows) > 1 else []
+        fields = rows[0].fields | ({"caption": captions[0], "captions": captions} if captions else {})
+        yield make_pair(fields, split.source, f"[{rows[0].at}]", folder, max_bytes)
 
 
 def _read_folder(split: Split, max_bytes: int) -> Iterator[Pair]:

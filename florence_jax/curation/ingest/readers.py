@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from florence_jax.data.sources.folder import TABLES
 from florence_jax.data.sources.picture_files import list_pictures
-from florence_jax.files import filesystem
+from florence_jax.files import TableRow, filesystem
 
 # Names of fields in data sets people have, the first that a record has wins; compared in lower case.
 KEYS = ("key", "uid", "sample_id", "id")
@@ -237,6 +237,19 @@ def folder_tables(folder: str) -> list[str]:
     """captions.csv, metadata.csv or metadata.jsonl of a folder: paths of those it has."""
     fs, inner = filesystem(folder)
     return [f"{folder.rstrip('/')}/{name}" for name in TABLES if fs.exists(f"{inner.rstrip('/')}/{name}")][:1]
+
+
+def row_picture(row: TableRow) -> Any:
+    """The file that a row of a table is about; the place of the row if it names none."""
+    left = {name.lower(): value for name, value in row.fields.items()}
+    return next((left[name] for name in ("image", *PATHS) if isinstance(left.get(name), str)), row.at)
+
+
+def row_captions(rows: Iterable[TableRow]) -> list[str]:
+    """The captions of rows, blank ones left out."""
+    lowered = ({name.lower(): value for name, value in row.fields.items()} for row in rows)
+    found = (next((left[name] for name in CAPTIONS if left.get(name) is not None), "") for left in lowered)
+    return [text for text in found if isinstance(text, str) and text.strip()]
 
 
 def folder_rows(folder: str, short: str) -> Iterator[dict[str, Any]]:
