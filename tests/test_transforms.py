@@ -131,7 +131,7 @@ def test_every_op_can_be_pickled_and_leaves_its_input_alone():
         "affine(9,shift=0.1) jitter(0.5,0.5,0.5,0.1) gray(1) normalise caption(caption=1,tags=1,tags_joined=1) label "
         "prompt tokenize texts('caption=1','tags=1') keep(image,text)"
     ).split()
-    own = {name for name, kind in OPS.items() if kind.__module__.startswith("florence_jax.")}  # not those of other tests
+    own = {name for name, kind in OPS.items() if kind.__module__.startswith("florence_jax.")}  # not of other tests
     assert {spec.split("(")[0] for spec in specs} == own - {"class_label", "class_prompt"}  # in test_classes
     for spec in specs:
         (op,) = parse_ops(spec, CONTEXT)
