@@ -362,3 +362,12 @@ def test_gradients_of_the_convolution_are_jax_own(side, channels, features, kern
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
     for a, b in zip(pull(grad), pull_plain(grad), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("size,shape", [((30, 34), (4, 5)), ((32, 36), (4, 5))])
+def test_patch_embedding_pads_in_detection_mode(size, shape):
+    """Maps are ceil halves; a zero border changes nothing but the size."""
+    model = coswin.CoSwin(8, (2, 2), (2, 4), 4, embedding="patch", size_mode="detection", out_stages=(1,))
+    image = jnp.zeros((1, *size, 3))
+    out = jax.eval_shape(lambda: model.apply(model.init(jax.random.key(0), image), image))
+    assert out["stage1"].shape == (1, *shape, 16)

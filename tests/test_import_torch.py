@@ -494,12 +494,3 @@ def test_published_swin_and_unicl_sizes():
     assert parameter_count("Swin-T")["total"] == 91_340_667
     assert parameter_count("Swin-B")["total"] == 150_695_609
     assert resolve_config("Swin-B", res=384).window == 12 and "Swin-B" in VARIANTS
-
-
-@pytest.mark.parametrize("size,shape", [((30, 34), (4, 5)), ((32, 36), (4, 5))])
-def test_patch_embedding_pads_in_detection_mode(size, shape):
-    """Maps are ceil halves; a zero border changes nothing but the size."""
-    model = coswin.CoSwin(8, (2, 2), (2, 4), 4, embedding="patch", size_mode="detection", out_stages=(1,))
-    image = jnp.zeros((1, *size, 3))
-    out = jax.eval_shape(lambda: model.apply(model.init(jax.random.key(0), image), image))
-    assert out["stage1"].shape == (1, *shape, 16)
