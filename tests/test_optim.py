@@ -26,17 +26,18 @@ def settings(**changes):
 
 def test_schedule_warms_up_and_ends_at_the_final_fraction():
     schedule = make_schedule(settings(learning_rate=2.0, warmup_steps=10, final_fraction=0.1), 100)
-    np.testing.assert_allclose([schedule(0), schedule(5), schedule(10), schedule(100)], [0, 1, 2, 0.2], rtol=1e-6)
+    rates = [schedule(step) for step in (0, 4, 9, 10, 100)]
+    np.testing.assert_allclose(rates, [2 / 11, 10 / 11, 20 / 11, 2, 0.2], rtol=1e-6)  # no step does nothing
     assert schedule(40) > schedule(60) > schedule(80)
 
 
 def test_linear_and_steps():
     linear = make_schedule(settings(learning_rate=2.0, warmup_steps=10, final_fraction=0.1, schedule="linear"), 110)
     rates = [linear(step) for step in (0, 5, 10, 60, 110)]
-    np.testing.assert_allclose(rates, [0, 1, 2, 1.1, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(rates, [2 / 11, 12 / 11, 2, 1.1, 0.2], rtol=1e-6)
     steps = settings(learning_rate=2.0, warmup_steps=4, schedule="steps", step_at=(0.5, 0.8), step_factor=0.1)
     rates = [make_schedule(steps, 20)(step) for step in (0, 2, 4, 9, 10, 15, 16, 20)]
-    np.testing.assert_allclose(rates, [0, 1, 2, 2, 0.2, 0.2, 0.02, 0.02], rtol=1e-5)
+    np.testing.assert_allclose(rates, [0.4, 1.2, 2, 2, 0.2, 0.2, 0.02, 0.02], rtol=1e-5)
     steps.warmup_steps = 0
     np.testing.assert_allclose([make_schedule(steps, 20)(step) for step in (0, 9, 10)], [2, 2, 0.2], rtol=1e-6)
 

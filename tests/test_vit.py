@@ -122,9 +122,12 @@ def test_position_embeddings():
     resized = resize_position_embedding(rows, 23)
     grid = resized[1:].reshape(23, 23, 2)
     np.testing.assert_array_equal(resized[0], 7)
-    np.testing.assert_allclose(grid[1, :, 0], 0.27139, atol=1e-5)  # rows of the map vary, columns do not
+    np.testing.assert_allclose(grid[:4, 5, 0], [-0.0801, 0.2550, 0.9065, 1.4783], atol=1e-4)  # of PyTorch, antialiased
+    np.testing.assert_allclose(grid[1, :, 0], grid[1, 0, 0], atol=1e-6)  # rows of the map vary, columns do not
     np.testing.assert_allclose(grid[..., 1], 1, atol=1e-6)
     np.testing.assert_allclose(resize_position_embedding(rows, 13), rows, atol=1e-6)
+    smaller = resize_position_embedding(rows, 5)[1:].reshape(5, 5, 2)
+    np.testing.assert_allclose(smaller[:, 2, 0], [0.8585, 3.3464, 6, 8.6536, 11.1415], atol=1e-4)
     with pytest.raises(UserError, match="square"):
         resize_position_embedding(rows[:-1], 4)
 

@@ -37,6 +37,7 @@ DEFAULT_EVAL_OPS = "decode|resize({res})|center_crop({res})"
 # are neither right nor wrong for it.
 MULTI_FIELD, CERTAIN_FIELD = "labels", "labels_no_difficult"
 UNSURE = -1
+TFDS_DEFAULTS = {"voc": "voc/2007"}  # what TFDS takes where a data set's name stands alone
 EMOJI_FIELD = "group"  # the classes of the embedded set: 8 groups of names
 
 
@@ -100,10 +101,12 @@ def _parse(text: str, where: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...
 def dataset_name(spec: str) -> str:
     """The name in the tables of a source: 'tfds:voc/2007:test' -> 'voc2007', 'eurosat:DIR' -> 'eurosat'; else ''.
 
-    A configuration that has no tables of its own is known by its data set: 'tfds:sun397/standard-part1-120k:test'.
+    A configuration that has no tables of its own is known by its data set: 'tfds:sun397/standard-part1-120k:test'; a
+    data set without a configuration by the one that TFDS takes: 'tfds:voc:test'.
     """
     if match := re.fullmatch(r"tfds:([^:]+):.+", spec):
-        whole, name = match[1].replace("/", ""), match[1].partition("/")[0]
+        given = TFDS_DEFAULTS.get(match[1], match[1])
+        whole, name = given.replace("/", ""), given.partition("/")[0]
         return name if whole not in shipped_class_names() and name in shipped_class_names() else whole
     kind, colon, _ = spec.partition(":")
     if kind == "digits":
@@ -281,13 +284,10 @@ def choose_templates(spec: str, dataset: str) -> tuple[str, ...]:
     Raises:
       UserError: for an unknown set or a file without templates.
     """
-    known = {name.replace("/", ""): name for name in TEMPLATE_SETS}
     if not spec:
-        return template_set(known.get(dataset, "default"))
-    if spec.replace("/", "") in known:
-        return template_set(known[spec.replace("/", "")])
-    if not epath.Path(spec).exists():
-        return template_set(spec)  # says which sets there are
+        return template_set(dataset if dataset in TEMPLATE_SETS else "default")
+    if spec.replace("/", "") in TEMPLATE_SETS or not epath.Path(spec).exists():
+        return template_set(spec)  # or says which sets there are
     lines = [line.strip() for line in epath.Path(spec).read_text().splitlines() if line.strip()]
     class_prompts("name", lines)  # raises for a template without its slot
     return tuple(lines)

@@ -131,7 +131,7 @@ _ACTIONS = tuple(
     for article in ("a", "the")
     for kind in ("photo", "video", "example", "demonstration")
 )
-# Data set name (TFDS's where it has one) -> CLIP's templates for zero-shot classification on it.
+# Data set name (TFDS's where it has one, without "/") -> CLIP's templates for zero-shot classification on it.
 TEMPLATE_SETS = {
     "default": TEMPLATES,
     "imagenet2012": TEMPLATES[:80],
@@ -184,19 +184,20 @@ TEMPLATE_SETS = {
     "stl10": _ARTICLES,
     "sun397": _ARTICLES,
     "ucf101": _ACTIONS,
-    "voc/2007": ("a photo of a {}.",),
+    "voc2007": ("a photo of a {}.",),
 }
 
 
 def template_set(name: str) -> tuple[str, ...]:
-    """Returns the templates of a data set, e.g. `template_set("food101")`.
+    """Returns the templates of a data set, e.g. `template_set("food101")`; 'voc/2007' is 'voc2007'.
 
     Raises:
       UserError: for a name that is not in TEMPLATE_SETS.
     """
-    if name not in TEMPLATE_SETS:
+    plain = name.replace("/", "")
+    if plain not in TEMPLATE_SETS:
         raise UserError(f"no prompt templates for {name!r}; known sets: {', '.join(TEMPLATE_SETS)}")
-    return TEMPLATE_SETS[name]
+    return TEMPLATE_SETS[plain]
 
 
 def apply_prompt(caption: str, rng: np.random.Generator, templates: Sequence[str] = TEMPLATES) -> str:

@@ -71,6 +71,25 @@ def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
     return weights
 
 
+def antialiased_bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """Weights of 1-D antialiased bicubic interpolation, float64 (size_out, size_in), as PyTorch's `antialias=True`.
+
+    Keys' kernel with a = -0.5, as wide as PIL's: stretched where the output is smaller, weights beyond the borders left
+    out and the rest renormalised. `bicubic_matrix` differs both ways.
+    """
+    a, scale = -0.5, size_in / size_out
+    stretch = max(scale, 1.0)
+    centres = (np.arange(size_out)[:, None] + 0.5) * scale
+    taps = np.arange(size_in)[None]
+    first = np.maximum(np.floor(centres - 2 * stretch + 0.5), 0)
+    last = np.minimum(np.floor(centres + 2 * stretch + 0.5), size_in)
+    d = np.abs(taps + 0.5 - centres) / stretch
+    near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+    far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+    weights = np.where(d < 1, near, np.where(d < 2, far, 0.0)) * ((taps >= first) & (taps < last))
+    return weights / weights.sum(1, keepdims=True)
+
+
 def resize_bias_table(table: np.ndarray, window: int) -> np.ndarray:
     """A relative position bias table for another window (7 at 224 px -> 12 at 384 px).
 
@@ -123,8 +142,8 @@ def resize_bias_tables(params: dict, window: int | Sequence[int]) -> dict:
 def resize_position_embedding(table: np.ndarray, side: int) -> np.ndarray:
     """Position embeddings of a ViT for another number of patches.
 
-    The class token's row is kept; the others, a square map, are resized by PyTorch's bicubic interpolation without
-    antialiasing.
+    The class token's row is kept; the others, a square map, are resized by PyTorch's antialiased bicubic interpolation,
+    as OpenCLIP does.
 
     Args:
       table: (1 + n * n, W).
@@ -140,6 +159,6 @@ def resize_position_embedding(table: np.ndarray, side: int) -> np.ndarray:
     if old < 1 or old * old != len(table) - 1:
         raise UserError(f"position embeddings of shape {table.shape} are not a class token and a square map")
     grid = np.asarray(table[1:], np.float64).reshape(old, old, -1)
-    matrix = bicubic_matrix(old, side)
-    grid = np.einsum("iy,jx,yxc->ijc", matrix, matrix, grid).reshape(side * side, -1)
+    matrix = antialiased_bicubic_matrix(old, side)
+    grid = np.einsum("iy,jx,yxc->ijc", matrix, matrix, grid, optimize=True).reshape(side * side, -1)
     return np.concatenate([table[:1], grid]).astype(np.float32)

@@ -25,6 +25,8 @@ NO_POLICY = Policy()
 def make_schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
     """Linear warm-up over `optim.warmup_steps` to `optim.learning_rate`, then `optim.schedule`.
 
+    The warm-up's first update has 1 / (warmup_steps + 1) of the rate, not 0, so that no step does nothing.
+
     'cosine' and 'linear' fall to `optim.final_fraction` of it at the last step; 'steps' stays, and is multiplied by
     `optim.step_factor` at each of `optim.step_at`, shares of all steps.
 
@@ -37,9 +39,10 @@ def make_schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
         raise UserError(f"optim.warmup_steps={warmup} must be at least 0 and below total_steps={total_steps}")
     if optim.schedule not in SCHEDULES:
         raise UserError(f"optim.schedule={optim.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
+    first = peak / (warmup + 1)
     if optim.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(
-            init_value=0.0 if warmup else peak,
+            init_value=first,
             peak_value=peak,
             warmup_steps=warmup,
             decay_steps=total_steps,
@@ -55,7 +58,7 @@ def make_schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
                 f"{warmup} of the warm-up and below 1, such as (0.67, 0.92)"
             )
         after = optax.piecewise_constant_schedule(peak, dict.fromkeys(places, optim.step_factor))
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+    return optax.join_schedules([optax.linear_schedule(first, peak, warmup), after], [warmup]) if warmup else after
 
 
 class Optimizer(NamedTuple):
