@@ -57,7 +57,7 @@ def test_labels_are_the_same_in_another_process():
 
 
 def test_positives_of_the_embedded_set_are_those_of_dense_ids():
-    """Equal labels mark the same pairs as numbers of distinct captions, of all that configs/pretrain.py can draw."""
+    """Equal labels mark the same pairs as numbers of distinct captions, of all texts of configs/pretrain.py, uncut."""
     (op,) = parse_ops("label", {})
     captions = []
     for record in open_source("emoji:train").metadata():

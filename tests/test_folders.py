@@ -340,7 +340,7 @@ def test_the_sentences_are_printed_once_and_written_beside_the_configuration(tmp
     source = open_source(folder)
     half = Subset(source, np.array([0]), "half")
     assert summary_of(half) == source.summary
-    write_data([source, half, open_source("emoji:new_names")], tmp_path)
+    write_data(map(summary_of, [source, half, open_source("emoji:new_names")]), tmp_path)
     assert capsys.readouterr().out == (
         f"{folder}: 3 files, 2 read as pictures; 2 classes from the names of the sub-folders: cat, dog; passed over: "
         "1 .pdf\n"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from florence_jax.data.captions import caption_label
+from florence_jax.data.captions import caption_label, token_label
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.ops.registry import OPS
 from florence_jax.data.records import BadRecord
@@ -404,13 +404,27 @@ def test_bad_captions(caption, message):
 
 
 def test_labels():
+    without = {"templates": TEMPLATES}
     for spec in ("caption|label", "label", "caption|label|prompt"):
-        label = run(spec, RECORD)["label"]
+        label = run(spec, RECORD, context=without)["label"]
         assert label.dtype == np.int32 and label.tolist() == caption_label("red fox").tolist()
-    label = run("caption(group=1)|label|prompt", RECORD)["label"]
+    label = run("caption(group=1)|label|prompt", RECORD, context=without)["label"]
     assert label.tolist() == caption_label("animals").tolist() != caption_label("red fox").tolist()
     with pytest.raises(BadRecord, match="'k': its caption is NoneType"):
         run("label", {"key": "k"})
+
+
+def test_captions_that_are_cut_to_one_text_have_one_label():
+    context = {"tokenizer": load_tokenizer("sentencepiece", 8)}
+
+    def label(caption):
+        return run("label", {"key": "k", "caption": caption}, context=context)["label"].tolist()
+
+    start = "a red fox on the snow in the"  # more tokens than the model sees
+    assert label(f"{start} morning") == label(f"{start} evening") == label(start) != label("a red fox")
+    assert label(" A red  FOX") == label("a red fox") != label("a red cat")
+    with pytest.raises(BadRecord, match="'k': caption '-' has no tokens"):
+        run("label", {"key": "k", "caption": "-"})
 
 
 def test_prompt():
@@ -455,7 +469,7 @@ def test_texts():
         np.testing.assert_array_equal(out["label"][k], single["label"])
     assert not parse_ops("texts('caption=1')", CONTEXT | {"templates": ()})[0].random
     bare = run("texts('caption=1', 'group=1,none=1')", {"key": "k", "caption": "Red Fox", "none": ""})
-    assert bare["label"].tolist() == [caption_label("red fox").tolist()] * 2
+    assert bare["label"].tolist() == [token_label(CONTEXT["tokenizer"]("red fox")).tolist()] * 2
 
 
 def test_keep():

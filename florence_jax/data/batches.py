@@ -9,7 +9,7 @@ from absl import logging
 
 from florence_jax.data.ops.captions import Caption, Texts
 from florence_jax.data.ops.registry import Op
-from florence_jax.data.records import PAYLOADS, BadRecord, Record, Source
+from florence_jax.data.records import PAYLOADS, BadRecord, Record, Source, evenly
 from florence_jax.errors import UserError
 
 Batch = dict[str, Any]  # arrays, and lists for the fields that stay on the host
@@ -268,8 +268,8 @@ def _samples(sources: Sequence[Source]) -> Iterator[list[Record]]:
         each = max(count // len(sources), 1)
         records: list[Record] = []
         for source in sources:
-            rows = np.unique(np.linspace(0, len(source) - 1, min(each, len(source))).astype(np.int64))
-            records += [row for row in source.__getitems__(rows.tolist()) if not isinstance(row, BadRecord)]
+            rows = evenly(len(source), each).tolist()
+            records += [row for row in source.__getitems__(rows) if not isinstance(row, BadRecord)]
         yield records
 
 

@@ -32,5 +32,13 @@ def caption_label(text: str) -> np.ndarray:
     n^2 / 2^65: 1e-7 for 2 million captions, 0.03 for a billion; they would be positives of each other in the batches
     where they meet.
     """
-    data = normalise_caption(text).encode("utf-8", "surrogatepass")
+    return _label(normalise_caption(text).encode("utf-8", "surrogatepass"))
+
+
+def token_label(ids: np.ndarray) -> np.ndarray:
+    """As `caption_label`, int32 (2,), of the int32 ids (L,) that a model sees: captions cut to one text are equal."""
+    return _label(np.ascontiguousarray(ids, "<i4").tobytes())
+
+
+def _label(data: bytes) -> np.ndarray:
     return np.frombuffer(hashlib.blake2b(data, digest_size=8).digest(), "<i4").astype(np.int32)

@@ -191,7 +191,7 @@ def eval_stream(
     _check_policy(on_corrupt)
     if prefetch < 0:
         raise UserError(f"prefetch={prefetch} must not be negative")
-    parsed = [parse_ops(text, context) for text in _ops_of(ops, buckets)]
+    parsed = [parse_ops(text, context) for text in ops_of(ops, buckets)]
     for found in parsed:
         if drawn := [op.name for op in found if op.random]:
             raise UserError(
@@ -243,8 +243,8 @@ def _local_size(batch_size: int, process: Process) -> int:
     return batch_size // process.count
 
 
-def _ops_of(ops: str, buckets: Sequence[Bucket]) -> list[str]:
-    """The op string of each bucket; of no buckets, itself."""
+def ops_of(ops: str, buckets: Sequence[Bucket]) -> list[str]:
+    """The op string of each bucket; of no buckets, itself. Raises UserError for {height} or {width} without them."""
     if not buckets:
         if found := next((name for name in ("{height}", "{width}") if name in ops), None):
             raise UserError(f"ops {ops!r}: {found} is the size of a bucket, and there are none: give sizes of buckets")
@@ -306,7 +306,7 @@ class _Part(NamedTuple):
 
 def _bucket_parts(data: TrainData, weights: Sequence[float], seed: int) -> list[_Part]:
     # Distinct, unrelated seeds: grain shuffles epoch e with seed + e, so neighbouring seeds would share epochs.
-    ops = [parse_ops(text, data.context) for text in _ops_of(data.ops, data.buckets)]
+    ops = [parse_ops(text, data.context) for text in ops_of(data.ops, data.buckets)]
     if not data.buckets:
         seeds = np.random.SeedSequence(seed).generate_state(len(data.sources))
         return [_Part(list(data.sources), list(weights), seeds, ops[0], 1.0)]

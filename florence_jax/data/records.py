@@ -69,6 +69,22 @@ def summary_of(source: Source) -> Mapping[str, Any]:
     return getattr(source, "summary", {})
 
 
+def sample_of(source: Source, count: int) -> list[Record]:
+    """Up to `count` readable records without PAYLOADS, spread over the source: the cost does not grow with its size.
+
+    A source that can do that without reading its pictures has a method `sample` of its own.
+    """
+    if hasattr(source, "sample"):
+        return source.sample(count)
+    found = source.__getitems__(evenly(len(source), count).tolist())
+    return [without_payloads(record) for record in found if not isinstance(record, BadRecord)]
+
+
+def evenly(total: int, count: int) -> np.ndarray:
+    """int64: up to `count` different numbers below `total`, ascending, evenly spread from the first to the last."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))
+
+
 class Subset:
     """Some records of a source, in the given order; a `Source`.
 

@@ -184,6 +184,7 @@ class Embedder:
     def __init__(self, predict: Mapping[str, Predict], tokenizer: Tokenizer | None, mesh: Mesh, batch_size: int):
         self._tokenizer = tokenizer
         self._compiled_towers: set[str] = set()
+        self._told: set[str] = set()
         self._towers: dict[str, Predictor] = {
             name: Predictor(_with_label(predict[name]), mesh, batch_size)
             for name in ("image", "text")
@@ -229,11 +230,24 @@ class Embedder:
     def texts(self, params: Any, texts: Sequence[str], what: str = "texts") -> np.ndarray:
         """Embeds texts: float32 (len(texts), D). `what` names them on the progress bar.
 
+        Those that are longer than the model's are cut; how many is told once for each `what`.
+
         Raises:
           UserError: for a text without tokens, or embeddings that are not finite.
         """
         batches = self._text_batches(texts, -(-len(texts) // self.batch_size))
-        return self._gather("text", params, batches, what, len(texts), quiet=True)["embedding"]
+        found = self._gather("text", params, batches, what, len(texts), quiet=True)["embedding"]
+        if what not in self._told and jax.process_index() == 0:
+            self._told.add(what)
+            self._tell_cut(texts, what)
+        return found
+
+    def _tell_cut(self, texts: Sequence[str], what: str) -> None:
+        assert self._tokenizer is not None, "texts need a tokenizer"
+        most = self._tokenizer.length
+        long = [text for text in texts if len(text) + 3 > most or not text.isascii()]  # others fit for sure
+        if cut := sum(len(self._tokenizer.encode(text)) > most for text in long):
+            print(f"{what}: {cut:,} of {len(texts):,} are cut to the {most} tokens that the model sees", flush=True)
 
     def _text_batches(self, texts: Sequence[str], steps: int) -> Iterator[dict[str, np.ndarray]]:
         local = self.batch_size // jax.process_count()

@@ -31,7 +31,9 @@ def class_embeddings(embedder: Embedder, params: Any, names: Sequence[str], temp
       UserError: for an empty name, no templates or a malformed one.
     """
     prompts = [prompt for name in names for prompt in class_prompts(name, templates)]
-    embedded = embedder.texts(params, prompts, f"{len(names)} classes").reshape(len(names), len(templates), -1)
+    embedded = embedder.texts(params, prompts, f"prompts of {len(names)} classes").reshape(
+        len(names), len(templates), -1
+    )
     mean = embedded.mean(1)
     return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
 

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from florence_jax.data.pipeline import Process, Stream, TrainData, to_global, train_stream
-from florence_jax.data.records import Source
+from florence_jax.data.records import summary_of
+from florence_jax.data.text_lengths import text_lengths
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator, all_charts, all_files, chance_levels, evaluate
 from florence_jax.files import write_bytes
@@ -104,7 +105,7 @@ def evaluate_only(config: ConfigDict, suite: Suite, workdir: Path) -> None:
             make_workdir(workdir)
         with only_run(workdir):
             if is_main:
-                write_data(opened_sources(suite, evaluators), workdir)
+                write_data(found_data(suite, evaluators), workdir)
             finish(config, suite, workdir, evaluators, params, step)
             if is_main:
                 add_evaluated(config, workdir)
@@ -117,7 +118,7 @@ def evaluate_only(config: ConfigDict, suite: Suite, workdir: Path) -> None:
             params = suite.load(mesh)
             if is_main:
                 write_config(config, suite.identity, workdir)
-                write_data(opened_sources(suite, evaluators), workdir)
+                write_data(found_data(suite, evaluators), workdir)
             finish(config, suite, workdir, evaluators, params, step=0)
 
 
@@ -127,9 +128,10 @@ def mesh_of(config: ConfigDict, devices: list[Any] | None = None) -> Mesh:
     return make_mesh(sizes.data, sizes.fsdp, devices, fsdp_across_slices=sizes.fsdp_across_slices)
 
 
-def opened_sources(suite: Suite, evaluators: Sequence[Evaluator]) -> list[Source]:
-    """The data of a run."""
-    return [*suite.sources, *(source for evaluator in evaluators for source in evaluator.sources)]
+def found_data(suite: Suite, evaluators: Sequence[Evaluator]) -> list[Mapping[str, Any]]:
+    """What the sources of a run say that they found."""
+    sources = [*suite.sources, *(source for evaluator in evaluators for source in evaluator.sources)]
+    return [summary_of(source) for source in sources]
 
 
 def open_stream(config: ConfigDict, task: Task, data: TrainData, start_step: int = 0) -> Stream:
@@ -305,7 +307,7 @@ class Trainer:
             return 0
         if self.is_main:
             write_config(config, self.task.identity, self.workdir)
-            write_data(opened_sources(self.task, evaluators), self.workdir)
+            write_data([*found_data(self.task, evaluators), text_lengths(data)], self.workdir)
         self._describe()
         writer = MetricsWriter(self.workdir, resume_step=start, write=self.is_main)
         with StopSignals() as signals, contextlib.closing(writer), checkpoints:

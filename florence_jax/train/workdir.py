@@ -11,7 +11,6 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from florence_jax.data.records import Source, summary_of
 from florence_jax.errors import UserError
 from florence_jax.files import write_bytes
 
@@ -63,10 +62,10 @@ def add_evaluated(config: ConfigDict, workdir: Path) -> None:
         write_json_file(workdir / CONFIG_FILE, content)
 
 
-def write_data(sources: Iterable[Source], workdir: Path) -> None:
-    """Writes data.json and prints a sentence each: what sources with a summary found and passed over."""
-    found = {summary["says"]: summary for source in sources if (summary := summary_of(source))}
-    for says in found:
+def write_data(summaries: Iterable[Mapping[str, Any]], workdir: Path) -> None:
+    """Writes data.json and prints the sentence "says" of each: what sources found and passed over, what is cut."""
+    found = {summary["says"]: summary for summary in summaries if summary}
+    for says in filter(None, found):
         print(says, flush=True)
     if found:
         write_json_file(workdir / DATA_FILE, list(found.values()))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from florence_jax.data.captions import caption_label, normalise_caption
+from florence_jax.data.captions import caption_label, normalise_caption, token_label
 from florence_jax.data.ops.registry import Example, Op, checked_number, key_of, op
 from florence_jax.data.prompts import apply_prompt
 from florence_jax.data.records import BadRecord
@@ -37,7 +37,7 @@ class Caption(Op):
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Replaces the caption."""
-        found = {name: texts for name in self.fields if (texts := _texts(example, name))}
+        found = {name: texts for name in self.fields if (texts := candidate_texts(example, name))}
         if not found:
             raise BadRecord(key_of(example), f"no text in {' or '.join(self.fields)}")
         name = _draw(found, self.fields, rng) if len(found) > 1 else next(iter(found))
@@ -57,8 +57,8 @@ def _draw(found: Mapping[str, Any], weights: Mapping[str, float], rng: np.random
     return name
 
 
-def _texts(record: Mapping[str, Any], field: str) -> Sequence[Any]:
-    """What `caption` may draw from one field, blank strings left out."""
+def candidate_texts(record: Mapping[str, Any], field: str) -> Sequence[Any]:
+    """What op `caption` may draw from one field of a record, blank strings left out; not all need be strings."""
     joined = field.endswith(JOINED) and field not in record
     value = record.get(field.removesuffix(JOINED) if joined else field)
     values = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
@@ -92,16 +92,27 @@ def parse_fields(fields: str) -> dict[str, float]:
 
 @op("label")
 class Label(Op):
-    """Adds "label", int32 (2,): the hash of the normalised caption, see `caption_label`. Goes before `prompt`.
+    """Adds "label", int32 (2,), equal for equal captions. Goes before `prompt`.
 
+    It is the hash of the normalised caption as context["tokenizer"] gives it to a model (`token_label`), so that
+    captions that differ only where they are cut are one; without a tokenizer that of the caption (`caption_label`).
     A "label" of the record itself is replaced.
     """
 
     reads = frozenset(("caption",))
 
+    def __init__(self, context: Mapping[str, Any]):
+        self.tokenizer = context.get("tokenizer")
+
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Adds the label."""
-        return example | {"label": caption_label(_caption(example))}
+        caption = _caption(example)
+        if self.tokenizer is None:
+            return example | {"label": caption_label(caption)}
+        try:
+            return example | {"label": token_label(self.tokenizer(normalise_caption(caption)))}
+        except UserError as error:
+            raise BadRecord(key_of(example), str(error)) from error
 
 
 @op("prompt")
@@ -162,7 +173,7 @@ class Texts(Op):
         if not fields:
             raise UserError("name the caption fields of each text")
         self.sets = [parse_fields(names) for names in fields]
-        rest = (Label(), Prompt(context), Tokenize(context, sampling))
+        rest = (Label(context), Prompt(context), Tokenize(context, sampling))
         self.chains = [(Caption(**names), *rest) for names in self.sets]
         self.reads = frozenset(name for names in self.sets for name in names)
         self.random = any(op.random for chain in self.chains for op in chain)
@@ -172,7 +183,7 @@ class Texts(Op):
         made = []
         for names, chain in zip(self.sets, self.chains, strict=True):
             text = example
-            for step in chain if any(_texts(example, name) for name in names) else self.chains[0]:
+            for step in chain if any(candidate_texts(example, name) for name in names) else self.chains[0]:
                 text = step(text, rng)
             made.append(text)
         return example | {name: np.stack([text[name] for text in made]) for name in MADE_OF_TEXTS}

@@ -13,13 +13,15 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
-from florence_jax.data.records import PAYLOADS, BadRecord, BaseSource, Record, first_line, without_payloads
+from florence_jax.data.records import PAYLOADS, BadRecord, BaseSource, Record, evenly, first_line, without_payloads
 from florence_jax.errors import UserError
 from florence_jax.files import replacing
 
 META = ".meta"
 META_GROUP = 256  # records a chunk: some 50 kB of captions, which compress well together
 READ = 4 * META_GROUP  # records of a side file that are read at once
+SAMPLED_FILES, SAMPLED_BLOCKS = 16, 4  # side files that a sample is of, and blocks of each
+WRITE_SIDE_FILE = "python -m florence_jax.tools.write_metadata"
 
 
 class ArrayRecordSource(BaseSource):
@@ -89,9 +91,33 @@ class ArrayRecordSource(BaseSource):
                     record.setdefault("key", f"{self.name}[{i}]")
                     yield record
 
+    def sample(self, count: int) -> list[Record]:
+        """See `records.sample_of`: blocks of a few side files; of the data files where one has none."""
+        files = [self._paths[i] for i in evenly(len(self._paths), SAMPLED_FILES)]
+        if not all(epath.Path(path + META).exists() for path in files):
+            found = self.__getitems__(evenly(len(self), count).tolist())
+            return [without_payloads(record) for record in found if not isinstance(record, BadRecord)]
+        return [record for path in files for record in _side_blocks(path, -(-count // len(files)))][:count]
+
+
+def _side_blocks(path: str, count: int) -> Iterator[Record]:
+    """Up to `count` records of a side file, in blocks spread over it."""
+    try:
+        with closing(ArrayRecordReader(path + META)) as side:
+            total = side.num_records()
+            size = total if count >= total else -(-count // SAMPLED_BLOCKS)
+            for start in evenly(total - size + 1, SAMPLED_BLOCKS).tolist():
+                yield from filter(None, map(msgpack.unpackb, side.read(start, start + size)))
+    except (RuntimeError, IndexError, msgpack.UnpackException) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    return UserError(f"cannot read {path}{META} ({first_line(error)}): {WRITE_SIDE_FILE} {path}")
+
 
 def _read_side_file(path: str) -> Iterator[Record | None]:
-    fix = f"python -m florence_jax.tools.write_metadata {path}"
+    fix = f"{WRITE_SIDE_FILE} {path}"
     if not epath.Path(path + META).exists():
         raise UserError(f"{path} has no {path}{META}, its records without the pictures, which is needed here: {fix}")
     try:
@@ -102,7 +128,7 @@ def _read_side_file(path: str) -> Iterator[Record | None]:
             for start in range(0, count, READ):
                 yield from map(msgpack.unpackb, side.read(start, min(start + READ, count)))
     except (RuntimeError, IndexError, msgpack.UnpackException) as error:
-        raise UserError(f"cannot read {path}{META} ({first_line(error)}): {fix}") from error
+        raise _unreadable(path, error) from error
 
 
 def write_array_record(path: str, records: Iterable[Record]) -> int:

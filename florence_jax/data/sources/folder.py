@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from florence_jax.data.records import BadRecord, BaseSource, Record, picture_bytes
+from florence_jax.data.records import BadRecord, BaseSource, Record, evenly, picture_bytes
 from florence_jax.data.sources.picture_files import Listing, list_pictures, shown, some
 from florence_jax.errors import UserError
 from florence_jax.files import table_rows
@@ -48,6 +48,11 @@ class FolderSource(BaseSource):
         """All rows in order; the image files are not touched."""
         return map(dict, self._rows)
 
+    def sample(self, count: int) -> list[Record]:
+        """See `records.sample_of`; the image files are not touched."""
+        some = FolderSource(self.name, [self._rows[i] for i in evenly(len(self), count)])
+        return list(some.metadata())
+
 
 class TextSource(FolderSource):
     """Image files with a .txt or a .json beside each, which are read when a record is.
@@ -76,6 +81,13 @@ class TextSource(FolderSource):
                 yield self._read(row)
             except BadRecord:
                 continue
+
+    def sample(self, count: int) -> list[Record]:
+        """See `records.sample_of`; the image files are not touched."""
+        return list(self._some(count).metadata())
+
+    def _some(self, count: int) -> "TextSource":
+        return TextSource(self.name, [self._rows[i]["key"] for i in evenly(len(self), count)], self._texts)
 
     def _read(self, row: Record) -> Record:
         fields: Record = {}
