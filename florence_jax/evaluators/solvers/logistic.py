@@ -10,7 +10,7 @@ the Hessian is nearly diagonal, covariance x class variance + 1 / (C N), which i
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -96,42 +96,46 @@ class _Data(NamedTuple):
         return _product(self.transposed, columns, 1).reshape(-1, *residual.shape[1:])
 
 
-class _Logistic(NamedTuple):
-    """The `lbfgs.Problem`: mean cross-entropy + penalty (L,) / 2 |w|^2. The last row of a point is the bias."""
+class _Loss(Protocol):
+    """A mean loss of the predictions (N, L, K) for the labels of `_Data`."""
+
+    def value(self, logits: jax.Array) -> jax.Array:
+        """(L,)."""
+
+    def along(self, logits: jax.Array, at_d: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Slope and curvature (L,) where the predictions change by `at_d`."""
+
+    def residual(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The gradient (N, L, K), and the mean variance of each class's answers (L, K), its curvature."""
+
+
+class _CrossEntropy(NamedTuple):
+    """One class an example."""
 
     data: _Data
-    penalty: jax.Array
 
-    def predict(self, x: jax.Array) -> jax.Array:
-        """Logits (N, L, K)."""
-        return self.data.forward(x)
+    def value(self, logits: jax.Array) -> jax.Array:
+        """See `_Loss`; accurate also where it is nearly zero."""
+        against = logits - self._chosen(logits)[..., None]  # 0 for the class itself
+        top = against.max(-1)
+        rest = jnp.where(self._target(logits), 0, jnp.exp(against - top[..., None])).sum(-1)
+        return (self.data.mask[:, None] * (top + jnp.log1p(jnp.expm1(-top) + rest))).sum(0)
 
-    def along(self, x: jax.Array, d: jax.Array, at_x: jax.Array, at_d: jax.Array, t: jax.Array) -> Step:
-        """Value, slope and curvature at x + t d."""
-        logits = at_x + t[None, :, None] * at_d
+    def along(self, logits: jax.Array, at_d: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `_Loss`."""
         p = jax.nn.softmax(logits)
         against = at_d - self._chosen(at_d)[..., None]
-        mean = (p * against).sum(-1)
-        xd, dd, xx = (_penalised(a, b) for a, b in ((x, d), (d, d), (x, x)))
-        mask = self.data.mask[:, None]
-        return Step(
-            self._loss(logits) + self.penalty / 2 * (xx + t * (2 * xd + t * dd)),
-            (mask * mean).sum(0) + self.penalty * (xd + t * dd),
-            (mask * ((p * against**2).sum(-1) - mean**2)).sum(0) + self.penalty * dd,
-        )
+        mean, mask = (p * against).sum(-1), self.data.mask[:, None]
+        return (mask * mean).sum(0), (mask * ((p * against**2).sum(-1) - mean**2)).sum(0)
 
-    def gradient(self, x: jax.Array, at_x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Value, gradient, and the inverse of covariance x variance of each class's probability + penalty."""
-        p = jax.nn.softmax(at_x)
-        mask, target = self.data.mask[:, None, None], self._target(at_x)
+    def residual(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `_Loss`."""
+        p = jax.nn.softmax(logits)
+        mask, target = self.data.mask[:, None, None], self._target(logits)
         others = jnp.where(target, 0, p)
         # Where the model is nearly certain, 1 - p of the class is lost to rounding; the sum of the others is not.
         residual = mask * jnp.where(target, -others.sum(-1, keepdims=True), others)
-        weights = self.data.backward(residual) + self.penalty[None, :, None] * x[:-1]
-        variance = jnp.abs(residual * (1 - jnp.abs(residual) / mask.max())).sum(0)
-        value = self._loss(at_x) + self.penalty / 2 * _penalised(x, x)
-        inverse = _inverse_hessian(self.data, self.penalty, variance)
-        return value, jnp.concatenate([weights, residual.sum(0)[None]]), inverse
+        return residual, jnp.abs(residual * (1 - jnp.abs(residual) / mask.max())).sum(0)
 
     def _target(self, logits: jax.Array) -> jax.Array:
         return (jnp.arange(logits.shape[-1])[None] == self.data.labels[:, None])[:, None]
@@ -139,42 +143,25 @@ class _Logistic(NamedTuple):
     def _chosen(self, logits: jax.Array) -> jax.Array:
         return jnp.where(self._target(logits), logits, 0).sum(-1)
 
-    def _loss(self, logits: jax.Array) -> jax.Array:
-        """Mean cross-entropy (L,), accurate also where it is nearly zero."""
-        against = logits - self._chosen(logits)[..., None]  # 0 for the class itself
-        top = against.max(-1)
-        rest = jnp.where(self._target(logits), 0, jnp.exp(against - top[..., None])).sum(-1)
-        return (self.data.mask[:, None] * (top + jnp.log1p(jnp.expm1(-top) + rest))).sum(0)
-
 
 class _OneAgainstRest(NamedTuple):
-    """The `lbfgs.Problem` for several classes an example: the sum over classes of mean binary cross-entropies."""
+    """Several classes an example: the sum over classes of mean binary cross-entropies."""
 
     data: _Data
-    penalty: jax.Array
 
-    def predict(self, x: jax.Array) -> jax.Array:
-        """Logits (N, L, K)."""
-        return self.data.forward(x)
+    def value(self, logits: jax.Array) -> jax.Array:
+        """See `_Loss`."""
+        return (self._share() * jax.nn.softplus(-self._sign() * logits)).sum((0, 2))
 
-    def along(self, x: jax.Array, d: jax.Array, at_x: jax.Array, at_d: jax.Array, t: jax.Array) -> Step:
-        """Value, slope and curvature at x + t d."""
-        logits = at_x + t[None, :, None] * at_d
-        p, share = jax.nn.sigmoid(logits), self._share()
-        xd, dd, xx = (_penalised(a, b) for a, b in ((x, d), (d, d), (x, x)))
-        return Step(
-            self._loss(logits) + self.penalty / 2 * (xx + t * (2 * xd + t * dd)),
-            (self._residual(logits) * at_d).sum((0, 2)) + self.penalty * (xd + t * dd),
-            (share * p * (1 - p) * at_d**2).sum((0, 2)) + self.penalty * dd,
-        )
+    def along(self, logits: jax.Array, at_d: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `_Loss`."""
+        p = jax.nn.sigmoid(logits)
+        return (self._gradient(logits) * at_d).sum((0, 2)), (self._share() * p * (1 - p) * at_d**2).sum((0, 2))
 
-    def gradient(self, x: jax.Array, at_x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Value, gradient and inverse Hessian, as for `_Logistic`."""
-        p, residual = jax.nn.sigmoid(at_x), self._residual(at_x)
-        weights = self.data.backward(residual) + self.penalty[None, :, None] * x[:-1]
-        inverse = _inverse_hessian(self.data, self.penalty, (self._share() * p * (1 - p)).sum(0))
-        value = self._loss(at_x) + self.penalty / 2 * _penalised(x, x)
-        return value, jnp.concatenate([weights, residual.sum(0)[None]]), inverse
+    def residual(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `_Loss`."""
+        p = jax.nn.sigmoid(logits)
+        return self._gradient(logits), (self._share() * p * (1 - p)).sum(0)
 
     def _share(self) -> jax.Array:
         """(N, 1, K): of each answer in the mean; 0 for padding and for labels below 0, which are not judged."""
@@ -183,12 +170,40 @@ class _OneAgainstRest(NamedTuple):
     def _sign(self) -> jax.Array:
         return jnp.where(self.data.labels > 0, 1.0, -1.0)[:, None]
 
-    def _residual(self, logits: jax.Array) -> jax.Array:
+    def _gradient(self, logits: jax.Array) -> jax.Array:
         # p - 1 and p, without the rounding of p near 1.
         return -self._share() * self._sign() * jax.nn.sigmoid(-self._sign() * logits)
 
-    def _loss(self, logits: jax.Array) -> jax.Array:
-        return (self._share() * jax.nn.softplus(-self._sign() * logits)).sum((0, 2))
+
+class _Penalised(NamedTuple):
+    """The `lbfgs.Problem`: a loss + penalty (L,) / 2 |w|^2. The last row of a point is the bias."""
+
+    data: _Data
+    loss: _Loss
+    penalty: jax.Array
+
+    def predict(self, x: jax.Array) -> jax.Array:
+        """Logits (N, L, K)."""
+        return self.data.forward(x)
+
+    def along(self, x: jax.Array, d: jax.Array, at_x: jax.Array, at_d: jax.Array, t: jax.Array) -> Step:
+        """Value, slope and curvature at x + t d."""
+        logits = at_x + t[None, :, None] * at_d
+        slope, curvature = self.loss.along(logits, at_d)
+        xd, dd, xx = (_inner(a, b) for a, b in ((x, d), (d, d), (x, x)))
+        return Step(
+            self.loss.value(logits) + self.penalty / 2 * (xx + t * (2 * xd + t * dd)),
+            slope + self.penalty * (xd + t * dd),
+            curvature + self.penalty * dd,
+        )
+
+    def gradient(self, x: jax.Array, at_x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Value, gradient, and the inverse of covariance x variance of each class's answers + penalty."""
+        residual, variance = self.loss.residual(at_x)
+        weights = self.data.backward(residual) + self.penalty[None, :, None] * x[:-1]
+        value = self.loss.value(at_x) + self.penalty / 2 * _inner(x, x)
+        inverse = _inverse_hessian(self.data, self.penalty, variance)
+        return value, jnp.concatenate([weights, residual.sum(0)[None]]), inverse
 
 
 def _inverse_hessian(data: _Data, penalty: jax.Array, variance: jax.Array) -> jax.Array:
@@ -201,7 +216,8 @@ def _inverse_hessian(data: _Data, penalty: jax.Array, variance: jax.Array) -> ja
     return 1 / jnp.maximum(jnp.concatenate([hessian, variance[None]]), jnp.finfo(variance.dtype).tiny)
 
 
-def _penalised(a: jax.Array, b: jax.Array) -> jax.Array:
+def _inner(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Of what is penalised (L,), all but the bias."""
     return (a[:-1] * b[:-1]).sum((0, 2))
 
 
@@ -240,7 +256,7 @@ def _solver(mesh: Mesh) -> Callable[..., Solution]:
         # The loss of weights that are all zero.
         classes, several = start.shape[2], data.labels.ndim == 2
         trivial = jnp.full(penalty.shape, classes * np.log(2) if several else np.log(classes), jnp.float32)
-        problem = (_OneAgainstRest if several else _Logistic)(data, penalty)
+        problem = _Penalised(data, _OneAgainstRest(data) if several else _CrossEntropy(data), penalty)
         return minimise(problem, start, trivial, tolerance, max_iterations)
 
     return jax.jit(solve, out_shardings=replicated(mesh))
