@@ -11,8 +11,9 @@ from sklearn.linear_model import LogisticRegression as Theirs
 from florence_jax.data.records import ArraySource
 from florence_jax.data.sources.labelled import Labelled, open_labelled
 from florence_jax.errors import UserError
+from florence_jax.evaluators.metrics import roc_auc
 from florence_jax.evaluators.predictor import Embedder
-from florence_jax.evaluators.probe import LinearProbe, grid_c, score, search_c, split_validation
+from florence_jax.evaluators.probe import LinearProbe, grid_c, judged, search_c, split_validation
 from florence_jax.evaluators.solvers.logistic import Fits, LogisticRegression, objective, sklearn_weights
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tools.bench import __main__ as bench
@@ -120,20 +121,33 @@ def test_mistakes_of_the_regression(data):
 def test_search_halves_the_distance_to_the_peak():
     asked = []
 
-    def score(cs):
+    def judge(cs):
         asked.append([round(8 * (np.log10(c) + 6)) for c in cs])
-        return [-abs(i - 43) for i in asked[-1]]
+        return [np.array([-abs(i - 43.0)]) for i in asked[-1]]
 
-    c, tried = search_c(score)
+    c, tried = search_c(judge)
     assert asked[0] == [0, 16, 32, 48, 64, 80, 96] and asked[1] == [40, 56] and len(asked) == 5
     assert c == grid_c(43) and len(tried) == 15 and list(tried) == sorted(tried)
 
 
 def test_search_prefers_stronger_penalties_and_stays_on_the_grid():
-    c, tried = search_c(lambda cs: [0.5] * len(cs))
+    c, tried = search_c(lambda cs: [np.array([0.5])] * len(cs))
     assert c == pytest.approx(1e-6) and min(tried) == c
-    c, tried = search_c(lambda cs: [np.log(value) for value in cs])
+    c, tried = search_c(lambda cs: [np.array([np.log(value)]) for value in cs])
     assert c == pytest.approx(1e6) and max(tried) == c
+
+
+def test_search_takes_the_smallest_that_the_images_cannot_tell_from_the_best():
+    right = np.arange(100) < 88
+
+    def judge(cs, gained=3, lost=2):  # the best, at 100, has three images right that others have not, and two wrong
+        best = right ^ (np.arange(100) >= 100 - gained) ^ (np.arange(100) < lost)
+        kinds = [best if 90 < c < 200 else right if c > 0.05 else right & (np.arange(100) < 50) for c in cs]
+        return [kind.astype(np.float64) for kind in kinds]
+
+    assert search_c(judge)[0] == pytest.approx(1.0)  # the smallest tried of those
+    assert search_c(lambda cs: judge(cs, gained=6, lost=0))[0] == pytest.approx(100.0)
+    assert search_c(judge)[1][grid_c(64)] == pytest.approx(0.89)
 
 
 def test_hold_out_is_stratified_and_repeatable():
@@ -149,11 +163,18 @@ def test_hold_out_is_stratified_and_repeatable():
             split_validation(labels, share, 0)
 
 
-def test_scores_that_c_is_chosen_by():
+def test_what_c_is_chosen_by():
     scores, labels = np.eye(3)[[0, 0, 0, 0, 2]], np.array([0, 0, 0, 2, 2])
-    assert score("top1", scores, labels) == 0.8 and score("mean_per_class", scores, labels) == 0.75
-    assert score("voc_map", np.eye(2), np.eye(2, dtype=np.int8)) == 1.0
-    assert score("roc_auc", np.array([[1, 0], [0, 1], [0, 2]]), np.array([0, 1, 1])) == 1.0
+    assert judged("top1", scores, labels).tolist() == [1, 1, 1, 0, 1]
+    assert judged("mean_per_class", scores, labels).mean() == pytest.approx(0.75)
+    assert judged("voc_map", np.eye(2), np.eye(2, dtype=np.int8)).mean() == 1.0
+    rng = np.random.default_rng(0)
+    for share in (0.3, 0.7):
+        labels = (rng.random(50) < share).astype(np.int64)
+        scores = np.stack([np.zeros(50), labels + rng.normal(size=50).round(1)], axis=1)
+        values = judged("roc_auc", scores, labels)
+        assert len(values) == min(labels.sum(), 50 - labels.sum())
+        assert values.mean() == pytest.approx(roc_auc(scores[:, 1], labels == 1))
 
 
 def several(count=300):
@@ -228,7 +249,7 @@ def test_probe_with_a_validation_split(monkeypatch):
     train, test = by_rows(open_labelled("digits:train"), slice(100)), by_rows(open_labelled("digits:test"), slice(100))
     embedder = Embedder({"image": pixels}, None, ALONE, 100)
     probe = LinearProbe("d", train, test, "decode", embedder, validation=test, compare=True)
-    monkeypatch.setattr("florence_jax.evaluators.probe.search_c", lambda score: (1.0, {1.0: score([1.0])[0]}))
+    monkeypatch.setattr("florence_jax.evaluators.probe.search_c", lambda judge: (1.0, {1.0: judge([1.0])[0].mean()}))
     results = probe.run(16.0)
     # The last fit has seen the split that C was chosen on.
     assert results["top1"] > results["validation_top1"] > 0.5 and results["log10_c"] == 0

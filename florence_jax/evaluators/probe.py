@@ -1,16 +1,18 @@
 """Linear probe: logistic regression on frozen features, by the protocol of CLIP (Radford et al. 2021, appendix A.3).
 
 C is searched among 97 values, 8 a decade from 1e-6 to 1e6, on a part of the training set that is held out: first every
-other decade, then halving the distance to the neighbours of the best. With the best C the regression is fitted again on
-all of the training set. CLIP takes the features before the projection. For several classes an image (VOC) there is one
-regression of each class against the rest, all with the same C.
+other decade, then halving the distance to the neighbours of the best. Of the values tried the smallest is taken whose
+difference to the best is within one standard error: a small validation part cannot tell them apart, and where CLIP
+takes the best of them it may end at an extreme. With this C the regression is fitted again on all of the training set.
+CLIP takes the features before the projection. For several classes an image (VOC) there is one regression of each class
+against the rest, all with the same C.
 """
 
 import html
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +22,7 @@ from florence_jax.data.sources.labelled import Labelled
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Evaluator
 from florence_jax.evaluators.classification import ClassificationMetrics
-from florence_jax.evaluators.metrics import average_precisions, class_targets, confusion_matrix, mean_per_class, roc_auc
+from florence_jax.evaluators.metrics import average_precisions, class_targets
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.solvers.logistic import Fits, LogisticRegression, objective, sklearn_weights
 from florence_jax.page import curve
@@ -37,25 +39,30 @@ def grid_c(index: int) -> float:
     return 10.0 ** (index / STEPS_PER_DECADE - DECADES)
 
 
-def search_c(score: Callable[[Sequence[float]], Sequence[float]]) -> tuple[float, dict[float, float]]:
+def search_c(judge: Callable[[Sequence[float]], Sequence[np.ndarray]]) -> tuple[float, dict[float, float]]:
     """CLIP's search: C = 1e-6, 1e-4, ..., 1e6, then the neighbours of the best at ever smaller distances.
 
     Args:
-      score: values of C -> their validation accuracies; called five times, with 7 and then at most 2 values.
+      judge: values of C -> for each what the same images score, see `judged`; called five times, with 7 and then at
+        most 2 values.
 
     Returns:
-      The best C (the smallest of equally good ones), and the accuracy of every C tried.
+      The smallest C that is as good as the best: the mean difference of what the images score is at most its standard
+      error. And the validation result of every C tried.
     """
     last = 2 * DECADES * STEPS_PER_DECADE
-    tried: dict[int, float] = {}
+    tried: dict[int, np.ndarray] = {}
     wanted, distance = list(range(0, last + 1, COARSE)), COARSE
     while True:
-        tried |= dict(zip(wanted, map(float, score([grid_c(i) for i in wanted])), strict=True))
-        best = min(tried, key=lambda i: (-tried[i], i))
+        tried |= dict(zip(wanted, judge([grid_c(i) for i in wanted]), strict=True))
+        best = min(tried, key=lambda i: (-tried[i].mean(), i))
         if distance == 1:
-            return grid_c(best), {grid_c(i): tried[i] for i in sorted(tried)}
+            break
         distance //= 2
         wanted = [i for i in (best - distance, best + distance) if 0 <= i <= last]
+    worse = {i: tried[best] - values for i, values in tried.items()}
+    equals = [i for i, lost in worse.items() if i <= best and lost.mean() <= lost.std() / np.sqrt(len(lost))]
+    return grid_c(min(equals, default=best)), {grid_c(i): float(tried[i].mean()) for i in sorted(tried)}
 
 
 def split_validation(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -80,21 +87,50 @@ def split_validation(labels: np.ndarray, share: float, seed: int) -> tuple[np.nd
     return np.sort(order[~held]), np.sort(order[held])
 
 
-def score(metric: str, scores: np.ndarray, labels: np.ndarray) -> float:
-    """A metric of `classification.METRIC_NAMES`, to choose C by.
+def judged(metric: str, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """float64 (n,): values whose mean is a metric of `classification.METRIC_NAMES`, to choose C by.
+
+    There is one for each image or, for 'voc_map', for each class, for 'roc_auc' for each image of the rarer class.
 
     Args:
       metric: its name.
       scores: float (N, K). labels: int (N,), or int8 (N, K) for several classes an image.
     """
     if metric == "voc_map":
-        return float(np.nanmean(average_precisions(scores, class_targets(labels, scores.shape[1]))))
+        precisions = average_precisions(scores, class_targets(labels, scores.shape[1]))
+        return precisions[~np.isnan(precisions)]
     if metric == "roc_auc":
-        return roc_auc(scores[:, 1] - scores[:, 0], labels == 1)
-    predictions = scores.argmax(1)
+        margins, rare = scores[:, 1] - scores[:, 0], int((labels == 1).mean() < 0.5)
+        few, many = margins[labels == rare], np.sort(margins[labels != rare])
+        below = (np.searchsorted(many, few) + np.searchsorted(many, few, "right")) / 2 / max(len(many), 1)
+        return below if rare else 1 - below
+    right = (scores.argmax(1) == labels).astype(np.float64)
     if metric == "mean_per_class":
-        return mean_per_class(confusion_matrix(labels, predictions, scores.shape[1]))
-    return float((predictions == labels).mean())
+        _, kinds, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        right *= len(labels) / (len(counts) * counts[kinds])
+    return right
+
+
+class Fitted(NamedTuple):
+    """A probe's regressions.
+
+    Attributes:
+      chosen: one fit, of the part that C was chosen on, without the images that it was chosen by.
+      final: one fit with the same C, of all of them.
+      tried: C -> validation result.
+    """
+
+    chosen: Fits
+    final: Fits
+    tried: Mapping[float, float]
+
+
+class _Rows(NamedTuple):
+    """Features and labels to fit on, to choose C by, and both together."""
+
+    train: tuple[np.ndarray, np.ndarray]
+    held: tuple[np.ndarray, np.ndarray]
+    all: tuple[np.ndarray, np.ndarray]
 
 
 class LinearProbe(Evaluator):
@@ -157,23 +193,40 @@ class LinearProbe(Evaluator):
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
+        rows = self._rows(params)
+        fitted, test = self._fit(rows), self._features(params, self._test)
+        results = self._measure(fitted, test)
+        return results | (self._sklearn(fitted.final, rows.all, test[:2]) if self._compare else {})
+
+    def fit(self, params: Any) -> Fitted:
+        """Chooses C on the features of these parameters, and fits."""
+        return self._fit(self._rows(params))
+
+    def measure(self, params: Any, fitted: Fitted) -> dict[str, float]:
+        """The results of `run`, of what was fitted to features of the same parameters."""
+        return self._measure(fitted, self._features(params, self._test))
+
+    def _measure(self, fitted: Fitted, test: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, float]:
+        features, labels, index = test
+        c = float(fitted.final.cs[0])
+        self._sweep = [self._curve(fitted.tried, c)]
+        results = self._metrics([fitted.final.scores(0, features)], labels, index, PROBE_HINT)
+        return results | {f"validation_{self._metric}": fitted.tried[c], "log10_c": float(np.log10(c))}
+
+    def _rows(self, params: Any) -> "_Rows":
         features, labels, _ = self._features(params, self._train)
         if isinstance(self._validation, Labelled):
             held = self._features(params, self._validation)[:2]
-            chosen = (features, labels)
-            features, labels = np.concatenate([features, held[0]]), np.concatenate([labels, held[1]])
-        else:
-            rows, held_rows = split_validation(labels, self._validation, self._seed)
-            chosen, held = (features[rows], labels[rows]), (features[held_rows], labels[held_rows])
-        c, tried, near = self._search(*chosen, *held)
-        test, test_labels, index = self._features(params, self._test)
-        final = self._regression(features, labels).fit([c], start=near)
-        results = self._metrics([final.scores(0, test)], test_labels, index, PROBE_HINT)
-        results |= {f"validation_{self._metric}": tried[c], "log10_c": float(np.log10(c))}
-        self._sweep = [self._curve(tried, c)]
-        if self._compare:
-            results |= self._sklearn(final, (features, labels), (test, test_labels))
-        return results
+            both = np.concatenate([features, held[0]]), np.concatenate([labels, held[1]])
+            return _Rows((features, labels), held, both)
+        rest, held_rows = split_validation(labels, self._validation, self._seed)
+        train, held = ((features[part], labels[part]) for part in (rest, held_rows))
+        return _Rows(train, held, (features, labels))
+
+    def _fit(self, rows: "_Rows") -> Fitted:
+        c, tried, near = self._search(*rows.train, *rows.held)
+        final = self._regression(*rows.all).fit([c], start=near)
+        return Fitted(near.take(np.flatnonzero(near.cs == c)[:1]), final, tried)
 
     def report(self) -> list[str]:
         """The curve of validation results over C, then as `ClassificationMetrics`."""
@@ -197,11 +250,11 @@ class LinearProbe(Evaluator):
         began = time.perf_counter()
         with tqdm(desc=f"{self.name}: C", unit="fit", leave=False, disable=not (main and sys.stderr.isatty())) as bar:
 
-            def judge(cs: Sequence[float]) -> list[float]:
+            def judge(cs: Sequence[float]) -> list[np.ndarray]:
                 fits = regression.fit(cs, start=Fits.join(known) if known else None)
                 known.append(fits)
                 bar.update(len(cs))
-                return [score(self._metric, fits.scores(i, held), held_labels) for i in range(len(cs))]
+                return [judged(self._metric, fits.scores(i, held), held_labels) for i in range(len(cs))]
 
             c, tried = search_c(judge)
         if main:
@@ -227,11 +280,12 @@ class LinearProbe(Evaluator):
         data = train[0], np.searchsorted(there, train[1])
         least = objective(*data, weights, bias, c)
         return {
-            f"sklearn_{self._metric}": score(self._metric, scores, test[1]),
+            f"sklearn_{self._metric}": float(judged(self._metric, scores, test[1]).mean()),
             "sklearn_objective_diff": objective(*data, ours.weights[0][:, there], ours.bias[0][there], c) / least - 1,
         }
 
     def _curve(self, tried: Mapping[float, float], c: float) -> str:
         name, metric = html.escape(self.name), html.escape(self._metric)
         line = curve(f"validation {metric} over log10 C", [np.log10(x) for x in tried], {"": list(tried.values())})
-        return f"<h2>{name}: linear probe</h2><p>C = {c:.4g}, the best of {len(tried)} tried.</p>{line}"
+        chosen = f"C = {c:.4g}, the smallest of {len(tried)} tried that is as good as the best"
+        return f"<h2>{name}: linear probe</h2><p>{chosen}.</p>{line}"
