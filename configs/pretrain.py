@@ -80,10 +80,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.train = "emoji:train"  # sources joined by '|', each with an optional '*weight'
     config.data.train_ops = TRAIN_OPS
     # Record fields that captions are drawn from, with weights; '|' between the fields of several texts a picture.
-    config.data.captions = "caption=1"
+    config.data.captions = ""  # '': "captions=1" where records have that list, else "caption=1"
     config.text = {
         "tokenizer": "sentencepiece",  # shipped model; or a .model file, or a CLIP BPE vocabulary file
         "templates": STAGES[given.stage].prompts,  # prompts around one- and two-word captions
+        "extra_captions": "",  # with data.captions='': fields of a second text, where records have any of them
         "subword_sampling": 0.0,  # share of training texts that are split into pieces at random (SentencePiece only)
     }
     config.loss = "unicl"  # or 'clip': every pair its own class
@@ -124,7 +125,7 @@ def _laptop(config: ConfigDict) -> None:
     square = "resize({res})|center_crop({res})"  # emoji are square already, your own pictures may not be
     config.data.train_ops = f"decode|{affine}|{square}|flip(0.5)|jitter(0.3, 0.3, 0.3)"
     # Two texts a picture: its name, and one of the rest. With one it learns more slowly, with more no better.
-    config.data.captions = "caption=1|keywords_joined=1,keywords=1,group=2"
+    config.text.extra_captions = "keywords_joined=1,keywords=1,group=2"
     config.text.subword_sampling = 0.2  # held-out names have words never seen: parts of words must mean something
     config.model.overrides.text_layers = 1
     config.model.overrides.text_length = 16  # names and keywords are short; longer captions of your own need more

@@ -41,6 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "tokenizer": "",  # '': the one that the weights were trained with
         "templates": False,
         "subword_sampling": 0.0,
+        "extra_captions": "",  # see configs/pretrain.py
     }
     config.loss = "unicl"
     config.grad_cache = {"micro_batch": 0, "towers": "both"}  # see configs/pretrain.py

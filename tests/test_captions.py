@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from florence_jax.data.batches import known_captions
 from florence_jax.data.captions import caption_label, normalise_caption
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.sources.catalog import open_source
@@ -74,3 +75,25 @@ def test_positives_of_the_embedded_set_are_those_of_dense_ids():
     rows, ids = labels[chosen], np.array(dense)[chosen]
     np.testing.assert_array_equal((rows[:, None] == rows[None]).all(-1), ids[:, None] == ids[None])
     assert (ids[:, None] == ids[None]).sum() > len(ids)
+
+
+class Records(list):
+    """Stands for a source."""
+
+    def __getitems__(self, indices):
+        return [self[i] for i in indices]
+
+
+@pytest.mark.parametrize(
+    ("records", "fields"),
+    [
+        ([{"caption": "a"}, {"caption": "b"}], ["caption=1"]),
+        ([{"caption": "a", "captions": ["a", "b"]}] * 3, ["captions=1"]),
+        ([{"caption": "a", "captions": ["a", "b"]}, {"caption": "a"}], ["captions=1,caption=1"]),
+        ([{"caption": "a", "group": "x"}], ["caption=1", "keywords_joined=1,group=2"]),
+        ([{"caption": "a", "keywords": ["x", "y"]}], ["caption=1", "keywords_joined=1,group=2"]),
+    ],
+)
+def test_own_records_have_the_caption_fields_that_are_there(records, fields):
+    assert known_captions([Records(records)], "keywords_joined=1,group=2") == fields
+    assert known_captions([Records(records)]) == fields[:1]

@@ -134,6 +134,8 @@ def test_language(language, caption):
 def test_short_captions_are_not_judged_by_language():
     rules = TextRules(languages=("en",))
     assert reason("kimono", rules) is None and reason("top hat", rules) is None
+    for caption in ("The letter K.", "The letter A.", "a man with a hat", "blue sky"):
+        assert reason(caption, rules) is None, caption
     assert decide_text(text_scores("ein rotes auto vor dem haus"), rules) == ("language", "de", "en")
 
 

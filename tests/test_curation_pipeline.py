@@ -24,8 +24,9 @@ from florence_jax.curation.filters.captions import text_decisions
 from florence_jax.curation.filters.validity import validity_decisions
 from florence_jax.curation.ingest import measure as measure_module
 from florence_jax.curation.ingest.inputs import list_splits
-from florence_jax.curation.main import beam_options, lines_of, with_sample
+from florence_jax.curation.main import beam_options, with_sample
 from florence_jax.curation.output.phase import merkle_root
+from florence_jax.curation.output.terminal import summary_lines
 from florence_jax.curation.plan import make_all
 from florence_jax.curation.run import runner_trouble
 from florence_jax.curation.select import simulate
@@ -83,7 +84,7 @@ def test_every_stage_and_its_reason(raw):
     assert sorted(both["captions"]) == ["the first thing again", "thing number 0 on a table"] and both["members"] == 2
     assert both["caption"] == both["captions"][0] and both["image"] == rows[0]["image"]
     assert sum(stage["came"] - stage["kept"] for stage in summary["stages"]) == 5
-    assert any("after text  (file_name 1)" in line for line in lines_of(summary))
+    assert any("after text  (file_name 1)" in line for line in summary_lines(summary, small_config("")))
 
 
 def shop_decisions(block, number):

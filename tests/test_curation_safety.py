@@ -203,6 +203,18 @@ def test_protego_is_named_when_missing(monkeypatch):
         ("CC BY 4.0 except the logo", "cc-by-4.0-except-the-logo"),
         ("CC0", "cc0-1.0"),
         ("Public  Domain", "public-domain"),
+        ("PDM", "public-domain"),
+        ("Public Domain Mark 1.0", "public-domain"),
+        ("PD-US-expired", "public-domain"),
+        ("http://web.resource.org/cc/publicdomain", "public-domain"),
+        ("http://web.resource.org/cc/PublicDomain", "public-domain"),
+        ("http://creativecommons.org/licenses/publicdomain/", "public-domain"),
+        ("publicdomain", "public-domain"),
+        ("CC0 1.0 Universal (CC0 1.0) Public Domain Dedication", "cc0-1.0"),
+        ("CC0-1.0", "cc0-1.0"),
+        ("Creative Commons Zero v1.0 Universal", "cc0-1.0"),
+        ("not in the public domain", "not-in-the-public-domain"),
+        ("public domain in the US only", "public-domain-in-the-us-only"),
         ("MIT", "mit"),
         ("Apache License 2.0", "apache-2.0"),
         ("All rights reserved", "all-rights-reserved"),
@@ -217,8 +229,11 @@ def test_a_restriction_is_never_lost_in_normalisation():
     allowed = SafetyRules(licences=("cc-by-4.0", "cc-by-sa-*"))
     for text in ("CC BY-NC 4.0", "CC BY 4.0 NC", "CC BY-ND", "Attribution-NonCommercial 4.0", "cc by nc sa 4.0", ""):
         assert decide_safety(scores(licence=text), allowed)[0] == "licence", text
-    for text in ("CC BY 4.0", "CC BY-SA 2.5"):
+    for text in ("CC BY 4.0", "CC BY-SA 2.5", "http://web.resource.org/cc/publicdomain", "CC0", "PDM"):
         assert decide_safety(scores(licence=text), allowed) is None
+    without = SafetyRules(licences=("cc-by-*",))
+    assert decide_safety(scores(licence="CC BY"), without) is None  # of no version
+    assert decide_safety(scores(licence="CC0"), SafetyRules(licences=("mit",))) == ("licence", "cc0-1.0", "mit")
 
 
 def scores(caption="a dog", **record):

@@ -7,17 +7,20 @@ Beam runner, --workers=N processes of DirectRunner, --beam='options of the runne
 import logging as python_logging
 import os
 import shlex
-from collections.abc import Mapping
 from typing import Any
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from florence_jax.command_line import CONFIG, WORKDIR, fail, no_more_arguments, parse_flags
+from florence_jax.config_files import read_config
 from florence_jax.curation.driver import curate
+from florence_jax.curation.output.terminal import summary_lines
 from florence_jax.curation.sample import SOURCES, build_sample
 from florence_jax.errors import UserError
 from florence_jax.files import read_json, write_json
 
+BY_INPUT, FOR_INPUT = "by input", "preset=own"  # see configs/curate.py
 _INPUT = flags.DEFINE_string("input", None, "Raw pairs: NAME=PATH, several joined by '|'; default: config.inputs.")
 _RUNNER = flags.DEFINE_string("runner", "DirectRunner", "Beam runner.")
 _WORKERS = flags.DEFINE_integer("workers", 0, "Processes of DirectRunner; 0: one a core.", lower_bound=0)
@@ -38,6 +41,17 @@ def beam_options(runner: str, workers: int, more: str) -> list[str]:
     mode = "multi_processing" if workers > 1 else "in_memory"
     direct = ["--runner=FnApiRunner", f"--direct_running_mode={mode}", f"--direct_num_workers={workers}"]
     return [*direct, "--default_sdk_harness_log_level=ERROR", *shlex.split(more)]
+
+
+def given_config() -> dict[str, Any]:
+    """The configuration of the command line; where that names inputs and no preset, the one for data of one's own."""
+    flag, config = flags.FLAGS["config"], CONFIG.value
+    inputs = _INPUT.value or config.inputs
+    if inputs and config.get("preset") == BY_INPUT:
+        file, _, arg = config_flags.get_config_filename(flag).partition(":")
+        config = read_config(f"{file}:{','.join(filter(None, (arg, FOR_INPUT)))}")
+        config.update_from_flattened_dict(config_flags.get_override_values(flag))
+    return config.to_dict() | {"inputs": inputs}
 
 
 def with_sample(config: dict[str, Any], workdir: str) -> dict[str, Any]:
@@ -63,25 +77,14 @@ def quiet() -> None:
         python_logging.getLogger(name).setLevel(python_logging.ERROR)
 
 
-def lines_of(summary: Mapping[str, Any]) -> list[str]:
-    """The summary for a terminal: pairs left after each stage, with the commonest reasons."""
-    lines = [f"{summary['rows']:>12,}  raw pairs"]
-    for stage in summary["stages"]:
-        reasons = sorted(stage["reasons"].items(), key=lambda item: (-item[1], item[0]))
-        shown = ", ".join(f"{reason} {count:,}" for reason, count in reasons[:4])
-        lines.append(f"{stage['kept']:>12,}  after {stage['stage']}" + (f"  ({shown})" if shown else ""))
-    return lines
-
-
 def main(argv: list[str]) -> None:
     """Runs curation and prints the funnel."""
     no_more_arguments(argv)
-    config = CONFIG.value.to_dict()
-    workdir = WORKDIR.value or config["workdir"]
+    workdir = WORKDIR.value or CONFIG.value.workdir
     workdir = workdir if "://" in workdir else os.path.abspath(workdir)
-    config |= {"inputs": _INPUT.value} if _INPUT.value else {}
     quiet()
     try:
+        config = given_config()
         config = with_sample(config, workdir)
         if read_json(f"{workdir}/config.json") != config:
             write_json(f"{workdir}/config.json", config)
@@ -94,8 +97,10 @@ def main(argv: list[str]) -> None:
                 f"{error}; check the free space and the permissions of {workdir}, then run the same command again"
             )
         )
-    print("\n".join(lines_of(summary)))
-    print(f"output: {workdir}/output\nreport: {workdir}/report/funnel.html\nroot:   {summary['root']}")
+    print("\n".join(summary_lines(summary, config)))
+    print(f"output: {workdir}/output\nreport: {workdir}/report/funnel.html\nroot:   {summary['root']}", flush=True)
+    if not summary["records"]:
+        fail(UserError(f"nothing is left of {summary['rows']:,} raw pairs; the lines above say why"))
     logging.info("done")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from florence_jax.data.ops.captions import Caption, Texts
+from florence_jax.data.ops.captions import JOINED, Caption, Texts, parse_fields
 from florence_jax.data.ops.registry import Op
 from florence_jax.data.records import PAYLOADS, BadRecord, Record, Source, evenly
 from florence_jax.errors import UserError
@@ -260,6 +260,19 @@ def check_fields(sources: Sequence[Source], ops: Sequence[Op], host: Collection[
             f"no record has the field {missing[0]!r}; fields: {', '.join(sorted(known))} ({looked} records of {names} "
             "were looked at)"
         )
+
+
+def known_captions(sources: Sequence[Source], extra: str = "") -> list[str]:
+    """The caption fields of each text of a picture, where nobody named any; see `ops.captions.parse_fields`.
+
+    Few records are looked at. It is "captions=1" where they have that list, "caption=1" where they have not, and both
+    where only some have it; then `extra`, where a record has one of its fields.
+    """
+    records = next(_samples(sources))
+    several = [bool(record.get("captions")) for record in records]
+    first = "captions=1" if several and all(several) else "captions=1,caption=1" if any(several) else "caption=1"
+    fields = [name.removesuffix(JOINED) for name in parse_fields(extra)] if extra else []
+    return [first, extra] if any(record.get(name) for record in records for name in fields) else [first]
 
 
 def _samples(sources: Sequence[Source]) -> Iterator[list[Record]]:

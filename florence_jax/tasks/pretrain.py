@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from florence_jax.data.batches import check_fields
+from florence_jax.data.batches import check_fields, known_captions
 from florence_jax.data.ops.captions import MADE_OF_TEXTS, Caption, parse_fields
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.pipeline import TrainData
@@ -71,7 +72,7 @@ class Pretrain(Task):
         self.eval_ops = config.data.eval_ops.replace("{res}", res)
         for ops in (self.train_ops, self.eval_ops):
             parse_ops(ops, {})
-        self._captions = self.caption_fields().split("|")  # the fields of each text of a picture
+        self._captions = self.caption_fields()
         flops = self.model.flops
         self.flops_per_example = 3.0 * (flops["image"] + len(self._captions) * flops["text"])
         self.predict = {"image": self._embed_image, "text": self._embed_text}
@@ -81,9 +82,12 @@ class Pretrain(Task):
         """What is trained."""
         return build_model(self.config)
 
-    def caption_fields(self) -> str:
-        """As `config.data.captions`."""
-        return self.config.data.captions
+    def caption_fields(self) -> list[str]:
+        """Of each text of a picture: `config.data.captions`, or what is in the data."""
+        data, extra = self.config.data, self.config.text.extra_captions
+        if data.captions:
+            return data.captions.split("|")
+        return known_captions(self.mixture[0], extra) if data.train else ["caption=1", *filter(None, [extra])]
 
     def length(self) -> Plan:
         """The plan."""
@@ -227,6 +231,10 @@ class Pretrain(Task):
     def train_data(self) -> TrainData:
         """See `Task`; raises `UserError` also for an unknown caption field."""
         config, (sources, weights) = self.config, self.mixture
+        if not config.data.captions and not all(source.name.startswith("emoji:") for source in sources):
+            logging.warning(
+                "captions are of the field(s) %s; --config.data.captions chooses others", " | ".join(self._captions)
+            )
         for fields in self._captions:
             check_fields(sources, [Caption(**parse_fields(fields))])
         context = {"tokenizer": self.tokenizer, "templates": TEMPLATES if config.text.templates else ()}

@@ -96,14 +96,6 @@ class FineTuneRetrieval(Pretrain):
         known = bool(self.config.data.train)
         return make_plan(self.config, sum(len(source) for source in self.mixture[0]) if known else None)
 
-    def caption_fields(self) -> str:
-        """Those of the configuration, or 'captions=1' where the records have that list, else 'caption=1'."""
-        data = self.config.data
-        if data.captions or not data.train:
-            return data.captions or "caption=1"
-        first = next(iter(self.mixture[0][0].metadata()), {})
-        return "captions=1" if isinstance(first.get("captions"), list) else "caption=1"
-
     @property
     def identity(self) -> Mapping[str, Any]:
         """See `Suite`."""

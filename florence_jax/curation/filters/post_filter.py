@@ -1,7 +1,6 @@
 """The post-filter: takedowns, licences, domains, unsafe pictures, personal data, opt-outs."""
 
 import dataclasses
-import fnmatch
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from florence_jax.curation.blocks import Decision, Decisions, Stage, rows_of
-from florence_jax.curation.filters.licences import blocking_domain, host_of, normalise_licence
+from florence_jax.curation.filters.licences import allows, blocking_domain, host_of, normalise_licence
 from florence_jax.curation.filters.opt_out import OptOutRules, SiteRules, decide_headers
 from florence_jax.curation.filters.personal import personal_scores
 from florence_jax.curation.filters.takedown import Takedown
@@ -24,8 +23,8 @@ class SafetyRules:
     """Thresholds of `decide_safety`; the defaults switch off what needs a list or a model.
 
     Attributes:
-      licences: patterns of allowed licence ids ('cc-by-*', see `normalise_licence`); () allows all. Records without a
-        licence are 'unknown', which must be listed to be allowed.
+      licences: patterns of allowed licence ids ('cc-by-*', see `normalise_licence` and `allows`); () allows all.
+        Records without a licence are 'unknown', which must be listed to be allowed.
       blocked_domains: with their sub-domains.
       max_nsfw: largest "nsfw" score in [0, 1]; None = no such score.
       personal: kinds of personal data ('mail', 'phone', 'card') that drop a pair.
@@ -75,7 +74,7 @@ def decide_safety(scores: Mapping[str, Any], rules: SafetyRules) -> Decision | N
       data is a count, never the data.
     """
     licence = scores["licence"]
-    if rules.licences and not any(fnmatch.fnmatchcase(licence, p.lower()) for p in rules.licences):
+    if not allows(rules.licences, licence):
         return "licence", licence, ",".join(rules.licences)
     if blocked := blocking_domain(scores["host"], rules.blocked_hosts):
         return "domain", scores["host"], blocked
