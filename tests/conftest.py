@@ -6,7 +6,7 @@ import tempfile
 
 import jax
 import pytest
-from absl import flags
+from absl import flags, logging
 
 # Programs compiled by one test are found by the others, by worker processes and by commands that tests start, until the
 # run ends. The process that makes the folder removes it: worker processes inherit the variable.
@@ -31,6 +31,14 @@ def pytest_unconfigure():
     """Removes the compiled programs of this run."""
     if CACHE:
         shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def absl_verbosity():
+    """Commands that a test runs in this process set it, and other tests look for what is logged."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="session")

@@ -442,7 +442,9 @@ def test_corrupt_record_is_counted_and_skipped_or_an_error(tmp_path):
     config = tiny_config(str(tmp_path / "data"), **changes)
     assert train(config, tmp_path / "skip") == 0
     last = values(tmp_path / "skip")[4]
-    assert last["train/skipped_records"] >= 1
+    result = json.loads((tmp_path / "skip" / "result.json").read_text())
+    assert result["skipped_records"] == last["train/skipped_records"] >= 1
+    assert "records skipped in training: " in (tmp_path / "skip" / "report.html").read_text()
     with pytest.raises(UserError, match="broken/one"):
         train(tiny_config(str(tmp_path / "data"), **changes, **{"data.on_corrupt": "error"}), tmp_path / "error")
 

@@ -38,10 +38,11 @@ def test_what_is_not_finite_is_null_in_valid_files(tmp_path):
     writer.close()
     test = SimpleNamespace(name="test", run=lambda params: results, chance={}, charts=(), report=list, files=dict)
     suite = SimpleNamespace(name="classify", identity={}, description={"parts": {}})
-    finish(ConfigDict({"eval": {"source": ""}}), suite, tmp_path, [test], None, 1)
+    finish(ConfigDict({"eval": {"source": ""}}), suite, tmp_path, [test], None, {"step": 1, "skipped_records": 3})
     written = [(tmp_path / name).read_text() for name in ("metrics.jsonl", "result.json")]
     expected = {"eval/test/roc_auc": None, "eval/test/large": None, "eval/test/top1": 0.5, "step": 1}
-    assert [json.loads(text, parse_constant=pytest.fail) for text in written] == [expected, expected]
+    found = [json.loads(text, parse_constant=pytest.fail) for text in written]
+    assert found == [expected, expected | {"skipped_records": 3}]
     assert '<td class="n">nan</td>' in (tmp_path / "report.html").read_text()
 
 

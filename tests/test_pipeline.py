@@ -29,7 +29,7 @@ from stream_tools import (
     take,
 )
 
-from florence_jax.data.batches import LAST_LOOK, MAX_BAD_IN_A_ROW, check_fields
+from florence_jax.data.batches import LAST_LOOK, check_fields
 from florence_jax.data.ops.captions import Caption
 from florence_jax.data.pipeline import (
     Process,
@@ -300,7 +300,7 @@ def test_bad_records_are_counted_and_replaced_by_the_next():
 )
 def test_every_kind_of_bad_record(broken, monkeypatch):
     lines = []
-    monkeypatch.setattr(logging, "log_every_n_seconds", lambda level, text, n, *args: lines.append(text % args))
+    monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
     records = pairs(4)
     records[1] = records[1] | broken
     source = ListSource(records, "src")
@@ -308,7 +308,7 @@ def test_every_kind_of_bad_record(broken, monkeypatch):
     batches = take(train_stream(TrainData([source], None, ops, CONTEXT), batch_size=4, seed=0, prefetch=0), 2)
     assert [batch["corrupt"].sum() for batch in batches] == [1, 1]
     lines = [line for line in lines if line.startswith("src: ")]  # others: threads of streams closed just before
-    assert len(lines) == 2 and "record 'r1'" in lines[0]
+    assert len(lines) == 1 and "record 'r1'" in lines[0]  # named once, counted each time
     with pytest.raises(UserError, match="src: record 'r1': .*on_corrupt='skip'") as error:
         take(train_stream(TrainData([source], None, ops, CONTEXT), batch_size=4, seed=0, on_corrupt="error"), 1)
     assert "\n" not in str(error.value)
@@ -316,8 +316,29 @@ def test_every_kind_of_bad_record(broken, monkeypatch):
 
 def test_nothing_usable():
     source = numbers(5, bad=range(5))
-    with pytest.raises(UserError, match=f"numbers0: {MAX_BAD_IN_A_ROW} unusable records in a row.*'n.': broken"):
+    with pytest.raises(UserError, match="numbers0: nearly all of its 5 records cannot be used: .*'n.': broken"):
         number_batches([source], 1)
+
+
+def test_a_block_of_bad_records_is_passed_over():
+    """1 % of the records, one after the other: any worker, process or resumed run passes over them alike."""
+    bad = range(500, 620)
+    data = TrainData([numbers(2000, bad=bad)], None, NUMBER_OPS, {})
+    options = {"batch_size": 200, "seed": 1}
+    batches = take(train_stream(data, **options), 12)
+    assert_same(take(train_stream(data, **options, start_step=10, workers=1), 2), batches[10:])
+    found = np.concatenate([batch["number"] for batch in batches])
+    first_after = np.bincount(found, minlength=2000)[620]
+    assert not set(found.tolist()) & set(bad) and first_after < 20  # 1.2, and those of the last eight bad ones
+
+
+def test_more_than_half_of_the_records_bad_ends_training():
+    data = TrainData([numbers(300, bad=range(200))], None, NUMBER_OPS, {})
+    with train_stream(data, batch_size=100, seed=1) as stream:
+        for _ in range(9):
+            next(stream)
+        with pytest.raises(UserError, match=r"6\d% of the 1,000 records drawn so far cannot be used, more than 50%"):
+            next(stream)
 
 
 def test_missing_files_of_a_folder(tmp_path):
@@ -381,7 +402,7 @@ def test_evaluation_of_list_captions_depends_on_the_row_only():
     assert len(np.unique(a["label"], axis=0)) > 2
 
 
-def test_bad_records_in_evaluation():
+def test_bad_records_in_evaluation(caplog):
     records = pairs(5)
     records[0] = records[0] | {"image": b"x"}
     records[3] = BadRecord("r3", "broken")
@@ -392,8 +413,12 @@ def test_bad_records_in_evaluation():
     assert [batch["mask"].tolist() for batch in batches] == [[False, True], [True, False], [True, False]]
     assert [batch["index"].tolist() for batch in batches] == [[0, 1], [2, 3], [4, -1]]
     broken = ListSource([BadRecord("r", "broken")] * 3)
-    with pytest.raises(UserError, match="no usable record among 3 in a row; the last: record 'r': broken"):
+    with pytest.raises(UserError, match="list: none of the 3 records can be used; the last: record 'r': broken"):
         take(eval_stream(broken, "keep(image)", {}, batch_size=2, on_corrupt="skip"), 9)
+    late = numbers(300, bad=range(290))
+    batches = take(eval_stream(late, NUMBER_OPS, {}, batch_size=20, on_corrupt="skip"), 20)
+    assert [int(batch["mask"].sum()) for batch in batches] == [0] * 14 + [10]
+    assert [line for line in caplog.messages if "skipped" in line][-1].startswith("numbers0: skipped 290 records; ")
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_pretrained_weights_need_names(weights, pictures, tmp_path, capsys):
     ("change", "message"),
     [
         ({"--input": "{tmp}/none"}, "does not exist"),
-        ({"--input": "{tmp}/broken"}, "no usable record among 1 in a row; the last: record 'a.png': corrupt image"),
+        ({"--input": "{tmp}/broken"}, "none of the 1 records can be used; the last: record 'a.png': corrupt image"),
         ({"--init": "{tmp}"}, "there is no"),
         ({"--top": "0"}, "--top=0"),
         ({"--names": "cat,cat"}, "'cat' is there twice"),

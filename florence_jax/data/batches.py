@@ -13,8 +13,11 @@ from florence_jax.data.records import PAYLOADS, BadRecord, Record, Source, evenl
 from florence_jax.errors import UserError
 
 Batch = dict[str, Any]  # arrays, and lists for the fields that stay on the host
-# Bad neighbours tried for one example; more means that something is wrong with the source, not with single records.
-MAX_BAD_IN_A_ROW = 100
+# Tried in place of a record that cannot be used: those after it, then any of its source. A block of bad records is left
+# by the second, and all of them bad means that nearly all of the source is.
+NEIGHBOURS_TRIED, OTHERS_TRIED = 8, 64
+BAD_TOLD = 5  # records that are named while training; the others are only counted
+READ_AT_ONCE = 64  # records, where any usable one is looked for
 STACKED = (np.ndarray, np.generic, int, float)
 # Records looked at when a stream opens: at first, and at most where a field is not found.
 FIRST_LOOK, LAST_LOOK = 16, 1024
@@ -47,6 +50,8 @@ class BatchMaker:
         self._cache: dict[int, Record] | None = {} if cache else None
         self._key = np.random.SeedSequence([seed, 1]).generate_state(2, np.uint64)
         self._on_corrupt, self._host = on_corrupt, tuple(host)
+        self._bad: dict[str, BadRecord] = {}  # by key; of training only the first ones
+        self._filler: Record | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cache": None if self._cache is None else {}}
@@ -110,10 +115,10 @@ class BatchMaker:
         return int(np.searchsorted(self._starts, i, side="right")) - 1
 
     def _example(self, i: int, record: Record | BadRecord, rng: np.random.Generator) -> Record:
-        """The example of record `i`, or of the first usable one after it in its source."""
+        """The example of record `i`, or of a usable one in its place; see `NEIGHBOURS_TRIED`."""
         source = self._source_of(i)
         start, count = int(self._starts[source]), len(self._sources[source])
-        for bad_count in range(MAX_BAD_IN_A_ROW):
+        for bad_count in range(1 + NEIGHBOURS_TRIED + OTHERS_TRIED):
             try:
                 if isinstance(record, BadRecord):
                     raise record
@@ -121,11 +126,18 @@ class BatchMaker:
             except BadRecord as bad:
                 if self._on_corrupt == "error":
                     raise UserError(f"{self._sources[source].name}: {bad} (on_corrupt='skip' passes over it)") from bad
-                logging.log_every_n_seconds(logging.WARNING, "%s: skipped %s", 1, self._sources[source].name, bad)
+                if len(self._bad) < BAD_TOLD and bad.key not in self._bad:
+                    self._bad[bad.key] = bad
+                    more = "; more are only counted" if len(self._bad) == BAD_TOLD else ""
+                    logging.warning("%s: skipped %s%s", self._sources[source].name, bad, more)
                 last = bad
-            i = start + (i + 1 - start) % count
+            near = bad_count < NEIGHBOURS_TRIED
+            i = start + ((i + 1 - start) % count if near else int(rng.integers(count)))
             (record,) = self._read([i])
-        raise UserError(f"{self._sources[source].name}: {MAX_BAD_IN_A_ROW} unusable records in a row; the last: {last}")
+        raise UserError(
+            f"{self._sources[source].name}: nearly all of its {count} records cannot be used: {bad_count + 1} were "
+            f"tried for one example, {OTHERS_TRIED} of them at random; the last: {last}"
+        )
 
     def _eval_example(self, i: int, record: Record | BadRecord) -> Record | None:
         try:
@@ -135,22 +147,31 @@ class BatchMaker:
         except BadRecord as bad:
             if self._on_corrupt == "error":
                 raise UserError(f"{self._sources[0].name}: {bad}; repair or remove it") from bad
-            logging.log_every_n_seconds(logging.WARNING, "%s: skipped %s", 1, self._sources[0].name, bad)
+            self._bad[bad.key] = bad
             return None
 
     def _any_example(self, first: int) -> Record:
-        """The first usable example of record `first` and its followers."""
+        """The first usable example from record `first` on, around the end of the source; looked for once."""
+        if self._filler is not None:
+            return self._filler
         source, last = self._sources[0], None
-        looked_at = min(MAX_BAD_IN_A_ROW, len(source))
-        for j in range(first, first + looked_at):
-            (record,) = self._read([j % len(source)])
-            try:
-                if isinstance(record, BadRecord):
-                    raise record
-                return _apply(self._ops, record, self._rng(j % len(source)))
-            except BadRecord as bad:
-                last = bad
-        raise UserError(f"{source.name}: no usable record among {looked_at} in a row; the last: {last}")
+        for start in range(first, first + len(source), READ_AT_ONCE):
+            rows = [j % len(source) for j in range(start, min(start + READ_AT_ONCE, first + len(source)))]
+            for j, record in zip(rows, self._read(rows), strict=True):
+                try:
+                    if isinstance(record, BadRecord):
+                        raise record
+                    self._filler = _apply(self._ops, record, self._rng(j))
+                    return self._filler
+                except BadRecord as bad:
+                    last = bad
+        raise UserError(f"{source.name}: none of the {len(source)} records can be used; the last: {last}")
+
+    def tell_skipped(self) -> None:
+        """Logs how many records the evaluation passed over, in one line; nothing for none."""
+        if self._bad:
+            first = next(iter(self._bad.values()))
+            logging.warning("%s: skipped %d records; %s", self._sources[0].name, len(self._bad), first)
 
 
 def starts_of(sources: Sequence[Source]) -> np.ndarray:

@@ -18,7 +18,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grain
@@ -34,6 +34,8 @@ from florence_jax.errors import UserError
 if TYPE_CHECKING:
     import jax
 POLICIES = ("skip", "error")
+# Training ends where more than this share of the records that it drew cannot be used, judged from so many on.
+MOST_REPLACED, DRAWN_TO_JUDGE = 0.5, 1000
 WORKER_DIED = re.compile(r"Worker process was terminated unexpectedly with exit code (-?\d+)")  # grain's words
 SHARED_MEMORY = "/dev/shm"
 FEWER_WORKERS = "fewer worker processes, --config.data.workers=N, or none, --config.data.workers=0"
@@ -69,12 +71,30 @@ ALONE = Process(0, 1)
 
 
 class Stream(Iterator[Batch]):
-    """An iterator of batches that holds threads or processes: call `close`, or use it in a `with` statement."""
+    """An iterator of batches that holds threads or processes: call `close`, or use it in a `with` statement.
 
-    def __init__(self, iterator: grain.DatasetIterator):
-        self._iterator = iterator
+    Args:
+      iterator: of the batches.
+      at_end: called once, when it is closed.
+    """
+
+    def __init__(self, iterator: grain.DatasetIterator, at_end: Callable[[], None] | None = None):
+        self._iterator, self._at_end = iterator, at_end
+        self._drawn = self._replaced = 0  # records, of this process
 
     def __next__(self) -> Batch:
+        batch = self._next()
+        if "corrupt" in batch:
+            self._drawn += len(batch["corrupt"])
+            self._replaced += int((batch["corrupt"] > 0).sum())
+            if self._drawn >= DRAWN_TO_JUDGE and self._replaced > MOST_REPLACED * self._drawn:
+                raise UserError(
+                    f"{self._replaced / self._drawn:.0%} of the {self._drawn:,} records drawn so far cannot be used, "
+                    f"more than {MOST_REPLACED:.0%}: mend the data (the first ones are named above)"
+                )
+        return batch
+
+    def _next(self) -> Batch:
         try:
             return next(self._iterator)
         except RuntimeError as error:
@@ -89,6 +109,9 @@ class Stream(Iterator[Batch]):
     def close(self) -> None:
         """Ends the threads and worker processes; may be called twice."""
         self._iterator.close()
+        if at_end := self._at_end:
+            self._at_end = None
+            at_end()
 
     def __enter__(self) -> "Stream":
         return self
@@ -112,8 +135,9 @@ def train_stream(
     """Endless batches of this process, from `start_step` on.
 
     Each source is shuffled anew every epoch; the sources are interleaved in fixed proportion to their weights. A bad
-    record (`records.BadRecord`) is counted, logged with its key and replaced by the next usable record of its source
-    (and bucket) ('skip'), or ends the stream ('error').
+    record (`records.BadRecord`) is counted, logged with its key (the first ones) and replaced by one of the next usable
+    records of its source (and bucket), or by any where it is in a block of bad ones ('skip'), or ends the stream
+    ('error').
 
     Args:
       data: what is trained on.
@@ -133,7 +157,8 @@ def train_stream(
 
     Raises:
       UserError: for a wrong argument, or a field that an op reads and no record has; while iterating, for what the ops
-        raise, for a field that cannot be stacked, for a bad record under 'error', and for 100 bad records in a row.
+        raise, for a field that cannot be stacked, for a bad record under 'error', and where more than half of the
+        records cannot be used.
     """
     weights = _check_train(data, seed, start_step, workers, prefetch, on_corrupt)
     local = _local_size(batch_size, process)
@@ -176,7 +201,7 @@ def eval_stream(
       process: whose rows are wanted.
       buckets: each row of the source in one of them; their batches come in the order of their first rows.
       host: fields that come as lists of what the ops leave, None where an example has none: texts, boxes, keys.
-      on_corrupt: 'error', or 'skip' to log a bad record and mask its row.
+      on_corrupt: 'error', or 'skip' to mask the row of a bad record; how many there were is logged at the end.
       prefetch: batches made ahead.
 
     Returns:
@@ -202,7 +227,12 @@ def eval_stream(
     plan = _Plan(len(source), batch_size, process, buckets)
     make = _MakeEvalBatch(makers, plan)
     options = grain.ReadOptions(num_threads=min(prefetch, 16), prefetch_buffer_size=prefetch)
-    return Stream(iter(grain.MapDataset.range(plan.steps).map(make).to_iter_dataset(options)))
+
+    def tell_skipped() -> None:
+        for maker in makers:
+            maker.tell_skipped()
+
+    return Stream(iter(grain.MapDataset.range(plan.steps).map(make).to_iter_dataset(options)), tell_skipped)
 
 
 def to_global(batch: Mapping[str, np.ndarray], sharding: "jax.sharding.Sharding") -> dict[str, "jax.Array"]:

@@ -25,7 +25,7 @@ from florence_jax.evaluators.metrics import (
     mean_per_class,
     roc_auc,
 )
-from florence_jax.evaluators.predictor import Embedder
+from florence_jax.evaluators.predictor import Embedder, image_counts
 from florence_jax.page import GridCell, matches_html
 from florence_jax.pictures import data_uri
 
@@ -229,7 +229,7 @@ class Classification(Evaluator):
         labels, count = images["label"], len(images["label"])
         score = self._scorer(params, images["embedding"])
         chunks = (score(i, min(i + SCORE_ROWS, count)) for i in range(0, count, SCORE_ROWS))
-        return self._metrics(chunks, labels, images["index"], HINT)
+        return self._metrics(chunks, labels, images["index"], HINT) | image_counts(self._source, images["index"])
 
     def report(self) -> list[str]:
         """See `ClassificationMetrics`."""

@@ -287,6 +287,17 @@ class Embedder:
         return found
 
 
+def image_counts(source: Source, index: np.ndarray) -> dict[str, float]:
+    """For results: 'images' that were read, and where some were not, 'skipped' ones.
+
+    Args:
+      source: what was gone through.
+      index: (N,), its rows that were read, see `Embedder.images`.
+    """
+    skipped = len(source) - len(index)
+    return {"images": float(len(index))} | ({"skipped": float(skipped)} if skipped else {})
+
+
 def _with_label(function: Predict) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:
     def predict(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         label = {"label": batch["label"]} if "label" in batch else {}

@@ -23,7 +23,7 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Evaluator
 from florence_jax.evaluators.classification import ClassificationMetrics
 from florence_jax.evaluators.metrics import average_precisions, class_targets
-from florence_jax.evaluators.predictor import Embedder
+from florence_jax.evaluators.predictor import Embedder, image_counts
 from florence_jax.evaluators.solvers.logistic import Fits, LogisticRegression, objective, sklearn_weights
 from florence_jax.page import curve
 
@@ -211,6 +211,7 @@ class LinearProbe(Evaluator):
         c = float(fitted.final.cs[0])
         self._sweep = [self._curve(fitted.tried, c)]
         results = self._metrics([fitted.final.scores(0, features)], labels, index, PROBE_HINT)
+        results |= image_counts(self._test.source, index)
         return results | {f"validation_{self._metric}": fitted.tried[c], "log10_c": float(np.log10(c))}
 
     def _rows(self, params: Any) -> "_Rows":

@@ -16,7 +16,7 @@ from florence_jax.data.records import Record, Source, record_thumbnail
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.metrics import recalls, retrieval_chance
-from florence_jax.evaluators.predictor import Embedder
+from florence_jax.evaluators.predictor import Embedder, image_counts
 from florence_jax.page import GridCell, matches_html
 from florence_jax.params.sharding import place
 
@@ -172,7 +172,7 @@ class Retrieval(Evaluator):
         self._report = [
             matches_report(self.name, images["embedding"][: len(pictures)], pictures, owned, texts, self._captions)
         ]
-        return results | {"images": float(len(owned))}
+        return results | image_counts(self._source, images["index"])
 
     def report(self) -> list[str]:
         """Grids image -> texts and text -> images."""
@@ -248,7 +248,7 @@ class CaptionRetrieval(Evaluator):
         names, ids = [self._captions[i] for i in first], np.arange(len(first))
         shown = images["embedding"][: len(pictures)]
         self._report = [matches_report(self.name, shown, pictures, ids, texts[first], names)]
-        return results | {"images": float(len(images["index"])), "captions": float(used.sum())}
+        return results | image_counts(self._source, images["index"]) | {"captions": float(used.sum())}
 
     def report(self) -> list[str]:
         """Grids image -> captions and caption -> images."""

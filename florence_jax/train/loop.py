@@ -40,7 +40,7 @@ from florence_jax.train.metrics import (
 )
 from florence_jax.train.optim import make_optimizer
 from florence_jax.train.report import results_table, write_report
-from florence_jax.train.state import eval_params, eval_part, init_state, start_average
+from florence_jax.train.state import counters, eval_params, eval_part, init_state, start_average
 from florence_jax.train.step import make_train_step
 from florence_jax.train.workdir import (
     RESULT_FILE,
@@ -99,14 +99,14 @@ def evaluate_only(config: ConfigDict, suite: Suite, workdir: Path) -> None:
         trainer = Trainer(config, suite, workdir)
         mesh, evaluators = trainer.mesh, suite.evaluators(trainer.mesh)
         trainer.restore_for_evaluation()
-        step, params = int(trainer.state["step"]), eval_params(trainer.state)
+        trained, params = counters(trainer.state), eval_params(trainer.state)
         if is_main:
-            print(f"evaluating {directory} at step {step}", flush=True)
+            print(f"evaluating {directory} at step {trained['step']}", flush=True)
             make_workdir(workdir)
         with only_run(workdir):
             if is_main:
                 write_data(found_data(suite, evaluators), workdir)
-            finish(config, suite, workdir, evaluators, params, step)
+            finish(config, suite, workdir, evaluators, params, trained)
             if is_main:
                 add_evaluated(config, workdir)
     else:
@@ -119,7 +119,7 @@ def evaluate_only(config: ConfigDict, suite: Suite, workdir: Path) -> None:
             if is_main:
                 write_config(config, suite.identity, workdir)
                 write_data(found_data(suite, evaluators), workdir)
-            finish(config, suite, workdir, evaluators, params, step=0)
+            finish(config, suite, workdir, evaluators, params, {"step": 0})
 
 
 def mesh_of(config: ConfigDict, devices: list[Any] | None = None) -> Mesh:
@@ -149,17 +149,28 @@ def open_stream(config: ConfigDict, task: Task, data: TrainData, start_step: int
 
 
 def finish(
-    config: ConfigDict, suite: Suite, workdir: Path, evaluators: Sequence[Evaluator], params: Any, step: int
+    config: ConfigDict,
+    suite: Suite,
+    workdir: Path,
+    evaluators: Sequence[Evaluator],
+    params: Any,
+    trained: Mapping[str, int],
 ) -> None:
-    """Evaluates the final parameters; writes result.json, report.html, the evaluators' files, the terminal's table."""
+    """Evaluates the final parameters; writes result.json, report.html, the evaluators' files, the terminal's table.
+
+    `trained`: the "step", and where there was training "skipped_records", see `counters`.
+    """
+    step, skipped = trained["step"], trained.get("skipped_records", 0)
     results = evaluate(evaluators, params)
     if jax.process_index():
         return
     chance = chance_levels(evaluators)
     print(results_table(results, chance) if results else NO_EVALUATION, flush=True)
+    if skipped:
+        print(f"training skipped records that cannot be used {skipped:,} times", flush=True)
     for name, content in all_files(evaluators).items():
         write_bytes(str(workdir / name), content)
-    write_json_file(workdir / RESULT_FILE, finite(results) | {"step": step})
+    write_json_file(workdir / RESULT_FILE, {**finite(results), **trained})
     write_report(
         workdir / "report.html",
         title=f"florence_jax {suite.name}: {workdir}" + (f" at step {step}" if step else ""),
@@ -167,6 +178,7 @@ def finish(
             **{name: str(value) for name, value in suite.identity.items() if not name.startswith("model.")},
             "model": variants(suite),
             "eval.source": config.eval.source,
+            "records skipped in training": f"{skipped:,}" if skipped else "",
         },
         config=config.to_dict(),
         history=read_metrics(workdir / "metrics.jsonl"),
@@ -320,8 +332,7 @@ class Trainer:
         return 0
 
     def _finish(self, evaluators: Sequence[Evaluator]) -> None:
-        params, step = eval_params(self.state), int(self.state["step"])
-        finish(self.config, self.task, self.workdir, evaluators, params, step)
+        finish(self.config, self.task, self.workdir, evaluators, eval_params(self.state), counters(self.state))
 
     def _has_result(self) -> bool:
         """Whether process 0, which writes it, has a result.json: the same answer on every process."""

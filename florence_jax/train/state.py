@@ -39,9 +39,15 @@ def eval_params(state: dict[str, Any]) -> Any:
     return overlay(state.get("params", {}), state.get("ema", {}))
 
 
+def counters(state: dict[str, Any]) -> dict[str, int]:
+    """The "step" of a state, and "skipped_records": how often one that cannot be used was drawn up to it."""
+    return {name: int(state[name]) for name in ("step", "skipped_records")}
+
+
 def eval_part(state: dict[str, Any]) -> dict[str, Any]:
-    """The part of a state, or of its shapes, that `eval_params` looks at, and the step."""
+    """The part of a state, or of its shapes, that `eval_params` looks at, the step and what was skipped up to it."""
     averaged = state.get("ema", {})
     names = {path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(averaged)}
     parts = {"params": split(state["params"], names)[0], "ema": averaged}
-    return {"step": state["step"]} | {name: tree for name, tree in parts.items() if tree}
+    told = {name: state[name] for name in ("step", "skipped_records")}
+    return told | {name: tree for name, tree in parts.items() if tree}
