@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import fsspec
@@ -137,6 +137,15 @@ def list_files(folder: str, suffix: str) -> list[str]:
 
 
 # -- tables of text ---------------------------------------------------------------------------------------------------
+
+
+def csv_bytes(heading: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """A CSV file with a heading, in UTF-8; names of files that are not UTF-8 keep their bytes."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(heading)
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 class TableRow(NamedTuple):

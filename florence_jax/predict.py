@@ -10,8 +10,6 @@ object for each picture) and report.html with pictures. Files that cannot be rea
 """
 
 import argparse
-import csv
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ from florence_jax.data.ops.image import Decode
 from florence_jax.data.records import BadRecord, Source, summary_of
 from florence_jax.data.sources.catalog import open_pictures
 from florence_jax.errors import UserError
-from florence_jax.files import write_bytes, write_json
+from florence_jax.files import csv_bytes, write_bytes, write_json
 from florence_jax.inference.base import Answerer, Found
 from florence_jax.jobs.stop_signals import EXIT_INTERRUPTED
 from florence_jax.page import figure_html, markup, table_html, write_page
@@ -61,12 +59,8 @@ def why_unread(source: Source, index: int) -> tuple[str, str]:
 
 def write_tables(out: Path, columns: Sequence[str], answers: Predictions, facts: dict[str, Any]) -> None:
     """predictions.csv and predictions.json."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [FILE, *columns])
-    writer.writeheader()
-    for found in answers.found:
-        writer.writerows({FILE: found.key, **row} for row in found.rows)
-    write_bytes(str(out / "predictions.csv"), text.getvalue().encode("utf-8", "surrogateescape"))
+    rows = ((found.key, *(row.get(name, "") for name in columns)) for found in answers.found for row in found.rows)
+    write_bytes(str(out / "predictions.csv"), csv_bytes((FILE, *columns), rows))
     pictures = [{FILE: found.key, "found": list(found.rows)} for found in answers.found]
     unread = [{FILE: key, "reason": reason} for key, reason in answers.unread]
     write_json(str(out / "predictions.json"), {**facts, "pictures": pictures, "unread": unread})

@@ -54,7 +54,7 @@ def test_names_that_are_known_from_elsewhere():
     assert [names[0] for names in cifar.names][3] == "cat"
     assert dict(zip(imagenet.labels, imagenet.names, strict=True))["n01440764"] == ("tench",)
     assert load_class_names("cifar100").labels[99] == "worm"
-    assert load_class_names("fer2013").names[3] == ("happy", "smiling")
+    assert load_class_names("fer2013").names[1] == ("disgusted",)
     signs = load_class_names("gtsrb").names  # CLIP's
     assert (signs[0], signs[14]) == (("red and white circle 20 kph speed limit",), ("stop",))
     assert signs[6] == ("end / de-restriction of 80 kph speed limit",)

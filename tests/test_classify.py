@@ -1,8 +1,8 @@
-"""Classification: metrics against their definitions, layer decay, starting weights, each protocol by one command."""
+"""Classification: evaluators on known embeddings, layer decay, starting weights, each protocol by one command."""
 
-import itertools
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,8 @@ from florence_jax.data.classes import ClassIndex, open_classes
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.tokenizers import load_tokenizer
 from florence_jax.errors import UserError
-from florence_jax.evaluators.classification import Classification, Score, confusion_html
+from florence_jax.evaluators.classification import Classification, Score
 from florence_jax.evaluators.finetuning import Forgetting, Interpolated
-from florence_jax.evaluators.metrics import answers, confusion_matrix, mean_per_class, roc_auc, voc_average_precision
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.zero_shot import ZeroShot
 from florence_jax.models import florence
@@ -32,52 +31,6 @@ from florence_jax.tasks.finetune import FineTune, FineTuneLinear
 from florence_jax.train.optim import scale_by_tree
 
 OPS = "decode|resize(8)|center_crop(8)"
-
-
-# -- metrics ----------------------------------------------------------------------------------------------------------
-
-
-def test_answers_are_the_definition_with_ties_against_the_right_class():
-    rng = np.random.default_rng(0)
-    scores, labels = rng.integers(0, 4, (50, 7)).astype(np.float32), rng.integers(0, 7, 50)
-    given = answers(itertools.chain([scores[:20]], [scores[20:]]), labels)
-    for score, label, rank, top in zip(scores, labels, given.ranks, given.top, strict=True):
-        order = sorted(range(7), key=lambda k, s=score, y=label: (-s[k], k == y, k))
-        assert order.index(label) == rank and order[:5] == top.tolist()
-    alike = answers([np.zeros((3, 4), np.float32)], np.array([0, 1, 3]))
-    assert alike.ranks.tolist() == [3, 3, 3] and (alike.top[:, 0] != [0, 1, 3]).all()
-
-
-def test_mean_per_class_leaves_out_classes_without_images():
-    confusion = confusion_matrix(np.array([0, 0, 0, 2]), np.array([0, 0, 1, 1]), 3)
-    assert confusion.tolist() == [[2, 1, 0], [0, 0, 0], [0, 1, 0]]
-    assert mean_per_class(confusion) == pytest.approx((2 / 3 + 0) / 2)
-
-
-def test_voc_average_precision_by_hand():
-    # Ranks of the positives 1 and 3 of 4: precision 1 up to recall 0.5, then 2/3: (6 * 1 + 5 * 2 / 3) / 11.
-    scores, targets = np.array([0.9, 0.8, 0.7, 0.1]), np.array([1, 0, 1, 0])
-    assert voc_average_precision(scores, targets) == pytest.approx((6 + 5 * 2 / 3) / 11)
-    unsure = np.array([1, -1, 1, 0])  # the second is not judged
-    assert voc_average_precision(scores, unsure) == 1.0
-    for order in itertools.permutations(range(4)):  # equal scores: the order of the images says nothing
-        assert voc_average_precision(np.ones(4), targets[list(order)]) == pytest.approx(0.5)
-    assert math.isnan(voc_average_precision(scores, np.zeros(4)))
-
-
-def test_roc_auc_is_the_chance_of_the_right_order():
-    rng = np.random.default_rng(0)
-    scores, positive = rng.integers(0, 6, 40).astype(float), rng.random(40) < 0.4
-    pairs = [(p > n) + 0.5 * (p == n) for p in scores[positive] for n in scores[~positive]]
-    assert roc_auc(scores, positive) == pytest.approx(np.mean(pairs))
-    assert math.isnan(roc_auc(scores, np.ones(40, bool)))
-
-
-def test_confusion_of_many_classes_is_a_picture():
-    few, many = confusion_html("few", np.eye(3, dtype=int), list("abc")), np.eye(30, dtype=int)
-    many[4, 5] = 7
-    text = confusion_html("many", many, [f"<{i}>" for i in range(30)])
-    assert "<img" not in few and "data:image/png" in text and "&lt;4&gt; called &lt;5&gt;: 7 of 8" in text
 
 
 # -- the evaluators on known embeddings -------------------------------------------------------------------------------
@@ -97,7 +50,11 @@ def predict_text(params, batch):
     return ids / jnp.linalg.norm(ids, axis=1, keepdims=True)
 
 
-PARAMS = {"scale": jnp.ones(()), "text": jnp.asarray(np.random.default_rng(1).normal(size=(16, 3)), jnp.float32)}
+PARAMS = {
+    "scale": jnp.ones(()),
+    "logit_scale": jnp.asarray(2.0),
+    "text": jnp.asarray(np.random.default_rng(1).normal(size=(16, 3)), jnp.float32),
+}
 
 
 def embedder(batch_size, devices=8):
@@ -143,6 +100,7 @@ def test_a_classifier_that_knows_is_right_and_one_that_does_not_is_near_chance(p
     assert knows.run(PARAMS) == {"top1": 1.0, "mean_per_class": 1.0, "images": 20.0}
     assert knows.chance["top1"] == 0.25 and "near chance" not in "".join(knows.report())
     assert "knows: confusion" in "".join(knows.report()) and "data:image" in knows.report()[-1]
+    assert re.search(r"<div>red things 0\.\d\d</div>", knows.report()[-1])
     blind = Classification("blind", source, classes, OPS, embedder(24), colours(right=False))
     assert blind.run(PARAMS)["top1"] == 0.0
     assert "blind: top1 0.000 is near chance (0.250)" in caplog.text and "near chance" in blind.report()[0]
@@ -168,6 +126,9 @@ def test_several_classes_an_image_are_scored_by_the_ranking(tmp_path):
     evaluator = Classification("multi", source, classes, OPS, embedder(8), scorer, "voc_map")
     assert evaluator.run(PARAMS) == {"voc_map": 1.0, "images": 10.0}
     assert evaluator.chance == {"voc_map": 0.5} and "AP" in evaluator.report()[0]
+    lines = evaluator.files()["predictions.csv"].decode().splitlines()
+    assert lines[1].startswith("red_things/0.png,warm,warm,0.")
+    assert lines[-1].startswith("blue_things/4.png,cold|dark,cold,0.")
     with pytest.raises(UserError, match="its metric is voc_map, not top1"):
         Classification("multi", source, classes, OPS, embedder(8), scorer)
 
@@ -281,6 +242,9 @@ def test_zero_shot_on_twenty_images(zero_shot):
     found = result(zero_shot)
     assert found["eval/zero_shot/images"] == 20 and 0 <= found["eval/zero_shot/top1"] <= 1
     assert found["eval/held_out/images"] == 20 and "step" in found
+    lines = (zero_shot / "predictions.csv").read_text().splitlines()
+    assert lines[0] == "file,label,prediction,score" and len(lines) == 21
+    assert lines[1].startswith("blue_things/0.png,blue,") and lines[-1].startswith("red_things/4.png,red,")
     page = (zero_shot / "report.html").read_text()
     assert "zero_shot: confusion" in page and "lime" not in page and page.count("data:image") > 3
     assert "model: ti" in page
@@ -304,6 +268,7 @@ def test_fine_tuning_with_the_unicl_loss(weights, pictures, tmp_path, capsys):
         found["eval/forgetting/before"] - found["eval/forgetting/now"]
     )
     assert "eval/test_wise0.5/top1" in found
+    assert {file.name for file in (tmp_path / "run").glob("*.csv")} == {"predictions.csv", "wise0.5_predictions.csv"}
     assert classify("finetune_unicl", tmp_path / "run", weights, pictures, *options) == 0
     assert "is finished: step 3 of 3" in capsys.readouterr().out
 
@@ -344,6 +309,7 @@ def test_linear_probe_on_twenty_images(weights, pictures, tmp_path):
     assert classify("probe", tmp_path / "run", weights, pictures) == 0
     found = result(tmp_path / "run")
     assert found["eval/probe/images"] == 4 and found["eval/probe/top1"] >= 0.75
+    assert len((tmp_path / "run" / "predictions.csv").read_text().splitlines()) == 5
     assert "linear probe" in (tmp_path / "run" / "report.html").read_text()
 
 

@@ -132,6 +132,15 @@ def test_class_embeddings_are_means_of_unit_prompts_made_unit():
     np.testing.assert_allclose(made, mean / np.linalg.norm(mean, axis=1, keepdims=True), rtol=1e-5)
 
 
+def test_synonyms_are_further_prompts_of_their_class():
+    made = class_embeddings(embedder(8), PARAMS, [("sofa", "couch", "settee"), "cat"], ("{}.", "a photo of {}"))
+    prompts = ["sofa.", "a photo of sofa", "couch.", "a photo of couch", "settee.", "a photo of settee"]
+    means = [embedder(8).texts(PARAMS, texts).mean(0) for texts in (prompts, ["cat.", "a photo of cat"])]
+    np.testing.assert_allclose(made, [mean / np.linalg.norm(mean) for mean in means], rtol=1e-5)
+    with pytest.raises(UserError, match="without a name"):
+        class_embeddings(embedder(8), PARAMS, ["cat", ()], ("{}.",))
+
+
 @pytest.fixture(scope="module")
 def emoji():
     return EmojiSplit("new_names", OPS, embedder(256))

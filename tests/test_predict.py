@@ -111,8 +111,12 @@ def test_mistakes_are_one_message(head, tmp_path, capsys, change, message):
 
 
 def test_names_of_a_file(tmp_path):
-    (tmp_path / "names.txt").write_text("cat\n\ngolden retriever\n")
-    assert read_names(str(tmp_path / "names.txt")) == ("cat", "golden retriever")
+    file = tmp_path / "names.txt"
+    file.write_text("# pets\ncat = cat | kitten\n\ngolden retriever\n")
+    assert read_names(str(file)) == (("cat", "kitten"), ("golden retriever",))
+    file.write_text("cat, dog\n")
+    assert read_names(str(file)) == read_names("cat,dog") == (("cat",), ("dog",))
+    assert len(read_names("food101")) == 101
     with pytest.raises(UserError, match="names no class"):
         read_names(",")
 

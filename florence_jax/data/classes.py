@@ -2,7 +2,7 @@
 
 Class-name files have one class a line, in the order of the class numbers: 'LABEL = NAME | SYNONYM', or 'NAME' alone
 where the data set's own label is fit for a prompt; lines that start with '#' are comments. LABEL is what the data has
-(a sub-folder's name, TFDS's label); NAME goes into the prompts.
+(a sub-folder's name, TFDS's label); the names go into the prompts, the first one into tables.
 """
 
 import importlib.resources
@@ -46,7 +46,7 @@ class ClassNames(NamedTuple):
 
     Attributes:
       labels: K labels as the data has them, by class number.
-      names: K tuples of one or more names for prompts; the first is the one that zero-shot prompts use.
+      names: K tuples of one or more names, all of them for prompts; the first is shown to people.
       dataset: name of the shipped file, '' for one of the user's.
     """
 

@@ -1,19 +1,18 @@
-"""Scoring of classifiers: top-1, top-5, mean per class, VOC's 11-point mAP, ROC AUC, confusion matrix, report."""
+"""Scoring of classifiers: top-1, top-5, mean per class, VOC's 11-point mAP, two classes, predictions.csv, report."""
 
 import html
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from absl import logging
-from PIL import Image
 
 from florence_jax.data.classes import ClassIndex
-from florence_jax.data.records import Source, record_thumbnail
+from florence_jax.data.records import Source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
+from florence_jax.evaluators.classification_report import classes_table, confusion_html, examples_html, two_classes_html
 from florence_jax.evaluators.metrics import (
     METRIC_NAMES,
     TOP,
@@ -24,16 +23,17 @@ from florence_jax.evaluators.metrics import (
     confusion_matrix,
     mean_per_class,
     roc_auc,
+    sigmoid,
+    softmax,
+    two_classes,
 )
 from florence_jax.evaluators.predictor import Embedder, image_counts
-from florence_jax.page import GridCell, matches_html
-from florence_jax.pictures import data_uri
+from florence_jax.files import csv_bytes
 
 SCORE_ROWS = 4096
+PREDICTIONS_FILE = "predictions.csv"
 # Below this many standard errors above chance, a number is called near chance.
 NEAR_CHANCE = 2.0
-TABLE_CLASSES = 20  # a confusion matrix of more classes is drawn as a picture
-EXAMPLE_ROWS = 6
 HINT = (
     "that the class names belong to the labels, the weights and the tokenizer to each other, and that --config.init is "
     "of a trained model"
@@ -69,61 +69,115 @@ class Scorer(Protocol):
         """Returns a function (start, stop) -> float32 (stop - start, K), the scores of those rows of the features."""
 
 
+class Predicted(NamedTuple):
+    """What was answered about N images, as predictions.csv has it.
+
+    Attributes:
+      keys: of the records. labels: int (N,), or int8 (N, K), what is right, as `ClassIndex.target` gives it.
+      classes: int (N,), the best class of each. scores: float (N,), its score, as people read it.
+    """
+
+    keys: Iterable[str]
+    labels: np.ndarray
+    classes: np.ndarray
+    scores: np.ndarray
+
+    def table(self, names: Sequence[str]) -> bytes:
+        """CSV: file, label (several joined by '|'), prediction, score."""
+        if self.labels.ndim == 2:
+            texts = ["|".join(names[k] for k in np.flatnonzero(row > 0).tolist()) for row in self.labels]
+        else:
+            texts = [names[k] for k in self.labels.tolist()]
+        called = (names[k] for k in self.classes.tolist())
+        scores = (f"{score:.6f}" for score in self.scores)
+        return csv_bytes(("file", "label", "prediction", "score"), zip(self.keys, texts, called, scores, strict=True))
+
+
 class ClassificationMetrics:
-    """Metrics of a classifier's scores on a labelled source, for the terminal and for the report.
+    """Metrics of a classifier's scores on a labelled source, for the terminal, the report and predictions.csv.
 
     Args:
       name: for messages and titles.
       source: the images, for the pictures of the report.
-      names: of the K classes.
+      names: of the K classes; of two, the second is the positive one.
       metric: one of METRIC_NAMES, the headline.
       multi: whether an image may have several classes.
       note: how labels and names were joined, for people.
+      readable: float (n, K) -> float (n, K), what people are shown of the scores; None: their probabilities, by the
+        softmax over classes or, with several classes an image, the sigmoid of each.
 
     Attributes:
       chance: what guessing scores, by the names of the results, after the first call.
-      report: HTML fragments about the last call: the warning if the headline is near chance, the confusion matrix,
-        accuracy by class, right and wrong images.
+      report: HTML fragments about the last call: the warning if the headline is near chance, or near what the largest
+        class alone gives; two classes; the confusion matrix, accuracy by class, right and wrong images.
     """
 
     def __init__(
-        self, name: str, source: Source, names: Sequence[str], metric: str, multi: bool = False, note: str = ""
+        self,
+        name: str,
+        source: Source,
+        names: Sequence[str],
+        metric: str,
+        multi: bool = False,
+        note: str = "",
+        readable: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
         self.name, self.metric = name, metric
         self._source, self._names, self._multi, self._note = source, list(names), multi, note
+        self._readable = readable or (sigmoid if multi else softmax)
         self.chance: dict[str, float] = {}
         self.report: list[str] = []
         self._warned = False
+        self._predicted: Predicted | None = None
 
     def __call__(
-        self, score_chunks: Iterable[np.ndarray], labels: np.ndarray, index: np.ndarray, hint: str = ""
+        self,
+        score_chunks: Iterable[np.ndarray],
+        labels: np.ndarray,
+        index: np.ndarray,
+        keys: Iterable[str],
+        hint: str = "",
     ) -> dict[str, float]:
-        """The metric, 'top1', 'top5', 'mean_per_class' (for one class an image), 'images'.
+        """The metric, and for one class an image 'top1', 'top5', 'mean_per_class', those of `_of_two` and, where the
+        classes are out of balance, 'majority_share'; `image_counts`.
 
         Args:
           score_chunks: float (n, K) arrays, N rows together.
           labels: int (N,), or int8 (N, K) as `ClassIndex.target` gives them.
-          index: (N,), rows of the source.
+          index: (N,), rows of the source. keys: N, of its records.
           hint: what to check if the headline is near chance.
         """
-        results: dict[str, float] = {}
         self.report = []
-        if self.metric in ("voc_map", "roc_auc"):
+        judged: dict[str, Score] = {}
+        values: dict[str, float] = {}
+        largest = None
+        two = len(self._names) == 2 and not self._multi
+        if two or self.metric == "voc_map":
             scores = np.concatenate(list(score_chunks))
-            headline = self._whole(scores, labels)
-            results[self.metric] = headline.value
             score_chunks = iter([scores])
-        if not self._multi:
-            given = answers(score_chunks, labels)
+        if self.metric == "voc_map":
+            judged["voc_map"] = self._ranking(scores, labels)
+        if self._multi:
+            best = scores.argmax(1)
+            self._predicted = Predicted(keys, labels, best, self._readable(scores)[np.arange(len(best)), best])
+        else:
+            given = answers(score_chunks, labels, self._readable)
+            self._predicted = Predicted(keys, labels, given.top[:, 0], given.scores[:, 0])
             confusion = confusion_matrix(labels, given.top[:, 0], len(self._names))
-            every = self._single(given, confusion)
-            headline = headline if results else every[self.metric]
+            judged |= self._single(given, confusion)
+            if two:
+                judged["roc_auc"], values = self._of_two(scores, given)
+            largest = self._majority(judged["top1"], confusion.sum(1))
+            values |= {} if largest is None else {"majority_share": largest.chance}
             self.report += self._pictures(given, confusion, index)
-            results |= {name: every[name].value for name in sorted(every, key=lambda name: name != self.metric)}
-            self.chance |= {name: score.chance for name, score in every.items()}
-        self.chance[self.metric] = headline.chance
-        self._warn(headline, hint)
-        return results | {"images": float(len(labels))}
+        self.chance |= {name: score.chance for name, score in judged.items()}
+        self._warn(judged[self.metric], hint, largest)
+        order = sorted(judged, key=lambda name: name != self.metric)
+        return {name: judged[name].value for name in order} | values | image_counts(self._source, index)
+
+    def files(self) -> dict[str, bytes]:
+        """predictions.csv of the last call, see `Predicted.table`."""
+        return {} if self._predicted is None else {PREDICTIONS_FILE: self._predicted.table(self._names)}
 
     def _single(self, given: Answers, confusion: np.ndarray) -> dict[str, Score]:
         classes, count = len(self._names), len(given.labels)
@@ -140,13 +194,21 @@ class ClassificationMetrics:
             for name, value in values.items()
         }
 
-    def _whole(self, scores: np.ndarray, labels: np.ndarray) -> Score:
-        """Metrics of the whole ranking of the images."""
-        if self.metric == "roc_auc":
-            positive = labels == 1
-            sizes = int(positive.sum()), int((~positive).sum())
-            error = math.sqrt((sum(sizes) + 1) / (12 * max(sizes[0] * sizes[1], 1)))
-            return Score(roc_auc(scores[:, 1] - scores[:, 0], positive), 0.5, error)
+    def _of_two(self, scores: np.ndarray, given: Answers) -> tuple[Score, dict[str, float]]:
+        """The area under the ROC curve; 'precision', 'recall', 'f1', 'best_f1', 'best_threshold', see `TwoClasses`."""
+        positive = given.labels == 1
+        shown = self._readable(scores.astype(np.float64))[:, 1]
+        found = two_classes(shown, positive, given.top[:, 0] == 1)
+        sizes = int(positive.sum()), int((~positive).sum())
+        error = math.sqrt((sum(sizes) + 1) / (12 * max(sizes[0] * sizes[1], 1)))
+        share = sizes[0] / sum(sizes)
+        # What guessing gives; best_f1 is never below that of calling every image positive.
+        self.chance |= {"precision": share, "best_f1": 2 * share / (1 + share)}
+        self.report.append(two_classes_html(self.name, self._names, found))
+        return Score(roc_auc(scores[:, 1] - scores[:, 0], positive), 0.5, error), found._asdict()
+
+    def _ranking(self, scores: np.ndarray, labels: np.ndarray) -> Score:
+        """VOC's metric, of the whole ranking of the images."""
         targets = class_targets(labels, len(self._names))
         precisions = average_precisions(scores, targets)
         positives, judged = (targets > 0).sum(0), (targets >= 0).sum(0)
@@ -156,13 +218,27 @@ class ClassificationMetrics:
         base = positives[there] / judged[there]
         # A random order has about the precision of the class's share; the spread is that of the positives' places.
         error = math.sqrt((base * (1 - base) / positives[there]).sum()) / there.sum()
-        self.report.append(_classes_table(self.name, self._names, precisions, positives, "AP"))
+        self.report.append(classes_table(self.name, self._names, precisions, positives, "AP"))
         return Score(float(np.nanmean(precisions)), float(base.mean()), float(error))
 
-    def _warn(self, headline: Score, hint: str) -> None:
-        if not headline.near_chance():
+    def _majority(self, top1: Score, counts: np.ndarray) -> Score | None:
+        """Top-1 beside what always answering the largest class scores, where the classes are out of balance."""
+        count = int(counts.sum())
+        share = float(counts.max() / count)
+        balanced = Score(share, top1.chance, top1.error).near_chance()
+        return None if balanced else Score(top1.value, share, math.sqrt(share * (1 - share) / count))
+
+    def _warn(self, headline: Score, hint: str, largest: Score | None) -> None:
+        what = f"{self.name}: {self.metric} {headline.value:.3f}"
+        if headline.near_chance():
+            text = f"{what} is near chance ({headline.chance:.3f}): check {hint}"
+        elif largest is not None and self.metric == "top1" and largest.near_chance():
+            text = (
+                f"{what} is near or below what always answering with the largest class scores ({largest.chance:.3f}): "
+                "look at mean_per_class, which gains nothing by that"
+            )
+        else:
             return
-        text = f"{self.name}: {self.metric} {headline.value:.3f} is near chance ({headline.chance:.3f}): check {hint}"
         if not self._warned:
             logging.warning("%s", text)
         self._warned = True  # not again in every epoch; the report always has it
@@ -174,7 +250,7 @@ class ClassificationMetrics:
         return [
             f"<p>{html.escape(self._note)}</p>" if self._note else "",
             confusion_html(self.name, confusion, self._names),
-            _classes_table(self.name, self._names, share, counts, "accuracy"),
+            classes_table(self.name, self._names, share, counts, "accuracy"),
             examples_html(self.name, self._source, given, index, self._names),
         ]
 
@@ -190,6 +266,7 @@ class Classification(Evaluator):
       scorer: turns them into class scores.
       metric: one of METRIC_NAMES; 'voc_map' is the one for several classes an image, 'roc_auc' for two classes.
       on_corrupt: 'skip' leaves unreadable images out, 'error' ends the evaluation.
+      readable: see `ClassificationMetrics`.
 
     Raises:
       UserError: for an unknown metric, or one that does not fit the classes.
@@ -205,13 +282,16 @@ class Classification(Evaluator):
         scorer: Scorer,
         metric: str = "top1",
         on_corrupt: str = "error",
+        readable: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
         check_metric(metric, classes, source.name)
         self.name, self.metric = name, metric
         self.charts = (Chart(f"{name}: {metric}", {"": metric}),)
         self._source, self._classes, self._embedder, self._scorer = source, classes, embedder, scorer
-        self._ops, self._on_corrupt = f"{ops}|class_label|keep(image, label)", on_corrupt
-        self._metrics = ClassificationMetrics(name, source, classes.first_names, metric, classes.multi, classes.note)
+        self._ops, self._on_corrupt = f"{ops}|class_label|keep(image, label, key)", on_corrupt
+        self._metrics = ClassificationMetrics(
+            name, source, classes.first_names, metric, classes.multi, classes.note, readable
+        )
 
     @property
     def sources(self) -> Sequence[Source]:
@@ -225,90 +305,17 @@ class Classification(Evaluator):
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
-        images = self._embedder.images(params, self._source, self._ops, {"classes": self._classes}, self._on_corrupt)
+        context = {"classes": self._classes}
+        images = self._embedder.images(params, self._source, self._ops, context, self._on_corrupt, keys=True)
         labels, count = images["label"], len(images["label"])
         score = self._scorer(params, images["embedding"])
         chunks = (score(i, min(i + SCORE_ROWS, count)) for i in range(0, count, SCORE_ROWS))
-        return self._metrics(chunks, labels, images["index"], HINT) | image_counts(self._source, images["index"])
+        return self._metrics(chunks, labels, images["index"], images["key"], HINT)
 
     def report(self) -> list[str]:
         """See `ClassificationMetrics`."""
         return self._metrics.report
 
-
-# -- report -----------------------------------------------------------------------------------------------------------
-
-
-def confusion_html(title: str, confusion: np.ndarray, names: Sequence[str]) -> str:
-    """A table for up to 20 classes, else a picture; and the commonest mistakes."""
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    head = f"<h2>{html.escape(title)}: confusion</h2><p>Rows: the right class; columns: what it was called.</p>"
-    if len(names) <= TABLE_CLASSES:
-        columns = "".join(f'<th class="turn"><span>{html.escape(name)}</span></th>' for name in names)
-        rows = "".join(
-            f"<tr><th>{html.escape(name)}</th>"
-            + "".join(
-                f'<td style="background:{_shade(share, i == j)}">{count or ""}</td>'
-                for j, (count, share) in enumerate(zip(confusion[i], shares[i], strict=True))
-            )
-            + "</tr>"
-            for i, name in enumerate(names)
-        )
-        body = f'<table class="confusion"><tr><th></th>{columns}</tr>{rows}</table>'
-    else:
-        pixels = (255 - 255 * np.sqrt(shares)).astype(np.uint8)
-        size = len(names) * max(1, 600 // len(names))
-        file = io.BytesIO()
-        Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST).save(file, "PNG", optimize=True)
-        body = (
-            f'<img src="{data_uri(file.getvalue(), "image/png")}" alt="confusion matrix" style="border:1px solid #ccc">'
-            f"<p>{len(names)} classes in the order of their numbers; darker: a larger share of the row.</p>"
-        )
-    wrong = confusion * (1 - np.eye(len(names), dtype=confusion.dtype))
-    pairs = [np.unravel_index(i, wrong.shape) for i in np.argsort(-wrong, axis=None, kind="stable")[:10]]
-    mistakes = "".join(
-        f"<li>{html.escape(names[i])} called {html.escape(names[j])}: {wrong[i, j]} of {confusion[i].sum()}</li>"
-        for i, j in pairs
-        if wrong[i, j]
-    )
-    return head + body + (f"<p>Commonest mistakes:</p><ol>{mistakes}</ol>" if mistakes else "")
-
-
-def _shade(share: float, right: bool) -> str:
-    strength = 0.85 * float(share)
-    return f"rgba({'58,125,68' if right else '209,73,91'},{strength:.2f})"
-
-
-def _classes_table(title: str, names: Sequence[str], values: np.ndarray, counts: np.ndarray, what: str) -> str:
-    """Numbers of each class that has images, worst first."""
-    order = [k for k in np.argsort(values, kind="stable") if counts[k]]
-    rows = "".join(
-        f'<tr><td>{html.escape(names[k])}</td><td class="n">{values[k]:.3f}</td><td class="n">{counts[k]}</td></tr>'
-        for k in order
-    )
-    return (
-        f"<h2>{html.escape(title)}: classes</h2><details{' open' if len(order) <= TABLE_CLASSES else ''}><summary>"
-        f"{len(order)} classes, worst first</summary><table><tr><th>class</th><th>{what}</th><th>images</th></tr>{rows}"
-        "</table></details>"
-    )
-
-
-def examples_html(
-    title: str, source: Source, given: Answers, index: np.ndarray, names: Sequence[str], rows: int = EXAMPLE_ROWS
-) -> str:
-    """Images with the classes they were given, best first: `rows` that are right, as many that are wrong."""
-    body = ""
-    for what, chosen in (
-        ("right", np.flatnonzero(given.ranks == 0)),
-        ("wrong", np.flatnonzero(given.ranks > 0)),
-    ):
-        if not len(chosen):
-            continue
-        chosen = chosen[np.linspace(0, len(chosen) - 1, min(rows, len(chosen))).astype(int)]
-        lines = []
-        for i in chosen:
-            right = int(given.labels[i])
-            query = GridCell(names[right], record_thumbnail(source, int(index[i])) or None, True)
-            lines.append((query, [GridCell(names[k], None, bool(k == right)) for k in given.top[i]]))
-        body += matches_html(f"{title}: {what} answers", lines)
-    return body
+    def files(self) -> dict[str, bytes]:
+        """predictions.csv."""
+        return self._metrics.files()

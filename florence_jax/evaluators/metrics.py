@@ -1,13 +1,25 @@
 """Metrics of classification and retrieval, as numpy functions, and their chance levels."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 METRIC_NAMES = ("top1", "mean_per_class", "voc_map", "roc_auc")
 TOP = 5
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    powers = np.exp(scores - scores.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def sigmoid(scores: np.ndarray) -> np.ndarray:
+    """Of each number."""
+    powers = np.exp(-np.abs(scores))
+    return np.where(scores >= 0, 1, powers) / (1 + powers)
 
 
 class Answers(NamedTuple):
@@ -17,14 +29,20 @@ class Answers(NamedTuple):
       labels: int (N,), the right classes.
       ranks: int (N,), wrong classes scored at least as high as the right one.
       top: int (N, min(5, K)), classes by score, best first; the right one stands at its rank.
+      scores: float (N, min(5, K)), of `top`, as people read them.
     """
 
     labels: np.ndarray
     ranks: np.ndarray
     top: np.ndarray
+    scores: np.ndarray
 
 
-def answers(score_chunks: Iterable[np.ndarray], labels: np.ndarray) -> Answers:
+def answers(
+    score_chunks: Iterable[np.ndarray],
+    labels: np.ndarray,
+    readable: Callable[[np.ndarray], np.ndarray] = softmax,
+) -> Answers:
     """Ranks the classes of each image.
 
     Ties count against the classifier, as in `retrieval.positive_ranks`: one that scores all classes alike is never
@@ -33,8 +51,9 @@ def answers(score_chunks: Iterable[np.ndarray], labels: np.ndarray) -> Answers:
     Args:
       score_chunks: float (n, K) arrays, N rows together.
       labels: int (N,).
+      readable: float (n, K) -> float (n, K), what people are shown of the scores: probabilities.
     """
-    ranks, tops, start = [], [], 0
+    ranks, tops, shown, start = [], [], [], 0
     for scores in score_chunks:
         rows = np.arange(len(scores))
         right = labels[start : start + len(scores)]
@@ -47,9 +66,10 @@ def answers(score_chunks: Iterable[np.ndarray], labels: np.ndarray) -> Answers:
         place = np.arange(min(TOP, scores.shape[1]))[None]
         behind = np.take_along_axis(order, np.maximum(place - (place > rank[:, None]), 0), axis=1)
         tops.append(np.where(place == rank[:, None], right[:, None], behind))
+        shown.append(np.take_along_axis(readable(scores), tops[-1], axis=1))
         ranks.append(rank)
         start += len(scores)
-    return Answers(labels, np.concatenate(ranks), np.concatenate(tops))
+    return Answers(labels, np.concatenate(ranks), np.concatenate(tops), np.concatenate(shown))
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
@@ -110,10 +130,38 @@ def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((middle[place][positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def softmax(scores: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
-    powers = np.exp(scores - scores.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
+class TwoClasses(NamedTuple):
+    """How well one of two classes, the positive one, is told from the other.
+
+    Attributes:
+      precision, recall, f1: of the images called positive; 0 where there are none.
+      best_f1, best_threshold: the highest F1 that a threshold on the score gives, and that threshold: images of at
+        least so much are called positive. nan without a positive image.
+    """
+
+    precision: float
+    recall: float
+    f1: float
+    best_f1: float
+    best_threshold: float
+
+
+def two_classes(scores: np.ndarray, positive: np.ndarray, called: np.ndarray) -> TwoClasses:
+    """See `TwoClasses`.
+
+    Args:
+      scores: float (N,), of the positive class.
+      positive: bool (N,), what is right. called: bool (N,), what was answered.
+    """
+    hits, count = int((positive & called).sum()), int(positive.sum())
+    precision, recall = hits / max(int(called.sum()), 1), hits / max(count, 1)
+    f1 = 2 * hits / max(count + int(called.sum()), 1)
+    order = np.argsort(-scores, kind="stable")
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # the end of each group of equal scores
+    f1_at = 2 * np.cumsum(positive[order])[last] / (last + 1 + count)
+    best = int(f1_at.argmax())  # of equals the one that calls the fewest positive
+    found = (float(f1_at[best]), float(scores[order][last[best]])) if count else (math.nan, math.nan)
+    return TwoClasses(precision, recall, f1, *found)
 
 
 KS = (1, 5, 10)

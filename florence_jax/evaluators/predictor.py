@@ -201,6 +201,7 @@ class Embedder:
         context: dict[str, Any] | None = None,
         on_corrupt: str = "error",
         quiet: bool = False,
+        keys: bool = False,
     ) -> dict[str, np.ndarray]:
         """Embeds every image of a source.
 
@@ -208,24 +209,27 @@ class Embedder:
           params: of the model.
           source, ops, context, on_corrupt: see `data.pipeline.eval_stream`; the ops leave "image" and perhaps "label".
           quiet: do not print images per second.
+          keys: also give the records' keys, which the ops leave.
 
         Returns:
-          "embedding" float32 (N, D), "index" int32 (N,), row in the source, and "label" (N, ...) where the ops leave
-          one; N is the number of readable records.
+          "embedding" float32 (N, D), "index" int32 (N,), row in the source, "label" (N, ...) where the ops leave one,
+          and "key" (N,) of texts where they are wanted; N is the number of readable records.
 
         Raises:
           UserError: for embeddings that are not finite, or as `eval_stream`.
         """
+        host = ("key",) if keys else ()
         stream = eval_stream(
             source,
             ops,
             context or {},
             batch_size=self.batch_size,
             process=Process(jax.process_index(), jax.process_count()),
+            host=host,
             on_corrupt=on_corrupt,
         )
         with stream:
-            return self._gather("image", params, stream, source.name, len(source), quiet)
+            return self._gather("image", params, stream, source.name, len(source), quiet, host)
 
     def texts(self, params: Any, texts: Sequence[str], what: str = "texts") -> np.ndarray:
         """Embeds texts: float32 (len(texts), D). `what` names them on the progress bar.
@@ -236,7 +240,7 @@ class Embedder:
           UserError: for a text without tokens, or embeddings that are not finite.
         """
         batches = self._text_batches(texts, -(-len(texts) // self.batch_size))
-        found = self._gather("text", params, batches, what, len(texts), quiet=True)["embedding"]
+        found = self._gather("text", params, batches, what, len(texts), quiet=True, host=())["embedding"]
         if what not in self._told and jax.process_index() == 0:
             self._told.add(what)
             self._tell_cut(texts, what)
@@ -264,11 +268,18 @@ class Embedder:
             }
 
     def _gather(
-        self, tower: str, params: Any, batches: Iterable[Batch], what: str, total: int, quiet: bool
+        self,
+        tower: str,
+        params: Any,
+        batches: Iterable[Batch],
+        what: str,
+        total: int,
+        quiet: bool,
+        host: Collection[str],
     ) -> dict[str, np.ndarray]:
         outputs, counted = [], 0
         began = started = time.perf_counter()
-        for out in self._towers[tower].batches(params, batches, what=what, total=total, unit=tower):
+        for out in self._towers[tower].batches(params, batches, host=host, what=what, total=total, unit=tower):
             outputs.append(out)
             if tower not in self._compiled_towers:
                 self._compiled_towers.add(tower)
@@ -277,7 +288,10 @@ class Embedder:
             rest = total - counted
             count, since, note = (rest, began, "") if rest > 0 else (total, started, COMPILED)
             print(f"{what}: {total} images, {count / (time.perf_counter() - since):.0f} img/s{note}", flush=True)
-        found = {name: np.concatenate([out[name] for out in outputs]) for name in outputs[0]}
+        found = {
+            name: np.concatenate([np.asarray(out[name], object if name in host else None) for out in outputs])
+            for name in outputs[0]
+        }
         # What is not a number is never larger than anything: ranks and metrics would call it right.
         if bad := int((~np.isfinite(found["embedding"])).reshape(len(found["index"]), -1).any(1).sum()):
             raise UserError(

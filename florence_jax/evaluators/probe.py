@@ -23,7 +23,7 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Evaluator
 from florence_jax.evaluators.classification import ClassificationMetrics
 from florence_jax.evaluators.metrics import average_precisions, class_targets
-from florence_jax.evaluators.predictor import Embedder, image_counts
+from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.solvers.logistic import Fits, LogisticRegression, objective, sklearn_weights
 from florence_jax.page import curve
 
@@ -179,7 +179,7 @@ class LinearProbe(Evaluator):
             raise UserError(f"probe {name}: the comparison with scikit-learn is for one class an image")
         self.name, self._metric = name, metric
         self._train, self._test, self._validation = train, test, validation
-        self._ops, self._embedder, self._on_corrupt = f"{ops}|keep(image)", embedder, on_corrupt
+        self._ops, self._embedder, self._on_corrupt = ops, embedder, on_corrupt
         self._seed, self._dtype, self._compare = seed, dtype, compare
         self._metrics = ClassificationMetrics(name, test.source, train.names, metric, self._several)
         self._sweep: list[str] = []
@@ -194,9 +194,11 @@ class LinearProbe(Evaluator):
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
         rows = self._rows(params)
-        fitted, test = self._fit(rows), self._features(params, self._test)
+        fitted, test = self._fit(rows), self._read_test(params)
         results = self._measure(fitted, test)
-        return results | (self._sklearn(fitted.final, rows.all, test[:2]) if self._compare else {})
+        if self._compare:
+            results |= self._sklearn(fitted.final, rows.all, (test["embedding"], self._test.labels[test["index"]]))
+        return results
 
     def fit(self, params: Any) -> Fitted:
         """Chooses C on the features of these parameters, and fits."""
@@ -204,20 +206,19 @@ class LinearProbe(Evaluator):
 
     def measure(self, params: Any, fitted: Fitted) -> dict[str, float]:
         """The results of `run`, of what was fitted to features of the same parameters."""
-        return self._measure(fitted, self._features(params, self._test))
+        return self._measure(fitted, self._read_test(params))
 
-    def _measure(self, fitted: Fitted, test: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, float]:
-        features, labels, index = test
+    def _measure(self, fitted: Fitted, test: Mapping[str, np.ndarray]) -> dict[str, float]:
+        scores, labels = fitted.final.scores(0, test["embedding"]), self._test.labels[test["index"]]
         c = float(fitted.final.cs[0])
         self._sweep = [self._curve(fitted.tried, c)]
-        results = self._metrics([fitted.final.scores(0, features)], labels, index, PROBE_HINT)
-        results |= image_counts(self._test.source, index)
+        results = self._metrics([scores], labels, test["index"], test["key"], PROBE_HINT)
         return results | {f"validation_{self._metric}": fitted.tried[c], "log10_c": float(np.log10(c))}
 
     def _rows(self, params: Any) -> "_Rows":
-        features, labels, _ = self._features(params, self._train)
+        features, labels = self._features(params, self._train)
         if isinstance(self._validation, Labelled):
-            held = self._features(params, self._validation)[:2]
+            held = self._features(params, self._validation)
             both = np.concatenate([features, held[0]]), np.concatenate([labels, held[1]])
             return _Rows((features, labels), held, both)
         rest, held_rows = split_validation(labels, self._validation, self._seed)
@@ -233,10 +234,19 @@ class LinearProbe(Evaluator):
         """The curve of validation results over C, then as `ClassificationMetrics`."""
         return self._sweep + self._metrics.report
 
-    def _features(self, params: Any, split: Labelled) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Features, labels and rows in the source, of the readable images."""
-        out = self._embedder.images(params, split.source, self._ops, on_corrupt=self._on_corrupt)
-        return out["embedding"], split.labels[out["index"]], out["index"]
+    def files(self) -> dict[str, bytes]:
+        """predictions.csv of the test split."""
+        return self._metrics.files()
+
+    def _features(self, params: Any, split: Labelled) -> tuple[np.ndarray, np.ndarray]:
+        """Features and labels of the readable images."""
+        out = self._embedder.images(params, split.source, f"{self._ops}|keep(image)", on_corrupt=self._on_corrupt)
+        return out["embedding"], split.labels[out["index"]]
+
+    def _read_test(self, params: Any) -> Mapping[str, np.ndarray]:
+        """See `Embedder.images`, with the keys."""
+        ops = f"{self._ops}|keep(image, key)"
+        return self._embedder.images(params, self._test.source, ops, on_corrupt=self._on_corrupt, keys=True)
 
     def _regression(self, features: np.ndarray, labels: np.ndarray) -> LogisticRegression:
         return LogisticRegression(features, labels, len(self._train.names), self._embedder.mesh, self._dtype)

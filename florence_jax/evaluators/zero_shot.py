@@ -8,6 +8,7 @@ import numpy as np
 from florence_jax.data.classes import METRICS, ClassIndex, choose_templates, dataset_name, open_classes, open_images
 from florence_jax.data.prompts import class_prompts
 from florence_jax.data.records import Source
+from florence_jax.errors import UserError
 from florence_jax.evaluators.classification import Classification
 from florence_jax.evaluators.metrics import softmax
 from florence_jax.evaluators.predictor import Embedder
@@ -16,12 +17,16 @@ from florence_jax.evaluators.predictor import Embedder
 CLIP_SCALE = 100.0
 
 
-def class_embeddings(embedder: Embedder, params: Any, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
-    """One unit vector a class: the mean over templates of the unit embeddings of its prompts, made unit again.
+def class_embeddings(
+    embedder: Embedder, params: Any, names: Sequence[str | Sequence[str]], templates: Sequence[str]
+) -> np.ndarray:
+    """One unit vector a class: the mean of the unit embeddings of its prompts, made unit again.
+
+    The prompts of a class with several names are those of all of them: each name in each template.
 
     Args:
       embedder, params: of the model.
-      names: K class names.
+      names: K classes, each a name or the names that mean the same.
       templates: prompts with one '{}' each.
 
     Returns:
@@ -30,22 +35,25 @@ def class_embeddings(embedder: Embedder, params: Any, names: Sequence[str], temp
     Raises:
       UserError: for an empty name, no templates or a malformed one.
     """
-    prompts = [prompt for name in names for prompt in class_prompts(name, templates)]
-    embedded = embedder.texts(params, prompts, f"prompts of {len(names)} classes").reshape(
-        len(names), len(templates), -1
-    )
-    mean = embedded.mean(1)
+    groups = [(given,) if isinstance(given, str) else tuple(given) for given in names]
+    if not all(groups):
+        raise UserError("a class without a name cannot be put into prompts")
+    prompts = [prompt for group in groups for name in group for prompt in class_prompts(name, templates)]
+    embedded = embedder.texts(params, prompts, f"prompts of {len(names)} classes")
+    counts = len(templates) * np.array([len(group) for group in groups])
+    mean = np.add.reduceat(embedded, np.cumsum(counts) - counts, axis=0) / counts[:, None].astype(np.float32)
     return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
 
 
 class ZeroShot(Classification):
     """Zero-shot classification on a labelled source; results as `Classification`.
 
-    Scores are `CLIP_SCALE` times the cosine of the image's and the class's embedding; for VOC's metric their softmax.
+    Scores are the model's logit scale times the cosine of the image's and the class's embedding; for VOC's metric the
+    softmax of `CLIP_SCALE` times the cosine.
 
     Args:
       name, source, classes, ops, embedder, metric, on_corrupt: see `Classification`.
-      templates: prompts with one '{}' each; the first name of each class goes into them.
+      templates: prompts with one '{}' each; all names of each class go into them.
     """
 
     def __init__(
@@ -59,14 +67,20 @@ class ZeroShot(Classification):
         metric: str = "top1",
         on_corrupt: str = "error",
     ):
-        super().__init__(name, source, classes, ops, embedder, self._scores, metric, on_corrupt)
+        readable = _as_it_is if metric == "voc_map" else None
+        super().__init__(name, source, classes, ops, embedder, self._scores, metric, on_corrupt, readable)
         self._templates = tuple(templates)
 
     def _scores(self, params: Any, features: np.ndarray) -> Callable[[int, int], np.ndarray]:
-        weights = class_embeddings(self._embedder, params, self._classes.first_names, self._templates)
+        weights = class_embeddings(self._embedder, params, self._classes.names, self._templates)
         if self.metric == "voc_map":  # images are ranked for each class by the softmax over classes (ELEVATER)
             return lambda start, stop: softmax(CLIP_SCALE * (features[start:stop] @ weights.T))
-        return lambda start, stop: CLIP_SCALE * (features[start:stop] @ weights.T)
+        scale = float(np.exp(params["logit_scale"]))
+        return lambda start, stop: scale * (features[start:stop] @ weights.T)
+
+
+def _as_it_is(scores: np.ndarray) -> np.ndarray:
+    return scores
 
 
 def open_zero_shot(

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from florence_jax.data.classes import load_class_names, shipped_class_names
 from florence_jax.data.records import Record, Source
 from florence_jax.errors import UserError
 from florence_jax.inference.base import Found
@@ -19,7 +20,7 @@ class Classifier:
 
     Args:
       model: the weights.
-      names: of the classes, for zero-shot; () for the classes that the weights were trained for.
+      names: those of each class, for zero-shot; () for the classes that the weights were trained for.
       top: classes of each picture in the tables.
 
     Raises:
@@ -28,7 +29,7 @@ class Classifier:
 
     columns = ("class", "probability", "rank")
 
-    def __init__(self, model: Florence, names: Sequence[str] = (), top: int = 1):
+    def __init__(self, model: Florence, names: Sequence[Sequence[str]] = (), top: int = 1):
         if top < 1:
             raise UserError(f"--top={top} must be at least 1")
         if not names and not model.classes:
@@ -37,13 +38,14 @@ class Classifier:
                 "--names=cat,dog or --names=FILE, a name a line (zero-shot)"
             )
         self.model, self.top = model, top
-        self.names = tuple(names or model.classes)
-        self._by_name = bool(names) or model.encoder.head is None
+        self.names = tuple(given[0] for given in names) or model.classes
+        by_name = bool(names) or model.encoder.head is None
+        self._prompted = (tuple(names) or tuple((name,) for name in self.names)) if by_name else ()
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Adds the options of classification."""
-        parser.add_argument("--names", default="", help="classes: NAME,NAME,... or a file with a name a line")
+        parser.add_argument("--names", default="", help="classes: NAME,NAME,... or a file, a line each: NAME | SYNONYM")
         parser.add_argument("--top", type=int, default=1, help="classes of each picture in the tables")
         parser.add_argument("--res", type=int, default=None, help="image size in pixels; default: the weights' own")
         parser.add_argument("--tokenizer", default="", help="default: the one that the weights were trained with")
@@ -56,7 +58,7 @@ class Classifier:
 
     def answers(self, source: Source) -> Iterator[Found]:
         """Of every readable record, in order."""
-        for index, key, row in self.model.each_probability(source, self.names if self._by_name else ()):
+        for index, key, row in self.model.each_probability(source, self._prompted):
             best = best_classes(row, self.names, max(self.top, SHOWN_CLASSES))
             rows: list[dict[str, Any]] = [
                 {"class": name, "probability": round(value, 6), "rank": rank}
@@ -70,14 +72,20 @@ class Classifier:
         return thumbnail(record["image"])
 
 
-def read_names(given: str) -> tuple[str, ...]:
-    """'cat,dog', or a file with a name a line. Raises UserError for a name that occurs twice."""
-    text = given
-    if given and Path(given).is_file():
-        text = Path(given).read_text("utf-8-sig").replace("\n", ",")
-    names = [name.strip() for name in text.split(",") if name.strip()]
+def read_names(given: str) -> tuple[tuple[str, ...], ...]:
+    """The names of each class: 'cat,dog', or a file of class names or a shipped set, see `data.classes`.
+
+    Raises:
+      UserError: for a file that cannot be read, a name that occurs twice, or none.
+    """
+    if Path(given).is_file() or given.replace("/", "") in shipped_class_names():
+        classes = load_class_names(given).names
+        if len(classes) > 1 or "," not in classes[0][0]:
+            return classes
+        given = classes[0][0]  # all on one line
+    names = [name.strip() for name in given.split(",") if name.strip()]
     if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
         raise UserError(f"--names={given}: {repeated[0]!r} is there twice")
     if given and not names:
         raise UserError(f"--names={given} names no class")
-    return tuple(names)
+    return tuple((name,) for name in names)

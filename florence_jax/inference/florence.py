@@ -124,7 +124,7 @@ class Florence:
         return self._embedder("text", len(texts)).texts(self.params, list(texts))
 
     def classify(
-        self, images: Sequence[Picture], names: Sequence[str], templates: Sequence[str] = TEMPLATES
+        self, images: Sequence[Picture], names: Sequence[str | Sequence[str]], templates: Sequence[str] = TEMPLATES
     ) -> np.ndarray:
         """Zero-shot classification: the probabilities of K classes given by name.
 
@@ -133,7 +133,7 @@ class Florence:
 
         Args:
           images: N pictures as for `embed_images`.
-          names: K names, such as "golden retriever".
+          names: K names, such as "golden retriever"; or several that mean the same, such as ("sofa", "couch").
           templates: prompts with one '{}' each; by default the 80 of CLIP and one more.
 
         Returns:
@@ -144,11 +144,12 @@ class Florence:
         """
         return softmax(self.embed_images(images) @ self._class_vectors(names, templates))
 
-    def _class_vectors(self, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> np.ndarray:
+    def _class_vectors(self, names: Sequence[str | Sequence[str]], templates: Sequence[str] = TEMPLATES) -> np.ndarray:
         """float32 (D, K): what the vectors of pictures are multiplied with to give the logits of classes."""
         _check_list(names, "names")
         self._check_text()
-        embedder = self._embedder("text", len(names) * len(templates))
+        prompts = len(templates) * sum(1 if isinstance(given, str) else len(given) for given in names)
+        embedder = self._embedder("text", prompts)
         classes = class_embeddings(embedder, self.params, names, templates)
         return float(np.exp(self.params["logit_scale"])) * classes.T
 
@@ -176,7 +177,9 @@ class Florence:
         logits = self.embed_source(source, on_corrupt="error", tower="logits", quiet=True)["embedding"]
         return self.encoder.known_head.probabilities(logits)
 
-    def each_probability(self, source: Source, names: Sequence[str] = ()) -> Iterator[tuple[int, str, np.ndarray]]:
+    def each_probability(
+        self, source: Source, names: Sequence[str | Sequence[str]] = ()
+    ) -> Iterator[tuple[int, str, np.ndarray]]:
         """As `probabilities`, or `classify` where names are given, of a source of any length.
 
         Yields:

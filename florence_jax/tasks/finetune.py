@@ -222,7 +222,7 @@ class FineTuneLinear(FineTune):
         """Zeros or class embeddings, each leaf where `places` says."""
         head: Params = self.head.init(self.encoder.model.config)
         if self.from_text:
-            names = self._known_classes.first_names
+            names = self._known_classes.names
             head["weight"] = class_embeddings(self.embedder(mesh), loaded, names, self.templates).T
         return jax.device_put(head, places)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from florence_jax.evaluators.metrics import sigmoid, softmax
 from florence_jax.models.sizes import ModelConfig
 
 ENTRY = "head"  # of the parameters, and of the parts in model.json
@@ -53,7 +54,4 @@ class LinearHead(NamedTuple):
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """float32 (N, K): rows sum to 1; with several classes an image each entry stands for itself."""
-        if self.multi:
-            return 1 / (1 + np.exp(-logits))
-        shifted = np.exp(logits - logits.max(1, keepdims=True))
-        return shifted / shifted.sum(1, keepdims=True)
+        return sigmoid(logits) if self.multi else softmax(logits)

@@ -1,0 +1,103 @@
+"""What the page of a run shows of a classifier: confusion matrix, accuracy by class, right and wrong images."""
+
+import html
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from florence_jax.data.records import Source, record_thumbnail
+from florence_jax.evaluators.metrics import Answers, TwoClasses
+from florence_jax.page import GridCell, matches_html
+from florence_jax.pictures import data_uri
+
+TABLE_CLASSES = 20  # a confusion matrix of more classes is drawn as a picture
+EXAMPLE_ROWS = 6
+
+
+def confusion_html(title: str, confusion: np.ndarray, names: Sequence[str]) -> str:
+    """A table for up to 20 classes, else a picture; and the commonest mistakes."""
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    head = f"<h2>{html.escape(title)}: confusion</h2><p>Rows: the right class; columns: what it was called.</p>"
+    if len(names) <= TABLE_CLASSES:
+        columns = "".join(f'<th class="turn"><span>{html.escape(name)}</span></th>' for name in names)
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th>"
+            + "".join(
+                f'<td style="background:{_shade(share, i == j)}">{count or ""}</td>'
+                for j, (count, share) in enumerate(zip(confusion[i], shares[i], strict=True))
+            )
+            + "</tr>"
+            for i, name in enumerate(names)
+        )
+        body = f'<table class="confusion"><tr><th></th>{columns}</tr>{rows}</table>'
+    else:
+        pixels = (255 - 255 * np.sqrt(shares)).astype(np.uint8)
+        size = len(names) * max(1, 600 // len(names))
+        file = io.BytesIO()
+        Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST).save(file, "PNG", optimize=True)
+        body = (
+            f'<img src="{data_uri(file.getvalue(), "image/png")}" alt="confusion matrix" style="border:1px solid #ccc">'
+            f"<p>{len(names)} classes in the order of their numbers; darker: a larger share of the row.</p>"
+        )
+    wrong = confusion * (1 - np.eye(len(names), dtype=confusion.dtype))
+    pairs = [np.unravel_index(i, wrong.shape) for i in np.argsort(-wrong, axis=None, kind="stable")[:10]]
+    mistakes = "".join(
+        f"<li>{html.escape(names[i])} called {html.escape(names[j])}: {wrong[i, j]} of {confusion[i].sum()}</li>"
+        for i, j in pairs
+        if wrong[i, j]
+    )
+    return head + body + (f"<p>Commonest mistakes:</p><ol>{mistakes}</ol>" if mistakes else "")
+
+
+def _shade(share: float, right: bool) -> str:
+    strength = 0.85 * float(share)
+    return f"rgba({'58,125,68' if right else '209,73,91'},{strength:.2f})"
+
+
+def classes_table(title: str, names: Sequence[str], values: np.ndarray, counts: np.ndarray, what: str) -> str:
+    """Numbers of each class that has images, worst first; `what` they are."""
+    order = [k for k in np.argsort(values, kind="stable") if counts[k]]
+    rows = "".join(
+        f'<tr><td>{html.escape(names[k])}</td><td class="n">{values[k]:.3f}</td><td class="n">{counts[k]}</td></tr>'
+        for k in order
+    )
+    return (
+        f"<h2>{html.escape(title)}: classes</h2><details{' open' if len(order) <= TABLE_CLASSES else ''}><summary>"
+        f"{len(order)} classes, worst first</summary><table><tr><th>class</th><th>{what}</th><th>images</th></tr>{rows}"
+        "</table></details>"
+    )
+
+
+def examples_html(
+    title: str, source: Source, given: Answers, index: np.ndarray, names: Sequence[str], rows: int = EXAMPLE_ROWS
+) -> str:
+    """Images with the classes they were given and their scores, best first: `rows` right ones, as many wrong ones."""
+    body = ""
+    for what, chosen in (
+        ("right", np.flatnonzero(given.ranks == 0)),
+        ("wrong", np.flatnonzero(given.ranks > 0)),
+    ):
+        if not len(chosen):
+            continue
+        chosen = chosen[np.linspace(0, len(chosen) - 1, min(rows, len(chosen))).astype(int)]
+        lines = []
+        for i in chosen:
+            right = int(given.labels[i])
+            query = GridCell(names[right], record_thumbnail(source, int(index[i])) or None, True)
+            shown = zip(given.top[i], given.scores[i], strict=True)
+            lines.append((query, [GridCell(f"{names[k]} {score:.2f}", None, bool(k == right)) for k, score in shown]))
+        body += matches_html(f"{title}: {what} answers", lines)
+    return body
+
+
+def two_classes_html(title: str, names: Sequence[str], found: TwoClasses) -> str:
+    """What the numbers of two classes are of, and how to use the threshold."""
+    other, positive = map(html.escape, names)
+    return (
+        f"<h2>{html.escape(title)}: {other} or {positive}</h2><p>Precision {found.precision:.3f}, recall "
+        f"{found.recall:.3f} and F1 {found.f1:.3f} are of <b>{positive}</b>, the second class in the order of the "
+        f"class names. Called so from a score of {found.best_threshold:.3f} on, instead of 0.5, its F1 is "
+        f"{found.best_f1:.3f}, the best here; chosen on these very images, it is a little too good.</p>"
+    )
