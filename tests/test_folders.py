@@ -21,7 +21,7 @@ from florence_jax.data.sources.catalog import open_pictures, open_source
 from florence_jax.data.sources.labelled import open_labelled
 from florence_jax.data.sources.picture_files import list_pictures
 from florence_jax.errors import UserError
-from florence_jax.evaluators.retrieval import CaptionRetrieval, open_retrieval
+from florence_jax.evaluators.retrieval import CaptionRetrieval, choose_retrieval
 from florence_jax.pictures import has_heif, open_picture, register_heif
 from florence_jax.train.workdir import DATA_FILE, write_data
 
@@ -306,7 +306,7 @@ def test_rows_of_one_picture_are_one_record(tmp_path, name):
     assert source.summary["distinct"] == 14 and source.summary["passed_over"] == {"not in the table": 1}
     says = source.summary["says"]
     assert "15 rows of 3 pictures, 14 distinct captions" in says and "1 pictures are not in the table" in says
-    evaluator = open_retrieval("own", source, OPS, embedder(8))
+    evaluator = choose_retrieval("own", source, OPS, embedder(8))
     assert isinstance(evaluator, CaptionRetrieval) and evaluator.run(PARAMS)["captions"] == 14
     with pytest.raises(UserError, match="several captions each.*label_field"):
         open_classes(source)

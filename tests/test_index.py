@@ -19,7 +19,7 @@ from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.folder import FolderSource
 from florence_jax.data.sources.karpathy import open_karpathy
 from florence_jax.errors import UserError
-from florence_jax.evaluators.retrieval import CaptionRetrieval, open_retrieval
+from florence_jax.evaluators.retrieval import CaptionRetrieval, choose_retrieval, open_retrieval
 from florence_jax.page import GridCell
 from florence_jax.params.sharding import make_mesh
 from florence_jax.params.weights import load, make_description, save_pretrained
@@ -83,13 +83,13 @@ class Known:
         return self._texts[: len(texts)]
 
 
-def test_five_captions_an_image_and_equal_captions_of_others_are_wrong(pictures, tmp_path):
+def test_five_captions_an_image_and_equal_captions_of_others_are_wrong(pictures, tmp_path, capsys):
     file = split_file(tmp_path / "d.json")
     source = open_source(f"karpathy:{file}:test@{pictures}")
     eye = np.eye(10, dtype=np.float32)
     known = Known(eye, np.repeat(eye, 5, axis=0))
-    evaluator = open_retrieval("coco", source, "decode", known)
-    assert isinstance(evaluator, CaptionRetrieval)
+    evaluator = open_retrieval("coco", f"karpathy:{file}:test@{pictures}", "decode", known)
+    assert "coco: the first 5 captions of an image count; 6 of 56 do not" in capsys.readouterr().out
     results = evaluator.run(None)
     assert len(known.asked) == 50 and results["captions"] == 50 and results["images"] == 10
     assert results["i2t_r@1"] == results["t2i_r@1"] == 1.0
@@ -99,17 +99,16 @@ def test_five_captions_an_image_and_equal_captions_of_others_are_wrong(pictures,
     shifted = np.where(
         np.arange(50)[:, None] % 5 == 0, np.repeat(eye, 5, axis=0), np.roll(np.repeat(eye, 5, axis=0), 5, 0)
     )
-    partly = CaptionRetrieval("coco", source, "decode", Known(eye, shifted)).run(None)
+    partly = CaptionRetrieval("coco", source, "decode", Known(eye, shifted), per_image=5).run(None)
     assert partly["t2i_r@1"] == pytest.approx(0.2) and partly["i2t_r@1"] == 0.0 and partly["i2t_r@5"] == 1.0
 
 
 @pytest.mark.parametrize("field", ["captions", "caption"])
-def test_several_captions_in_either_field(field):
-    rows = [{"key": "a.png", field: ["x", "y"]}, {"key": "b.png", field: ["z"]}]
-    evaluator = open_retrieval("own", FolderSource("", rows), "decode", Known(np.eye(2), np.eye(3)[:, :2]))
-    assert isinstance(evaluator, CaptionRetrieval)
-    evaluator.run(None)
-    assert evaluator._embedder.asked == ["x", "y", "z"]
+def test_all_captions_in_either_field_count(field):
+    rows = [{"key": "a.png", field: list("tuvwxy")}, {"key": "b.png", field: ["z"]}]
+    evaluator = choose_retrieval("own", FolderSource("", rows), "decode", Known(np.eye(2), np.eye(7)[:, :2]))
+    assert isinstance(evaluator, CaptionRetrieval) and evaluator.run(None)["captions"] == 7
+    assert evaluator._embedder.asked == list("tuvwxyz")
 
 
 # -- by one command ---------------------------------------------------------------------------------------------------

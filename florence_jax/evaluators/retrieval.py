@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from florence_jax.data.captions import caption_label, normalise_caption
 from florence_jax.data.records import Record, Source, record_thumbnail
+from florence_jax.data.sources.catalog import open_source
+from florence_jax.data.sources.karpathy import PREFIX
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.metrics import recalls, retrieval_chance
@@ -22,7 +24,7 @@ from florence_jax.params.sharding import place
 
 QUERY_CHUNK = 1024
 TARGET_TILE = 16384
-CAPTIONS_PER_IMAGE = 5
+CAPTIONS_PER_IMAGE = 5  # of the protocols of Flickr30k 1K and COCO 5K
 
 
 def positive_ranks_reference(
@@ -199,7 +201,7 @@ class CaptionRetrieval(Evaluator):
       name: prefix of the results.
       source: records with the list field "captions" (see `data.karpathy`), or several captions in "caption".
       ops, embedder, on_corrupt: as for `Retrieval`.
-      per_image: captions used of each image, the first ones; five in both protocols (some COCO images have more).
+      per_image: captions used of each image, the first ones; 0 for all. What is not used is printed.
 
     Raises:
       UserError: if a record has no captions.
@@ -212,13 +214,17 @@ class CaptionRetrieval(Evaluator):
         ops: str,
         embedder: Embedder,
         on_corrupt: str = "error",
-        per_image: int = CAPTIONS_PER_IMAGE,
+        per_image: int = 0,
     ):
         self.name, self.charts = name, (recall_chart(name),)
         self._source, self._embedder, self._on_corrupt = source, embedder, on_corrupt
-        lists = [_captions(row)[:per_image] for row in source.metadata()]
+        lists = [_captions(row) for row in source.metadata()]
         if len(lists) != len(source) or not all(lists):
             raise UserError(f"{source.name}: every record needs readable captions in the list field 'captions'")
+        if per_image:
+            total, lists = sum(map(len, lists)), [captions[:per_image] for captions in lists]
+            if (unused := total - sum(map(len, lists))) and jax.process_index() == 0:
+                print(f"{name}: the first {per_image} captions of an image count; {unused:,} of {total:,} do not")
         self._captions = [caption for captions in lists for caption in captions]
         self._owners = np.repeat(np.arange(len(lists)), [len(captions) for captions in lists])
         self._ops = f"{ops}|keep(image)"
@@ -255,11 +261,22 @@ class CaptionRetrieval(Evaluator):
         return self._report
 
 
-def open_retrieval(name: str, source: Source, ops: str, embedder: Embedder, on_corrupt: str = "skip") -> Evaluator:
+def choose_retrieval(
+    name: str, source: Source, ops: str, embedder: Embedder, on_corrupt: str = "skip", per_image: int = 0
+) -> Evaluator:
     """`CaptionRetrieval` for a source whose records have a list of captions (see there), else `Retrieval`."""
     first = next(iter(source.metadata()), {})
-    several = any(isinstance(first.get(field), list) for field in ("captions", "caption"))
-    return (CaptionRetrieval if several else Retrieval)(name, source, ops, embedder, on_corrupt)
+    if any(isinstance(first.get(field), list) for field in ("captions", "caption")):
+        return CaptionRetrieval(name, source, ops, embedder, on_corrupt, per_image)
+    return Retrieval(name, source, ops, embedder, on_corrupt)
+
+
+def open_retrieval(name: str, spec: str, ops: str, embedder: Embedder, on_corrupt: str = "skip") -> Evaluator:
+    """`choose_retrieval` of a named source (see `sources.catalog.open_source`): all captions of every image, but five
+    of Karpathy's splits.
+    """
+    per_image = CAPTIONS_PER_IMAGE if spec.startswith(PREFIX) else 0
+    return choose_retrieval(name, open_source(spec), ops, embedder, on_corrupt, per_image)
 
 
 MAX_PICTURES = 2000  # in the grids of a report: thumbnails are kept in memory
@@ -274,7 +291,7 @@ def matches_report(
     names: Sequence[str],
     rows: int = 12,
 ) -> str:
-    """HTML grids: `rows` images with their nearest texts, and as many texts with their nearest images.
+    """HTML grids: `rows` images with their nearest texts and the cosines, and as many texts with their nearest images.
 
     Args:
       title: of the section.
@@ -285,13 +302,18 @@ def matches_report(
     chosen = np.linspace(0, len(images) - 1, min(rows, len(images))).astype(int)
     image_rows = []
     for i in chosen:
-        nearest = np.argsort(-(texts @ images[i]), kind="stable")[:5]
-        answers = [GridCell(names[j], None, bool(j == image_ids[i])) for j in nearest]
+        cosines = texts @ images[i]
+        nearest = np.argsort(-cosines, kind="stable")[:5]
+        answers = [GridCell(f"{names[j]} {cosines[j]:.2f}", None, bool(j == image_ids[i])) for j in nearest]
         image_rows.append((GridCell(names[image_ids[i]], pictures[i], True), answers))
     text_rows = []
     queries = np.unique(image_ids[: len(images)])
     for query in queries[np.linspace(0, len(queries) - 1, min(rows, len(queries))).astype(int)]:
-        nearest = np.argsort(-(images @ texts[query]), kind="stable")[:5]
-        answers = [GridCell(names[image_ids[j]], pictures[j], bool(image_ids[j] == query)) for j in nearest]
+        cosines = images @ texts[query]
+        nearest = np.argsort(-cosines, kind="stable")[:5]
+        answers = [
+            GridCell(f"{names[image_ids[j]]} {cosines[j]:.2f}", pictures[j], bool(image_ids[j] == query))
+            for j in nearest
+        ]
         text_rows.append((GridCell(names[query], None, True), answers))
     return matches_html(f"{title}: image to text", image_rows) + matches_html(f"{title}: text to image", text_rows)

@@ -24,7 +24,6 @@ from florence_jax.data.classes import (
 )
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.records import Source
-from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Evaluator
 from florence_jax.evaluators.classification import Classification, check_metric
@@ -145,7 +144,7 @@ class ClassificationSuite(Suite):
         if pairs and not self.encoder.can_embed_text:
             raise UserError(f"config.eval.source={pairs}: retrieval needs weights with a text tower and its tokenizer")
         if pairs:
-            found.append(open_retrieval("held_out", open_source(pairs), self.eval_ops, self.embedder(mesh)))
+            found.append(open_retrieval("held_out", pairs, self.eval_ops, self.embedder(mesh)))
         return found
 
     @property

@@ -17,7 +17,7 @@ from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.pipeline import TrainData
 from florence_jax.data.prompts import TEMPLATES
 from florence_jax.data.records import Source
-from florence_jax.data.sources.catalog import open_mixture, open_source
+from florence_jax.data.sources.catalog import open_mixture
 from florence_jax.data.tokenizers import Tokenizer
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
@@ -260,5 +260,5 @@ def open_held_out(config: ConfigDict, ops: str, embedder: Embedder) -> list[Eval
     if config.data.test:
         found.append(open_zero_shot("test", config.data.test, ops, embedder, on_corrupt=config.data.on_corrupt))
     if config.eval.source:
-        found.append(open_retrieval("held_out", open_source(config.eval.source), ops, embedder))
+        found.append(open_retrieval("held_out", config.eval.source, ops, embedder))
     return found
