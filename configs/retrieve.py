@@ -7,8 +7,8 @@
         --config.eval.source=karpathy:dataset_coco.json:test@coco
 
 Sources are Karpathy's split files (five captions an image are used), or any other, of which all captions are: a folder
-with captions.csv, or one sub-folder of images for each class, whose names are then the texts. Results: R@1, R@5, R@10 both ways, in
-WORKDIR/result.json and report.html.
+with captions.csv, or one sub-folder of images for each class, whose names are then the texts. Results: R@1, R@5, R@10
+both ways, in WORKDIR/result.json and report.html.
 
 Arguments: protocol = zeroshot | finetune; res = image size (0: the weights' own); runlocal. Fine-tuning is the
 pretraining task with the paper's settings (batch 3,072, 12 epochs, cosine, 200 warm-up steps, peak 2e-5; resolution not
