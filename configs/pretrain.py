@@ -123,14 +123,15 @@ def _laptop(config: ConfigDict) -> None:
     # Drawings fill their frame more or less: zoom out as well as in, and never cut much away.
     affine = "affine(8, scale=(0.85, 1.15), shift=0.05, stretch=0.2)"
     square = "resize({res})|center_crop({res})"  # emoji are square already, your own pictures may not be
-    config.data.train_ops = f"decode|{affine}|{square}|flip(0.5)|jitter(0.3, 0.3, 0.3)"
+    # Photographs are kept at four times the size, not in full; emoji are smaller.
+    config.data.train_ops = f"decode|shrink({{res}}, times=4)|{affine}|{square}|flip(0.5)|jitter(0.3, 0.3, 0.3)"
     # Two texts a picture: its name, and one of the rest. With one it learns more slowly, with more no better.
     config.text.extra_captions = "keywords_joined=1,keywords=1,group=2"
     config.text.subword_sampling = 0.2  # held-out names have words never seen: parts of words must mean something
     config.model.overrides.text_layers = 1
     config.model.overrides.text_length = 16  # names and keywords are short; longer captions of your own need more
     config.data.workers = 0  # two cores: decoding in the trainer's own threads is faster than worker processes
-    config.data.cache = True
+    config.data.cache = True  # of what `shrink` leaves
     config.checkpoint.every = 500
     config.eval.every = 0
 

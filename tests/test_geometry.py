@@ -12,6 +12,7 @@ STRAIGHT = [
     "resize(70)",
     "resize_exact(50, 90)",
     "resize_long(80)",
+    "shrink(20, times=2)",
     "resize_long(90, short=40)",
     "center_crop(64)",
     "center_crop(160)",
@@ -198,6 +199,8 @@ def test_padding_and_the_longer_side():
         run("pad_image(64)|flip", {"image": image})
     for spec, shape in (
         ("resize_long(25)", (15, 25)),
+        ("shrink(10, times=2)", (20, 33)),
+        ("shrink(15)", (30, 50)),
         ("resize_long(100)", (60, 100)),
         ("resize_long(50, 15)", (15, 25)),
     ):

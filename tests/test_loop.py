@@ -144,7 +144,7 @@ def test_other_data_in_the_same_workdir_is_one_message(finished, tmp_path):
         ("model.overrides.text_heads", 1, "config.model.overrides.text_heads=2, which would now be 1"),
         ("model.overrides.image_mean", (0.5, 0.5, 0.5), "config.model.overrides.image_mean=[0.485, "),
         ("data.captions", "caption=1", "config.data.captions='caption=1|key"),
-        ("data.train_ops", "decode|resize({res})|center_crop({res})", "config.data.train_ops='decode|affine"),
+        ("data.train_ops", "decode|resize({res})|center_crop({res})", "config.data.train_ops='decode|shrink"),
         ("init", "{}/elsewhere", "config.init='', which would now be '{}/elsewhere'"),
     ],
 )

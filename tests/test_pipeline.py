@@ -29,6 +29,7 @@ from stream_tools import (
     take,
 )
 
+from florence_jax.data import pipeline
 from florence_jax.data.batches import LAST_LOOK, check_fields
 from florence_jax.data.ops.captions import Caption
 from florence_jax.data.pipeline import (
@@ -36,6 +37,7 @@ from florence_jax.data.pipeline import (
     Stream,
     TrainData,
     eval_stream,
+    kept_in_memory,
     to_global,
     train_stream,
 )
@@ -192,6 +194,19 @@ def test_cache_reads_once():
     source.reads.clear()
     take(stream, 4)
     assert source.reads == {i: 1 for i in range(6)}
+
+
+def test_a_full_cache_changes_nothing(monkeypatch, caplog):
+    """Room for a few of the shrunk pictures."""
+    data = TrainData([ListSource(pairs(6))], None, f"decode|shrink(2, times=2)|{OPS.partition('|')[2]}", CONTEXT)
+    assert kept_in_memory(data) == "what decode|shrink leaves, up to 2.0 GiB"
+    plain = take(train_stream(data, batch_size=6, seed=0), 3)
+    monkeypatch.setattr(pipeline, "CACHE_BYTES", 1000)
+    data.sources[0].reads.clear()
+    assert_same(take(train_stream(data, batch_size=6, seed=0, cache=True, prefetch=0), 3), plain)
+    reads = collections.Counter(data.sources[0].reads.values())
+    assert len(reads) == 2 and max(reads) == min(reads) + 2  # once in three batches, or each time
+    assert sum("the cache is full" in message for message in caplog.messages) == 1
 
 
 def test_cache_keeps_texts_random():

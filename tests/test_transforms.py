@@ -127,9 +127,9 @@ def test_bad_op_strings(spec, message):
 
 def test_every_op_can_be_pickled_and_leaves_its_input_alone():
     specs = (
-        "decode resize(8) resize_exact(8,9) resize_long(8) center_crop(8) crop(8,pad=2) pad_image(30) rrc(8) flip(1) "
-        "affine(9,shift=0.1) jitter(0.5,0.5,0.5,0.1) gray(1) normalise caption(caption=1,tags=1,tags_joined=1) label "
-        "prompt tokenize texts('caption=1','tags=1') keep(image,text)"
+        "decode resize(8) resize_exact(8,9) resize_long(8) shrink(2) center_crop(8) crop(8,pad=2) pad_image(30) rrc(8) "
+        "flip(1) affine(9,shift=0.1) jitter(0.5,0.5,0.5,0.1) gray(1) normalise caption(caption=1,tags=1,tags_joined=1) "
+        "label prompt tokenize texts('caption=1','tags=1') keep(image,text)"
     ).split()
     own = {name for name, kind in OPS.items() if kind.__module__.startswith("florence_jax.")}  # not of other tests
     assert {spec.split("(")[0] for spec in specs} == own - {"class_label", "class_prompt"}  # in test_classes

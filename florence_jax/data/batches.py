@@ -1,11 +1,13 @@
 """Records to batches: reading, the ops, bad records, stacking. What all processes and workers do alike."""
 
 import itertools
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
+from PIL import Image
 
 from florence_jax.data.ops.captions import JOINED, Caption, Texts, parse_fields
 from florence_jax.data.ops.registry import Op
@@ -32,7 +34,8 @@ class BatchMaker:
       seed: of the augmentations.
       on_corrupt: 'skip' or 'error'.
       host: fields that come as lists.
-      cache: keep what the ops before anything random give, in memory.
+      cache: bytes of memory for what the ops before anything random give; 0: nothing is kept. What finds no room is
+        made anew each time.
     """
 
     def __init__(
@@ -43,11 +46,12 @@ class BatchMaker:
         seed: int,
         on_corrupt: str,
         host: Collection[str] = (),
-        cache: bool = False,
+        cache: int = 0,
     ):
         self._sources, self._starts = list(sources), starts_of(sources)
         self._fixed, self._ops = _split(ops) if cache else ([], list(ops))
         self._cache: dict[int, Record] | None = {} if cache else None
+        self._room, self._full = cache, False
         self._key = np.random.SeedSequence([seed, 1]).generate_state(2, np.uint64)
         self._on_corrupt, self._host = on_corrupt, tuple(host)
         self._bad: dict[str, BadRecord] = {}  # by key; of training only the first ones
@@ -106,10 +110,16 @@ class BatchMaker:
         if self._cache is None or isinstance(record, BadRecord):
             return record
         try:
-            self._cache[i] = _apply(self._fixed, record, self._rng(0))
+            made = _apply(self._fixed, record, self._rng(0))
         except BadRecord as bad:
             return bad
-        return self._cache[i]
+        if (size := memory_of(made)) <= self._room:
+            self._cache[i] = made
+            self._room -= size
+        elif not self._full:
+            self._full = True
+            logging.warning("the cache is full after %d records: others are made anew each time", len(self._cache))
+        return made
 
     def _source_of(self, i: int) -> int:
         return int(np.searchsorted(self._starts, i, side="right")) - 1
@@ -177,6 +187,24 @@ class BatchMaker:
 def starts_of(sources: Sequence[Source]) -> np.ndarray:
     """int64 (len(sources) + 1,): the number of each source's first record, counted through all; then their sum."""
     return np.concatenate([[0], np.cumsum([len(source) for source in sources])])
+
+
+def memory_of(value: Any) -> int:
+    """About how many bytes a record, or a field of one, takes in memory."""
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if isinstance(value, Image.Image):
+        return value.width * value.height * (4 if len(value.getbands()) > 1 else 1)  # as Pillow keeps RGB
+    if isinstance(value, dict):
+        return sum(map(memory_of, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(memory_of, value))
+    return sys.getsizeof(value)
+
+
+def kept_ops(ops: Sequence[Op]) -> list[str]:
+    """Names of the ops whose result a cache keeps: those before the first that is random (or draws a caption)."""
+    return [op.name for op in _split(ops)[0]]
 
 
 def _apply(ops: Sequence[Op], example: Record, rng: np.random.Generator) -> Record:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import grain
 import numpy as np
 
-from florence_jax.data.batches import Batch, BatchMaker, check_fields, starts_of
+from florence_jax.data.batches import Batch, BatchMaker, check_fields, kept_ops, starts_of
 from florence_jax.data.buckets import Bucket
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.ops.registry import Op
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 POLICIES = ("skip", "error")
 # Training ends where more than this share of the records that it drew cannot be used, judged from so many on.
 MOST_REPLACED, DRAWN_TO_JUDGE = 0.5, 1000
+CACHE_BYTES = 2 << 30  # of pictures kept in memory, of all workers of a process together
 WORKER_DIED = re.compile(r"Worker process was terminated unexpectedly with exit code (-?\d+)")  # grain's words
 SHARED_MEMORY = "/dev/shm"
 FEWER_WORKERS = "fewer worker processes, --config.data.workers=N, or none, --config.data.workers=0"
@@ -148,7 +149,7 @@ def train_stream(
       workers: processes that make batches, 0 for threads in this process.
       prefetch: batches made ahead.
       on_corrupt: 'skip' or 'error'.
-      cache: keep decoded images in memory (of each worker); for sources much smaller than memory.
+      cache: keep pictures in memory as the ops before anything random leave them, up to `CACHE_BYTES` on this machine.
 
     Returns:
       Batches of the arrays and numbers that the ops leave, stacked, e.g. {"image": uint8 (b, H, W, 3), "text": int32
@@ -165,7 +166,8 @@ def train_stream(
     parts = _bucket_parts(data, weights, seed)
     for part in parts:
         check_fields(part.sources, part.ops)
-    makers = [BatchMaker(p.sources, p.ops, seed=seed, on_corrupt=on_corrupt, cache=cache) for p in parts]
+    room = CACHE_BYTES // max(workers, 1) // len(parts) if cache else 0
+    makers = [BatchMaker(p.sources, p.ops, seed=seed, on_corrupt=on_corrupt, cache=room) for p in parts]
     # Only indices go through the order; records are read a batch at a time, at its end.
     orders = [_local_batches(part, local, process).map(_Numbered(k)) for k, part in enumerate(parts)]
     order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [part.weight for part in parts])
@@ -233,6 +235,12 @@ def eval_stream(
             maker.tell_skipped()
 
     return Stream(iter(grain.MapDataset.range(plan.steps).map(make).to_iter_dataset(options)), tell_skipped)
+
+
+def kept_in_memory(data: TrainData) -> str:
+    """What a stream with a cache keeps, for people: 'decode|shrink, up to 2.0 GiB'."""
+    kept = kept_ops(parse_ops(ops_of(data.ops, data.buckets)[0], data.context))
+    return f"what {'|'.join(kept) or 'reading'} leaves, up to {CACHE_BYTES / 2**30:.1f} GiB"
 
 
 def to_global(batch: Mapping[str, np.ndarray], sharding: "jax.sharding.Sharding") -> dict[str, "jax.Array"]:

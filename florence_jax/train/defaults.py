@@ -58,7 +58,7 @@ def common(workdir: str) -> ConfigDict:
                 "train_ops": "decode|rrc({res}, scale=(0.5, 1.0))",  # {res}: of the model
                 "eval_ops": "decode|resize({res})|center_crop({res})",
                 "workers": -1,  # processes that make batches; 0: threads of the trainer; -1: by the cores to spare
-                "cache": False,  # keep decoded images in memory; for data much smaller than that
+                "cache": False,  # keep pictures in memory as the ops before anything random leave them; up to 2 GiB
                 "on_corrupt": "skip",  # or 'error'
             },
             "eval": {

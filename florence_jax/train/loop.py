@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from florence_jax.data.pipeline import Process, Stream, TrainData, to_global, train_stream
+from florence_jax.data.pipeline import Process, Stream, TrainData, kept_in_memory, to_global, train_stream
 from florence_jax.data.records import summary_of
 from florence_jax.data.text_lengths import text_lengths
 from florence_jax.errors import UserError
@@ -320,7 +320,7 @@ class Trainer:
         if self.is_main:
             write_config(config, self.task.identity, self.workdir)
             write_data([*found_data(self.task, evaluators), text_lengths(data)], self.workdir)
-        self._describe()
+        self._describe(data)
         writer = MetricsWriter(self.workdir, resume_step=start, write=self.is_main)
         with StopSignals() as signals, contextlib.closing(writer), checkpoints:
             finished = self._steps(start, data, evaluators, writer, checkpoints, signals)
@@ -403,14 +403,15 @@ class Trainer:
                 progress.step()
         return last
 
-    def _describe(self) -> None:
+    def _describe(self, data: TrainData) -> None:
         count, plan = sum(x.size for x in jax.tree.leaves(self.target["params"])), self.task.plan
         workers, cores = worker_count(self.config.data.workers), available_cores()
+        kept = f"; kept in memory is {kept_in_memory(data)}" if self.config.data.cache else ""
         self._say(
             f"{self.task.name} {variants(self.task)}: {count / 1e6:.2f} M parameters, "
             f"{self.task.flops_per_example / 1e9:.2f} GFLOP a training example, {plan.total_steps} steps of "
             f"{plan.batch_size} on {self.mesh.size} {jax.devices()[0].platform} device(s), batches made by "
-            f"{f'{workers} processes' if workers else 'threads'} ({cores} cores), workdir {self.workdir}"
+            f"{f'{workers} processes' if workers else 'threads'} ({cores} cores){kept}, workdir {self.workdir}"
         )
 
     def _say(self, text: str) -> None:
