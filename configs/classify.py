@@ -57,7 +57,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.test = "" if learns else "emoji:new_style"  # held-out images; '': `holdout` of each class of data.train
     config.data.train_ops = "decode|rrc({res}, scale=(0.5, 1.0))|flip(0.5)"  # no mixup, no colour changes
     config.data.eval_ops = ""  # '': resized by the shorter side and cropped in the middle (KITTI: squashed)
-    config.holdout = 0.2
+    config.holdout = 0.2  # share of each class that is kept for testing or choosing, where no such images are named
     config.validation = ""  # probe: images to choose C on; '': `holdout` of each class of data.train
     config.classes = ""  # a file of class names, or a shipped set such as food101; '': the data's own labels
     config.label_field = ""  # record field with the class; '': class_id, labels or caption
@@ -65,17 +65,26 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.metric = ""  # top1 | mean_per_class | voc_map | roc_auc; '': the data set's own
     config.text = {"tokenizer": ""}  # '': the one that the weights were trained with
     config.eval.every = -1  # each epoch
-    config.batch_size = 8192
+    config.batch_size = 8192  # at most the number of images
     config.epochs, config.total_steps = 10, 0  # total_steps > 0 overrides epochs
-    config.head_init = (
-        "zeros"  # finetune_linear: 'zeros', on the features; 'text': class embeddings, after the projection
-    )
-    config.label_smoothing = 0.0  # finetune_linear
+    # finetune_linear: 'zeros', on the features; 'text': class embeddings, after the projection
+    config.head_init = "zeros"
+    config.label_smoothing = 0.0  # finetune_linear: share of the target that is spread over all classes
     config.wise_ft = ()  # also evaluate (1 - a) initial + a fine-tuned weights for each a, e.g. (0.5,)
-    config.forgetting = {"source": "emoji:new_names", "classes": "", "threshold": 0.05}  # source '': not watched
+    config.forgetting = {  # fine-tuning
+        "source": "",  # a set whose zero-shot accuracy is watched, such as emoji:new_names; '': none
+        "classes": "",  # its class names; '': its own
+        "threshold": 0.05,  # a larger fall is warned of
+    }
     config.probe = {"sklearn": False}  # True: also fit scikit-learn's LogisticRegression at the chosen C, to compare
-    config.fewshot = {"train": "head", "ways": 5, "shots": (5, 20, 50), "queries": 15, "episodes": 600}
-    config.fewshot.lanes = 0  # episodes trained at once, under vmap; 0: 64 heads, or as many backbones as fit
+    config.fewshot = {
+        "train": "head",  # or 'backbone': the image tower too
+        "ways": 5,  # classes of an episode
+        "shots": (5, 20, 50),  # images of each that are learned from: a row of results each
+        "queries": 15,  # images of each that are asked about
+        "episodes": 600,
+        "lanes": 0,  # episodes trained at once, under vmap; 0: 64 heads, or as many backbones as fit
+    }
     config.optim.learning_rate = 2e-5
     config.optim.warmup_steps = 500  # at most a tenth of the steps
     config.optim.layer_decay = 1.0  # learning rate of each layer over that of the one above it

@@ -6,27 +6,49 @@ from typing import NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from florence_jax.config_files import ConfigFileParser
+from florence_jax.config_files import ConfigFileParser, shipped_configs
+from florence_jax.config_help import help_text
 from florence_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).", lock_config=True)
-flags.FLAGS["config"].parser = ConfigFileParser("config")
+PARSER = ConfigFileParser("config")
+flags.FLAGS["config"].parser = PARSER
+HELP = ("--help", "-help", "-h")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: the config's workdir.")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line; a bad flag or config is one message on stderr and exit code 2.
 
+    With --help it prints the program's options and, with --config, those of the configuration; exit code 0.
     ml_collections reports an unknown config key as AttributeError, a wrong type as TypeError or ValueError.
     """
+    given = [word for word in argv if word not in HELP]
+    wants_help = len(given) < len(argv)
     try:
-        rest = flags.FLAGS(argv)
-        if CONFIG.value is None:
+        rest = flags.FLAGS(given)
+        if CONFIG.value is None and not wants_help:
             raise UserError("--config is missing; for example --config=configs/pretrain.py")
-        CONFIG.value.lock()  # a file that could not be loaded says so only when it is used
     except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         fail(error)
+    if wants_help:
+        print_help()
+        sys.exit(0)
     return rest
+
+
+def print_help() -> None:
+    """What the program does, its own options, and those of the configuration that is given."""
+    print(sys.modules["__main__"].__doc__ or "")
+    for module, known in flags.FLAGS.flags_by_module_dict().items():
+        if module.startswith("florence_jax") or module == sys.argv[0]:
+            for flag in known:
+                if "." not in flag.name:
+                    print(f"--{flag.name:<12}{flag.help}")
+    if CONFIG.value is None:
+        print(f"\nThe options of a configuration are listed with it: --config=FILE.py --help ({shipped_configs()})")
+    else:
+        print(f"\n{help_text(PARSER.file, CONFIG.value)}")
 
 
 def no_more_arguments(argv: list[str]) -> None:
@@ -39,7 +61,8 @@ def fail(error: Exception) -> NoReturn:
     """Prints `error` as one line on stderr, and exits with code 2."""
     inner = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
     # ml_collections wraps the name of an unknown key, with a guess at the right one, in a KeyError.
-    text = f"unknown config key {inner.args[0]}" if isinstance(inner, KeyError) and inner.args else str(error)
+    unknown = isinstance(inner, KeyError) and inner.args
+    text = f"unknown config key {inner.args[0]}; --help lists the options" if unknown else str(error)
     flag, is_group, _ = text.partition(": Failed to parse ")
     if is_group and "as a ConfigDict" in text:
         name = flag.removeprefix("flag ").partition("=")[0]

@@ -1,6 +1,8 @@
 """Configuration files: where they are found, and the argument behind their name ('configs/pretrain.py:variant=B')."""
 
+import importlib.util
 import sys
+import traceback
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -25,23 +27,60 @@ def find_config(path: str) -> str:
         return path
     folder = next(filter(Path.is_dir, FOLDERS))
     if not (folder / file.name).is_file():
-        names = ", ".join(f"configs/{known.name}" for known in sorted(folder.glob("*.py")))
-        raise UserError(f"there is no {path} here; shipped are {names}")
+        raise UserError(f"there is no {path} here; shipped are {shipped_configs()}")
     print(f"{path} is not here: {folder / file.name} is used", file=sys.stderr, flush=True)
     return str(folder / file.name)
 
 
+def shipped_configs() -> str:
+    """'configs/classify.py, ...', the configurations that come with the project."""
+    folder = next(filter(Path.is_dir, FOLDERS))
+    return ", ".join(f"configs/{known.name}" for known in sorted(folder.glob("*.py")))
+
+
 class ConfigFileParser(config_flags.ConfigFileFlagParser):
-    """Value of --config -> ConfigDict, from the file that `find_config` says."""
+    """Value of --config -> ConfigDict, from the file that `find_config` says.
+
+    Attributes:
+      file: the one that was read last; '' before.
+    """
+
+    file = ""
 
     def parse(self, path: str) -> ConfigDict:
-        """The configuration of 'FILE.py' or 'FILE.py:ARG'."""
+        """The configuration of 'FILE.py' or 'FILE.py:ARG'.
+
+        Raises:
+          UserError: for a file that is not there or has no get_config, and for whatever is wrong in it, by its line.
+        """
         name, colon, arg = path.partition(":")
+        self.file = file = find_config(name)
+        if not Path(file).is_file():
+            raise UserError(f"there is no configuration file {file}; those of the project are {shipped_configs()}")
         try:
-            return super().parse(find_config(name) + colon + arg)
-        except UserError as error:
-            # ml_collections raises it anew, with its traceback in the message; the original is the context.
-            raise error.__context__ if isinstance(error.__context__, UserError) else error from None
+            spec = importlib.util.spec_from_file_location(f"{self.name}_config", file)
+            if spec is None or spec.loader is None:
+                raise UserError(f"{file} is not a Python file")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            if not hasattr(module, "get_config"):
+                raise UserError(f"{file} has no function get_config(arg=None)")
+            config = module.get_config(*([arg] if colon else []))
+        except UserError:
+            raise
+        except Exception as error:  # whatever somebody's own file does wrong
+            raise UserError(_what_is_wrong(file, error)) from error
+        if self._lock_config and hasattr(config, "lock"):
+            config.lock()
+        return config
+
+
+def _what_is_wrong(file: str, error: Exception) -> str:
+    """'FILE line N: TypeError: ...'."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename} line {error.lineno}: {error.msg}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{file}{f' line {lines[-1]}' if lines else ''}: {type(error).__name__}: {error}"
 
 
 def read_config(path: str) -> ConfigDict:

@@ -256,6 +256,7 @@ def test_zero_shot_on_twenty_images(zero_shot):
 def test_fine_tuning_with_the_unicl_loss(weights, pictures, tmp_path, capsys):
     options = ["--config.epochs=3", "--config.total_steps=0", "--config.optim.learning_rate=0.01"]
     options += ["--config.optim.layer_decay=0.8", "--config.optim.ema_decay=0.5", "--config.wise_ft=(0.5,)"]
+    options += ["--config.forgetting.source=emoji:new_names"]
     assert classify("finetune_unicl", tmp_path / "run", weights, pictures, *options) == 0
     found = result(tmp_path / "run")
     # A fifth of each class is held out; a batch is no larger than the rest, sixteen images: one step an epoch.
@@ -275,7 +276,7 @@ def test_fine_tuning_with_the_unicl_loss(weights, pictures, tmp_path, capsys):
 
 def test_linear_head_learns_the_colours_and_spares_the_text_tower(weights, pictures, tmp_path):
     options = ["--config.epochs=8", "--config.total_steps=0", "--config.optim.learning_rate=0.02"]
-    options += ["--config.forgetting.source=", "--config.eval.every=0"]
+    options += ["--config.eval.every=0"]
     assert classify("finetune_linear", tmp_path / "run", weights, pictures, *options) == 0
     assert result(tmp_path / "run")["eval/test/top1"] >= 0.75
     before, after = Encoder(weights), Encoder(str(tmp_path / "run"))
@@ -296,7 +297,7 @@ def test_a_head_of_class_embeddings_answers_like_zero_shot(zero_shot, weights, p
     config = get_config("protocol=finetune_linear")
     config.init, config.classes = weights, names_file
     config.data.train = config.data.test = pictures
-    config.head_init, config.eval.batch_size, config.forgetting.source = "text", 24, ""
+    config.head_init, config.eval.batch_size = "text", 24
     task, mesh = FineTuneLinear(config), make_mesh(-1, 1)
     fresh = jax.device_put(task.init(jax.random.key(0)), replicated(mesh))
     (test,) = task.evaluators(mesh)

@@ -17,7 +17,7 @@ FLOORS = (
     ("evaluators",),
     ("data", "models", "losses", "params", "jobs"),
     ("command_line", "page"),
-    ("config_files", "files"),
+    ("config_files", "config_help", "files"),
     ("pictures",),
     ("errors",),
 )

@@ -30,7 +30,6 @@ def head(weights, pictures, tmp_path_factory):
         f"--workdir={workdir}",
         "--config.total_steps=30",
         "--config.optim.learning_rate=3e-2",
-        "--config.forgetting.source=",
     )
     shutil.rmtree(data)
     return workdir

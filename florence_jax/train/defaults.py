@@ -22,7 +22,7 @@ def model_overrides() -> ConfigDict:
 def optim_defaults() -> dict[str, Any]:
     """Of the optimizer, see `train.optim`."""
     return {
-        "learning_rate": 5e-4,
+        "learning_rate": 5e-4,  # peak
         "schedule": "cosine",  # 'cosine' | 'linear' | 'steps', after the warm-up
         "final_fraction": 0.01,  # cosine and linear end at this fraction of learning_rate
         "step_at": (0.67, 0.92),  # steps: shares of total_steps after which the rate is multiplied ...
@@ -46,7 +46,7 @@ def common(workdir: str) -> ConfigDict:
         {
             "mode": "train",  # or 'eval': only evaluate the workdir's newest checkpoint; without one, `init`
             "workdir": workdir,  # --workdir overrides it
-            "seed": 0,
+            "seed": 0,  # of the first parameters, the order of the data, their augmentations, held-out images
             "init": "",  # another run, or its checkpoints/ folder, to take the parameters from
             "init_optimizer": False,  # also its optimizer's moments; the learning-rate schedule starts anew either way
             "distributed": False,  # True on every host of a multi-host job
@@ -63,7 +63,7 @@ def common(workdir: str) -> ConfigDict:
             },
             "eval": {
                 "every": 0,  # steps; 0: only at the end; -1: each epoch, where a run is counted in epochs
-                "batch_size": 256,
+                "batch_size": 256,  # images or texts at once
                 "source": "",  # held-out pairs: image-text retrieval on them
             },
             "mesh": {
@@ -74,12 +74,12 @@ def common(workdir: str) -> ConfigDict:
             },
             "optim": optim_defaults(),
             "checkpoint": {
-                "every": 1000,
+                "every": 1000,  # steps; 0: only at the end
                 "keep": 2,  # the newest ones
                 "keep_every": 0,  # also every checkpoint whose step is a multiple of this; 0: none
                 "directory": "",  # may be a bucket, such as gs://bucket/run; '': checkpoints/ in the workdir
             },
-            "log": {"every": 50},
+            "log": {"every": 50},  # steps
             "watchdog": {"seconds": 600.0},  # a step that takes longer is reported with all stacks; 0: never
             "profile": {"steps": ()},  # (first, last): a trace of these steps in profile/ of the workdir
             "hosts": {  # with distributed=True
