@@ -7,15 +7,28 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import fsspec
 
 from florence_jax.errors import UserError
+
+# What a store needs beside fsspec.
+STORE_PACKAGES = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+    "http": "aiohttp requests",
+    "https": "aiohttp requests",
+    "abfs": "adlfs",
+    "az": "adlfs",
+}
 
 
 def json_digest(value: Any) -> str:
@@ -38,7 +51,30 @@ def filesystem(path: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, str]
     try:
         return fsspec.core.url_to_fs(os.fspath(path))
     except (ImportError, ValueError) as error:
-        raise UserError(f"cannot open {path}: {error} (s3fs for s3://, gcsfs for gs://)") from error
+        package = STORE_PACKAGES.get(os.fspath(path).partition("://")[0])
+        fix = f"; pip install {package}" if package else f" (known: {', '.join(f'{p}://' for p in STORE_PACKAGES)})"
+        raise UserError(f"cannot open {path}: {error}{fix}") from error
+
+
+def check_store(path: str) -> None:
+    """Raises UserError for a URL of a page, of which nothing can be listed, or of a store that cannot be reached."""
+    if path.startswith(("http://", "https://")):
+        raise UserError(f"cannot open {path}: download it first, and give the local path")
+    fs, inner = filesystem(path)
+    try:
+        fs.exists(inner)
+    except Exception as error:  # the packages of the stores have types of their own
+        raise UserError(f"cannot reach {path}: {str(error) or type(error).__name__}") from error
+
+
+def expand_braces(path: str) -> list[str]:
+    """The names that '{000..009}' (numbers, as wide as the first) or '{a,b}' in a path stand for."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", path)
+    if match is None:
+        return [path]
+    first, last, names = match.groups()
+    parts = names.split(",") if names else (f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1))
+    return [whole for part in parts for whole in expand_braces(path[: match.start()] + part + path[match.end() :])]
 
 
 def exists(path: str) -> bool:
@@ -139,6 +175,13 @@ def list_files(folder: str, suffix: str) -> list[str]:
 # -- tables of text ---------------------------------------------------------------------------------------------------
 
 
+# Between cells: the one that the heading has most of; a tab before all others.
+DELIMITERS = ("\t", ",", ";", "|")
+DELIMITED = (".csv", ".tsv", ".txt")  # ends of names of tables with a heading
+MANY_BREAKS = 3  # line breaks in one cell; more are suspicious
+_PICTURE_NAME = re.compile(r"\S*\.(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|hei[cf]|ppm)", re.IGNORECASE)
+
+
 def csv_bytes(heading: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     """A CSV file with a heading, in UTF-8; names of files that are not UTF-8 keep their bytes."""
     text = io.StringIO(newline="")
@@ -189,55 +232,98 @@ def _open_lines(path: str | os.PathLike, start: int, stop: int, newline: str) ->
         yield _Lines(io.TextIOWrapper(binary, "utf-8", newline=newline), start + marked * len(codecs.BOM_UTF8))
 
 
-def csv_cells(path: str | os.PathLike, start: int = 0, stop: int = -1) -> Iterator[tuple[int, int, list[str]]]:
+def csv_cells(
+    path: str | os.PathLike, start: int = 0, stop: int = -1, delimiter: str = ","
+) -> Iterator[tuple[int, int, list[str]]]:
     """(line, first byte, cells) of the rows of a CSV file, a heading among them; empty lines are left out.
 
     Args:
       path: of the file.
       start, stop: bytes at which rows begin; 0 and -1 for the whole file, of which one line is in memory at a time.
+      delimiter: between cells.
 
     Raises:
-      UserError: if it cannot be read, or is not comma-separated UTF-8.
+      UserError: if it cannot be read, or is not UTF-8 with this delimiter.
     """
     line = 0
     try:
         with _open_lines(path, start, stop, newline="") as lines:
-            reader, at = csv.reader(lines, strict=True), lines.at
+            reader, at = csv.reader(lines, delimiter=delimiter, strict=True), lines.at
             for cells in reader:
                 line = reader.line_num
                 if cells:
                     yield line, at, cells
                 at = lines.at
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: line {line + 1}: {error}; it must be comma-separated UTF-8") from error
+        where = f"line {line + 1}" if not start else f"line {line + 1} after byte {start}"
+        raise UserError(
+            f"cannot read {path}: {where}: {error}; it must be {_separated(delimiter)} UTF-8, a text with quotes, line "
+            "breaks or such marks inside quotes, and its own quotes doubled"
+        ) from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
+def _separated(delimiter: str) -> str:
+    return {",": "comma-separated", "\t": "tab-separated"}.get(delimiter, f"{delimiter!r}-separated")
+
+
 def table_rows(path: str | os.PathLike, start: int = 0, stop: int = -1) -> Iterator[TableRow]:
-    """The rows of a CSV file with a heading (.csv), or of a file with a JSON object a line.
+    """The rows of a table with a heading (.csv, .tsv, .txt), or of a file with a JSON object a line.
+
+    What is between the cells of a row is seen from the heading, see `DELIMITERS`.
 
     Args:
       path: of the file.
       start, stop: as in `csv_cells`.
 
     Raises:
-      UserError: if it cannot be read, is not UTF-8, or a row has more cells than the heading, or is no JSON object.
+      UserError: if it cannot be read, is not UTF-8, or a row has more cells than the heading, or is no JSON object;
+        for a quoted text that goes on over rows of its own, as a stray quote makes it.
     """
-    return (_csv_rows if os.fspath(path).endswith(".csv") else _json_rows)(path, start, stop)
+    return (_csv_rows if os.fspath(path).lower().endswith(DELIMITED) else _json_rows)(path, start, stop)
 
 
 def _csv_rows(path: str | os.PathLike, start: int, stop: int) -> Iterator[TableRow]:
-    rows = csv_cells(path, start, stop)
-    _, _, heading = next(csv_cells(path) if start else rows, (0, 0, []))
+    delimiter = _delimiter(path)
+    rows = csv_cells(path, start, stop, delimiter)
+    _, _, heading = next(csv_cells(path, delimiter=delimiter) if start else rows, (0, 0, []))
+    heading = [name.strip() for name in heading]
     for line, at, cells in rows:
+        where = f"the row at byte {at}" if start else f"line {line}"
         if any(cell.strip() for cell in cells[len(heading) :]):
-            where = f"the row at byte {at}" if start else f"line {line}"
             raise UserError(
-                f"cannot read {path}: {where} has more cells than the heading ({','.join(cells)[:100]}): quote texts "
-                "with commas"
+                f"cannot read {path}: {where} has more cells than the heading ({delimiter.join(cells)[:100]}): quote "
+                f"texts with {delimiter!r}"
+            )
+        if len(heading) > 1 and (swallowed := next(filter(None, (_row_inside(c, delimiter) for c in cells)), None)):
+            raise UserError(
+                f"cannot read {path}: the row that ends in {where} has a text in quotes that goes on over what look "
+                f"like rows of their own, such as {swallowed[:80]!r}: is there a stray quote? It must be doubled"
             )
         yield TableRow(line, at, dict(zip(heading, cells, strict=False)))
+
+
+def _delimiter(path: str | os.PathLike) -> str:
+    try:
+        with _open_lines(path, 0, -1, newline="") as lines:
+            heading = next(iter(lines), "")
+    except (OSError, UnicodeDecodeError):  # told by the one who reads the rows
+        return ","
+    return "\t" if "\t" in heading else max(DELIMITERS[1:], key=heading.count)
+
+
+def _row_inside(cell: str, delimiter: str) -> str | None:
+    """The first line of a cell, after its first, that has several cells, one of them the name of a picture."""
+    if "\n" not in cell:
+        return None
+    lines = (line for line in cell.splitlines()[1:] if delimiter in line)
+    return next((line for line in lines if any(map(_PICTURE_NAME.fullmatch, line.split(delimiter)))), None)
+
+
+def has_many_lines(fields: Mapping[str, Any]) -> bool:
+    """Whether a text in a row has more line breaks than captions have, as a stray quote makes it."""
+    return any(isinstance(value, str) and value.count("\n") > MANY_BREAKS for value in fields.values())
 
 
 def _json_rows(path: str | os.PathLike, start: int, stop: int) -> Iterator[TableRow]:

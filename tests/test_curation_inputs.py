@@ -1,6 +1,7 @@
 """Inputs of curation: every kind, the names people use, damage, mistakes."""
 
 import csv
+import dataclasses
 import io
 import json
 import tarfile
@@ -13,7 +14,7 @@ from apache_beam.testing.util import assert_that, equal_to
 from curation_tools import pairs, picture, write_parquet
 
 from florence_jax.curation.filters.opt_out import OptOutRules, decide_headers
-from florence_jax.curation.ingest.inputs import DamagedInput, ReadPairs, list_splits, read_split
+from florence_jax.curation.ingest.inputs import DamagedInput, ReadPairs, list_inputs, list_splits, read_split
 from florence_jax.curation.ingest.readers import make_pair
 from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.errors import UserError
@@ -25,6 +26,7 @@ def read(spec, rows=5, max_bytes=1 << 20):
 
 
 def write_tar(path, samples, mode="w"):
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as tar:
         for name, data in samples:
             member = tarfile.TarInfo(name)
@@ -306,3 +308,49 @@ def test_binary_column_under_another_name(tmp_path):
     pa.parquet.write_table(table, tmp_path / "p.parquet")
     (pair,) = read(tmp_path / "p.parquet")
     assert (pair["key"], pair["caption"], pair["image"]) == ("12", "x", picture(1))
+
+
+def test_lists_of_captions_and_tab_separated_tables(tmp_path):
+    texts = [["a cup", "", "a cup of tea"], ["a glass", "a glass"]]
+    write_parquet(tmp_path / "p.parquet", [{"image": picture(i), "captions": texts[i]} for i in range(2)])
+    assert [(p["caption"], p["captions"]) for p in read(tmp_path / "p.parquet")] == [
+        ("a cup", ["a cup", "a cup of tea"]),
+        ("a glass", ["a glass"]),
+    ]
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "0.png").write_bytes(picture(0))
+    (tmp_path / "f" / "captions.csv").write_text("File\tCaption\n0.png\ta cup, \"blue\"\n0.png\t['x', 'y']\n")
+    (pair,) = read(tmp_path / "f")
+    assert pair["captions"] == ['a cup, "blue"', "x", "y"] and pair["problem"] == ""
+    named = tmp_path / "f" / "results.txt"
+    named.write_text("image_name| comment_number| comment\n0.png| 0| a cup\n0.png| 1| tea\n")
+    (pair,) = read(named)
+    assert [text.strip() for text in pair["captions"]] == ["a cup", "tea"] and pair["image"] == picture(0)
+
+
+def test_what_was_found_is_said_before_the_work(tmp_path):
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "0.png").write_bytes(picture(0))
+    (tmp_path / "f" / "x.pdf").write_bytes(b"%PDF")
+    (tmp_path / "f" / "captions.csv").write_text('file,caption\n0.png,a cup\n0.png,"a\nb\nc\nd\ne"\n')
+    (found,) = list_inputs(f"{tmp_path}/f", 9)
+    assert found.summary["says"] == (
+        f"{tmp_path}/f: captions.csv with 2 rows, of which 1 have texts of many lines, the first ends in line 7: is a "
+        "quote missing?; 3 files, 1 read as pictures; of the first 1 pairs 1 have a picture, with 2 distinct captions, "
+        "such as 'a cup'; fields: caption, file; passed over: 1 .pdf"
+    )
+    assert found.summary["passed_over"] == {".pdf": 1} and found.summary["example"] == "a cup"
+    write_parquet(tmp_path / "p" / "0.parquet", pairs(2))
+    (tmp_path / "p" / "notes.md").write_text("x")
+    (found,) = list_inputs(f"{tmp_path}/p", 9)
+    assert "2 files, 1 parquet read; of the first 2 pairs 2 have a picture" in found.summary["says"]
+    assert found.summary["says"].endswith("passed over: 1 .md")
+
+
+def test_paths_as_people_write_them(tmp_path, monkeypatch):
+    for i in range(3):
+        write_tar(tmp_path / "lr=0.1" / f"{i:03d}.tar", [("a.png", picture(i)), ("a.txt", b"x")])
+    assert len(read(f"{tmp_path}/lr=0.1")) == 3 == len(read(f"t={tmp_path}/lr=0.1/{{000..002}}.tar"))
+    monkeypatch.chdir(tmp_path)
+    one, two, three = (list_splits(spec, 9) for spec in ("lr=0.1", "lr=0.1/", f"t={tmp_path}/lr=0.1"))
+    assert one == two == [dataclasses.replace(split, source="lr=0.1") for split in three]

@@ -158,10 +158,13 @@ def test_the_runner_does_not_matter(raw):
 
 def test_captions_of_a_cluster_begin_with_the_representatives():
     texts = ["A red apple", "fruit", "A  RED apple", "a pear"]
-    rows = [{"text": " ".join(t.lower().split()), "caption": t, "text_decision": "", "clean": True} for t in texts]
-    block = pa.Table.from_pylist([row | {"uid": str(i), "flag": ""} for i, row in enumerate(rows)])
+    usable = [[{"text": " ".join(t.lower().split()), "caption": t, "personal": ""}] for t in texts]
+    usable[3] *= 2
+    rows = [{"uid": str(i), "usable": captions, "clean": True, "flag": ""} for i, captions in enumerate(usable)]
+    block = pa.Table.from_pylist([row | {"refused": ["url"] * i} for i, row in enumerate(rows)])
     chosen, _ = cluster_decisions(block, np.zeros(4, np.int64), [None] * 4)
     assert chosen["captions"].to_pylist() == [["A red apple", "fruit", "a pear"], [], [], []]
+    assert chosen["refused"].to_pylist() == [["url"] * 6, [], [], []]
 
 
 def test_a_caption_that_is_dropped_for_its_length_costs_nothing_more():
@@ -290,6 +293,7 @@ def test_the_simulator_predicts_what_a_run_keeps(tmp_path, capsys):
         kept = curate(config | {"selection": selection}, str(tmp_path / "w"), ONE_PROCESS)["records"]
         assert kept == pytest.approx(predicted[t], rel=0.2)
     # The pairs that selection removed came to it, too.
+    capsys.readouterr()
     assert simulate.main(arguments) == 0 and json.loads(capsys.readouterr().out) == found
 
 

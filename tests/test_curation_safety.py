@@ -19,9 +19,10 @@ from florence_jax.curation.filters.opt_out import (
     parse_content_usage,
     parse_x_robots,
 )
-from florence_jax.curation.filters.personal import blur_boxes, blur_faces, find_personal, luhn, redact
-from florence_jax.curation.filters.post_filter import SafetyRules, decide_opt_out, decide_safety, safety_scores
+from florence_jax.curation.filters.personal import blur_boxes, blur_faces, find_personal, luhn, personal_scores, redact
+from florence_jax.curation.filters.post_filter import SafetyRules, decide_opt_out, decide_safety, rights_scores
 from florence_jax.curation.filters.takedown import Takedown, canonical_url
+from florence_jax.curation.ingest.measure import caption_scores
 from florence_jax.errors import UserError
 
 # -- headers ----------------------------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ def test_a_restriction_is_never_lost_in_normalisation():
 
 
 def scores(caption="a dog", **record):
-    return safety_scores({"caption": caption, **record})
+    return personal_scores(caption) | rights_scores(record)
 
 
 def test_decisions():
@@ -284,7 +285,7 @@ def test_domains_block_their_subdomains_only():
 
 def test_blocked_domains_are_brought_into_form_once(monkeypatch):
     rules = SafetyRules(blocked_domains=("Example.com",))
-    scores = safety_scores({"caption": "", "url": "https://a.example.com/x"})
+    scores = personal_scores("") | rights_scores({"url": "https://a.example.com/x"})
     assert decide_safety(scores, rules) == ("domain", "a.example.com", "example.com")
     monkeypatch.setattr(post_filter, "host_of", None)
     assert decide_safety(scores, rules)
@@ -474,5 +475,5 @@ def test_urls_are_compared_in_one_form(a, b, same):
 def test_a_very_long_caption_costs_no_more_than_a_long_one():
     nested = "&" + "amp;" * 250_000  # each pass of unescaping takes one away
     began = time.perf_counter()
-    assert safety_scores({"caption": f"a@mail.example {nested}"})["mails"] == 1
+    assert caption_scores(f"a@mail.example {nested}")["mails"] == 1
     assert time.perf_counter() - began < 5

@@ -45,11 +45,12 @@ def test_of_repeats_the_row_with_the_opt_out_stays(tmp_path, reverse):
 
 def test_a_retry_may_be_repeated(tmp_path):
     (tmp_path / "f").mkdir()
-    (tmp_path / "f" / "captions.csv").write_text("file,caption\n0.png,a cup\n")
+    (tmp_path / "f" / "captions.csv").write_text("file,caption\n0.png,a cup\n1.png,a glass\n")
+    (tmp_path / "f" / "1.png").write_bytes(picture(6))
     config = small_config(f"f={tmp_path}/f", measure={"retry": ("missing",)}, parts=1)
-    assert statuses(tmp_path, config) == ["missing"]
+    assert statuses(tmp_path, config) == ["missing", "ok"]
     (tmp_path / "f" / "0.png").write_bytes(picture(5))
-    assert statuses(tmp_path, config) == ["ok"]
+    assert statuses(tmp_path, config) == ["ok", "ok"]
 
 
 def test_a_later_hash_list_leaves_nothing_of_its_pictures(tmp_path):

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from florence_jax.errors import UserError
-from florence_jax.files import csv_cells, read_json, replacing, table_rows, write_file, write_json, write_text
+from florence_jax.files import (
+    csv_cells,
+    has_many_lines,
+    read_json,
+    replacing,
+    table_rows,
+    write_file,
+    write_json,
+    write_text,
+)
 
 
 def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
@@ -75,6 +84,10 @@ def test_json_lines_and_short_rows(tmp_path):
         ("t.csv", b"a,b\n1,2,3\n", r"line 2 has more cells than the heading \(1,2,3\)"),
         ("t.csv", b'a\n"1\n', "line 2: unexpected end of data; it must be comma-separated"),
         ("t.csv", b"a\n\xe9\n", "line 1: .*can't decode.* it must be comma-separated UTF-8"),
+        ("t.csv", b'f,c\na.png,"x\nb.png,y\nc.png,z"\n', "line 4 has a text in quotes that goes on over .* 'b.png,y'"),
+        ("t.csv", b'f,c\na.png,"x" y\n', "line 2: ',' expected after '\"'; it must be comma-separated .* doubled"),
+        ("t.tsv", b'f\tc\na.png\t"x\n', "line 2: unexpected end of data; it must be tab-separated"),
+        ("t.tsv", b"f\tc\na.png\tx\ty\n", r"line 2 has more cells than the heading"),
         ("t.jsonl", b'{"a": 1}\n{\n', "line 2: .* it must have one JSON object a line"),
         ("t.jsonl", b"[1]\n", "line 1: not a JSON object"),
         ("t.jsonl", b"\xe9\n", "line 1: .*can't decode"),
@@ -86,3 +99,27 @@ def test_what_is_no_table_is_one_message(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         list(table_rows(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", "file,caption\na.png,one; two|three\n"),
+        ("t.csv", "file\tcaption\na.png\tone; two|three\n"),
+        ("t.tsv", "file\tcaption\na.png\tone; two|three\n"),
+        ("t.csv", 'file;caption\na.png;"one; two|three"\n'),
+        ("t.txt", 'file| caption\na.png|"one; two|three"\n'),
+    ],
+)
+def test_what_is_between_cells_is_seen_from_the_heading(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    (row,) = table_rows(tmp_path / name)
+    assert row.fields == {"file": "a.png", "caption": "one; two|three"}
+    assert [part.fields for part in table_rows(tmp_path / name, row.at)] == [row.fields]
+
+
+def test_texts_of_several_lines_are_read_and_many_lines_noticed(tmp_path):
+    (tmp_path / "t.csv").write_text('file,caption\na.png,"one,\ntwo, three"\nb.png,"1\n2\n3\n4\n5"\n')
+    first, second = table_rows(tmp_path / "t.csv")
+    assert first.fields["caption"] == "one,\ntwo, three"
+    assert has_many_lines(second.fields) and not has_many_lines(first.fields)

@@ -15,7 +15,7 @@ from florence_jax.curation.dedup.measurements import items_of, measure_item
 from florence_jax.curation.ingest.inputs import list_splits, read_split
 from florence_jax.data.classes import open_classes, open_images
 from florence_jax.data.ops.image import Decode
-from florence_jax.data.records import BadRecord, Subset, summary_of
+from florence_jax.data.records import DATA_FILE, BadRecord, Subset, summary_of, write_data
 from florence_jax.data.sources import picture_files
 from florence_jax.data.sources.catalog import open_pictures, open_source
 from florence_jax.data.sources.labelled import open_labelled
@@ -23,7 +23,6 @@ from florence_jax.data.sources.picture_files import list_pictures
 from florence_jax.errors import UserError
 from florence_jax.evaluators.retrieval import CaptionRetrieval, choose_retrieval
 from florence_jax.pictures import has_heif, open_picture, register_heif
-from florence_jax.train.workdir import DATA_FILE, write_data
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
 
@@ -313,15 +312,13 @@ def test_rows_of_one_picture_are_one_record(tmp_path, name):
     assert open_classes(source, field="place").first_names == ["Rome"]
 
 
-def test_curation_reads_rows_of_one_picture_as_one_pair(tmp_path, capsys):
+def test_curation_reads_rows_of_one_picture_as_one_pair(tmp_path):
     rows = "".join(f"{i}.png,text {i} {k}\n" for i in range(4) for k in range(5))
     folder = fill(tmp_path, {f"{i}.png": encoded() for i in range(4)} | {"captions.csv": f"file,text\n{rows}"})
     splits = list_splits(folder, 7)  # 7 rows at least, whole pictures
     found = [pair for split in splits for pair in read_split(split, 1 << 20)]
     assert len(splits) == 2 and [pair["key"] for pair in found] == ["0.png", "1.png", "2.png", "3.png"]
-    assert found[2]["caption"] == "text 2 0" and found[2]["extra"]["captions"] == [f"text 2 {k}" for k in range(5)]
-    out = capsys.readouterr().out
-    assert "20 rows of 4 pictures" in out and "config.measure.extra_fields" in out
+    assert found[2]["caption"] == "text 2 0" and found[2]["captions"] == [f"text 2 {k}" for k in range(5)]
 
 
 def test_one_row_a_picture_stays_one_caption_and_missing_files_are_said(tmp_path):

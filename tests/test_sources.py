@@ -209,8 +209,9 @@ def test_jsonl_folder(tmp_path):
 
 
 def test_jsonl_with_lists_of_captions_alone(tmp_path):
+    image_folder(tmp_path, "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file": "a.png", "captions": ["x", "y"]}\n')
-    assert list(open_source(str(tmp_path)).metadata()) == [{"key": "a.png", "captions": ["x", "y"]}]
+    assert list(open_source(str(tmp_path)).metadata()) == [{"key": "a.png", "caption": "x", "captions": ["x", "y"]}]
 
 
 def test_class_folders(tmp_path):
@@ -222,7 +223,11 @@ def test_class_folders(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("captions.csv", "file,words\na.png,x\n", "no column 'caption' or 'text' or 'title', only: file, words"),
+        (
+            "captions.csv",
+            "file,words\na.png,x\n",
+            "no column 'caption' or 'captions' or 'text' or 'title', only: file, words",
+        ),
         ("captions.csv", "id,caption\na.png,x\n", "no column 'file'"),
         ("captions.csv", "file,caption\n", "no rows"),
         ("captions.csv", "file,caption\n,x\n", "line 2: column 'file' must name a file"),
@@ -248,7 +253,7 @@ def test_bad_tables(tmp_path, name, content, message):
 
 
 def test_bad_paths(tmp_path):
-    (tmp_path / "x.txt").write_text("x")
+    (tmp_path / "x.bin").write_text("x")
     write_raw(tmp_path / "empty.array_record", [])
     (tmp_path / "broken.array_record").write_bytes(b"nonsense" * 100)
     (tmp_path / "flat").mkdir()
@@ -256,7 +261,7 @@ def test_bad_paths(tmp_path):
     cases = {
         "missing/folder": "does not exist",
         "missing/*.array_record": "does not exist",
-        "x.txt": "unknown kind of file",
+        "x.bin": "unknown kind of file",
         "empty.array_record": "has no records",
         "broken.array_record": "cannot read ArrayRecord",
         "flat": "captions.csv",

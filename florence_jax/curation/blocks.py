@@ -34,6 +34,7 @@ def decision_rows(block: pa.Table, stage: str, decisions: Sequence[Decision]) ->
         pa.array(reasons, pa.string()),
         pa.array(map(_shown, values), pa.string()),
         pa.array(map(_shown, thresholds), pa.string()),
+        block["refused"] if "refused" in block.column_names else pa.array([[]] * len(block), LOG.field("refused").type),
     ]
     return pa.table(columns, schema=LOG)
 

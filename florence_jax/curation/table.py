@@ -16,6 +16,26 @@ import pyarrow.parquet as pq
 from florence_jax.files import read_bytes, write_file
 
 PROBE = pa.struct([("kind", pa.string()), ("h64", pa.uint64()), ("h256", pa.binary())])
+# What decisions about one caption read.
+OF_CAPTION = [
+    ("caption", pa.string()),  # as found
+    ("text", pa.string()),  # normalised
+    ("characters", pa.int32()),
+    ("words", pa.int32()),
+    ("language", pa.string()),
+    ("language_probability", pa.float32()),
+    ("repetition", pa.float32()),
+    ("run", pa.int32()),
+    ("url_share", pa.float32()),
+    ("letter_share", pa.float32()),
+    ("garbled", pa.int32()),
+    ("file_name", pa.bool_()),
+    ("markup", pa.bool_()),
+    ("boilerplate", pa.string()),
+    ("mails", pa.int32()),
+    ("phones", pa.int32()),
+    ("cards", pa.int32()),
+]
 # One raw pair; `image_id`, `text_id` and `uid` are 32 hexadecimal digits.
 SCORES = pa.schema(
     [
@@ -44,35 +64,24 @@ SCORES = pa.schema(
         ("detail", pa.float32()),
         ("aspect", pa.float32()),
         ("probes", pa.list_(PROBE)),
-        # filters.text_scores
-        ("caption", pa.string()),  # as found
-        ("text", pa.string()),  # normalised
+        # filters.captions.text_scores, filters.personal.personal_scores: of the first caption, and of the others
+        *OF_CAPTION,
         ("text_id", pa.string()),
-        ("characters", pa.int32()),
-        ("words", pa.int32()),
-        ("language", pa.string()),
-        ("language_probability", pa.float32()),
-        ("repetition", pa.float32()),
-        ("run", pa.int32()),
-        ("url_share", pa.float32()),
-        ("letter_share", pa.float32()),
-        ("garbled", pa.int32()),
-        ("file_name", pa.bool_()),
-        ("markup", pa.bool_()),
-        ("boilerplate", pa.string()),
-        # safety.safety_scores, safety.HashList
-        ("mails", pa.int32()),
-        ("phones", pa.int32()),
-        ("cards", pa.int32()),
+        ("others", pa.list_(pa.struct(OF_CAPTION))),
+        # filters.post_filter.rights_scores, filters.known_pictures.HashList
         ("licence_id", pa.string()),
         ("host", pa.string()),
         ("listed", pa.int32()),  # distance to a listed hash; null where there is no match
         ("listed_limit", pa.int32()),
     ]
 )
-# Why a pair is where it is; every uid has one.
+# Why a pair is where it is; every uid has one. `refused`: the reasons of captions that it lost, where it had several.
 DECISIONS = pa.schema(
-    [(name, pa.string()) for name in ("uid", "source", "stage", "reason", "value", "threshold", "config")]
+    [
+        *((name, pa.string()) for name in ("uid", "source", "stage", "reason", "value", "threshold")),
+        ("refused", pa.list_(pa.string())),
+        ("config", pa.string()),
+    ]
 )
 
 

@@ -1,14 +1,16 @@
 """What a record and a source of records are; sources over things that a caller has at hand."""
 
+import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 
 from florence_jax.errors import UserError
+from florence_jax.files import join, write_bytes
 from florence_jax.pictures import thumbnail
 
 
@@ -29,6 +31,7 @@ class BadRecord(UserError):
 
 
 Record = dict[str, Any]
+DATA_FILE = "data.json"  # what sources found, in the folder of a run
 # The fields that a record's size is in: encoded picture(s), or a video as bytes or path. `Source.metadata` is without.
 PAYLOADS = ("image", "images", "video")
 
@@ -83,6 +86,16 @@ def sample_of(source: Source, count: int) -> list[Record]:
 def evenly(total: int, count: int) -> np.ndarray:
     """int64: up to `count` different numbers below `total`, ascending, evenly spread from the first to the last."""
     return np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))
+
+
+def write_data(summaries: Iterable[Mapping[str, Any]], folder: str | os.PathLike) -> None:
+    """Prints what was found, a sentence each, and writes it to data.json in a folder; empty summaries are left out."""
+    found = {summary["says"]: summary for summary in summaries if summary}
+    for says in found:
+        print(says, flush=True)
+    if found:
+        content = json.dumps(list(found.values()), indent=1, default=str) + "\n"
+        write_bytes(join(os.fspath(folder), DATA_FILE), content.encode("utf-8", "replace"))
 
 
 class Subset:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from florence_jax.data.pipeline import Process, Stream, TrainData, kept_in_memory, to_global, train_stream
-from florence_jax.data.records import summary_of
+from florence_jax.data.records import summary_of, write_data
 from florence_jax.data.text_lengths import text_lengths
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator, all_charts, all_files, chance_levels, evaluate
@@ -52,7 +52,6 @@ from florence_jax.train.workdir import (
     has_steps,
     make_workdir,
     write_config,
-    write_data,
     write_json_file,
 )
 

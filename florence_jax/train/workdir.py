@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from florence_jax.errors import UserError
 from florence_jax.files import write_bytes
 
-CONFIG_FILE, RESULT_FILE, DATA_FILE = "config.json", "result.json", "data.json"
+CONFIG_FILE, RESULT_FILE = "config.json", "result.json"
 RUN_OF = "identity"  # in config.json
 
 
@@ -60,15 +60,6 @@ def add_evaluated(config: ConfigDict, workdir: Path) -> None:
     if content := _read_config(workdir):
         content[RUN_OF] = {**content.get(RUN_OF, {}), **_evaluated(config)}
         write_json_file(workdir / CONFIG_FILE, content)
-
-
-def write_data(summaries: Iterable[Mapping[str, Any]], workdir: Path) -> None:
-    """Writes data.json and prints the sentence "says" of each: what sources found and passed over, what is cut."""
-    found = {summary["says"]: summary for summary in summaries if summary}
-    for says in filter(None, found):
-        print(says, flush=True)
-    if found:
-        write_json_file(workdir / DATA_FILE, list(found.values()))
 
 
 def check_same_run(identity: Mapping[str, Any], config: ConfigDict, workdir: Path) -> None:

@@ -24,24 +24,20 @@ from florence_jax.curation.dedup.clusters import (
     total_order,
 )
 from florence_jax.curation.dedup.join import Join
-from florence_jax.curation.filters.captions import TEXT_SCORES, TextRules, decide_text
+from florence_jax.curation.filters.captions import USABLE, TextRules, judge_captions
 from florence_jax.curation.filters.post_filter import PostFilterRules, decide_post_filter, post_filter_columns
-from florence_jax.curation.table import with_column
+from florence_jax.curation.table import OF_CAPTION, with_column
 from florence_jax.files import read_bytes
 
+_JUDGED = (*(name for name, _ in OF_CAPTION), "others")  # of the captions
 # Columns that the choice of a representative reads, besides those of its picture.
 _CAPTION_COLUMNS = (
     "uid",
-    "caption",
-    "text",
-    "mails",
-    "phones",
-    "cards",
+    *_JUDGED,
     "url",
     "width",
     "height",
     "cluster",
-    *TEXT_SCORES,
 )
 
 
@@ -66,28 +62,29 @@ class DuplicateRules:
 def caption_choice(block: pa.Table, rules: DuplicateRules) -> pa.Table:
     """Adds what the stages after this one need of every member of a cluster.
 
-    "text_decision" (JSON of the decision on its own caption, or ''), "clean" (no personal data in the caption),
-    "flag" ('takedown' or ''): why the whole cluster must go.
+    "usable" (its captions that can be used), "refused" (the reasons of its others, if any can be used),
+    "text_decision" (JSON of the decision on its first caption if none can be used, or ''), "clean" (no personal data in
+    the usable captions), "flag" ('takedown' or ''): why the whole cluster must go.
     """
-    decisions, clean, flags = [], [], []
-    names = ("uid", "url", "image_id", "mails", "phones", "cards", *TEXT_SCORES)
-    for row in rows_of(block, names):
-        decision = decide_text(row, rules.text)
+    captions, refusals, decisions, clean, flags = [], [], [], [], []
+    for row in rows_of(block, ("uid", "url", "image_id", *_JUDGED)):
+        usable, refused, decision = judge_captions(row, rules.text, rules.post_filter.safety.personal)
+        captions.append(usable)
+        refusals.append(refused)
         decisions.append(json.dumps(decision) if decision else "")
-        clean.append(not any(row[f"{kind}s"] for kind in rules.post_filter.safety.personal))
+        clean.append(all(not caption["personal"] for caption in usable))
         takedown = rules.post_filter.takedown
         taken = takedown and takedown.decide(row["uid"], row["url"], row["image_id"])
         flags.append("takedown" if taken else "")
+    block = with_column(block.drop_columns(["others"]), "usable", captions, pa.list_(USABLE))
+    block = with_column(block, "refused", refusals, pa.list_(pa.string()))
     block = with_column(block, "text_decision", decisions, pa.string())
     return with_column(with_column(block, "clean", clean, pa.bool_()), "flag", flags, pa.string())
 
 
 def singletons(block: pa.Table) -> pa.Table:
     """Pairs without a near-duplicate, with the columns that `clusters` adds to representatives."""
-    captions = [
-        [] if decision else [caption]
-        for caption, decision in zip(block["caption"].to_pylist(), block["text_decision"].to_pylist(), strict=True)
-    ]
+    captions = [[caption["caption"] for caption in usable] for usable in block["usable"].to_pylist()]
     block = with_column(block, "captions", captions, pa.list_(pa.string()))
     return with_column(block, "members", [1] * len(block), pa.int32())
 
@@ -100,26 +97,29 @@ def cluster_decisions(block: pa.Table, places: np.ndarray, reasons: Decisions) -
       places: int64 (N,), row of the representative of each row.
       reasons: why each row goes; None for representatives.
     """
-    rows = rows_of(block, ("uid", "caption", "text", "text_decision", "clean", "flag"))
+    rows = rows_of(block, ("uid", "usable", "refused", "clean", "flag"))
     captions: list[list[str]] = [[] for _ in rows]
+    refused: list[list[str]] = [[] for _ in rows]
     members, flags = [0] * len(rows), [""] * len(rows)
     for place in np.unique(places).tolist():
         inside = np.flatnonzero(places == place).tolist()
         captions[place] = _captions([rows[place], *(rows[i] for i in inside if i != place)])
+        refused[place] = [reason for i in inside for reason in rows[i]["refused"]]
         members[place] = len(inside)
         flags[place] = max(rows[i]["flag"] for i in inside)
     block = with_column(block, "captions", captions, pa.list_(pa.string()))
+    block = with_column(block, "refused", refused, pa.list_(pa.string()))
     block = with_column(block, "members", members, pa.int32())
     return with_column(block, "flag", flags, pa.string()), reasons
 
 
 def _captions(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Distinct usable captions of a cluster, if possible without personal data; the first row's comes first."""
-    usable = [row for row in rows if not row["text_decision"]]
+    usable = [row for row in rows if row["usable"]]
     usable = [row for row in usable if row["clean"]] or usable[:1]
     found: dict[str, str] = {}
-    for row in usable:
-        found.setdefault(row["text"], row["caption"])
+    for caption in (caption for row in usable for caption in row["usable"]):
+        found.setdefault(caption["text"], caption["caption"])
     return list(found.values())
 
 

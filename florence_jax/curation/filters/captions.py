@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -25,8 +25,6 @@ from florence_jax.data.captions import normalise_caption
 from florence_jax.data.ops.captions import MAX_CAPTION
 from florence_jax.errors import UserError
 
-TEXT_SCORES = ("characters", "words", "language", "language_probability", "repetition", "run", "url_share")
-TEXT_SCORES += ("letter_share", "garbled", "file_name", "markup", "boilerplate")
 # What changes where another caption of the cluster is taken.
 CHOSEN = ("caption", "text", "text_id", "mails", "phones", "cards")
 try:
@@ -37,6 +35,8 @@ UNDETERMINED = "und"  # BCP 47
 LANGUAGE_CHARACTERS = 200
 SURE, SURE_WORDS = 0.9, 3  # probability and words at which a short caption is judged
 REPETITION_WORDS = 50
+# A caption that can be used, and the kind of personal data in it ('' for none).
+USABLE = pa.struct([("caption", pa.string()), ("text", pa.string()), ("personal", pa.string())])
 # A Han character or kana counts as a word, as do four letters of the other scripts without spaces.
 _WORD = re.compile(
     "[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -272,6 +272,37 @@ def _is_sure(scores: Mapping[str, Any], rules: TextRules) -> bool:
     return (probability >= rules.min_language_probability and words >= rules.min_language_words) or (
         probability >= max(SURE, rules.min_language_probability) and words >= min(SURE_WORDS, rules.min_language_words)
     )
+
+
+def judge_captions(
+    row: Mapping[str, Any], rules: TextRules, personal: Collection[str]
+) -> tuple[list[dict[str, Any]], list[str], Decision | None]:
+    """Which captions of a pair can be used.
+
+    Args:
+      row: its first caption in the columns of `table.OF_CAPTION`, the rest in "others".
+      rules: of captions.
+      personal: kinds of personal data that a caption must not hold, if the pair has one without.
+
+    Returns:
+      The usable ones (`USABLE`), different ones only; the reasons of those refused ([] where none is usable: then the
+      pair is); and the decision on the first, if none is usable.
+    """
+    usable, refused, first = [], [], None
+    for caption in (row, *(row["others"] or ())):
+        decision = decide_text(caption, rules)
+        first = first or decision
+        if decision:
+            refused.append(decision[0])
+        elif caption["text"] not in (known["text"] for known in usable):
+            kind = next((kind for kind in personal if caption[f"{kind}s"]), "")
+            usable.append({"caption": caption["caption"], "text": caption["text"], "personal": kind})
+    if not usable:
+        return [], [], first
+    if any(not caption["personal"] for caption in usable):
+        refused += [caption["personal"] for caption in usable if caption["personal"]]
+        usable = [caption for caption in usable if not caption["personal"]]
+    return usable, refused, None
 
 
 def frequency_ranks(uids: Sequence[str], text_ids: Sequence[str], seed: int) -> np.ndarray:

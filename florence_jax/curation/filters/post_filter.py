@@ -10,9 +10,7 @@ import pyarrow as pa
 from florence_jax.curation.blocks import Decision, Decisions, Stage, rows_of
 from florence_jax.curation.filters.licences import allows, blocking_domain, host_of, normalise_licence
 from florence_jax.curation.filters.opt_out import OptOutRules, SiteRules, decide_headers
-from florence_jax.curation.filters.personal import personal_scores
 from florence_jax.curation.filters.takedown import Takedown
-from florence_jax.data.ops.captions import MAX_CAPTION
 from florence_jax.errors import UserError
 
 _COLUMNS = ("licence_id", "host", "mails", "phones", "cards", "headers", "url")
@@ -50,24 +48,15 @@ class SafetyRules:
         return frozenset(host_of(domain.strip(".")) for domain in self.blocked_domains)
 
 
-def safety_scores(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Score columns of a raw pair that need neither a model nor a list.
-
-    Args:
-      record: "caption", optionally "url" and "licence".
-
-    Returns:
-      "mails", "phones", "cards" (counts), "licence" (normalised), "host" ('' without a URL).
-    """
-    return {
-        **personal_scores(record["caption"][:MAX_CAPTION]),  # longer ones are dropped, and slow to normalise
-        "licence": normalise_licence(record.get("licence") or ""),
-        "host": host_of(record.get("url") or ""),
-    }
+def rights_scores(record: Mapping[str, Any]) -> dict[str, str]:
+    """Of a raw pair "licence" (normalised; 'unknown' without one) and "host" (of its "url"; '' without one)."""
+    return {"licence": normalise_licence(record.get("licence") or ""), "host": host_of(record.get("url") or "")}
 
 
 def decide_safety(scores: Mapping[str, Any], rules: SafetyRules) -> Decision | None:
-    """The first reason to drop a pair on its `safety_scores` (and "nsfw", where that is switched on), or None.
+    """The first reason to drop a pair on its `rights_scores` and `personal_scores`, or None.
+
+    It has "nsfw" as well, where that is switched on.
 
     Returns:
       (reason, value, threshold); reasons: 'licence', 'domain', 'nsfw', 'mail', 'phone', 'card'. The value of personal

@@ -1,12 +1,14 @@
 """Raw pairs from parquet files, WebDataset tars, ArrayRecord files and folders of images, local or any fsspec URL.
 
-A raw pair is a dict: "key" (str, unique in its source), "image" (bytes), "caption" (str), "source" (str), "url",
-"licence" (str, "" where unknown), "headers" (list of HTTP response header lines), "extra" (all other fields that are
-text, numbers or lists of text), "problem" ("" or why there are no image bytes) and "locator": (path, offset, size)
-where the bytes of the image can be read again alone, or None where they cannot (a parquet column, a compressed tar).
+A raw pair is a dict: "key" (str, unique in its source), "image" (bytes), "captions" (list of str), "caption" (the
+first, or ""), "source" (str), "url", "licence" (str, "" where unknown), "headers" (list of HTTP response header lines),
+"extra" (all other fields that are text, numbers or lists of text), "fields" (the names that the file has), "problem"
+("" or why there are no image bytes) and "locator": (path, offset, size) where the bytes of the image can be read again
+alone, or None where they cannot (a parquet column, a compressed tar).
 What img2dataset writes (webdataset, parquet, files) is read as it is.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -14,7 +16,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import pyarrow as pa
@@ -30,18 +32,16 @@ from florence_jax.curation.ingest.readers import (
 )
 from florence_jax.data.records import BadRecord
 from florence_jax.data.sources.array_record import META, ArrayRecordSource
-from florence_jax.data.sources.picture_files import list_pictures
+from florence_jax.data.sources.picture_files import HIDDEN, Listing, known_suffixes, list_pictures, quoted, shown
 from florence_jax.errors import UserError
-from florence_jax.files import filesystem, json_digest, table_rows
+from florence_jax.files import DELIMITED, expand_braces, filesystem, has_many_lines, json_digest, table_rows
 
 Pair = dict[str, Any]
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 READ_ROWS = 64  # parquet rows decoded at a time: with images of 1 MB, 64 MB
-
-
-SEVERAL = (
-    "The first caption of a picture is judged and kept; config.measure.extra_fields=('captions',) keeps the list of all"
-)
+LOOK_BYTES = 1 << 26
+FIELDS_SHOWN = 16
+PAIRS_LOOKED_AT = 16  # pairs of an input that are read before the work begins, to say what is there
 
 
 class DamagedInput(Exception):
@@ -74,46 +74,78 @@ class Split:
         return json_digest(dataclasses.astuple(self))
 
 
-def list_splits(spec: str, rows_per_split: int) -> list[Split]:
-    """The splits of 'NAME=PATH|NAME=PATH|...'.
+class Input(NamedTuple):
+    """One source of raw pairs.
 
-    PATH is a file, glob pattern or folder of `*.parquet`, `*.tar`, `*.tar.gz` or `*.array_record*` files, or a folder
-    of images with captions.csv, metadata.csv, metadata.jsonl, with a .txt or .json beside each image, or with such
-    sub-folders. NAME becomes part of every uid; without it, it is the last part of PATH.
+    Attributes:
+      splits: at least one.
+      summary: what was found, as `data.records.summary_of` has it: "folder" (the path), "files", "pictures" (None where
+        they are not counted before they are read), "texts", "distinct" (None: only some were looked at), "example",
+        "passed_over" (reason: count), "fields" (names seen) and "says", the sentence for people.
+    """
+
+    splits: list[Split]
+    summary: dict[str, Any]
+
+
+def list_inputs(spec: str, rows_per_split: int) -> list[Input]:
+    """The sources of 'NAME=PATH|NAME=PATH|...'; a few pairs of each are read.
+
+    PATH is a file, glob pattern or folder of `*.parquet`, `*.tar`, `*.tar.gz` or `*.array_record*` files, a table of
+    images (`*.csv`, `*.tsv`, `*.jsonl`), or a folder of images with such a table named captions or metadata, with a
+    .txt or .json beside each image, or with such sub-folders. '{000..009}' stands for ten names. NAME becomes part of
+    every uid; without it, it is the last part of PATH.
 
     Raises:
       UserError: for a path that does not exist, holds nothing readable, or two sources of one name.
     """
-    splits: list[Split] = []
+    inputs: list[Input] = []
     names: set[str] = set()
     for part in filter(None, (piece.strip() for piece in spec.split("|"))):
-        name, equals, path = part.partition("=")
-        if not equals:
-            name, path = os.path.basename(part.rstrip("/")), part
+        name, path = _named_path(part)
         if name in names:
             raise UserError(f"input {part!r}: there are two sources named {name!r}; write NAME=PATH to tell them apart")
         names.add(name)
-        found = _splits_of(name, path, rows_per_split)
-        if not found:
+        found = _open_input(name, path, rows_per_split)
+        if not found.splits:
             raise UserError(
                 f"input {path!r} does not exist or holds nothing to read; give *.parquet, *.tar or *.array_record "
-                "files, or a folder of images with captions.csv, metadata.jsonl or .txt files"
+                "files, a table, or a folder of images with captions.csv, metadata.jsonl or .txt files"
+                f"{found.summary['says']}"
             )
-        splits += found
-    if not splits:
+        inputs.append(found)
+    if not inputs:
         raise UserError("no input; write --input=NAME=PATH, several joined by '|'")
-    return splits
+    return inputs
 
 
-def _splits_of(name: str, path: str, rows: int) -> list[Split]:
-    fs, inner = filesystem(path)
-    if any(c in inner for c in "*?["):
-        files = sorted(fs.glob(inner))
-    elif fs.isdir(inner):
-        files = sorted(fs.ls(inner, detail=False))
-    else:
-        files = [inner] if fs.exists(inner) else []
-    files = [file for file in files if not os.path.basename(file).startswith((".", "_"))]
+def list_splits(spec: str, rows_per_split: int) -> list[Split]:
+    """The splits of `list_inputs`."""
+    return [split for found in list_inputs(spec, rows_per_split) for split in found.splits]
+
+
+def _named_path(part: str) -> tuple[str, str]:
+    """(name, path) of 'NAME=PATH' or 'PATH', which may have a '=' of its own; local paths are absolute."""
+    name, equals, path = part.partition("=")
+    if not equals or not name or "/" in name or (os.path.exists(part) and not os.path.exists(path)):
+        name, path = os.path.basename(part.rstrip("/")), part
+    return name, path if "://" in path else os.path.abspath(path)
+
+
+def _open_input(name: str, path: str, rows: int) -> Input:
+    fs, whole = filesystem(path)
+    files: list[str] = []
+    for inner in expand_braces(whole):
+        if any(c in inner for c in "*?["):
+            files += sorted(fs.glob(inner))
+        elif fs.isdir(inner):
+            files += sorted(fs.ls(inner, detail=False))
+        else:
+            files += [inner] if fs.exists(inner) else []
+    if files == [whole] and whole.lower().endswith(DELIMITED + (".jsonl",)):
+        return _table_input(name, path, path, rows)
+    hidden = [file for file in files if os.path.basename(file).startswith((".", "_"))]
+    files = [file for file in files if file not in set(hidden)]
     tars = {_stem(file) for file in files if file.endswith(TAR_SUFFIXES)}
     kinds = {file: kind for file in files if (kind := _kind(file))}
     # img2dataset writes 00000.parquet with the metadata of 00000.tar, or of the files in the folder 00000, beside it.
@@ -127,9 +159,44 @@ def _splits_of(name: str, path: str, rows: int) -> list[Split]:
             splits.append(Split(name, "tar", fs.unstrip_protocol(file), short, 0, -1, fs.ukey(file)))
         else:
             splits += _array_record_splits(name, file, short, fs.ukey(file), rows)
-    if not splits and fs.isdir(inner):
-        splits = _folder_splits(name, path, rows)
-    return splits
+    if splits:
+        passed = Counter(_suffix_of(file) for file in files if file not in kinds and _stem(file) not in beside)
+        if "parquet" in kinds.values():  # which may name the pictures beside it
+            passed = Counter({suffix: count for suffix, count in passed.items() if suffix not in known_suffixes()})
+        passed += Counter({HIDDEN: len(hidden)})
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in Counter(kinds.values()).items())
+        return _with_looks(path, splits, f"{shown(path)}: {len(files) + len(hidden):,} files, {counts} read", passed)
+    return _folder_input(name, path, rows) if fs.isdir(whole) else Input([], {"says": ""})
+
+
+def _suffix_of(file: str) -> str:
+    return os.path.splitext(file)[1].lower() or "without a suffix"
+
+
+def _with_looks(path: str, splits: list[Split], head: str, passed_over: Mapping[str, int]) -> Input:
+    """The input with its summary: a few of its pairs are read."""
+    pairs: list[Pair] = []
+    with contextlib.suppress(DamagedInput):  # the run goes on with what is before the damage, and reports it
+        for pair in itertools.islice(read_split(splits[0], LOOK_BYTES), PAIRS_LOOKED_AT):
+            pairs.append({name: value for name, value in pair.items() if name != "image"})
+    captions = [text for pair in pairs for text in pair["captions"]]
+    fields = sorted({name for pair in pairs for name in pair["fields"]} - {"key"})
+    distinct = f"{len(set(captions)):,} distinct captions, such as {quoted(captions[0])}" if captions else "no caption"
+    says = f"{head}; of the first {len(pairs):,} pairs {sum(1 for pair in pairs if not pair['problem']):,} have a "
+    says += f"picture, with {distinct}" + (f"; fields: {', '.join(fields[:FIELDS_SHOWN])}" if fields else "")
+    more = ", ".join(f"{count:,} {reason}" for reason, count in passed_over.items())
+    summary = {
+        "folder": path,
+        "files": None,
+        "pictures": None,
+        "texts": splits[0].kind,
+        "distinct": None,
+        "example": captions[0] if captions else "",
+        "passed_over": dict(passed_over),
+        "fields": fields,
+        "says": says + (f"; passed over: {more}" if more else ""),
+    }
+    return Input(splits, summary)
 
 
 def _kind(file: str) -> str:
@@ -181,32 +248,54 @@ def _array_record_splits(name: str, path: str, short: str, stamp: str, rows: int
     return [Split(name, "array_record", path, short, start, min(start + rows, count), stamp) for start in starts]
 
 
-def _folder_splits(name: str, path: str, rows: int) -> list[Split]:
-    splits: list[Split] = []
-    for table in folder_tables(path):
-        fs, inner = filesystem(table)
-        starts, behind, total, pictures = [], rows, 0, 0
-        for _, group in itertools.groupby(table_rows(table), key=row_picture):
-            places = [row.at for row in group]
-            if behind >= rows:
-                starts.append(places[0])
-                behind = 0
-            behind, total, pictures = behind + len(places), total + len(places), pictures + 1
-        if pictures < total:
-            print(f"{table}: {total:,} rows of {pictures:,} pictures. {SEVERAL}", flush=True)
-        stamp = fs.ukey(inner)
-        splits += [Split(name, "table", table, "", *ends, stamp) for ends in itertools.pairwise([*starts, -1])]
-    if splits:
-        return splits
-    listing = list_pictures(path)
-    print(listing.sentence(used=listing.texts), flush=True)
+def _table_input(name: str, path: str, table: str, rows: int) -> Input:
+    """Parts of a table of about `rows` rows; the rows of a picture that follow one another are in one part."""
+    fs, inner = filesystem(table)
+    starts, behind, count, long = [], rows, 0, []
+    for _, group in itertools.groupby(table_rows(table), key=row_picture):
+        found = list(group)
+        if behind >= rows:
+            starts.append(found[0].at)
+            behind = 0
+        behind, count = behind + len(found), count + len(found)
+        long += [row.line for row in found if has_many_lines(row.fields) and table.lower().endswith(DELIMITED)]
+    if not starts:
+        raise UserError(f"{table} has no rows")
+    stamp = fs.ukey(inner)
+    splits = [Split(name, "table", table, "", *ends, stamp) for ends in itertools.pairwise([*starts, -1])]
+    head = f"{shown(path)}: {os.path.basename(table)} with {count:,} rows"
+    if long:
+        head += f", of which {len(long):,} have texts of many lines, the first ends in line {long[0]:,}: is a quote "
+        head += "missing?"
+    folder = Listing(path) if "://" in table else list_pictures(os.path.dirname(table))  # in a bucket that takes long
+    head += f"; {folder.files:,} files, {len(folder.pictures):,} read as pictures" if folder.files else ""
+    folder.passed_over -= Counter({os.path.splitext(table)[1].lower(): 1})
+    return _of_listing(_with_looks(path, splits, head, {}), folder)
+
+
+def _of_listing(found: Input, listing: Listing) -> Input:
+    """With what lies in the folder."""
+    summary = found.summary | {"files": listing.files, "pictures": len(listing.pictures), "not_searched": listing.left}
+    summary |= {"passed_over": listing.not_pictures(used=listing.texts)}
+    summary |= {"says": summary["says"] + listing.passed_over_text(used=listing.texts)}
+    return Input(found.splits, summary)
+
+
+def _folder_input(name: str, path: str, rows: int) -> Input:
     fs, inner = filesystem(path)
+    for table in folder_tables(path):  # a parquet file has been read as such
+        return _table_input(name, path, table, rows)
+    listing = list_pictures(path)
     inside = dict.fromkeys(os.path.dirname(picture) for picture in listing.pictures)
     folders = sorted(f"{inner.rstrip('/')}/{folder}".rstrip("/") for folder in inside)
+    splits = []
     for folder, short in _short_names({folder: os.path.basename(folder) for folder in folders}).items():
         files = sorted((f["name"], f["size"]) for f in fs.ls(folder, detail=True) if f["type"] == "file")
         splits.append(Split(name, "folder", fs.unstrip_protocol(folder), short, 0, -1, json_digest(files)))
-    return splits
+    head = f"{shown(path)}: {listing.files:,} files, {len(listing.pictures):,} read as pictures"
+    if not splits:
+        return Input([], {"says": f". Found: {head}{listing.passed_over_text()}"})
+    return _of_listing(_with_looks(path, splits, head, {}), listing)
 
 
 def read_split(split: Split, max_bytes: int) -> Iterator[Pair]:
@@ -259,9 +348,11 @@ def _read_table(split: Split, max_bytes: int) -> Iterator[Pair]:
     folder = os.path.dirname(split.path)
     for _, group in itertools.groupby(table_rows(split.path, split.start, split.stop), key=row_picture):
         rows = list(group)
-        captions = row_captions(rows) if len(rows) > 1 else []
-        fields = rows[0].fields | ({"caption": captions[0], "captions": captions} if captions else {})
-        yield make_pair(fields, split.source, f"[{rows[0].at}]", folder, max_bytes)
+        pair = make_pair(rows[0].fields, split.source, f"[{rows[0].at}]", folder, max_bytes)
+        if len(rows) > 1:
+            captions = row_captions(rows)
+            pair |= {"captions": captions, "caption": captions[0] if captions else ""}
+        yield pair
 
 
 def _read_folder(split: Split, max_bytes: int) -> Iterator[Pair]:

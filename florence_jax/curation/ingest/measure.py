@@ -16,10 +16,12 @@ import pyarrow as pa
 from florence_jax.curation.filters.captions import text_scores
 from florence_jax.curation.filters.known_pictures import HashList
 from florence_jax.curation.filters.opt_out import OptOutRules, decide_headers
-from florence_jax.curation.filters.post_filter import safety_scores
+from florence_jax.curation.filters.personal import personal_scores
+from florence_jax.curation.filters.post_filter import rights_scores
 from florence_jax.curation.ingest.hashing import Limits, measure
 from florence_jax.curation.ingest.inputs import DamagedInput, Pair, Split, read_split
 from florence_jax.curation.table import SCORES, read_table, uid_of, write_table
+from florence_jax.data.ops.captions import MAX_CAPTION
 from florence_jax.errors import UserError
 from florence_jax.files import exists, filesystem, join, read_bytes, write_file
 
@@ -27,7 +29,8 @@ COPY = "copy:"
 MAX_EXTRA = 4096  # characters of the further fields of one pair
 # A file in measured/: a part, the copies of its pictures, or either half written by a run that was killed.
 PART = re.compile(r"\.?([0-9a-f]{32}-[0-9a-f]{8})\.(?:parquet|images)(?:\.[0-9a-f]{32}\.tmp)?")
-QUARANTINED: Pair = {"key": "", "caption": "", "url": "", "licence": "", "headers": [], "extra": {}}
+QUARANTINED: Pair = {"key": "", "captions": [], "url": "", "licence": "", "headers": [], "extra": {}, "fields": []}
+MAX_FIELDS = 64  # names of fields that a part notes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,7 @@ def measure_split(split: Split, workdir: str, rules: MeasureRules) -> str:
     """Reads and measures a split, and writes its part; nothing is done if the part is there.
 
     Of a picture on the hash list nothing is kept but its uid, hashes and sizes. Damage of the input file is noted in
-    the metadata of the part ('damage'); the pairs before it are kept.
+    the metadata of the part ('damage'); the pairs before it are kept. The names of the fields are there too ('fields').
 
     Returns:
       Path of the part.
@@ -93,7 +96,9 @@ def measure_split(split: Split, workdir: str, rules: MeasureRules) -> str:
         fill(None)
     # The captions after the pictures: decoding would push the detector of languages out of the processor's caches.
     rows = [picture | measure_caption(pair, rules) for picture, pair in zip(pictures, pairs, strict=True)]
-    table = pa.Table.from_pylist(rows, SCORES.with_metadata({"damage": damage}))
+    fields = sorted(dict.fromkeys(name for pair in pairs for name in pair["fields"]))[:MAX_FIELDS]
+    notes = {"damage": damage, "fields": json.dumps(fields)}
+    table = pa.Table.from_pylist(rows, SCORES.with_metadata(notes))
     write_table(path, table)
     return path
 
@@ -133,20 +138,28 @@ def measure_picture(pair: Pair, rules: MeasureRules) -> dict[str, Any]:
 
 
 def measure_caption(pair: Pair, rules: MeasureRules) -> dict[str, Any]:
-    """What the table of scores says of all else: caption, URL, licence, headers, further fields."""
+    """What the table of scores says of all else: captions, URL, licence, headers, further fields."""
     extra = {name: pair["extra"][name] for name in rules.extra_fields if name in pair["extra"]}
     packed = json.dumps(extra, sort_keys=True, ensure_ascii=False)
-    row = text_scores(pair["caption"])
-    row["text"] = _valid(row.pop("caption"))
-    safety = safety_scores(pair)
-    safety["licence_id"] = safety.pop("licence")
+    rights = rights_scores(pair)
+    first, *others = map(caption_scores, pair["captions"] or [""])
     return {
-        **row,
-        **safety,
-        **{name: _valid(pair[name]) for name in ("key", "url", "licence", "caption")},
+        **first,
+        "others": others,
+        "licence_id": rights["licence"],
+        "host": rights["host"],
+        **{name: _valid(pair[name]) for name in ("key", "url", "licence")},
         "headers": [_valid(line) for line in pair["headers"]],
         "extra": _valid(packed) if len(packed) <= MAX_EXTRA else "{}",
     }
+
+
+def caption_scores(caption: str) -> dict[str, Any]:
+    """What the table of scores says of a caption; "caption" as found, "text" normalised."""
+    row = text_scores(caption)
+    row["text"] = _valid(row.pop("caption"))
+    # Of longer ones, which are dropped, the end is not looked at: it costs too much.
+    return row | personal_scores(caption[:MAX_CAPTION]) | {"caption": _valid(caption)}
 
 
 def _valid(text: str) -> str:

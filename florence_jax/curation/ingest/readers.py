@@ -6,15 +6,14 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from florence_jax.data.sources.folder import TABLES
+from florence_jax.data.sources.fields import CAPTION_FIELDS, FILE_FIELDS, IMAGE_FIELDS, LISTS, distinct_captions
 from florence_jax.data.sources.picture_files import list_pictures
+from florence_jax.data.sources.tables import TABLES
 from florence_jax.files import TableRow, filesystem
 
-# Names of fields in data sets people have, the first that a record has wins; compared in lower case.
+# Names of fields in data sets people have, the first that a record has wins; compared in lower case. Those of pictures
+# and captions are in `data.sources.fields`.
 KEYS = ("key", "uid", "sample_id", "id")
-IMAGES = ("image", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "image_bytes", "bytes")
-PATHS = ("image_path", "path", "filepath", "file", "file_name", "filename")
-CAPTIONS = ("caption", "text", "txt", "title", "alt", "alt_text")
 URLS = ("url", "image_url")
 LICENCES = ("licence", "license")
 HEADERS = ("headers", "response_headers", "x_robots_tag")  # all that a record has count
@@ -41,15 +40,15 @@ def make_pair(
       max_bytes: a larger image is not kept.
       problem: why there can be no image, if that is known.
     """
-    left = {name.lower(): value for name, value in fields.items()}
+    left = {name.strip().lower(): value for name, value in fields.items() if name}
 
-    def take(names: tuple[str, ...]) -> Any:
+    def take(names: Iterable[str]) -> Any:
         return next((left.pop(name) for name in names if left.get(name) is not None), None)
 
     locator = None
     given_key = take(KEYS)
     # A number, or text under 'bytes', is about the picture: most often its size.
-    kinds = {name: bytes if name == "bytes" else (bytes, str, Mapping) for name in IMAGES}
+    kinds = {name: bytes if name == "bytes" else (bytes, str, Mapping) for name in IMAGE_FIELDS}
     image, path = next((left.pop(name) for name, kind in kinds.items() if isinstance(left.get(name), kind)), None), None
     if isinstance(image, Mapping):  # as Hugging Face data sets have them
         image, path = image.get("bytes"), image.get("path")
@@ -57,18 +56,23 @@ def make_pair(
             path = None
     if isinstance(image, str):
         image, path = None, image
-    path = path or take(PATHS)
+    path = path or take(FILE_FIELDS)
     if image is None and isinstance(path, str) and not problem:
         image, locator, problem = _read_image(path, folder, max_bytes)
     if isinstance(image, bytes) and len(image) > max_bytes:
         image, problem = None, "too_many_bytes"
-    caption, headers = _text(take(CAPTIONS)), []
+    captions, headers = distinct_captions(left), []
+    take(CAPTION_FIELDS)
+    for name in LISTS:
+        left.pop(name, None)
     for name in HEADERS:
         headers += _header_lines(left.pop(name, None), name == "x_robots_tag")
     return {
         "key": _text(given_key if given_key is not None else path if isinstance(path, str) else key) or key,
         "image": image if isinstance(image, bytes) else b"",
-        "caption": caption,
+        "caption": captions[0] if captions else "",
+        "captions": captions,
+        "fields": list(fields),
         "source": source,
         "url": _text(take(URLS)),
         "licence": _text(take(LICENCES)),
@@ -185,7 +189,7 @@ def tar_samples(
                 if fields or problem:
                     yield key, fields, place, problem
                 key, fields, place, problem = member_key, {}, None, ""
-            if suffix in IMAGES:
+            if suffix in IMAGE_FIELDS:
                 place = member.offset_data, member.size
                 if member.size > max_bytes:
                     problem = "too_many_bytes"
@@ -234,22 +238,24 @@ def _json_fields(data: bytes) -> dict[str, Any]:
 
 
 def folder_tables(folder: str) -> list[str]:
-    """captions.csv, metadata.csv or metadata.jsonl of a folder: paths of those it has."""
+    """The table of captions of a folder, where it has one."""
     fs, inner = filesystem(folder)
     return [f"{folder.rstrip('/')}/{name}" for name in TABLES if fs.exists(f"{inner.rstrip('/')}/{name}")][:1]
 
 
 def row_picture(row: TableRow) -> Any:
     """The file that a row of a table is about; the place of the row if it names none."""
-    left = {name.lower(): value for name, value in row.fields.items()}
-    return next((left[name] for name in ("image", *PATHS) if isinstance(left.get(name), str)), row.at)
+    left = _lowered(row)
+    return next((left[name] for name in ("image", *FILE_FIELDS) if isinstance(left.get(name), str)), row.at)
 
 
 def row_captions(rows: Iterable[TableRow]) -> list[str]:
-    """The captions of rows, blank ones left out."""
-    lowered = ({name.lower(): value for name, value in row.fields.items()} for row in rows)
-    found = (next((left[name] for name in CAPTIONS if left.get(name) is not None), "") for left in lowered)
-    return [text for text in found if isinstance(text, str) and text.strip()]
+    """The different captions of rows."""
+    return list(dict.fromkeys(text for row in rows for text in distinct_captions(_lowered(row))))
+
+
+def _lowered(row: TableRow) -> dict[str, Any]:
+    return {name.strip().lower(): value for name, value in row.fields.items() if name}
 
 
 def folder_rows(folder: str, short: str) -> Iterator[dict[str, Any]]:

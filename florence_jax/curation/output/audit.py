@@ -46,6 +46,7 @@ def write_audit(
         "repeated_keys": table["repeated"],
         "damaged_inputs": table["damage"],
         "stages": stages,
+        "refused_captions": facts["refused_captions"],  # of pictures that are left with others
         "records": output["records"],
         "shards": decisions["shards"],
         "slices": funnel.slice_tables(),

@@ -40,7 +40,7 @@ def joined_part(workdir: str, number: int) -> pa.Table:
     log = read_table(path).sort_by("uid") if exists(path) else DECISIONS.empty_table()
     if not table["uid"].equals(log["uid"]):
         raise AuditError(f"part {number}: {len(table)} pairs, {len(log)} decisions, and not for the same uids")
-    for name in ("stage", "reason", "value", "threshold"):
+    for name in ("stage", "reason", "value", "threshold", "refused"):
         table = with_column(table, name, log[name])
     return table
 
@@ -65,6 +65,7 @@ class CountParts(beam.PTransform):
             numbers | "Spread" >> beam.Reshuffle() | "Join" >> beam.Map(functools.partial(joined_part, self._workdir))
         )
         reasons = parts | "Reasons" >> beam.FlatMap(_reasons) | "AddReasons" >> beam.CombinePerKey(sum)
+        refused = parts | "Refused" >> beam.FlatMap(_refused) | "AddRefused" >> beam.CombinePerKey(sum)
         slices = (
             parts
             | "Slices" >> beam.FlatMap(_slices)
@@ -81,7 +82,7 @@ class CountParts(beam.PTransform):
             | "ByPart" >> beam.GroupByKey()
             | "Partners" >> beam.FlatMapTuple(functools.partial(_partners, workdir=self._workdir))
         )
-        sides = [beam.pvalue.AsList(found) for found in (reasons, slices, examples, partners)]
+        sides = [beam.pvalue.AsList(found) for found in (reasons, refused, slices, examples, partners)]
         return {
             "facts": numbers.pipeline | "One" >> beam.Create([None]) | "Facts" >> beam.Map(_facts, *sides),
             "kept": parts | "Kept" >> beam.Map(lambda part: _uids(part, pc.equal(part["stage"], "output"))),
@@ -100,6 +101,13 @@ def _reasons(part: pa.Table) -> Iterator[tuple[tuple[str, str, str], int]]:
     keys = ["stage", "reason", "benchmark"]
     for row in part.group_by(keys).aggregate([("uid", "count")]).to_pylist():
         yield tuple(row[key] for key in keys), row["uid_count"]
+
+
+def _refused(part: pa.Table) -> Iterator[tuple[str, int]]:
+    """(reason, captions) of those that pictures in the output lost and kept others."""
+    lost = part.filter(pc.equal(part["stage"], "output"))["refused"]
+    for row in pc.list_flatten(lost).value_counts().to_pylist():
+        yield row["values"], row["counts"]
 
 
 def _slices(part: pa.Table) -> Iterator[tuple[tuple[str, str | None], tuple[int, int]]]:
@@ -167,9 +175,12 @@ def _partners(number: int, uids: Iterable[str], workdir: str) -> list[dict[str, 
     return part.filter(pc.is_in(part["uid"], value_set=pa.array(sorted(set(uids)), pa.string()))).to_pylist()
 
 
-def _facts(_: None, reasons: Sequence, slices: Sequence, examples: Sequence, partners: Sequence) -> dict[str, Any]:
+def _facts(
+    _: None, reasons: Sequence, refused: Sequence, slices: Sequence, examples: Sequence, partners: Sequence
+) -> dict[str, Any]:
     """In an order that does not depend on the workers."""
     return {
+        "refused_captions": dict(sorted(refused)),
         "reasons": sorted([*key, number] for key, number in reasons),
         "slices": dict(sorted(slices)),
         "examples": sorted([*key, [row for _, _, row in entries]] for key, entries in examples),

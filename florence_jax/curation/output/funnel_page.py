@@ -61,6 +61,9 @@ def _head(summary: Mapping[str, Any]) -> str:
         f"Quarantined: {summary['quarantined']:,} (never shown).",
     ]
     notes += [f"Damaged: {damage}" for damage in summary["damaged_inputs"][:5]]
+    if lost := summary["refused_captions"]:
+        each = ", ".join(f"{reason} {count:,}" for reason, count in lost.items())
+        notes.append(f"Captions refused of pictures that are left with others: {each}.")
     notes.append("A pair leaves at the first stage that finds a reason; at most a few examples of each are drawn.")
     shown = "".join(f"<p>{markup(note)}</p>" for note in notes)
     return f"{shown}<p>Content <code>{summary['root']}</code><br>Configuration <code>{summary['config']}</code></p>"

@@ -53,6 +53,9 @@ def summary_lines(summary: Mapping[str, Any], config: Mapping[str, Any]) -> list
         shown = ", ".join(f"{reason} {count:,}" for reason, count in reasons[:4])
         lines.append(f"{stage['kept']:>12,}  after {stage['stage']}" + (f"  ({shown})" if shown else ""))
         dropped += [(count, stage["stage"], reason) for reason, count in reasons]
+    if lost := summary["refused_captions"]:
+        each = ", ".join(f"{reason} {count:,}" for reason, count in sorted(lost.items(), key=lambda item: -item[1]))
+        lines.append(f"captions refused of pictures that are left with others: {each}")
     known = sorted((entry for entry in dropped if entry[1:] in OPTIONS), key=lambda entry: -entry[0])
     return lines + [_allowing(summary, config, *entry) for entry in known[:LISTED]]
 

@@ -13,12 +13,15 @@ from etils import epath
 
 from florence_jax.data.records import Source
 from florence_jax.data.sources.array_record import ArrayRecordSource, array_record_paths
-from florence_jax.data.sources.folder import FolderSource, open_folder
+from florence_jax.data.sources.folder import FolderSource, open_folder, open_table
 from florence_jax.data.sources.karpathy import open_karpathy
 from florence_jax.data.sources.picture_files import is_picture, list_pictures
+from florence_jax.data.sources.tables import PARQUET, TABLE_SUFFIXES, curation_command
 from florence_jax.data.sources.tfds import open_tfds
 from florence_jax.errors import UserError
+from florence_jax.files import check_store, expand_braces, filesystem
 
+TARS = (".tar", ".tar.gz", ".tgz")
 EMOJI_SPLITS = ("train", "new_style", "new_names")
 
 
@@ -27,26 +30,42 @@ def open_source(spec: str) -> Source:
 
     Args:
       spec: 'emoji:train' | 'emoji:new_style' | 'emoji:new_names'; a file, glob pattern or folder of `*.array_record`
-        (also `*.array_record-00000-of-00010`); 'tfds:NAME:SPLIT'; 'karpathy:FILE.json:SPLIT@IMAGES'; or a folder of
-        images with captions.csv (columns file and caption), metadata.csv or metadata.jsonl (fields file_name and
-        text), with a .txt or .json beside each, or else with one sub-folder a class.
+        (also `*.array_record-00000-of-00010`); 'tfds:NAME:SPLIT'; 'karpathy:FILE.json:SPLIT@IMAGES'; a table of images
+        (.csv, .tsv, .jsonl, or .parquet with their paths); or a folder of images with a table called captions or
+        metadata (columns file and caption, or file_name and text), with a .txt or .json beside each, or else with one
+        sub-folder a class.
 
     Raises:
-      UserError: if it does not exist, is empty, lacks a column, or is of an unknown kind.
+      UserError: if it does not exist, is empty, lacks a column, is of an unknown kind, or must be curated first.
     """
     kind, colon, _ = spec.partition(":")
     if colon and kind in KINDS:
         return KINDS[kind](spec)
+    if "://" in spec:
+        check_store(spec)
     paths = array_record_paths(spec)
     if paths:
         return ArrayRecordSource(paths, spec)
     if epath.Path(spec).is_dir():
         return open_folder(spec)
+    if spec.lower().endswith((*TABLE_SUFFIXES, ".txt")) and epath.Path(spec).exists():
+        return open_table(spec)
+    if spec.lower().endswith((*TARS, PARQUET)) and _matches(spec):
+        raise UserError(
+            f"data source {spec}: records must be read one by one, which these files do not allow. Turn them into "
+            f"ArrayRecord files: {curation_command(spec)}"
+        )
     if epath.Path(spec).exists():
-        raise UserError(f"data source {spec}: unknown kind of file; use *.array_record or a folder")
+        raise UserError(f"data source {spec}: unknown kind of file; use *.array_record, a table (.csv) or a folder")
     if re.match(r"\w\w+:(?!//)", spec):
         raise UserError(f"data source {spec!r}: unknown kind; use a path or one of {', '.join(f'{k}:' for k in KINDS)}")
     raise UserError(f"data source {spec!r} does not exist; use emoji:train, tfds:NAME:SPLIT or an existing path")
+
+
+def _matches(spec: str) -> bool:
+    """Whether there is a file that a name, a pattern or a name with braces stands for."""
+    fs, inner = filesystem(spec)
+    return any(fs.glob(name) if any(c in name for c in "*?[") else fs.exists(name) for name in expand_braces(inner))
 
 
 def open_mixture(spec: str) -> tuple[list[Source], list[float]]:

@@ -9,15 +9,11 @@ from typing import Any
 from etils import epath
 
 from florence_jax.data.records import BadRecord, BaseSource, Record, evenly, picture_bytes
-from florence_jax.data.sources.picture_files import Listing, list_pictures, shown, some
+from florence_jax.data.sources.fields import CAPTION_FIELDS, distinct_captions, known_field
+from florence_jax.data.sources.picture_files import Listing, list_pictures, quoted, shown, some
+from florence_jax.data.sources.tables import TABLES, captions_of, curation_command, table_records
 from florence_jax.errors import UserError
-from florence_jax.files import table_rows
 
-# Tables of captions beside pictures, the first that a folder has counts.
-TABLES = ("captions.csv", "metadata.csv", "metadata.jsonl")
-# Names of the columns of captions.csv and of the fields of metadata.jsonl, first match wins.
-FILE_COLUMNS = ("file", "filename", "file_name", "filepath", "image")
-CAPTION_COLUMNS = ("caption", "text", "title")
 LOOKED_AT = 64  # texts beside pictures that are read when a folder is opened: never all
 TEXT_SHARE = 0.5  # of the pictures have a text, where it is texts and not sub-folders that tell what a picture shows
 
@@ -125,13 +121,12 @@ def json_texts(data: bytes) -> Record:
         if isinstance(field, str) or (isinstance(field, list) and field and all(isinstance(x, str) for x in field))
     }
     found = {name: listed[name] for name in listed if name not in ("key", "image", "images", "video", "folder")}
-    named = next((name for name in (*CAPTION_COLUMNS, "captions") if name in found), None)
-    if named is None:
+    captions = distinct_captions({name.lower(): field for name, field in found.items()})
+    first = known_field(found, CAPTION_FIELDS)
+    if first is None or not captions:
         return found
-    first = found.pop(named)
-    if isinstance(first, list):
-        return found | {"caption": first[0], "captions": first}
-    return found | {"caption": first}
+    is_list = isinstance(found.pop(first), list) or len(captions) > 1
+    return found | {"caption": captions[0]} | ({"captions": captions} if is_list else {})
 
 
 def open_folder(folder: str) -> FolderSource:
@@ -144,17 +139,18 @@ def open_folder(folder: str) -> FolderSource:
     path = epath.Path(folder)
     for name in TABLES:
         if (path / name).exists():
-            return _open_table(folder, path / name)
+            return open_table(os.path.join(folder, name))
     listing = list_pictures(folder)
     with_texts = _with_texts(listing)
     rows = class_rows(listing)
     if with_texts and (len(with_texts) >= TEXT_SHARE * len(listing.pictures) or not rows):
         return _open_texts(listing, with_texts)
     if not rows:
+        shards = any(listing.passed_over[suffix] for suffix in (".tar", ".parquet", ".gz", ".tgz"))
         raise UserError(
             f"data source {folder}: needs *.array_record files, or images with captions.csv (columns file, caption), "
             "metadata.jsonl, a .txt or .json beside each image, or a sub-folder of images for each class. Found: "
-            f"{listing.sentence()}"
+            f"{listing.sentence()}" + (f". Tars and parquet files: {curation_command(folder)}" if shards else "")
         )
     return open_class_folders(listing, rows)
 
@@ -196,7 +192,7 @@ def _open_texts(listing: Listing, pictures: Sequence[str]) -> TextSource:
     without, whole = len(listing.pictures) - len(pictures), len(looked) == len(source)
     distinct, example = len(set(captions)), next(filter(None, captions))
     of = "" if whole else f" of the {len(captions)} looked at"
-    says = f"{distinct:,} distinct captions{of} from the {' and '.join(kinds)} beside each, such as {_quoted(example)}"
+    says = f"{distinct:,} distinct captions{of} from the {' and '.join(kinds)} beside each, such as {quoted(example)}"
     if any("/" in key for key in pictures):
         says += ", not from the names of the sub-folders (those are in the field 'folder')"
     if without:
@@ -206,10 +202,6 @@ def _open_texts(listing: Listing, pictures: Sequence[str]) -> TextSource:
     )
     source.summary["passed_over"] |= {"no caption": without} if without else {}
     return source
-
-
-def _quoted(text: str) -> str:
-    return repr(shown(text if len(text) <= 80 else f"{text[:77]}..."))
 
 
 def _summary(
@@ -270,23 +262,28 @@ def open_class_folders(listing: Listing, rows: Sequence[tuple[str, str]]) -> Fol
 # -- a table ----------------------------------------------------------------------------------------------------------
 
 
-def _open_table(folder: str, path: epath.Path) -> FolderSource:
-    rows = _as_records(path, [{"": row.line, **_named(row.fields)} for row in table_rows(path)])
-    records = one_a_picture(rows)
+def open_table(path: str) -> FolderSource:
+    """The pictures that a table names, relative to its folder, with their captions; see `tables.table_records`."""
+    folder, name = os.path.split(path)
+    folder = folder or "."
+    records, rows, suspicious = table_records(path)
     captions = list(dict.fromkeys(caption for record in records for caption in captions_of(record)))
-    example = captions[0] if captions else ""
-    says = f"{path.name}: {len(rows):,} rows of {len(records):,} pictures, {len(captions):,} distinct captions"
-    says += f", such as {_quoted(example)}" if example else ""
-    if len(records) < len(rows):
+    if not captions:
+        raise UserError(f"data source {path}: every caption of its {rows:,} rows is empty")
+    says = f"{name}: {rows:,} rows of {len(records):,} pictures, {len(captions):,} distinct captions"
+    says += f", such as {quoted(captions[0])}"
+    if any("captions" in record for record in records):
         says += " (all of a picture are in its list field 'captions')"
     listing = Listing(folder) if "://" in folder else list_pictures(folder)  # in a bucket that takes long
     named, there = {os.path.normpath(record["key"]) for record in records}, set(listing.pictures)
     extra = len(there - named)
-    absent = sum(1 for key in named - there if there and not _exists(os.path.join(folder, key)))
+    absent = sum(1 for key in named - there if "://" not in folder and not _exists(os.path.join(folder, key)))
+    if absent == len(records):
+        raise UserError(f"data source {path}: none of its {absent:,} pictures is there, such as {records[0]['key']!r}")
     says += f"; {extra:,} pictures are not in the table and left out" if extra else ""
     says += f"; {absent:,} pictures of the table are not there" if absent else ""
-    listing.passed_over -= Counter({path.suffix.lower(): 1})  # the table itself
-    summary = _summary(listing, len(records), path.name, len(captions), example, says, ())
+    listing.passed_over -= Counter({os.path.splitext(name)[1].lower(): 1})  # the table itself
+    summary = _summary(listing, len(records), name, len(captions), captions[0], says + suspicious, ())
     summary["passed_over"] |= {"not in the table": extra} if extra else {}
     summary["passed_over"] |= {"not in the folder": absent} if absent else {}
     return FolderSource(folder, records, summary)
@@ -297,63 +294,3 @@ def _exists(path: str) -> bool:
         return os.path.exists(path)
     except ValueError:  # a name with a NUL
         return False
-
-
-def captions_of(record: Mapping[str, Any]) -> list[str]:
-    """All captions of a record, blank ones left out."""
-    value = record.get("captions") or record.get("caption") or ()
-    listed = value if isinstance(value, list) else [value]
-    return [text for text in listed if isinstance(text, str) and text.strip()]
-
-
-def one_a_picture(rows: Sequence[Record]) -> list[Record]:
-    """Rows of one picture as one record, in the order of the first rows.
-
-    Where any picture has several rows, every record has "captions", the list of all that are not blank, and "caption",
-    the first. Of the other fields, those that differ between the rows become lists, in the order of the rows.
-    """
-    groups: dict[str, list[Record]] = {}
-    for row in rows:
-        groups.setdefault(os.path.normpath(row["key"]), []).append(row)
-    if len(groups) == len(rows):
-        return list(rows)
-    return [_joined(group) for group in groups.values()]
-
-
-def _joined(group: Sequence[Record]) -> Record:
-    record = dict(group[0])
-    if len(group) > 1:
-        for name in dict.fromkeys(name for row in group for name in row if name not in ("key", "caption", "captions")):
-            values = [row[name] for row in group if name in row]
-            record[name] = values[0] if all(value == values[0] for value in values) else values
-    captions = [caption for row in group for caption in captions_of(row)]
-    return record | {"caption": captions[0] if captions else "", "captions": captions}
-
-
-def _named(fields: Record) -> Record:
-    """Without the cells of columns that have no name."""
-    return {name: value for name, value in fields.items() if name}
-
-
-def _as_records(path: epath.Path, rows: Sequence[Record]) -> list[Record]:
-    """Rows of a table (with the line number under "") as records: the columns renamed to "key" and "caption"."""
-    if not rows:
-        raise UserError(f"{path} has no rows")
-    columns = {name.strip().lower(): name for row in rows for name in row}
-    names = {}
-    for field, known in (("key", FILE_COLUMNS), ("caption", CAPTION_COLUMNS)):
-        names[field] = next((columns[name] for name in known if name in columns), None)
-        if names[field] is None and not (field == "caption" and "captions" in columns):
-            given = ", ".join(filter(None, columns.values()))
-            raise UserError(f"{path} has no column {' or '.join(map(repr, known))}, only: {given}; rename one")
-    records = []
-    for row in rows:
-        key = row.get(names["key"])
-        if not isinstance(key, str) or not key.strip():
-            raise UserError(f"{path} line {row['']}: column {names['key']!r} must name a file")
-        rest = {k: v for k, v in row.items() if k and k not in names.values() and k != "key"}
-        if rest.get("label") is not None:
-            rest["label"] = str(rest["label"])  # a class: JSON may have a number where CSV has text
-        caption = {"caption": row.get(names["caption"], "")} if names["caption"] else {}  # else a list, "captions"
-        records.append({**rest, "key": key.strip(), **caption})
-    return records

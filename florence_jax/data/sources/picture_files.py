@@ -95,6 +95,11 @@ def shown(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+def quoted(text: str) -> str:
+    """An example in a sentence: in quotes, cut."""
+    return repr(shown(text if len(text) <= 80 else f"{text[:77]}..."))
+
+
 class _Entry(NamedTuple):
     name: str
     kind: str  # 'file', 'folder' or another

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from florence_jax.data.records import BadRecord, BaseSource, Record, first_line
-from florence_jax.data.sources.folder import CAPTION_COLUMNS
+from florence_jax.data.sources.fields import distinct_captions
 from florence_jax.errors import UserError
 
 
@@ -52,10 +52,8 @@ class TfdsSource(BaseSource):
         record["key"] = f"{self.name}[{index}]"
         if isinstance(record.get("label"), (int, np.integer)):
             record["class_id"] = int(record.pop("label"))
-        names = [*CAPTION_COLUMNS, "captions"]
-        texts = [value for name in names if isinstance(value := record.get(name), (str, list)) and value]
-        if texts:
-            record["caption"] = texts[0]
+        if texts := distinct_captions(record):
+            record = ({"captions": texts} if len(texts) > 1 else {}) | record | {"caption": texts[0]}
         elif 0 <= record.get("class_id", -1) < len(self.class_names):  # -1: without a class
             record["caption"] = self.class_names[record["class_id"]].replace("_", " ")
         return record
