@@ -307,9 +307,12 @@ def read_split(split: Split, max_bytes: int) -> Iterator[Pair]:
 
     Raises:
       DamagedInput: where the file is damaged; the pairs before the damage have been given.
+      UserError: for a table that cannot be read, a tar whose samples are not together.
     """
     try:
         yield from SPLIT_READERS[split.kind](split, max_bytes)
+    except UserError:  # a mistake that can be mended, not damage
+        raise
     except (OSError, ValueError, EOFError, tarfile.TarError, zlib.error) as error:
         raise DamagedInput(f"{split.path}: {str(error) or type(error).__name__}") from error
 
@@ -330,7 +333,7 @@ def _read_tar(split: Split, max_bytes: int) -> Iterator[Pair]:
     fs, inner = filesystem(split.path)
     plain = split.path.endswith(".tar")
     with fs.open(inner, "rb") as file:
-        for key, fields, place, problem in tar_samples(file, max_bytes, plain):
+        for key, fields, place, problem in tar_samples(file, max_bytes, plain, inner):
             pair = make_pair(fields | {"key": f"{split.name}/{key}"}, split.source, "", "", max_bytes, problem)
             yield pair | {"locator": (split.path, *place) if plain and place else None}
 

@@ -1,19 +1,24 @@
 """What `inputs` needs to know of each format: field names, grouping of tar members, tables and files beside images."""
 
+import dataclasses
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from florence_jax.data.sources.fields import CAPTION_FIELDS, FILE_FIELDS, IMAGE_FIELDS, LISTS, distinct_captions
-from florence_jax.data.sources.picture_files import list_pictures
+from florence_jax.data.sources.picture_files import SYSTEM_FOLDERS, known_suffixes, list_pictures
 from florence_jax.data.sources.tables import TABLES
+from florence_jax.errors import UserError
 from florence_jax.files import TableRow, filesystem
 
 # Names of fields in data sets people have, the first that a record has wins; compared in lower case. Those of pictures
 # and captions are in `data.sources.fields`.
 KEYS = ("key", "uid", "sample_id", "id")
+# Samples of a tar that wait for the rest of their members, and bytes that they hold.
+WINDOW, WINDOW_BYTES = 65_536, 1 << 28
 URLS = ("url", "image_url")
 LICENCES = ("licence", "license")
 HEADERS = ("headers", "response_headers", "x_robots_tag")  # all that a record has count
@@ -162,48 +167,131 @@ def _read_image(path: str, folder: str, max_bytes: int) -> tuple[bytes | None, t
 # -- tars -------------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass
+class _Sample:
+    """Members of a tar that share a name; `image` is not read yet where that can be done later."""
+
+    key: str
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    image: tarfile.TarInfo | None = None
+    problem: str = ""
+    described: bool = False  # has a .txt or a .json
+    in_one_piece: bool = True
+    held: int = 0  # bytes
+
+    @property
+    def is_whole(self) -> bool:
+        return self.in_one_piece and self.described and (self.image is not None or bool(self.problem))
+
+
 def tar_samples(
-    file: BinaryIO, max_bytes: int, plain: bool
+    file: BinaryIO, max_bytes: int, plain: bool, name: str
 ) -> Iterator[tuple[str, dict[str, Any], tuple[int, int] | None, str]]:
     """(key, fields, (offset, size) of the image, problem) of each sample.
 
-    A sample is a run of members whose names are the same up to the first dot.
+    A sample is the members whose names are the same up to the first dot. One that came in one piece, with a picture and
+    a .txt or .json, is given when the next begins; another waits for the rest, at most until WINDOW samples or
+    WINDOW_BYTES wait. What systems put beside the members (`._NAME`, PaxHeaders, ...) is passed over.
 
     Args:
       file: of the tar; one that can seek, if it is not compressed.
       max_bytes: a larger image is not read.
-      plain: whether the tar is not compressed: its members are then read in one piece each.
+      plain: whether the tar is not compressed: its members are then read in one piece each, pictures when their sample
+        is given.
+      name: of the tar, for messages.
 
     Raises:
-      tarfile.TarError (an Exception of its own), OSError: where the tar is damaged.
+      UserError: for a part of a sample that comes after the sample was given.
+      tarfile.TarError (an Exception of its own), OSError: where the tar is damaged; all before has been given.
     """
-    key, fields, place, problem = "", {}, None, ""
-    with tarfile.open(fileobj=file, mode="r:" if plain else "r|*") as tar:
-        for member in tar:
-            if not member.isfile():
-                continue
-            folder, _, name = member.name.rpartition("/")
-            stem, _, suffix = name.partition(".")
-            member_key, suffix = f"{folder}/{stem}".lstrip("./"), suffix.lower()
-            if member_key != key:
-                if fields or problem:
-                    yield key, fields, place, problem
-                key, fields, place, problem = member_key, {}, None, ""
-            if suffix in IMAGE_FIELDS:
-                place = member.offset_data, member.size
-                if member.size > max_bytes:
-                    problem = "too_many_bytes"
-                else:
-                    fields["image"] = _content(tar, member, plain)
-            elif suffix == "txt":
-                fields["caption"] = _content(tar, member, plain)
-            elif suffix == "json":
-                fields = _json_fields(_content(tar, member, plain)) | fields
-        if fields or problem:
-            yield key, fields, place, problem
-        # tarfile takes a header that it cannot read for the end.
-        if plain and _block_at(tar) != bytes(tarfile.BLOCKSIZE):
-            raise OSError(f"no mark of the end after {key}: damaged or cut short")
+    waiting: dict[str, _Sample] = {}
+    given: set[str] = set()
+    held, last = 0, ""
+
+    def give(key: str) -> tuple[str, dict[str, Any], tuple[int, int] | None, str]:
+        nonlocal held
+        sample = waiting.pop(key)
+        given.add(key)
+        held -= sample.held
+        image, place = sample.image, None
+        if image is not None:
+            place = image.offset_data, image.size
+            if plain:
+                sample.fields["image"] = _read_at(file, image)
+        return key, sample.fields, place, sample.problem
+
+    try:
+        with tarfile.open(fileobj=file, mode="r:" if plain else "r|*") as tar:
+            for member in tar:
+                if not member.isfile() or _is_of_a_system(member.name):
+                    continue
+                key, suffix = _key_and_suffix(member.name)
+                if key != last:
+                    if last in waiting and waiting[last].is_whole:
+                        yield give(last)
+                    if key in waiting:
+                        waiting[key].in_one_piece = False
+                last = key
+                if not _is_used(suffix):
+                    continue
+                if key in given and key not in waiting and suffix in ("txt", "json"):
+                    raise UserError(_not_adjacent(name, key))
+                sample = waiting.setdefault(key, _Sample(key))
+                before = sample.held
+                _add_member(sample, suffix, tar, member, max_bytes, plain)
+                held += sample.held - before
+                while len(waiting) > WINDOW or (held > WINDOW_BYTES and len(waiting) > 1):
+                    yield give(next(iter(waiting)))
+            # tarfile takes a header that it cannot read for the end.
+            if plain and _block_at(tar) != bytes(tarfile.BLOCKSIZE):
+                raise OSError(f"no mark of the end after {last}: damaged or cut short")
+    except (OSError, EOFError, tarfile.TarError, zlib.error):
+        for key in list(waiting):
+            yield give(key)
+        raise
+    for key in list(waiting):
+        yield give(key)
+
+
+def _is_of_a_system(name: str) -> bool:
+    """Whether a member is what macOS or a tar program adds: `._NAME`, hidden files, PaxHeaders, __MACOSX."""
+    *folders, base = name.split("/")
+    return base.startswith(".") or any(part in SYSTEM_FOLDERS or part.startswith("PaxHeader") for part in folders)
+
+
+def _key_and_suffix(name: str) -> tuple[str, str]:
+    folder, _, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return f"{folder}/{stem}".lstrip("./"), suffix.lower()
+
+
+def _is_used(suffix: str) -> bool:
+    return suffix in ("txt", "json") or suffix in IMAGE_FIELDS or f".{suffix}" in known_suffixes()
+
+
+def _add_member(
+    sample: _Sample, suffix: str, tar: tarfile.TarFile, member: tarfile.TarInfo, max_bytes: int, plain: bool
+) -> None:
+    if suffix in ("txt", "json"):
+        data = _content(tar, member, plain)
+        sample.described = True
+        sample.held += len(data)
+        sample.fields = sample.fields | {"caption": data} if suffix == "txt" else _json_fields(data) | sample.fields
+    elif member.size > max_bytes:
+        sample.problem = "too_many_bytes"
+    else:
+        sample.image = member
+        if not plain:
+            sample.fields["image"] = _content(tar, member, plain)
+            sample.held += member.size
+
+
+def _not_adjacent(name: str, key: str) -> str:
+    return (
+        f"{name}: the members of a sample are not adjacent: a part of {key!r} comes after its picture and text, or "
+        f"more than {WINDOW:,} samples ({WINDOW_BYTES >> 20} MB, where it is compressed) after the rest. Sort it: "
+        f"mkdir unpacked && tar -xf {name} -C unpacked && tar --sort=name -cf sorted.tar -C unpacked ."
+    )
 
 
 def _block_at(tar: tarfile.TarFile) -> bytes:
@@ -212,11 +300,18 @@ def _block_at(tar: tarfile.TarFile) -> bytes:
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, plain: bool) -> bytes:
-    if plain:  # as `measure.image_bytes` will read it
-        tar.fileobj.seek(member.offset_data)
-        data = tar.fileobj.read(member.size)
-    else:
-        data = tar.extractfile(member).read()
+    if plain:
+        return _read_at(tar.fileobj, member)
+    data = tar.extractfile(member).read()
+    if len(data) != member.size:
+        raise OSError(f"{member.name} is cut short")
+    return data
+
+
+def _read_at(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    """As `measure.image_bytes` will read it."""
+    file.seek(member.offset_data)
+    data = file.read(member.size)
     if len(data) != member.size:
         raise OSError(f"{member.name} is cut short")
     return data
