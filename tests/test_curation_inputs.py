@@ -378,7 +378,7 @@ def test_a_part_of_a_sample_that_comes_too_late_is_one_message(tmp_path, monkeyp
     write_tar(tmp_path / "t.tar", [("a.png", picture(1)), ("a.txt", b"x"), ("b.png", picture(2)), ("a.json", b"{}")])
     with pytest.raises(UserError, match=r"t.tar: the members of a sample are not adjacent: a part of 'a'.*--sort=name"):
         read(tmp_path / "t.tar")
-    monkeypatch.setattr(readers, "WINDOW", 3)
+    monkeypatch.setattr(readers, "SAMPLES_WAITING", 3)
     write_tar(tmp_path / "u.tar", [(f"{i}.png", picture(i)) for i in range(5)] + [("0.txt", b"x")])
     with pytest.raises(UserError, match="a part of '0' .* more than 3 samples"):
         read(tmp_path / "u.tar")

@@ -18,7 +18,7 @@ from florence_jax.files import TableRow, filesystem
 # and captions are in `data.sources.fields`.
 KEYS = ("key", "uid", "sample_id", "id")
 # Samples of a tar that wait for the rest of their members, and bytes that they hold.
-WINDOW, WINDOW_BYTES = 65_536, 1 << 28
+SAMPLES_WAITING, BYTES_WAITING = 65_536, 1 << 28
 URLS = ("url", "image_url")
 LICENCES = ("licence", "license")
 HEADERS = ("headers", "response_headers", "x_robots_tag")  # all that a record has count
@@ -167,6 +167,9 @@ def _read_image(path: str, folder: str, max_bytes: int) -> tuple[bytes | None, t
 # -- tars -------------------------------------------------------------------------------------------------------------
 
 
+_Given = tuple[str, dict[str, Any], tuple[int, int] | None, str]  # see `tar_samples`
+
+
 @dataclasses.dataclass
 class _Sample:
     """Members of a tar that share a name; `image` is not read yet where that can be done later."""
@@ -184,14 +187,12 @@ class _Sample:
         return self.in_one_piece and self.described and (self.image is not None or bool(self.problem))
 
 
-def tar_samples(
-    file: BinaryIO, max_bytes: int, plain: bool, name: str
-) -> Iterator[tuple[str, dict[str, Any], tuple[int, int] | None, str]]:
+def tar_samples(file: BinaryIO, max_bytes: int, plain: bool, name: str) -> Iterator[_Given]:
     """(key, fields, (offset, size) of the image, problem) of each sample.
 
     A sample is the members whose names are the same up to the first dot. One that came in one piece, with a picture and
-    a .txt or .json, is given when the next begins; another waits for the rest, at most until WINDOW samples or
-    WINDOW_BYTES wait. What systems put beside the members (`._NAME`, PaxHeaders, ...) is passed over.
+    a .txt or .json, is given when the next begins; another waits for the rest, at most until SAMPLES_WAITING samples or
+    BYTES_WAITING wait. What systems put beside the members (`._NAME`, PaxHeaders, ...) is passed over.
 
     Args:
       file: of the tar; one that can seek, if it is not compressed.
@@ -204,22 +205,8 @@ def tar_samples(
       UserError: for a part of a sample that comes after the sample was given.
       tarfile.TarError (an Exception of its own), OSError: where the tar is damaged; all before has been given.
     """
-    waiting: dict[str, _Sample] = {}
-    given: set[str] = set()
-    held, last = 0, ""
-
-    def give(key: str) -> tuple[str, dict[str, Any], tuple[int, int] | None, str]:
-        nonlocal held
-        sample = waiting.pop(key)
-        given.add(key)
-        held -= sample.held
-        image, place = sample.image, None
-        if image is not None:
-            place = image.offset_data, image.size
-            if plain:
-                sample.fields["image"] = _read_at(file, image)
-        return key, sample.fields, place, sample.problem
-
+    waiting = _Waiting(file, plain)
+    last = ""
     try:
         with tarfile.open(fileobj=file, mode="r:" if plain else "r|*") as tar:
             for member in tar:
@@ -227,30 +214,77 @@ def tar_samples(
                     continue
                 key, suffix = _key_and_suffix(member.name)
                 if key != last:
-                    if last in waiting and waiting[last].is_whole:
-                        yield give(last)
-                    if key in waiting:
-                        waiting[key].in_one_piece = False
+                    yield from waiting.give_whole(last)
+                    waiting.go_on(key)
                 last = key
                 if not _is_used(suffix):
                     continue
-                if key in given and key not in waiting and suffix in ("txt", "json"):
+                if waiting.is_late(key) and suffix in ("txt", "json"):
                     raise UserError(_not_adjacent(name, key))
-                sample = waiting.setdefault(key, _Sample(key))
-                before = sample.held
-                _add_member(sample, suffix, tar, member, max_bytes, plain)
-                held += sample.held - before
-                while len(waiting) > WINDOW or (held > WINDOW_BYTES and len(waiting) > 1):
-                    yield give(next(iter(waiting)))
+                waiting.add(key, suffix, tar, member, max_bytes)
+                yield from waiting.give_too_many()
             # tarfile takes a header that it cannot read for the end.
             if plain and _block_at(tar) != bytes(tarfile.BLOCKSIZE):
                 raise OSError(f"no mark of the end after {last}: damaged or cut short")
     except (OSError, EOFError, tarfile.TarError, zlib.error):
-        for key in list(waiting):
-            yield give(key)
+        yield from waiting.give_all()
         raise
-    for key in list(waiting):
-        yield give(key)
+    yield from waiting.give_all()
+
+
+class _Waiting:
+    """The samples of a tar that are not given yet.
+
+    Args:
+      file, plain: as in `tar_samples`.
+    """
+
+    def __init__(self, file: BinaryIO, plain: bool):
+        self._file, self._plain, self._held = file, plain, 0
+        self._samples: dict[str, _Sample] = {}
+        self._given: set[str] = set()
+
+    def go_on(self, key: str) -> None:
+        """Another sample begins, or one that waits goes on."""
+        if key in self._samples:
+            self._samples[key].in_one_piece = False
+
+    def is_late(self, key: str) -> bool:
+        """Whether the sample was given."""
+        return key in self._given and key not in self._samples
+
+    def add(self, key: str, suffix: str, tar: tarfile.TarFile, member: tarfile.TarInfo, max_bytes: int) -> None:
+        """A member, to a new sample where none of that name waits."""
+        sample = self._samples.setdefault(key, _Sample(key))
+        before = sample.held
+        _add_member(sample, suffix, tar, member, max_bytes, self._plain)
+        self._held += sample.held - before
+
+    def give_whole(self, key: str) -> Iterator[_Given]:
+        """The sample, if it can be given."""
+        if key in self._samples and self._samples[key].is_whole:
+            yield self._give(key)
+
+    def give_too_many(self) -> Iterator[_Given]:
+        """The oldest, while too many wait."""
+        while len(self._samples) > SAMPLES_WAITING or (self._held > BYTES_WAITING and len(self._samples) > 1):
+            yield self._give(next(iter(self._samples)))
+
+    def give_all(self) -> Iterator[_Given]:
+        """All, in the order in which they began."""
+        while self._samples:
+            yield self._give(next(iter(self._samples)))
+
+    def _give(self, key: str) -> _Given:
+        sample = self._samples.pop(key)
+        self._given.add(key)
+        self._held -= sample.held
+        image, place = sample.image, None
+        if image is not None:
+            place = image.offset_data, image.size
+            if self._plain:
+                sample.fields["image"] = _read_at(self._file, image)
+        return key, sample.fields, place, sample.problem
 
 
 def _is_of_a_system(name: str) -> bool:
@@ -289,8 +323,8 @@ def _add_member(
 def _not_adjacent(name: str, key: str) -> str:
     return (
         f"{name}: the members of a sample are not adjacent: a part of {key!r} comes after its picture and text, or "
-        f"more than {WINDOW:,} samples ({WINDOW_BYTES >> 20} MB, where it is compressed) after the rest. Sort it: "
-        f"mkdir unpacked && tar -xf {name} -C unpacked && tar --sort=name -cf sorted.tar -C unpacked ."
+        f"more than {SAMPLES_WAITING:,} samples ({BYTES_WAITING >> 20} MB, where it is compressed) after the rest. "
+        f"Sort it: mkdir unpacked && tar -xf {name} -C unpacked && tar --sort=name -cf sorted.tar -C unpacked ."
     )
 
 
