@@ -1,20 +1,60 @@
-"""The command line of every command that takes a configuration: --config, --workdir, how mistakes are told."""
+"""How commands are entered and left: Ctrl-C; of those that take a configuration --config, --workdir, mistakes."""
 
+import multiprocessing
+import os
+import signal
 import sys
+from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
 
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 from florence_jax.config_files import ConfigFileParser, shipped_configs
 from florence_jax.config_help import help_text
-from florence_jax.errors import UserError
+from florence_jax.errors import EXIT_INTERRUPTED, UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).", lock_config=True)
 PARSER = ConfigFileParser("config")
 flags.FLAGS["config"].parser = PARSER
 HELP = ("--help", "-help", "-h")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: the config's workdir.")
+
+
+def enter(main: Callable[[], int]) -> NoReturn:
+    """Runs a command and ends the program with its exit code.
+
+    Ctrl-C is one line on stderr and exit code 130: what the command holds is let go, but nothing that its threads or
+    processes are at is waited for. A second one ends at once.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        pass
+    except SystemExit as error:
+        if error.code != EXIT_INTERRUPTED:
+            raise
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    os._exit(EXIT_INTERRUPTED)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """For SIGINT: says so, and lets nobody else, as threads and libraries do that are cut off."""
+    del number, frame
+    signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+    os.write(2, b"\nstopped by Ctrl-C\n")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    raise KeyboardInterrupt
+
+
+def enter_with_flags(main: Callable[[list[str]], None]) -> NoReturn:
+    """As `enter`, for a command that takes a configuration."""
+    enter(lambda: app.run(main, flags_parser=parse_flags))
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -1,4 +1,6 @@
-"""The one exception type for mistakes a user can fix."""
+"""The one exception type for mistakes a user can fix; exit codes that commands share."""
+
+EXIT_INTERRUPTED = 130  # of Ctrl-C, as shells have it
 
 
 class UserError(ValueError):

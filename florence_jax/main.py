@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict
 
-from florence_jax.command_line import CONFIG, WORKDIR, fail, no_more_arguments, parse_flags
+from florence_jax.command_line import CONFIG, WORKDIR, enter_with_flags, fail, no_more_arguments
 from florence_jax.errors import UserError
 from florence_jax.jobs.host_memory import keep_freed_memory
 from florence_jax.jobs.hosts import joined
@@ -33,7 +33,7 @@ def work(config: ConfigDict, given: str | None) -> int:
             workdir = free_workdir(suite.identity, config, workdir)
         return run(config, suite, workdir)
     except KeyboardInterrupt:
-        return stopped_at_once()
+        sys.exit(stopped_at_once())  # a job's other processes are told, and must not be waited for
     except UserError as error:
         fail(error)
     except OSError as error:
@@ -64,4 +64,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    enter_with_flags(main)

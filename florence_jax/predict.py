@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
+from florence_jax.command_line import enter
 from florence_jax.data.ops.image import Decode
 from florence_jax.data.records import BadRecord, Source, summary_of
 from florence_jax.data.sources.catalog import open_pictures
 from florence_jax.errors import UserError
 from florence_jax.files import csv_bytes, write_bytes, write_json
 from florence_jax.inference.base import Answerer, Found
-from florence_jax.jobs.stop_signals import EXIT_INTERRUPTED
 from florence_jax.page import figure_html, markup, table_html, write_page
 from florence_jax.params.weights import describe
 from florence_jax.tasks import PRETRAINED, answerer_class
@@ -126,7 +126,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, type[Answe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code (2 for a user's mistake, 130 for Ctrl-C)."""
+    """Command line; returns the exit code (2 for a user's mistake)."""
     logging.set_verbosity(logging.ERROR)  # Orbax reports every phase of a restore, the stream every bad record
     try:
         args, kind = parse_arguments(sys.argv[1:] if argv is None else argv)
@@ -137,9 +137,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted: the tables and the page are written at the end, run it again", file=sys.stderr)
-        return EXIT_INTERRUPTED
     for key, reason in answers.unread:
         print(f"not read: {key}: {reason}", file=sys.stderr)
     print(
@@ -149,4 +146,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

@@ -6,6 +6,7 @@
 
 readonly EXIT_MISTAKE=2    # florence_jax: a mistake in the command, the configuration or the data
 readonly EXIT_PREEMPTED=75 # florence_jax: stopped by SIGTERM after saving
+readonly EXIT_INTERRUPTED=130 # florence_jax: stopped by somebody's Ctrl-C after saving
 readonly EXIT_LINE="launch: exit code"
 
 dry_run=false
@@ -95,12 +96,13 @@ number() {
 }
 
 # worst_exit FOLDER CODE: the exit code of a run from those its workers logged in FOLDER; CODE where none did.
-# A mistake decides, then a preemption, because the other workers only died of it.
+# A mistake decides, then Ctrl-C, then a preemption, because the other workers only died of it.
 worst_exit() {
   local codes
   codes=$(grep -hs "^$EXIT_LINE " "$1"/*.log | sed "s/^$EXIT_LINE //" | sort -un | tr '\n' ' ')
   case " $codes" in
     *" $EXIT_MISTAKE "*) echo "$EXIT_MISTAKE" ;;
+    *" $EXIT_INTERRUPTED "*) echo "$EXIT_INTERRUPTED" ;;
     *" $EXIT_PREEMPTED "*) echo "$EXIT_PREEMPTED" ;;
     *[1-9]*) echo 1 ;;
     *) echo "$2" ;; # all that wrote one finished; a worker that was cut off shows in CODE
@@ -108,7 +110,8 @@ worst_exit() {
 }
 
 # restart_until_done FUNCTION: calls FUNCTION NAME, with a new name for each attempt, until it ends with 0, until it
-# ends with EXIT_MISTAKE, which starting again would not mend, or until it was started again max_restarts times.
+# ends with EXIT_MISTAKE, which starting again would not mend, or with EXIT_INTERRUPTED, or until it was started again
+# max_restarts times.
 restart_until_done() {
   local attempt=0 code started
   started=$(date +%Y%m%d-%H%M%S)
@@ -119,7 +122,8 @@ restart_until_done() {
     if ((code == EXIT_MISTAKE)); then
       say "not started again: $EXIT_MISTAKE means a mistake in the command, the configuration or the data, named in the logs"
     fi
-    ((code == 0 || code == EXIT_MISTAKE)) && return "$code"
+    if ((code == EXIT_INTERRUPTED)); then say "not started again: stopped by Ctrl-C; run the same command to go on"; fi
+    ((code == 0 || code == EXIT_MISTAKE || code == EXIT_INTERRUPTED)) && return "$code"
     $stopping && return "$code"
     $return_when_preempted && ((code == EXIT_PREEMPTED)) && return "$code"
     if ((attempt >= max_restarts)); then

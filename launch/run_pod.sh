@@ -16,8 +16,8 @@
 #   --delay=SECONDS        before starting again (default 30)
 #   --dry-run              print the commands instead of running them
 #
-# Exit code: 0 finished; 2 a mistake in the command, the configuration or the data (not started again); otherwise that
-# of the last attempt, 75 if it was stopped after saving.
+# Exit code: 0 finished; 2 a mistake in the command, the configuration or the data (not started again); 130
+# Ctrl-C on a worker (not started again); otherwise that of the last attempt, 75 if it was stopped after saving.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh

@@ -17,7 +17,7 @@ import pytest
 from test_roll_call import free_port
 from tiny_run import TINY_FLAGS, tiny_config, tiny_pairs
 
-from florence_jax.errors import UserError
+from florence_jax.errors import EXIT_INTERRUPTED, UserError
 from florence_jax.jobs.hosts import EXIT_LOST, ProcessInfo, connect_on_cluster, meet, process_from_environment
 from florence_jax.jobs.stop_signals import EXIT_PREEMPTED
 from florence_jax.tasks import create_task
@@ -245,11 +245,14 @@ def test_killed_at_a_random_step_and_restarted_with_four_processes(victim, undis
 
 
 @pytest.mark.slow
-def test_sigterm_on_one_process_stops_all_at_one_step_and_resumes_bit_for_bit(undisturbed, pairs, tmp_path):
+@pytest.mark.parametrize("number,code", [(signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGINT, EXIT_INTERRUPTED)])
+def test_a_signal_to_one_process_stops_all_at_one_step_and_resumes_bit_for_bit(
+    number, code, undisturbed, pairs, tmp_path
+):
     job = training(tmp_path, pairs, 2, 2, *LONG)
     wait_for_step(tmp_path, 3, job)
-    job.processes[1].send_signal(signal.SIGTERM)
-    assert job.wait() == [EXIT_PREEMPTED] * 2, job.output(0) + job.output(1)
+    job.processes[1].send_signal(number)
+    assert job.wait() == [EXIT_PREEMPTED, code], job.output(0) + job.output(1)
     step = max(losses(tmp_path))
     assert f"stopped by SIGTERM at step {step}, saved" in job.output(0) and step < 40
     assert (tmp_path / "checkpoints" / str(step)).exists()

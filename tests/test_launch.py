@@ -208,6 +208,12 @@ def test_pod_resumes_after_preemption_and_crash_until_it_finishes(machine):
         assert ["training attempt 3" in log.read_text() for log in logs] == [False, False, True]
 
 
+def test_pod_does_not_restart_what_somebody_stopped_by_ctrl_c(machine):
+    machine.script("75 130")
+    result = machine.run(*POD, *TRAINING)
+    assert result.returncode == 130 and machine.attempts() == 1 and "stopped by Ctrl-C" in result.stderr
+
+
 def test_pod_does_not_restart_a_mistake_of_one_worker(machine):
     machine.script("134 2")
     result = machine.run(*POD, *TRAINING)

@@ -18,10 +18,10 @@ from tiny_run import TINY_FLAGS, tiny_config, tiny_pairs
 
 from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
-from florence_jax.errors import UserError
+from florence_jax.errors import EXIT_INTERRUPTED, UserError
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.jobs import hardware
-from florence_jax.jobs.stop_signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, StopSignals
+from florence_jax.jobs.stop_signals import EXIT_PREEMPTED, StopSignals
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks import create_suite, create_task
 from florence_jax.tasks.pretrain import Pretrain
@@ -338,6 +338,16 @@ def test_a_second_interrupt_ends_at_once_and_waits_for_the_save(pairs, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         train(tiny_config(pairs), tmp_path)
     assert (tmp_path / "checkpoints" / "4").exists()
+
+
+def test_ctrl_c_in_a_job_of_several_processes_is_passed_on_once(monkeypatch):
+    """As SIGTERM, which JAX takes and all processes agree on; here nobody does, and it stays with Python."""
+    passed, kill = [], os.kill
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with StopSignals() as signals:
+        monkeypatch.setattr(os, "kill", lambda pid, number: passed.append(number))
+        kill(os.getpid(), signal.SIGINT)
+        assert passed == [signal.SIGTERM] and signals.exit_code == EXIT_INTERRUPTED and signals.meaning == "Ctrl-C"
 
 
 def test_an_ignored_signal_stays_ignored():

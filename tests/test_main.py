@@ -1,6 +1,11 @@
 """The command line: every mistake is one line on stderr and exit code 2, and nothing is left behind."""
 
 import json
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 from tiny_images import run_main
@@ -10,6 +15,8 @@ from florence_jax import main as entry
 from florence_jax.jobs.stop_signals import EXIT_PREEMPTED
 from florence_jax.train.loop import Trainer
 from florence_jax.train.workdir import write_config
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -87,3 +94,42 @@ def test_config_is_dumped_before_training(tmp_path, monkeypatch):
     assert run_main(*TINY_FLAGS, f"--config.data.train={pairs}", f"--workdir={tmp_path}/run") == EXIT_PREEMPTED
     dumped = json.loads((tmp_path / "run" / "config.json").read_text())
     assert dumped["total_steps"] == 8 and dumped["data"]["train"] == pairs
+
+
+@pytest.mark.parametrize("inside", ["time.sleep(60)", "sys.exit(130)"])
+def test_ctrl_c_is_one_line_and_waits_for_nothing(inside):
+    """Of any command, also where it left with that code by itself; its threads and processes would go on for long."""
+    program = f"""
+        import multiprocessing, sys, threading, time
+        from florence_jax.command_line import enter
+
+        def main():
+            threading.Thread(target=time.sleep, args=(60,)).start()
+            multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,)).start()
+            print("ready", flush=True)
+            {inside}
+
+        enter(main)
+    """
+    command = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert command.stdout.readline() == "ready\n"
+    if "sleep" in inside:
+        command.send_signal(signal.SIGINT)
+    _, errors = command.communicate(timeout=30)
+    assert command.returncode == 130 and errors.split("\n") == (
+        ["", "stopped by Ctrl-C", ""] if "sleep" in inside else [""]
+    )
+
+
+def test_every_command_is_entered_in_one_place():
+    files = [path for path in (ROOT / "florence_jax").rglob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    assert len(files) > 10
+    entered = ("enter(main)", "enter_with_flags(main)")
+    others = [path.name for path in files if not path.read_text().rstrip().endswith(entered)]
+    assert others == ["roll_call.py"]  # imports nothing of the project; its process ends with the trainer's

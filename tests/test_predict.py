@@ -118,12 +118,3 @@ def test_names_of_a_file(tmp_path):
     assert len(read_names("food101")) == 101
     with pytest.raises(UserError, match="names no class"):
         read_names(",")
-
-
-def test_ctrl_c_is_one_message(head, pictures, tmp_path, capsys, monkeypatch):
-    def interrupted(answerer, source):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("florence_jax.predict.answer_all", interrupted)
-    assert main([f"--init={head}", f"--input={pictures}", f"--out={tmp_path / 'out'}"]) == 130
-    assert capsys.readouterr().err.startswith("interrupted: ")

@@ -9,10 +9,10 @@ import os
 import shlex
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
-from florence_jax.command_line import CONFIG, WORKDIR, fail, no_more_arguments, parse_flags
+from florence_jax.command_line import CONFIG, WORKDIR, enter_with_flags, fail, no_more_arguments
 from florence_jax.config_files import read_config
 from florence_jax.curation.driver import curate
 from florence_jax.curation.output.terminal import summary_lines
@@ -105,4 +105,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    enter_with_flags(main)

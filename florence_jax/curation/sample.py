@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
+from florence_jax.command_line import enter
 from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
@@ -300,4 +301,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

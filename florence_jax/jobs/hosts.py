@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from florence_jax.errors import UserError
+from florence_jax.errors import EXIT_INTERRUPTED, UserError
 
 EXIT_LOST = 69  # EX_UNAVAILABLE: another process is missing or lost; run the same command again to go on.
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -187,9 +187,11 @@ def joined(options: ConfigDict) -> Iterator[None]:
     except BaseException as error:  # whatever it is, the others must not wait for this process
         reason = error.__context__ if isinstance(error, SystemExit) else error
         time.sleep(GRACE_SECONDS)
-        if not isinstance(error, SystemExit):
+        interrupted = isinstance(reason, KeyboardInterrupt)
+        if not isinstance(error, SystemExit) and not interrupted:
             traceback.print_exc()
-        watch.say(f"stopped {' '.join(str(reason).split())}")
-        leave(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+        watch.say(f"stopped {'by Ctrl-C' if interrupted else ' '.join(str(reason).split())}")
+        code = error.code if isinstance(error, SystemExit) else EXIT_INTERRUPTED if interrupted else 1
+        leave(code if isinstance(code, int) else 1)
     _watches.remove(watch)
     watch.say("bye")

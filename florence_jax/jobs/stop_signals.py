@@ -9,8 +9,9 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from florence_jax.errors import EXIT_INTERRUPTED
+
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again to go on.
-EXIT_INTERRUPTED = 130  # of Ctrl-C, as shells have it
 MEANINGS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGHUP: "SIGHUP: its terminal was closed"}
 
 

@@ -37,6 +37,7 @@ import numpy as np
 import PIL
 from PIL import Image, features
 
+from florence_jax.command_line import enter
 from florence_jax.data.sources.array_record import META, write_array_record
 from florence_jax.errors import UserError
 from florence_jax.pictures import upright_rgb
@@ -407,4 +408,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

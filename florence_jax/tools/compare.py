@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from florence_jax.command_line import enter
 from florence_jax.errors import UserError
 from florence_jax.files import write_text
 
@@ -132,4 +133,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
+from florence_jax.command_line import enter
 from florence_jax.data.records import BadRecord, ListSource, Source, record_thumbnail, summary_of
 from florence_jax.data.sources.catalog import is_picture_folder, open_pictures, open_source
 from florence_jax.data.sources.folder import FolderSource
@@ -239,4 +240,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

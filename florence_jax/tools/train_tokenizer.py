@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import sentencepiece
 from etils import epath
 
+from florence_jax.command_line import enter
 from florence_jax.data.captions import normalise_caption
 from florence_jax.data.prompts import TEMPLATES
 from florence_jax.data.sources.catalog import open_source
@@ -122,4 +123,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from florence_jax.command_line import enter
 from florence_jax.data.sources.array_record import META, array_record_paths, write_side_file
 from florence_jax.errors import UserError
 
@@ -36,4 +37,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from florence_jax.command_line import enter
 from florence_jax.curation.dedup import hash_index
 from florence_jax.curation.dedup.clusters import Views, cluster, hash_rows, representatives, total_order
 from florence_jax.curation.dedup.join import DEFAULT_JOIN, DESIGNS
@@ -202,4 +203,4 @@ def bytes_at(where: bytes | Path) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

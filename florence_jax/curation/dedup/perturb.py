@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
+from florence_jax.command_line import enter
 from florence_jax.curation.dedup.clusters import MIN_DETAIL, hash_rows
 from florence_jax.curation.dedup.join import DEFAULT_JOIN
 from florence_jax.curation.ingest.hashing import bit_distance, measure
@@ -327,4 +328,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

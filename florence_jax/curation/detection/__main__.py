@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from florence_jax.command_line import enter
 from florence_jax.curation.detection.boxes import ACROSS_IOU, WITHIN_IOU
 from florence_jax.curation.detection.images import file_paths, image_facts
 from florence_jax.curation.detection.join import Merged, find_leaks, join_rows, refuse_leaks
@@ -260,4 +261,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

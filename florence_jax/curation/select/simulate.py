@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from florence_jax.command_line import enter
 from florence_jax.curation.keyed import fractions, keyed_hashes
 from florence_jax.curation.select.queries import (
     Matches,
@@ -132,4 +133,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

@@ -35,11 +35,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from florence_jax.command_line import CONFIG, fail, no_more_arguments, parse_flags
+from florence_jax.command_line import CONFIG, enter_with_flags, fail, no_more_arguments
 from florence_jax.errors import UserError
 from florence_jax.files import write_text
 from florence_jax.models.sizes import resolve_config
@@ -319,4 +319,4 @@ def write_shardings(config: ConfigDict, chips: int, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    enter_with_flags(main)

@@ -22,6 +22,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from florence_jax.command_line import enter
 from florence_jax.errors import UserError
 from florence_jax.jobs.host_memory import keep_freed_memory
 
@@ -64,4 +65,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from florence_jax.command_line import enter
 from florence_jax.errors import UserError
 from florence_jax.params.weights import make_description, save_pretrained
 from florence_jax.tools.import_torch.convert import convert
@@ -81,4 +82,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)
