@@ -56,7 +56,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.train = "emoji:train" if learns else ""  # images with their classes
     config.data.test = "" if learns else "emoji:new_style"  # held-out images; '': `holdout` of each class of data.train
     config.data.train_ops = "decode|rrc({res}, scale=(0.5, 1.0))|flip(0.5)"  # no mixup, no colour changes
-    config.data.eval_ops = ""  # '': resized by the shorter side and cropped in the middle (KITTI: squashed)
+    config.data.eval_ops = ""  # '': as the publishers of the weights do, else shorter side and crop (KITTI: squashed)
     config.holdout = 0.2  # share of each class that is kept for testing or choosing, where no such images are named
     config.validation = ""  # probe: images to choose C on; '': `holdout` of each class of data.train
     config.classes = ""  # a file of class names, or a shipped set such as food101; '': the data's own labels

@@ -36,6 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if given.res:
         config.model.overrides.res = given.res
     config.data.train = "emoji:train" if trains else ""  # pairs
+    config.data.eval_ops = ""  # '': as the publishers of the weights do, else shorter side and a crop of the middle
     config.data.captions = ""  # fields and weights; '': "captions=1" where records have that list, else "caption=1"
     config.text = {
         "tokenizer": "",  # '': the one that the weights were trained with

@@ -225,7 +225,7 @@ def test_imported_clip_weights_score_as_they_embed(tmp_path, run):
     save(fill(shapes, 0.2), tmp_path / "clip.safetensors")
     folder = tmp_path / "clip"
     command = ["--from=clip", f"--file={tmp_path}/clip.safetensors", f"--out={folder}"]
-    assert import_torch([*command, "--set", "heads=(2,)", "--set", "text_heads=2"]) == 0
+    assert import_torch([*command, "--set", "activation=gelu", "--set", "heads=(2,)", "--set", "text_heads=2"]) == 0
     with pytest.raises(UserError, match="relevance.tokenizer=FILE"):
         CheckpointLoader(str(folder))()
     handler = JaxModelHandler(CheckpointLoader(str(folder), str(merges), step=0), batch_size=2)

@@ -6,6 +6,7 @@ import pickle
 import sys
 import types
 import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ TEXT_POOLED = [
 IMAGE = sinx(0.013, 1, 3, 64, 64).transpose(0, 2, 3, 1)
 IDS = jnp.array([[18, 5, 7, 19, 0, 0], [18, 3, 19, 19, 19, 19]])
 TABLE = "attn.relative_position_bias_table"
+TINY_CLIP = dict(activation="quick_gelu", heads=(2,), text_heads=2)  # what tensors do not show
 
 
 def swin_state():
@@ -119,14 +121,13 @@ def test_patch_merging_golden():
         {},
         dict(image="visual.", text="text.", image_projection="vision_projection"),
         dict(text="lang_encoder.", text_projection="lang_projection"),
-        dict(image="module.image_encoder.", text="module.text_encoder."),
     ],
 )
 def test_unicl_namings(names):
     """Every naming gives the same parameters as the first, whose numbers `test_unicl_golden` checks."""
     options = dict(text_heads=2)
-    config, params, _ = convert(unicl_state(**names), FAMILIES["unicl"], options=options, res=64, window=4)
-    want_config, want, _ = convert(unicl_state(), FAMILIES["unicl"], options=options, res=64, window=4)
+    config, params, *_ = convert(unicl_state(**names), FAMILIES["unicl"], options=options, res=64, window=4)
+    want_config, want, *_ = convert(unicl_state(), FAMILIES["unicl"], options=options, res=64, window=4)
     assert config == want_config
     jax.tree.map(np.testing.assert_array_equal, params, want)
 
@@ -158,13 +159,15 @@ def test_scanned_layout():
             name.replace("blocks.0", f"blocks.{block}"): shape for name, shape in last.items() if "blocks.0" in name
         }
     state = fill(deep | last, 0.2)
-    config, params, _ = convert(state, FAMILIES["swin"], res=64, window=4)
+    config, params, *_ = convert(state, FAMILIES["swin"], res=64, window=4)
     shapes = jax.eval_shape(
         build(config.variant, **{k: config[k] for k in config if k != "variant"}).init, jax.random.key(0)
     )
     assert jax.tree.map(np.shape, params["image"]) == jax.tree.map(lambda leaf: leaf.shape, shapes["image"])
     pairs = params["image"]["stage1_pairs"]
-    np.testing.assert_allclose(pairs["shifted"]["norm1"]["bias"][5], state["layers.1.blocks.11.norm1.bias"], rtol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(pairs["shifted"]["norm1"]["bias"])[5], state["layers.1.blocks.11.norm1.bias"], rtol=1e-6
+    )
 
 
 def transformers_names(state):
@@ -208,24 +211,23 @@ def custom_text_names(state):
 @pytest.mark.parametrize("naming", [custom_text_names, transformers_names])
 def test_clip_namings(naming):
     """Every naming gives the same parameters as OpenAI's, whose numbers test_vit.py checks."""
-    options = dict(heads=(2,), text_heads=2)
+    options = TINY_CLIP
     state = fill(clip_shapes(), 0.2)
     extras = {"input_resolution": np.int64(24), "context_length": np.int64(6), "vocab_size": np.int64(20)}
-    config, params, dropped = convert(naming(state), FAMILIES["clip"], options=options)
-    want_config, want, want_dropped = convert(state | extras, FAMILIES["clip"], options=options)
+    config, params, dropped, *_ = convert(naming(state), FAMILIES["clip"], options=options)
+    want_config, want, want_dropped, *_ = convert(state | extras, FAMILIES["clip"], options=options)
     assert config == want_config and config.image_activation == "quick_gelu" and config.text_eps == 1e-5
     assert want_dropped == sorted(extras) and len(dropped) == (naming is transformers_names)
     jax.tree.map(np.testing.assert_array_equal, params, want)
 
 
 def test_clip_position_embeddings_for_another_size():
-    options = dict(heads=(2,), text_heads=2)
-    config, params, _ = convert(fill(clip_shapes(), 0.2), FAMILIES["clip"], options=options, res=40)
+    config, params, *_ = convert(fill(clip_shapes(), 0.2), FAMILIES["clip"], options=TINY_CLIP, res=40)
     assert config.res == 40 and params["image"]["position_embedding"].shape == (26, 16)
     with pytest.raises(UserError, match="patch_size=8"):
-        convert(fill(clip_shapes(), 0.2), FAMILIES["clip"], options=dict(heads=(2,), text_heads=2), res=36)
+        convert(fill(clip_shapes(), 0.2), FAMILIES["clip"], options=TINY_CLIP, res=36)
     with pytest.raises(UserError, match="--window is for Swin"):
-        convert(fill(clip_shapes(), 0.2), FAMILIES["clip"], options=dict(heads=(2,), text_heads=2), window=7)
+        convert(fill(clip_shapes(), 0.2), FAMILIES["clip"], options=TINY_CLIP, window=7)
 
 
 def test_open_clip_configuration_and_half_precision(tmp_path, capsys):
@@ -253,14 +255,14 @@ def test_open_clip_configuration_and_half_precision(tmp_path, capsys):
 
 def test_window_and_resolution():
     """--res alone gives the window res / 32, in stages with a smaller map the side of that map."""
-    config, params, _ = convert(swin_state(), FAMILIES["swin"], res=256)
+    config, params, *_ = convert(swin_state(), FAMILIES["swin"], res=256)
     assert (config.res, config.window) == (256, 8)
     name = "relative_position_bias_table"
     table = params["image"]["stage0_pair0"]["plain"]["attention"][name]
     matrix = bicubic_matrix(7, 15)
     source = swin_state()[f"layers.0.blocks.0.{TABLE}"][:, 0].reshape(7, 7)
     np.testing.assert_allclose(table[:, 0].reshape(15, 15), matrix @ source @ matrix.T, atol=1e-6)
-    config, params, _ = convert(swin_state(), FAMILIES["swin"], res=32, window=8)
+    config, params, *_ = convert(swin_state(), FAMILIES["swin"], res=32, window=8)
     tables = [params["image"][f"stage{i}_pair0"]["shifted"]["attention"][name].shape for i in range(2)]
     assert config.window == 8 and tables == [(225, 2), (49, 4)]  # maps of 8 and 4
     with pytest.raises(UserError, match="does not divide by window=6"):
@@ -277,8 +279,9 @@ def test_heads_of_a_wide_tower_stay_as_they_are(width, heads):
         for name, shape in clip_shapes().items()
         if not name.startswith(deep)
     }
-    options = {"text_heads": 2} | ({} if heads == 16 else {"heads": (heads,)})
-    config, _, _ = convert(state, FAMILIES["openclip"], options=options)
+    options = {"text_heads": 2, "activation": "gelu"} | ({} if heads == 16 else {"heads": (heads,)})
+    named = Path("CLIP-ViT-bigG-14-laion2B-39B-b160k/open_clip_model.safetensors")
+    config, *_ = convert(state, FAMILIES["openclip"], file=named, options=options)
     assert (config.image_width, config.heads) == (width, (heads,))
 
 
@@ -286,7 +289,7 @@ def test_another_resolution_keeps_a_window_that_fits():
     """7 tokens at 448 pixels: the window of the row, though not at this size of image."""
     state = swin_state()
     state |= {name: np.zeros((169, len(table[0]))) for name, table in state.items() if name.endswith(TABLE)}
-    config, params, _ = convert(state, FAMILIES["swin"], res=448, window=7)
+    config, params, *_ = convert(state, FAMILIES["swin"], res=448, window=7)
     assert (config.res, config.window) == (448, 7)
     assert params["image"]["stage0_pair0"]["plain"]["attention"]["relative_position_bias_table"].shape == (169, 2)
 
@@ -296,18 +299,18 @@ def test_mismatches_are_listed_together():
     del state["layers.0.blocks.1.mlp.fc2.bias"], state["norm.weight"]
     state["layers.0.blocks.0.attn.qkv.weight"] = np.zeros((24, 9))
     state[f"layers.1.blocks.1.{TABLE}"] = np.zeros((81, 4))
-    state |= {"layers.0.blocks.0.attn.logit_scale": np.zeros((2, 1, 1)), "module.norm.bias": np.zeros(16)}
+    state |= {"layers.0.blocks.0.attn.gate": np.zeros((2, 1, 1)), "layers.0.more": np.zeros(3)}
     with pytest.raises(UserError) as caught:
         convert(state, FAMILIES["swin"], res=64, window=4)
     message = str(caught.value)
     assert "--from=swin; 6 mismatches" in message
     for part in (
-        "image.layers.0.blocks.1.mlp.fc2.bias: missing, should be (8,)",
-        "image.norm.weight: missing, should be (16,)",
-        "image.layers.0.blocks.0.attn.logit_scale: unknown, (2, 1, 1)",
-        "image.norm.bias: norm.bias and module.norm.bias both name it",
-        "image.layers.0.blocks.0.attn.qkv.weight: (24, 9), should be (24, 8)",
-        f"image.layers.1.blocks.1.{TABLE}: (81, 4), should be (49, 4)",
+        ": layers.0.blocks.1.mlp.fc2.bias: missing, should be (8,)",
+        "; norm.weight: missing, should be (16,)",
+        "; layers.0.blocks.0.attn.gate: unknown, (2, 1, 1)",
+        "; layers.0.more: unknown, (3,)",
+        "; layers.0.blocks.0.attn.qkv.weight: (24, 9), should be (24, 8)",
+        f"; layers.1.blocks.1.{TABLE}: (81, 4), should be (49, 4)",
     ):
         assert part in message
 
@@ -321,7 +324,7 @@ def test_another_networks_file(family):
 def test_a_wrong_family_is_an_error():
     with pytest.raises(UserError, match="--from=clip"):
         convert(unicl_state(), FAMILIES["clip"])
-    with pytest.raises(UserError, match="visual.conv1.weight"):
+    with pytest.raises(UserError, match="74 mismatches: ln_final.bias: unknown, .8,.; .* and 68 more"):
         convert(fill(clip_shapes(), 0.2) | swin_state(), FAMILIES["swin"])
 
 
@@ -347,6 +350,8 @@ def test_mistakes_on_the_command_line(tmp_path, capsys):
 
 class Tensor:
     """The little of `torch.Tensor` that the import needs."""
+
+    shape = (2,)
 
     def is_floating_point(self):
         return True
@@ -377,7 +382,7 @@ def test_pickles_need_torch_and_are_weights_only(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load, Tensor=Tensor))
     state = read_state_dict(str(path))
     np.testing.assert_array_equal(state["w"], [0.5, 0.5])
-    assert set(state) == {"w", "n"} and calls == [{"map_location": "cpu", "weights_only": True}]
+    assert set(state) == {"w", "n"} and calls == [{"map_location": "cpu", "weights_only": True, "mmap": False}]
     path.rename(tmp_path / "bad.pth")
     with pytest.raises(UserError, match="other than tensors"):
         read_state_dict(str(tmp_path / "bad.pth"))
@@ -472,7 +477,7 @@ def test_torchscript_archive_without_torch(tmp_path):
     assert list(state) == ["visual.weight", "scale", "bias"]
     np.testing.assert_array_equal(state["visual.weight"], [[4, 6, 8], [5, 7, 9]])
     np.testing.assert_array_equal(state["bias"], [0.5, 2])
-    assert state["scale"].shape == () and state["scale"] == 2 and state["bias"].dtype == np.float32
+    assert state["scale"].shape == () and np.asarray(state["scale"]) == 2
     torchscript_archive(path, storages, lambda script: _Rebuilt("0", (13,), (1,)))
     with pytest.raises(UserError, match="beyond its storage"):
         read_state_dict(str(path))
@@ -484,8 +489,7 @@ def test_torchscript_archive_without_torch(tmp_path):
 def test_bfloat16_safetensors(tmp_path):
     save({"w": np.float32([1.5, -2.25])}, tmp_path / "w.safetensors", ml_dtypes.bfloat16)
     state = read_state_dict(str(tmp_path / "w.safetensors"))
-    assert state["w"].dtype == np.float32
-    np.testing.assert_array_equal(state["w"], [1.5, -2.25])
+    np.testing.assert_array_equal(np.asarray(state["w"], np.float32), [1.5, -2.25])
 
 
 def test_published_swin_and_unicl_sizes():

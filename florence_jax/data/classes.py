@@ -32,7 +32,6 @@ METRICS = {
 }
 # Image ops of evaluation, where nothing may be cut off (ELEVATER).
 EVAL_OPS = {"kitti": "decode|resize_exact({res})"}
-DEFAULT_EVAL_OPS = "decode|resize({res})|center_crop({res})"
 # Fields that hold several labels of one image, and those that count: VOC's images with only hard examples of a class
 # are neither right nor wrong for it.
 MULTI_FIELD, CERTAIN_FIELD = "labels", "labels_no_difficult"

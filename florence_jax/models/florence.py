@@ -48,7 +48,7 @@ class TwoTowers(nn.Module):
         if c.image_tower == "vit":
             self.image: nn.Module = ViT(
                 width=c.image_width, layers=c.depths[0], heads=c.heads[0], patch_size=c.patch_size, res=c.res,
-                mlp_ratio=c.mlp_ratio, activation=c.image_activation, **common,
+                mlp_ratio=c.mlp_ratio, activation=c.image_activation, eps=c.image_eps, **common,
             )  # fmt: skip
         else:
             self.image = CoSwin(
@@ -65,6 +65,8 @@ class TwoTowers(nn.Module):
         self.text_projection = _Projection(c.projection, common["dtype"])
         if self._has("logit_scale"):
             self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(c.logit_scale_init)), ())
+        if c.logit_bias and self._has("logit_bias"):
+            self.logit_bias = self.param("logit_bias", nn.initializers.zeros, ())
 
     def _has(self, name: str) -> bool:
         """False for what parameters of an image tower alone lack."""
@@ -80,6 +82,8 @@ class TwoTowers(nn.Module):
         outputs = {}
         if self._has("logit_scale"):
             outputs["logit_scale"] = jnp.exp(self.logit_scale.astype(jnp.float32))
+        if self.config.logit_bias and self._has("logit_bias"):
+            outputs["logit_bias"] = self.logit_bias.astype(jnp.float32)
         if "image" in batch:
             valid = {"valid": batch["image_valid"]} if "image_valid" in batch else {}
             image = self.image(batch["image"], train, batch.get("example"), **valid)
@@ -114,6 +118,8 @@ def _model(config: ModelConfig) -> Model[ModelConfig]:
 def build(variant: str, **overrides: Any) -> Model[ModelConfig]:
     """Builds a model from the variants table: {"image", "text", "image_projection", "text_projection", "logit_scale"}.
 
+    With the option logit_bias also "logit_bias".
+
     Its inputs, each optional: "image" float (B, H, W, 3), already normalised; "example" int32 (B,), ids by which images
     draw their stochastic depth, default: positions in the batch; in detection mode "image_valid" int32 (B, 2), height
     and width in pixels of each image inside a padded batch; "text" int32 (B, L); "text_length" int32 (B,), its tokens
@@ -122,7 +128,8 @@ def build(variant: str, **overrides: Any) -> Model[ModelConfig]:
     Its outputs, of the towers whose input the batch holds: 'image/stage{i}' (B, h, w, C_i), 'image/tokens' (B, h * w,
     C), the last stage after its LayerNorm, 'image/pooled' (B, C) float32, 'image/embedding' (B, D) float32 of unit
     norm (see `CoSwin` for more in detection mode); 'text/tokens' (B, L, W), 'text/pooled', 'text/embedding' likewise;
-    'logit_scale' float32 scalar, the factor of the logits (= exp of the parameter). A ViT has one stage, its patches.
+    'logit_scale' float32 scalar, the factor of the logits (= exp of the parameter), and 'logit_bias' where there is
+    one. A ViT has one stage, its patches.
     The parameters {"image"} alone give neither 'image/embedding' nor 'logit_scale'.
 
     Args:

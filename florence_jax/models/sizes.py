@@ -29,11 +29,12 @@ class ModelConfig(Mapping):
       image_tower: 'coswin' (Florence; also plain Swin, see `embedding`) or 'vit' (CLIP).
       image_width, depths, heads, mlp_ratio: either image tower; depths and heads have an entry per stage (ViT: one).
       window, embedding, drop_path, size_mode, mask_padding, out_stages: of CoSwin only.
-      patch_size, image_activation: of ViT only.
+      patch_size, image_activation, image_eps: of ViT only.
       image_mean, image_std: per channel, of a full-scale pixel: the normalisation the parameters were trained with.
       text_width, text_layers, text_heads, text_length, vocab_size, text_causal, text_pooling, text_eps,
       text_activation, text_pad_id, text_eot_id: text tower.
       logit_scale_init: initial exp(parameter); 1/0.07 as in CLIP.
+      logit_bias: whether there is a bias of the logits, as of weights trained with a sigmoid loss (SigLIP).
       dtype: compute dtype; parameters are float32.
       remat: one of `REMATS`, what the backward pass recomputes. scan: scan over depth instead of unrolling.
     """
@@ -54,6 +55,7 @@ class ModelConfig(Mapping):
     embedding: str = "conv"
     patch_size: int = 4
     image_activation: str = "gelu"
+    image_eps: float = 1e-5
     image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of ImageNet
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
     mlp_ratio: float = 4
@@ -68,6 +70,7 @@ class ModelConfig(Mapping):
     text_pad_id: int = 0
     text_eot_id: int = 49407
     logit_scale_init: float = 1 / 0.07
+    logit_bias: bool = False
     dtype: str = "float32"
     remat: str = "none"
     scan: bool = True
@@ -100,7 +103,7 @@ VALUE_KINDS: dict[Any, str] = {
 # Fields whose numbers are above 0 (and the window of CoSwin: a ViT has 0).
 POSITIVE = (
     "res", "projection", "image_width", "depths", "heads", "patch_size", "text_width", "text_layers", "text_heads",
-    "text_length", "vocab_size", "mlp_ratio", "logit_scale_init",
+    "text_length", "vocab_size", "mlp_ratio", "logit_scale_init", "image_eps", "text_eps",
 )  # fmt: skip
 # T to L: Swin's widths and depths with UniCL's text tower. H: Florence gives only 637M + 256M parameters; C=256 with
 # depths (2,2,24,6) is the choice that also meets the compute published for this encoder (about 88 GMAC at 224 px), and

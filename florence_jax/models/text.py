@@ -68,7 +68,7 @@ class TextTransformer(nn.Module):
         the first `eot_id`; both, where lengths are given, at the last token before the padding, which is the end token;
         'first' = state at position 0; 'mean' = average over the tokens that are not padding.
       eps: of LayerNorm; 1e-5 in CLIP, 1e-12 in UniCL's checkpoints.
-      activation: 'quick_gelu' (CLIP) or 'gelu'.
+      activation: 'quick_gelu' (CLIP), 'gelu' or 'gelu_tanh'.
       pad_id, eot_id: the tokenizer's padding and end-of-text ids. Where no lengths are given, `pad_id` is padding.
       remat: one of `layers.REMATS`; the unit is a block.
       scan: scan over the layers if there are more than two (parameters stacked on axis 0 under `layers`); otherwise

@@ -42,7 +42,8 @@ class ViT(nn.Module):
       patch_size: side of the square patches, in pixels.
       res: side of the square image; fixes the number of position embeddings.
       mlp_ratio: hidden width of the MLPs over W.
-      activation: 'quick_gelu' (OpenAI's weights) or 'gelu' (most of OpenCLIP's).
+      activation: 'quick_gelu' (OpenAI's weights), 'gelu' (most of OpenCLIP's) or 'gelu_tanh'.
+      eps: of LayerNorm; 1e-5 in CLIP.
       remat: one of `layers.REMATS`; the unit is a block.
       scan: scan over the layers if there are more than two (parameters stacked on axis 0 under `layers`); otherwise
         plain modules `layer0`, `layer1`, ...
@@ -56,6 +57,7 @@ class ViT(nn.Module):
     res: int
     mlp_ratio: float = 4
     activation: str = "quick_gelu"
+    eps: float = 1e-5
     remat: str = "none"
     scan: bool = True
     dtype: Dtype = jnp.float32
@@ -90,8 +92,8 @@ class ViT(nn.Module):
         positions = self.param("position_embedding", init, (1 + side**2, self.width)).astype(self.dtype)
         token = jnp.broadcast_to(token[None, None], (batch, 1, self.width))
         x = jnp.concatenate([token, x.reshape(batch, side**2, self.width)], axis=1) + positions[None]
-        x = self._blocks(LayerNorm(dtype=self.dtype, name="norm_pre")(x))
-        norm = LayerNorm(name="norm")
+        x = self._blocks(LayerNorm(self.eps, self.dtype, name="norm_pre")(x))
+        norm = LayerNorm(self.eps, name="norm")
         patches = x[:, 1:]
         return {
             "stage0": patches.reshape(batch, side, side, self.width),
@@ -106,7 +108,7 @@ class ViT(nn.Module):
             heads=self.heads,
             activation=self.activation,
             mlp_ratio=self.mlp_ratio,
-            eps=1e-5,
+            eps=self.eps,
             core=attention_core(self.remat),
             dtype=self.dtype,
         )

@@ -24,11 +24,28 @@ from etils import epath
 
 from florence_jax.errors import UserError
 from florence_jax.params.digest import digests
+from florence_jax.params.lazy import LazyArray
 from florence_jax.params.rules import path_string
 
 DIGEST = "digest"
 # In messages of TensorStore and Orbax: the storage did not answer, which says nothing about what it holds.
 PASSING = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|UNAUTHENTICATED)\b")
+
+
+class _LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Saves arrays of `LazyArray` one by one: each is read when its turn comes, and written before the next is read."""
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+        for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
+            for future in await super().serialize([np.asarray(value)], [info], [arg]):
+                future.result()
+        return []
+
+
+HANDLERS = ocp.type_handlers.create_type_handler_registry(
+    (LazyArray, _LazyHandler(deepcopy_host_arrays=False)),  # first: they are restored as the plain arrays that they are
+    *((kind, ocp.type_handlers.get_type_handler(kind)) for kind in ocp.type_handlers.supported_types()),
+)
 
 
 class UnreadableCheckpoint(UserError):
@@ -76,7 +93,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.directory.absolute() if "://" not in directory else self.directory,
                 options=options,
-                item_handlers=ocp.PyTreeCheckpointHandler(),
+                item_handlers=ocp.PyTreeCheckpointHandler(type_handler_registry=HANDLERS),
             )
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {directory}: {error}; choose another --workdir") from error

@@ -25,7 +25,8 @@ BATCH_AXES = ("data", "fsdp")
 # tensor has less than `SMALL` bytes. Matrices and convolutions so split their output channels, and heads of 1, 27 or
 # 3,129 outputs their input channels; what is known to be small stays whole.
 SHARDING_RULES: Rules[int | str] = (
-    (r"(.*/)?(bias|scale|logit_scale|relative_position_bias_table|position_embedding|class_embedding)", "replicate"),
+    (r"(.*/)?(bias|scale|relative_position_bias_table|position_embedding|class_embedding)", "replicate"),
+    (r"logit_(scale|bias)", "replicate"),
     (r".*/token_embedding", 0),
     (r".*", "largest"),
 )

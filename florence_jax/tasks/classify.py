@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from florence_jax.data.classes import (
-    DEFAULT_EVAL_OPS,
     EVAL_OPS,
     METRICS,
     ClassIndex,
@@ -94,7 +93,7 @@ class ClassificationSuite(Suite):
         self.metric = config.metric or ("voc_map" if multi else METRICS.get(dataset, "top1"))
         res = str(self.encoder.model.config.res)
         self.train_ops = data.train_ops.replace("{res}", res)
-        self.eval_ops = (data.eval_ops or EVAL_OPS.get(dataset, DEFAULT_EVAL_OPS)).replace("{res}", res)
+        self.eval_ops = (data.eval_ops or EVAL_OPS.get(dataset, self.encoder.eval_ops)).replace("{res}", res)
         for ops in (self.train_ops, self.eval_ops):
             parse_ops(ops, {})
 

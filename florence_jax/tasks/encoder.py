@@ -60,10 +60,10 @@ class Encoder:
     ):
         self.description = describe(init) if init else _fresh(variant)
         given = {name: value for name, value in (overrides or {}).items() if value is not None}
-        towers = self.description.parts.get("towers")
-        if towers is None:
+        if "towers" not in self.description.parts:
             raise UserError(f"{self.description.folder} holds no towers, only {', '.join(self.description.parts)}")
-        self.variant, base = towers["variant"], dict(towers["overrides"])
+        self._part = self.description.parts["towers"]
+        self.variant, base = self._part["variant"], dict(self._part["overrides"])
         if variant and variant != self.variant:
             raise UserError(f"the weights of {init} are of variant {self.variant}, not {variant}")
         if "res" in given and given["res"] != base.get("res", VARIANTS[self.variant]["res"]):
@@ -127,8 +127,8 @@ class Encoder:
 
     def towers_part(self) -> dict[str, Any]:
         """Of the folder's towers, for the `model.json` of a run that starts from them."""
-        entries = self.description.parts["towers"]["entries"]
-        return {"variant": self.variant, "overrides": self.overrides, "entries": entries}
+        known: dict[str, Any] = {name: self._part[name] for name in ("entries", "evaluation") if name in self._part}
+        return {"variant": self.variant, "overrides": self.overrides, **known}
 
     def load(self, like: Mapping[str, Any], new: tuple[str, ...] = ()) -> dict[str, Any]:
         """The folder's parameters on the devices of `like`, but for the entries `new`; see `params.weights.load`."""
@@ -152,8 +152,8 @@ class Encoder:
 
     @functools.cached_property
     def eval_ops(self) -> str:
-        """Image ops of evaluation: resized by the shorter side, cropped in the middle (CLIP)."""
-        return f"decode|resize({self.model.config.res})|center_crop({self.model.config.res})"
+        """Image ops of evaluation: as the folder says its publishers do, else as CLIP; see `evaluation_ops`."""
+        return evaluation_ops(self._part.get("evaluation") or {}, self.model.config.res)
 
     def normalise(self, image: jax.Array) -> jax.Array:
         """uint8 (B, H, W, 3) as the model was trained with."""
@@ -172,6 +172,23 @@ class Encoder:
 
     def _text(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         return self.model.apply(params, text_inputs(batch))["text/embedding"]
+
+
+def evaluation_ops(evaluation: Mapping[str, Any], res: int) -> str:
+    """The image ops of an evaluation at `res` pixels.
+
+    Args:
+      evaluation: of a part of `model.json`: "resize", 'shorter' (side, and a crop of the middle; the default) or
+        'squash' (the whole picture, whatever its shape); "crop", side of the crop over the shorter side, default 1;
+        "interpolation", default 'bicubic'.
+      res: side of the square picture that the model takes.
+    """
+    kernel = evaluation.get("interpolation", "bicubic")
+    how = "" if kernel == "bicubic" else f", interpolation={kernel}"
+    if evaluation.get("resize") == "squash":
+        return f"decode|resize_exact({res}{how})"
+    shorter = int(res / evaluation.get("crop", 1.0) + 1e-6)  # as torchvision and timm round
+    return f"decode|resize({shorter}{how})|center_crop({res})"
 
 
 def text_inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -61,6 +61,7 @@ class Pretrain(Task):
 
     name = "pretrain"
     charts = (*IN_BATCH, LOGIT_SCALE)
+    default_eval_ops = "decode|resize({res})|center_crop({res})"
 
     def __init__(self, config: ConfigDict):
         if config.loss not in ("unicl", "clip"):
@@ -69,7 +70,7 @@ class Pretrain(Task):
         self.tokenizer, self.model = self.open_model()
         res = str(self.model.config.res)
         self.train_ops = config.data.train_ops.replace("{res}", res)
-        self.eval_ops = config.data.eval_ops.replace("{res}", res)
+        self.eval_ops = (config.data.eval_ops or self.default_eval_ops).replace("{res}", res)
         for ops in (self.train_ops, self.eval_ops):
             parse_ops(ops, {})
         self._captions = self.caption_fields()

@@ -55,8 +55,8 @@ class RetrievalSuite(Suite):
 
     @property
     def eval_ops(self) -> str:
-        """Image ops at the model's size."""
-        return self.config.data.eval_ops.replace("{res}", str(self.encoder.model.config.res))
+        """Image ops at the model's size: the configuration's, else those of the weights."""
+        return (self.config.data.eval_ops or self.encoder.eval_ops).replace("{res}", str(self.encoder.model.config.res))
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -87,6 +87,7 @@ class FineTuneRetrieval(Pretrain):
     def open_model(self) -> tuple[Tokenizer, Model]:
         """The towers of `config.init`."""
         self.encoder = open_towers(self.config)
+        self.default_eval_ops = self.encoder.eval_ops
         tokenizer = self.encoder.tokenizer
         assert tokenizer is not None  # `open_towers` wants texts
         return tokenizer, self.encoder.model

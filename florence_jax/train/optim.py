@@ -14,7 +14,7 @@ from florence_jax.params.rules import Policy, Rules, frozen_paths, lr_multiplier
 DECAY_RULES: Rules[bool] = (
     (r".*/(bias|scale)", False),
     (r".*/(relative_position_bias_table|position_embedding|token_embedding|class_embedding)", False),
-    (r"logit_scale", False),
+    (r"logit_scale|logit_bias", False),
     (r".*", True),
 )
 MU_DTYPES = ("float32", "bfloat16")

@@ -15,6 +15,13 @@ BICUBIC = Image.Resampling.BICUBIC
 INTERPOLATIONS = {"bicubic": BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
+def checked_interpolation(name: str) -> Image.Resampling:
+    """PIL's filter; raises UserError unless `name` is of `INTERPOLATIONS`."""
+    if name not in INTERPOLATIONS:
+        raise UserError(f"interpolation={name!r}: choose one of {', '.join(INTERPOLATIONS)}")
+    return INTERPOLATIONS[name]
+
+
 class ResizeWarp(NamedTuple):
     """Box (left, top, right, bottom) of the source, resized to `size`; a `Warp`."""
 
@@ -37,16 +44,17 @@ class ResizeWarp(NamedTuple):
 
 @op("resize")
 class Resize(GeometricOp):
-    """Bicubic resize: the shorter side becomes `size`, the other keeps the aspect ratio, rounded down."""
+    """Resize, bicubic or 'bilinear': the shorter side becomes `size`, the other keeps the aspect, rounded down."""
 
-    def __init__(self, size: int, field: str = "image"):
+    def __init__(self, size: int, interpolation: str = "bicubic", field: str = "image"):
         super().__init__(field)
-        self.side = checked_pixels(size)
+        self.side, self.interpolation = checked_pixels(size), checked_interpolation(interpolation)
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> ResizeWarp:
         """Draws nothing."""
         (height, width), short = size, min(size)
-        return ResizeWarp((0, 0, width, height), (self.side * height // short, self.side * width // short))
+        target = self.side * height // short, self.side * width // short
+        return ResizeWarp((0, 0, width, height), target, self.interpolation)
 
 
 @op("shrink")
@@ -74,15 +82,16 @@ class Shrink(GeometricOp):
 
 @op("resize_exact")
 class ResizeExact(GeometricOp):
-    """Bicubic resize to (height, width), or (height, height), whatever the aspect ratio."""
+    """Resize, bicubic or 'bilinear', to (height, width), or (height, height), whatever the aspect ratio."""
 
-    def __init__(self, height: int, width: int | None = None, field: str = "image"):
+    def __init__(self, height: int, width: int | None = None, interpolation: str = "bicubic", field: str = "image"):
         super().__init__(field)
         self.size = checked_pixels(height), checked_pixels(height if width is None else width)
+        self.interpolation = checked_interpolation(interpolation)
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> ResizeWarp:
         """Draws nothing."""
-        return ResizeWarp((0, 0, size[1], size[0]), self.size)
+        return ResizeWarp((0, 0, size[1], size[0]), self.size, self.interpolation)
 
 
 @op("resize_long")
@@ -133,9 +142,7 @@ class RandomResizedCrop(GeometricOp):
         field: str = "image",
     ):
         super().__init__(field, visible)
-        if interpolation not in INTERPOLATIONS:
-            raise UserError(f"interpolation={interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}")
-        self.interpolation = INTERPOLATIONS[interpolation]
+        self.interpolation = checked_interpolation(interpolation)
         self.side = checked_pixels(size)
         self.scale = checked_range("scale", scale, 1.0)
         self.ratio = checked_range("ratio", ratio, 100.0)

@@ -5,9 +5,12 @@
     python -m florence_jax.tools.import_torch --from=clip --file=ViT-B-32.pt --out=DIR
     python -m florence_jax.tools.import_torch --from=openclip --file=open_clip_model.safetensors --out=DIR
 
-Sizes are read from the tensors' shapes. `--res` adapts the weights to other images: bias tables (also with `--window`;
-default res / 32) and position embeddings are interpolated. The folder goes to `--config.init`; its model.json names the
-variant and the options that rebuild the model.
+Sizes are read from the tensors' shapes. What they do not show, the activation and the heads of a ViT, is read from
+open_clip_config.json, config.json and preprocessor_config.json beside the file, or known by the file's name; else
+--set activation=quick_gelu, --set 'heads=(12,)' and --set text_heads=8 say it. `--res` adapts the weights to other
+images: bias tables (also with `--window`; default res / 32) and position embeddings are interpolated. The folder goes
+to `--config.init`; its model.json names the variant and the options that rebuild the model, and how pictures are made
+for it. A tensor is read when it is written, so that the memory is a few times that of the largest.
 """
 
 import argparse
@@ -45,16 +48,20 @@ def run(args: argparse.Namespace) -> None:
     """Converts `args.file` into `args.out` and says what was done; raises `UserError`."""
     family, file = FAMILIES[args.family], Path(args.file)
     state = read_state_dict(args.file)
-    options = family.options(file) | parse_options(args.set)
-    config, params, dropped = convert(state, family, options=options, res=args.res, window=args.window)
-    variant, overrides = family.describe(config)
-    source = {"from": args.family, "file": file.name, "dropped": dropped}
-    part = {"variant": variant, "overrides": overrides, "entries": list(params)}
-    save_pretrained(args.out, params, make_description("import", {family.part: part}, source=source))
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    try:
+        found = convert(state, family, file=file, options=parse_options(args.set), res=args.res, window=args.window)
+    except UserError as error:
+        raise UserError(f"{file.name}: {error}") from error
+    variant, overrides = family.describe(found.config)
+    source = {"from": args.family, "file": file.name, "dropped": found.dropped}
+    part = {"variant": variant, "overrides": overrides, "entries": list(found.params), "evaluation": found.evaluation}
+    save_pretrained(args.out, found.params, make_description("import", {family.part: part}, source=source))
+    count = sum(leaf.size for leaf in jax.tree.leaves(found.params))
     given = " ".join(f"{name}={value}" for name, value in overrides.items()) or "no options"
     print(f"{args.out}: variant {variant}, {given}; {count / 1e6:.2f} M parameters from {len(state)} tensors")
-    print(f"dropped: {', '.join(dropped) or 'nothing'}")
+    for note in found.notes:
+        print(note)
+    print(f"dropped: {', '.join(found.dropped) or 'nothing'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,9 @@
-"""OpenAI's CLIP with a ViT, as released or in the naming of Hugging Face's transformers."""
+"""CLIP with a ViT: OpenAI's and OpenCLIP's files, and those in the naming of Hugging Face's transformers."""
 
-import re
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,11 +11,14 @@ import numpy as np
 from florence_jax.errors import UserError
 from florence_jax.models.resize import resize_position_embedding
 from florence_jax.models.sizes import ModelConfig
-from florence_jax.tools.import_torch.family import Family, Shapes, State
-from florence_jax.tools.import_torch.names import Renames
+from florence_jax.tools.import_torch.family import Family, Shapes, Told, evaluation
+from florence_jax.tools.import_torch.known import known_weights
+from florence_jax.tools.import_torch.names import Renames, rename, rename_all
+from florence_jax.tools.import_torch.openclip import OPEN_CLIP_FILE, told_by_open_clip
+from florence_jax.tools.import_torch.transformers import told_by_clip_config
 
-# Width of an attention head by the width of the tower, where OpenCLIP's is not 64: its ViT-H, ViT-g and ViT-bigG.
-VIT_HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104}
+# Channels of an image tower's head by the tower's width, where they are not 64: OpenCLIP's ViT-H, ViT-g and ViT-bigG.
+HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
 CLIP_RENAMES: Renames = (
     (r"visual\.proj$", "image_projection"),
     (r"visual\.(?:transformer\.)?", "image."),
@@ -37,53 +43,54 @@ VIT_RULES: Renames = (
     (r"norm_pre/", "ln_pre."),
     (r"norm/", "ln_post."),
 )
-# Hugging Face's transformers, in the order applied; q, k and v are fused after that.
-_TRANSFORMERS = (
-    (r"^vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
-    (r"^text_model\.encoder\.layers\.", "transformer.resblocks."),
-    (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
-    (r"^vision_model\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
-    (r"^vision_model\.pre_layrnorm\.", "visual.ln_pre."),
-    (r"^vision_model\.post_layernorm\.", "visual.ln_post."),
-    (r"^vision_model\.embeddings\.", "visual."),
-    (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
-    (r"^text_model\.embeddings\.", ""),
-    (r"^text_model\.final_layer_norm\.", "ln_final."),
+# Hugging Face's transformers: all of them, in order. Queries, keys and values are parts of one tensor.
+_TRANSFORMERS: Renames = (
+    (r"^vision_model\.encoder\.layers\.", "image.resblocks."),
+    (r"^text_model\.encoder\.layers\.", "text.resblocks."),
+    (r"^vision_model\.embeddings\.patch_embedding\.", "image.conv1."),
+    (r"^vision_model\.embeddings\.position_embedding\.weight$", "image.positional_embedding"),
+    (r"^vision_model\.pre_layrnorm\.", "image.ln_pre."),
+    (r"^vision_model\.post_layernorm\.", "image.ln_post."),
+    (r"^vision_model\.embeddings\.", "image."),
+    (r"^text_model\.embeddings\.position_embedding\.weight$", "text.positional_embedding"),
+    (r"^text_model\.embeddings\.", "text."),
+    (r"^text_model\.final_layer_norm\.", "text.ln_final."),
+    (r"^visual_projection\.weight$", "image_projection#T"),
+    (r"^text_projection\.weight$", "text_projection#T"),
     (r"\.layer_norm(\d)\.", r".ln_\1."),
+    (r"\.self_attn\.q_proj\.(\w+)$", r".attn.in_proj_\1#0"),
+    (r"\.self_attn\.k_proj\.(\w+)$", r".attn.in_proj_\1#1"),
+    (r"\.self_attn\.v_proj\.(\w+)$", r".attn.in_proj_\1#2"),
     (r"\.self_attn\.", ".attn."),
     (r"\.mlp\.fc1\.", ".mlp.c_fc."),
     (r"\.mlp\.fc2\.", ".mlp.c_proj."),
 )
+# Buffers of OpenAI's own archives, which its later code removes.
+OPENAI_BUFFERS = {"input_resolution", "context_length", "vocab_size"}
 
 
-def from_transformers(state: State) -> State:
-    """A CLIP of Hugging Face's transformers under OpenAI's names; any other state dict unchanged.
-
-    Separate q, k and v become one `in_proj`; the projections are transposed to (width, dimension).
-    """
-    if not any(name.startswith("vision_model.") for name in state):
-        return state
-    renamed = {}
-    for name, value in state.items():
-        if name in ("visual_projection.weight", "text_projection.weight") and np.ndim(value) == 2:
-            name, value = name.replace("visual_projection", "visual.proj").removesuffix(".weight"), value.T
-        for pattern, replacement in _TRANSFORMERS:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    for name in [name for name in renamed if name.endswith((".q_proj.weight", ".q_proj.bias"))]:
-        stem, _, kind = name.rpartition(".q_proj.")
-        parts = [f"{stem}.{letter}_proj.{kind}" for letter in "qkv"]
-        shapes = {np.shape(renamed[part]) for part in parts if part in renamed}
-        if all(part in renamed for part in parts) and len(shapes) == 1:
-            renamed[f"{stem}.in_proj_{kind}"] = np.concatenate([renamed.pop(part) for part in parts])
-    return renamed
+def of_transformers(names: Collection[str]) -> bool:
+    """Whether a CLIP has the names of Hugging Face's transformers."""
+    return any(name.startswith("vision_model.") for name in names)
 
 
-def scalar_logit_scale(state: State) -> State:
-    """OpenCLIP has an option that makes `logit_scale` (1,); here it is ()."""
-    if np.size(state.get("logit_scale", ())) != 1:
-        return state
-    return {**state, "logit_scale": np.reshape(state["logit_scale"], ())}
+def clip_naming(names: Collection[str]) -> Callable[[str], str]:
+    """See `Family.naming`."""
+    if of_transformers(names):
+        return functools.partial(rename_all, rules=_TRANSFORMERS)
+    return functools.partial(rename, rules=CLIP_RENAMES)
+
+
+def clip_told(file: Path, names: Collection[str]) -> Told:
+    """What the configuration beside a CLIP says: that of its naming, else the other's; else the file's own name."""
+    readers = [(OPEN_CLIP_FILE, told_by_open_clip), ("config.json", told_by_clip_config)]
+    for name, read in reversed(readers) if of_transformers(names) else readers:
+        if (path := file.with_name(name)).is_file():
+            return read(path)
+    if OPENAI_BUFFERS <= set(names):
+        quick = dict(image_activation="quick_gelu", text_activation="quick_gelu")
+        return Told("OpenAI's own archive", quick, published=True)
+    return known_weights(file)
 
 
 def text_sizes(found: Shapes) -> dict[str, Any]:
@@ -94,9 +101,7 @@ def text_sizes(found: Shapes) -> dict[str, Any]:
         projection=projection,
         text_length=found.vote(r"text\.positional_embedding", lambda s: s[0], 2),
         text_layers=found.count(r"text\.resblocks\.(\d+)\..*"),
-        text_heads=max(width // 64, 1),
         vocab_size=found.vote(r"text\.token_embedding\.weight", lambda s: s[0], 2),
-        text_activation="quick_gelu",
     )
 
 
@@ -108,12 +113,16 @@ def clip_sizes(found: Shapes) -> dict[str, Any]:
         image_width=width,
         patch_size=patch,
         depths=(found.count(r"image\.resblocks\.(\d+)\..*"),),
-        heads=(max(width // VIT_HEAD_WIDTH.get(width, 64), 1),),
         mlp_ratio=found.vote(r"image\.resblocks\.\d+\.mlp\.c_fc\.weight", lambda s: s[0] / s[1], 2),
         res=round(max(positions - 1, 1) ** 0.5) * patch,
-        image_activation="quick_gelu",
     )
-    return image | text_sizes(found)
+    return image | text_sizes(found) | ({"logit_bias": True} if "logit_bias" in found else {})
+
+
+def clip_heads(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The heads that OpenAI's and OpenCLIP's models of these widths have; what others have does not show."""
+    width = sizes["image_width"]
+    return {"heads": (max(width // HEAD_WIDTHS.get(width, 64), 1),), "text_heads": max(sizes["text_width"] // 64, 1)}
 
 
 def vit_resolution(config: ModelConfig, res: int | None, window: int | None) -> dict[str, Any]:
@@ -127,18 +136,25 @@ def resize_vit(params: dict[str, Any], config: ModelConfig, target: ModelConfig)
     """Position embeddings for the images of `target`."""
     if target.res == config.res:
         return params
-    table = resize_position_embedding(params["image"]["position_embedding"], target.res // target.patch_size)
+    table = resize_position_embedding(
+        np.asarray(params["image"]["position_embedding"]), target.res // target.patch_size
+    )
     return params | {"image": params["image"] | {"position_embedding": table}}
 
 
 CLIP = Family(
     name="clip",
-    about="OpenAI's CLIP with a ViT, its TorchScript files or a state dict, or transformers' CLIPModel",
+    about="CLIP with a ViT: OpenAI's archives, OpenCLIP's files, transformers' CLIPModel",
     base="ViT-B-32",
-    renames=CLIP_RENAMES,
+    naming=clip_naming,
     rules={"image": VIT_RULES, "text": TEXT_RULES},
     sizes=clip_sizes,
     resolution=vit_resolution,
     resize=resize_vit,
-    prepare=lambda state: scalar_logit_scale(from_transformers(state)),
+    anchors=(r"visual\.conv1\.weight", r"vision_model\.embeddings\.patch_embedding\.weight"),
+    told=clip_told,
+    evaluation=lambda config, names: evaluation(),
+    asked=("image_activation", "text_activation", "heads", "text_heads"),
+    published=clip_heads,
 )
+OPENCLIP = dataclasses.replace(CLIP, name="openclip")

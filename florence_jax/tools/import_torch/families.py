@@ -1,8 +1,7 @@
 """The table of families. A new one is a file with its `Family`, and a line here."""
 
-from florence_jax.tools.import_torch.clip import CLIP
+from florence_jax.tools.import_torch.clip import CLIP, OPENCLIP
 from florence_jax.tools.import_torch.family import Family
-from florence_jax.tools.import_torch.openclip import OPENCLIP
 from florence_jax.tools.import_torch.swin import SWIN
 from florence_jax.tools.import_torch.unicl import UNICL
 

@@ -3,9 +3,9 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,15 +13,45 @@ import numpy as np
 from florence_jax.errors import UserError
 from florence_jax.models.florence import build
 from florence_jax.models.sizes import VARIANTS, ModelConfig, resolve_config
+from florence_jax.params.lazy import LazyArray
 from florence_jax.params.rules import path_string
 from florence_jax.tools.import_torch.names import Renames
 
-State = Mapping[str, np.ndarray]
+State = Mapping[str, np.ndarray | LazyArray]
 # Buffers that follow from the sizes, and classifier heads, which the two towers do not have.
 DROPPED = (
-    r".*\b(relative_position_index|attn_mask|relative_coords_table|position_ids)|(image\.)?head(\.fc)?\.(weight|bias)"
+    r".*\b(relative_position_index|attn_mask|relative_coords_table|position_ids|mask_token)|(image\.)?head(\.fc)?\.(weight|bias)"
     r"|input_resolution|context_length|vocab_size"
 )
+
+
+class Told(NamedTuple):
+    """What is known of weights beside their tensors: from a configuration next to the file, or from the file's name.
+
+    Attributes:
+      where: what says so, for messages; '' for nothing.
+      fields: of `ModelConfig`, which shapes do not show, or stand before what they show.
+      shown: fields that the shapes must show as well.
+      evaluation: how pictures are made for these weights, see `evaluation`; {} where it is not said.
+      published: whether this is one of the published models, whose heads follow from their widths.
+    """
+
+    where: str = ""
+    fields: Mapping[str, Any] = {}
+    shown: Mapping[str, Any] = {}
+    evaluation: Mapping[str, Any] = {}
+    published: bool = False
+
+
+def evaluation(resize: str = "shorter", crop: float = 1.0, interpolation: str = "bicubic") -> dict[str, Any]:
+    """How pictures are made for an evaluation, for `model.json`; see `tasks.encoder.evaluation_ops`.
+
+    Args:
+      resize: 'shorter' side and a crop of the middle, or 'squash', the whole picture.
+      crop: side of the crop over the shorter side.
+      interpolation: 'bicubic' or 'bilinear'.
+    """
+    return {"resize": resize, "crop": crop, "interpolation": interpolation}
 
 
 class Shapes:
@@ -35,6 +65,9 @@ class Shapes:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], family: str):
         self._shapes, self._family = shapes, family
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
     def vote(self, pattern: str, value: Callable[[tuple[int, ...]], Any], rank: int) -> Any:
         """The most frequent `value(shape)` among the tensors of `rank` axes whose name matches.
 
@@ -43,10 +76,8 @@ class Shapes:
         """
         found = [s for name, s in self._shapes.items() if re.fullmatch(pattern, name) and len(s) == rank and min(s)]
         if not found:
-            first = ", ".join(list(self._shapes)[:3]) or "nothing"
-            raise UserError(
-                f"not a checkpoint of --from={self._family}: no tensor is named like {pattern} (it holds {first}, ...)"
-            )
+            wanted = pattern.replace(r"(\d+)", "0").replace(r"\d+", "0").replace(r"\.", ".")
+            raise UserError(f"not a whole checkpoint of --from={self._family}: it lacks {wanted}")
         return Counter(value(shape) for shape in found).most_common(1)[0][0]
 
     def count(self, pattern: str) -> int:
@@ -62,13 +93,16 @@ class Family:
       name: as given with --from.
       about: one sentence for --help.
       base: the row of `VARIANTS` whose fields stand where the file says nothing.
-      renames: the file's names to canonical ones.
+      naming: (names in the file) -> a function of such a name to the canonical one; see `names.gather`.
       rules: ours to canonical ones, by top-level entry, without that entry.
       sizes: fields of `ModelConfig` that the shapes show.
       resolution: (configuration, res, window as asked for, or None) -> the fields that change.
       resize: (parameters, configuration, new configuration) -> the parameters for it.
-      prepare: makes one naming of several, where that takes more than `renames`.
-      options: fields of `ModelConfig` that a file beside the checkpoint says.
+      anchors: patterns of names of which one, or more, is in every file; what stands before it is a wrapper's.
+      told: (path, names in the file) -> what else is known of the weights; raises `UserError`.
+      evaluation: (configuration, names in the file) -> how its publishers make pictures, where `told` does not say.
+      asked: fields of `ModelConfig` that tensors do not show, so that somebody must say them.
+      published: (sizes) -> those of the fields that follow from the sizes in published models.
       entries: top-level entries that the file fills; None = all of the model's.
       dropped: pattern of canonical names that are left out.
       part: of `model.json` that describes these parameters.
@@ -77,13 +111,16 @@ class Family:
     name: str
     about: str
     base: str
-    renames: Renames
+    naming: Callable[[Collection[str]], Callable[[str], str]]
     rules: Mapping[str, Renames]
     sizes: Callable[[Shapes], dict[str, Any]]
     resolution: Callable[[ModelConfig, int | None, int | None], dict[str, Any]]
     resize: Callable[[dict[str, Any], ModelConfig, ModelConfig], dict[str, Any]]
-    prepare: Callable[[State], State] = lambda state: state
-    options: Callable[[Path], dict[str, Any]] = lambda file: {}
+    anchors: tuple[str, ...]
+    told: Callable[[Path, Collection[str]], Told]
+    evaluation: Callable[[ModelConfig, Collection[str]], Mapping[str, Any]]
+    asked: tuple[str, ...] = ()
+    published: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda sizes: {}
     entries: tuple[str, ...] | None = None
     dropped: str = DROPPED
     part: str = "towers"

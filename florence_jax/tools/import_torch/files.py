@@ -1,26 +1,41 @@
-"""Reads PyTorch checkpoints as numpy arrays: safetensors and TorchScript archives without PyTorch, the rest with it.
+"""Opens PyTorch checkpoints as lazy arrays: safetensors and TorchScript archives without PyTorch, the rest with it.
+
+A tensor is read from the file when it is used, each time, so that the memory is that of one tensor.
 
 Nothing stored in a file is ever executed: pickles are read by `torch.load(..., weights_only=True)`, and TorchScript
 archives (the form in which OpenAI released CLIP) by an unpickler that knows tensors and otherwise makes empty objects.
 """
 
 import collections
+import json
 import pickle
 import zipfile
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 
 from florence_jax.errors import UserError
+from florence_jax.params.lazy import LazyArray
 
 # Names under which training scripts keep the weights beside the optimizer and the epoch, in the order of preference:
 # averages, and a teacher's, where there are no others.
 WRAPPERS = ("state_dict", "model", "module", "state_dict_ema", "model_ema", "teacher")
+SAFETENSORS_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 STORAGE_DTYPES = {
     "FloatStorage": np.float32,
     "HalfStorage": np.float16,
@@ -33,8 +48,8 @@ STORAGE_DTYPES = {
 }
 
 
-def read_state_dict(path: str) -> dict[str, np.ndarray]:
-    """All tensors of a checkpoint by name; floating point ones as float32.
+def read_state_dict(path: str) -> dict[str, LazyArray]:
+    """All tensors of a checkpoint by name, each read when it is used, in the dtype of the file.
 
     Args:
       path: a .safetensors file; a TorchScript archive; or what `torch.save` wrote (.pth, .pt, .bin, .ckpt), a state
@@ -48,23 +63,32 @@ def read_state_dict(path: str) -> dict[str, np.ndarray]:
     if not file.is_file():
         raise UserError(f"no such file: {path}")
     if file.suffix == ".safetensors":
-        try:
-            tensors = safetensors.numpy.load_file(file)
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path} is not a safetensors file: {error}") from error
-    elif _is_torchscript(file):
-        tensors = _read_torchscript(file)
-    else:
-        tensors = _read_pickle(file)
-    return {name: _as_float32(value) for name, value in tensors.items()}
+        return _read_safetensors(file)
+    return _read_torchscript(file) if _is_torchscript(file) else _read_pickle(file)
 
 
-def _as_float32(value: np.ndarray) -> np.ndarray:
-    integral = value.dtype.kind in "biu"
-    return value if integral else value.astype(np.float32)
+def _read_safetensors(file: Path) -> dict[str, LazyArray]:
+    """The format is 8 bytes, the length of the header; the header, JSON; the tensors, at offsets from its end."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length) if length < file.stat().st_size else b"")
+        header.pop("__metadata__", None)
+        return {name: _safetensor(file, 8 + length, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not a safetensors file, or only a part of one: download it again") from error
 
 
-def _read_pickle(file: Path) -> dict[str, np.ndarray]:
+def _safetensor(file: Path, base: int, entry: Mapping[str, Any]) -> LazyArray:
+    dtype, shape = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"])
+    start, stop = entry["data_offsets"]
+    count = int(np.prod(shape, dtype=np.int64))
+    if stop - start != count * dtype.itemsize or base + stop > file.stat().st_size:
+        raise ValueError("a tensor reaches beyond the file")
+    return LazyArray(shape, lambda: np.fromfile(file, dtype, count, offset=base + start).reshape(shape), dtype)
+
+
+def _read_pickle(file: Path) -> dict[str, LazyArray]:
     try:
         import torch
     except ImportError as error:
@@ -72,7 +96,7 @@ def _read_pickle(file: Path) -> dict[str, np.ndarray]:
             f"reading {file.name} needs PyTorch: pip install '.[torch]', or give a .safetensors file"
         ) from error
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         # PyTorch's own message proposes to load without the safeguard; that advice is not passed on.
         raise UserError(
@@ -89,13 +113,17 @@ def _read_pickle(file: Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"{file} holds other things than tensors: {some}; save the state dict alone, or under 'state_dict'"
         )
-    tensors = {}
-    for name, value in content.items():
-        if isinstance(value, torch.Tensor):
-            value = value.float() if value.is_floating_point() else value
-            value = value.numpy()
-        tensors[str(name)] = np.asarray(value)
-    return tensors
+    return {str(name): _of_torch(value) for name, value in content.items()}
+
+
+def _of_torch(value: Any) -> LazyArray:
+    if isinstance(value, Real):
+        return LazyArray((), lambda: np.asarray(value), np.asarray(value).dtype)
+
+    def read() -> np.ndarray:
+        return (value.float() if value.is_floating_point() else value).numpy()  # bfloat16 has no numpy form
+
+    return LazyArray(tuple(value.shape), read)
 
 
 def _wrapper(content: Any) -> str | None:
@@ -122,9 +150,9 @@ class _Object:
 class _TensorUnpickler(pickle.Unpickler):
     """Knows tensors, ordered dicts and attribute holders, and refuses every other global."""
 
-    def __init__(self, archive: zipfile.ZipFile, root: str):
+    def __init__(self, file: Path, archive: zipfile.ZipFile, root: str):
         super().__init__(archive.open(f"{root}/data.pkl"))
-        self._archive, self._root = archive, root
+        self._file, self._archive, self._root = file, archive, root
 
     def find_class(self, module: str, name: str) -> Any:
         """The few names that a TorchScript archive needs; raises `UnpicklingError` for others."""
@@ -140,34 +168,54 @@ class _TensorUnpickler(pickle.Unpickler):
             return lambda value, *_: value
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a file of weights")
 
-    def persistent_load(self, pid: tuple[Any, ...]) -> np.ndarray:
-        """A storage ('storage', dtype, key, device, elements) as a flat array."""
+    def persistent_load(self, pid: tuple[Any, ...]) -> "_Storage":
+        """A storage ('storage', dtype, key, device, elements)."""
         _, dtype, key, _, _ = pid
-        return np.frombuffer(self._archive.read(f"{self._root}/data/{key}"), dtype)
+        name = f"{self._root}/data/{key}"
+        return _Storage(self._file, name, np.dtype(dtype), self._archive.getinfo(name).file_size)
 
     @staticmethod
     def _rebuild_tensor_v2(
-        storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
-    ) -> np.ndarray:
-        if not shape:
-            return storage[offset : offset + 1].reshape(())
+        storage: "_Storage", offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+    ) -> LazyArray:
         span = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        if min(strides) < 0 or offset < 0 or (min(shape) and span > len(storage)):
+        if min(strides, default=0) < 0 or offset < 0 or (min(shape, default=1) and span > storage.entries):
             raise pickle.UnpicklingError("a tensor reaches beyond its storage")
-        in_bytes = tuple(stride * storage.itemsize for stride in strides)
-        return np.lib.stride_tricks.as_strided(storage[offset:], shape, in_bytes).copy()
+        in_bytes = tuple(stride * storage.dtype.itemsize for stride in strides)
+
+        def read() -> np.ndarray:
+            return np.lib.stride_tricks.as_strided(storage.read()[offset:], shape, in_bytes)
+
+        return LazyArray(tuple(shape), read, storage.dtype)
 
     @staticmethod
-    def _rebuild_parameter(data: np.ndarray, *_: Any) -> np.ndarray:
+    def _rebuild_parameter(data: LazyArray, *_: Any) -> LazyArray:
         return data
 
 
-def _read_torchscript(file: Path) -> dict[str, np.ndarray]:
-    tensors: dict[str, np.ndarray] = {}
+class _Storage(NamedTuple):
+    """A flat array in an archive."""
+
+    file: Path
+    name: str
+    dtype: np.dtype
+    bytes: int
+
+    @property
+    def entries(self) -> int:
+        return self.bytes // self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        with zipfile.ZipFile(self.file) as archive:
+            return np.frombuffer(archive.read(self.name), self.dtype)
+
+
+def _read_torchscript(file: Path) -> dict[str, LazyArray]:
+    tensors: dict[str, LazyArray] = {}
 
     def collect(node: _Object, prefix: str) -> None:
         for name, value in vars(node).items():
-            if isinstance(value, np.ndarray):
+            if isinstance(value, LazyArray):
                 tensors[prefix + name] = value
             elif isinstance(value, _Object):
                 collect(value, f"{prefix}{name}.")
@@ -175,7 +223,7 @@ def _read_torchscript(file: Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(file) as archive:
             root = next(name.split("/", 1)[0] for name in archive.namelist() if name.endswith("/data.pkl"))
-            module = _TensorUnpickler(archive, root).load()
+            module = _TensorUnpickler(file, archive, root).load()
     except (
         zipfile.BadZipFile,
         pickle.UnpicklingError,

@@ -6,9 +6,12 @@ or CLIP's visual tower (conv1, resblocks.0...), `text.` + CLIP's transformer (to
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from florence_jax.params.lazy import LazyArray
 
 # (pattern, replacement) pairs; the first pattern that matches at the start of a name renames it.
 Renames = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
@@ -25,15 +28,53 @@ def rename(name: str, rules: Renames) -> str:
     return name
 
 
-def canonical_names(names: Iterable[str], rules: Renames) -> dict[str, list[str]]:
-    """{canonical name: names in the file} (more than one is a clash, for the caller to report).
+def rename_all(name: str, rules: Renames) -> str:
+    """`name` after every rule, one after the other, wherever each matches."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
-    Names that no rule knows keep their own.
+
+class Tensor(NamedTuple):
+    """A tensor under its canonical name.
+
+    Attributes:
+      names: in the file, of which it is made; more than one of the same part is a clash, for the caller to report.
+      array: the values, in PyTorch's layout.
+      clash: whether two names of the file are of one part.
     """
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(rename(re.sub(r"^(module\.)+", "", name), rules), []).append(name)
+
+    names: tuple[str, ...]
+    array: LazyArray
+    clash: bool
+
+
+def gather(state: Mapping[str, Any], naming: Callable[[str], str]) -> dict[str, Tensor]:
+    """Tensors by canonical name.
+
+    A name may end in '#T', for a matrix that is stored transposed, or in '#0', '#1', ...: parts of a tensor along its
+    first axis, such as separate queries, keys and values. Names that `naming` does not know keep their own.
+    """
+    parts: dict[str, dict[str, list[str]]] = {}
+    for name in state:
+        canonical, _, part = naming(name).partition("#")
+        parts.setdefault(canonical, {}).setdefault(part, []).append(name)
+    found = {}
+    for canonical, by_part in parts.items():
+        names = tuple(name for part in sorted(by_part) for name in by_part[part])
+        clash = any(len(same) > 1 for same in by_part.values()) or ("" in by_part and len(by_part) > 1)
+        found[canonical] = Tensor(names, _joined([state[name] for name in names], transposed="T" in by_part), clash)
     return found
+
+
+def _joined(arrays: Sequence[Any], transposed: bool) -> LazyArray:
+    first = np.shape(arrays[0])
+    if len(arrays) > 1 and all(np.shape(array)[1:] == first[1:] and first for array in arrays):
+        shape = (sum(np.shape(array)[0] for array in arrays), *first[1:])
+        return LazyArray(shape, lambda: np.concatenate([np.asarray(array) for array in arrays]))
+    if transposed:
+        return LazyArray(first[::-1], lambda: np.asarray(arrays[0]).T)
+    return LazyArray(first, lambda: np.asarray(arrays[0]))
 
 
 def source_name(path: str, rules: Mapping[str, Renames]) -> str:
@@ -58,7 +99,7 @@ def torch_shape(path: str, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def to_our_layout(path: str, value: np.ndarray) -> np.ndarray:
-    """A PyTorch tensor in the layout of our parameter `path`: (out, in) -> (in, out), OIHW -> HWIO."""
+    """A view of a PyTorch tensor in the layout of our parameter `path`: (out, in) -> (in, out), OIHW -> HWIO."""
     if not path.endswith("/kernel") or path.endswith(PROJECTION):
         return value
-    return np.ascontiguousarray(value.transpose(*range(2, value.ndim), 1, 0))
+    return value.transpose(*range(2, value.ndim), 1, 0)

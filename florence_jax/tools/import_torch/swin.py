@@ -1,14 +1,20 @@
-"""Swin classifiers in Microsoft's or timm's naming: the image tower alone."""
+"""Swin classifiers in Microsoft's, timm's or transformers' naming: the image tower alone."""
 
+import functools
 import re
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 from florence_jax.models.coswin import embedded_size
 from florence_jax.models.resize import resize_bias_tables
 from florence_jax.models.sizes import ModelConfig
 from florence_jax.models.windows import stage_window
-from florence_jax.tools.import_torch.family import Family, Shapes, State
-from florence_jax.tools.import_torch.names import Renames
+from florence_jax.tools.import_torch.family import Family, Shapes, Told, evaluation
+from florence_jax.tools.import_torch.names import Renames, rename_all
+from florence_jax.tools.import_torch.transformers import told_by_swin_config
+
+WHOLE_FROM = 384  # pixels: models of this size are evaluated on whole pictures
 
 
 def _block(match: re.Match[str]) -> str:
@@ -27,20 +33,59 @@ SWIN_RULES: Renames = (
 )
 
 
-def downsampling_before(state: State) -> State:
-    """timm counts a stage's downsampling with the following stage, which shows in the last stage having one."""
-    pattern = r"(.*\blayers\.|layers\.)(\d+)\.{}\..*"
+# Hugging Face's transformers: all of them, in order. Queries, keys and values are parts of one tensor.
+_TRANSFORMERS: Renames = (
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.norm\.", "patch_embed.norm."),
+    (r"^encoder\.layers\.", "layers."),
+    (r"^layernorm\.", "norm."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.self\.query\.(\w+)$", r".attn.qkv.\1#0"),
+    (r"\.attention\.self\.key\.(\w+)$", r".attn.qkv.\1#1"),
+    (r"\.attention\.self\.value\.(\w+)$", r".attn.qkv.\1#2"),
+    (r"\.attention\.self\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"^", "image."),
+)
+
+
+def of_timm(names: Collection[str]) -> bool:
+    """Whether a stage's downsampling is counted with the following stage, which shows in the last stage having one."""
     blocks, downsamples = (
-        {int(match[2]) for name in state if (match := re.fullmatch(pattern.format(part), name))}
+        {int(match[1]) for name in names if (match := re.search(rf"\blayers\.(\d+)\.{part}\.", name))}
         for part in ("blocks", "downsample")
     )
-    if not blocks or max(blocks) not in downsamples:
-        return state
+    return bool(blocks) and max(blocks) in downsamples
 
-    def original(name: str) -> str:
-        return re.sub(r"(?<=\blayers\.)(\d+)(?=\.downsample\.)", lambda match: str(int(match[0]) - 1), name, count=1)
 
-    return {original(name): value for name, value in state.items()}
+def downsampling_before(name: str) -> str:
+    """timm's name of a downsampling as Microsoft's, with the stage before; other names as they are."""
+    return re.sub(r"(?<=\blayers\.)(\d+)(?=\.downsample\.)", lambda match: str(int(match[0]) - 1), name, count=1)
+
+
+def swin_naming(names: Collection[str]) -> Callable[[str], str]:
+    """See `Family.naming`."""
+    if any(name.startswith("embeddings.patch_embeddings.") for name in names):
+        return functools.partial(rename_all, rules=_TRANSFORMERS)
+    timm = of_timm(names)
+    return lambda name: "image." + (downsampling_before(name) if timm else name)
+
+
+def swin_told(file: Path, names: Collection[str]) -> Told:
+    """What the config.json of transformers or timm beside a file says, if there is one."""
+    path = file.with_name("config.json")
+    return told_by_swin_config(path) if path.is_file() else Told()
+
+
+def swin_evaluation(config: ModelConfig, names: Collection[str]) -> dict[str, Any]:
+    """Microsoft's (shorter side 8/7 of the crop; from 384 pixels on the whole picture) or timm's, by the naming."""
+    whole = config.res >= WHOLE_FROM
+    if of_timm(names):
+        return evaluation(crop=1.0 if whole else 0.9)
+    return evaluation("squash") if whole else evaluation(crop=7 / 8)
 
 
 def swin_sizes(found: Shapes) -> dict[str, Any]:
@@ -78,13 +123,15 @@ def resize_swin(params: dict[str, Any], config: ModelConfig, target: ModelConfig
 
 SWIN = Family(
     name="swin",
-    about="Swin classifiers in Microsoft's or timm's naming (only the image tower: there is no text)",
+    about="Swin classifiers in Microsoft's, timm's or transformers' naming (only the image tower: there is no text)",
     base="Swin-T",
-    renames=((r"", "image."),),
+    naming=swin_naming,
     rules={"image": SWIN_RULES},
     sizes=swin_sizes,
     resolution=swin_resolution,
     resize=resize_swin,
-    prepare=downsampling_before,
+    anchors=(r"patch_embed\.proj\.weight", r"embeddings\.patch_embeddings\.projection\.weight"),
+    told=swin_told,
+    evaluation=swin_evaluation,
     entries=("image",),
 )
