@@ -1,9 +1,10 @@
-"""Opens PyTorch checkpoints as lazy arrays: safetensors and TorchScript archives without PyTorch, the rest with it.
+"""Opens PyTorch checkpoints as lazy arrays: safetensors and archives without PyTorch, the rest with it.
 
 A tensor is read from the file when it is used, each time, so that the memory is that of one tensor.
 
-Nothing stored in a file is ever executed: pickles are read by `torch.load(..., weights_only=True)`, and TorchScript
-archives (the form in which OpenAI released CLIP) by an unpickler that knows tensors and otherwise makes empty objects.
+Nothing stored in a file is ever executed: archives, of TorchScript (the form in which OpenAI released CLIP) and of
+`torch.save`, are read by an unpickler that knows tensors and otherwise makes empty objects; older pickles, and what
+holds more than tensors, by `torch.load(..., weights_only=True)`.
 """
 
 import collections
@@ -89,6 +90,24 @@ def _safetensor(file: Path, base: int, entry: Mapping[str, Any]) -> LazyArray:
 
 
 def _read_pickle(file: Path) -> dict[str, LazyArray]:
+    content = _unwrapped(_load_plain(file))
+    if isinstance(content, Mapping) and all(isinstance(v, LazyArray | Real) for v in content.values()):
+        return {str(name): _of_torch(value) for name, value in content.items()}
+    return _read_with_torch(file)
+
+
+def _load_plain(file: Path) -> Any:
+    """What `torch.save` wrote in the format of its versions from 1.6 on, None where it holds more than tensors."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            root = next(name.split("/", 1)[0] for name in archive.namelist() if name.endswith("/data.pkl"))
+            little = f"{root}/byteorder" not in archive.namelist() or archive.read(f"{root}/byteorder") == b"little"
+            return _TensorUnpickler(file, archive, root).load() if little else None
+    except (zipfile.BadZipFile, pickle.UnpicklingError, StopIteration, LookupError, ValueError, TypeError, EOFError):
+        return None  # PyTorch reads it, or says what is wrong with it
+
+
+def _read_with_torch(file: Path) -> dict[str, LazyArray]:
     try:
         import torch
     except ImportError as error:
@@ -103,8 +122,7 @@ def _read_pickle(file: Path) -> dict[str, LazyArray]:
             f"{file} is damaged, or holds objects other than tensors, which are never loaded: download it again, or "
             "save its state dict as safetensors"
         ) from error
-    while wrapper := _wrapper(content):
-        content = content[wrapper]
+    content = _unwrapped(content)
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds a {type(content).__name__}, not a state dict")
     others = [f"{name} ({type(v).__name__})" for name, v in content.items() if not isinstance(v, (torch.Tensor, Real))]
@@ -117,6 +135,8 @@ def _read_pickle(file: Path) -> dict[str, LazyArray]:
 
 
 def _of_torch(value: Any) -> LazyArray:
+    if isinstance(value, LazyArray):
+        return value
     if isinstance(value, Real):
         return LazyArray((), lambda: np.asarray(value), np.asarray(value).dtype)
 
@@ -126,11 +146,14 @@ def _of_torch(value: Any) -> LazyArray:
     return LazyArray(tuple(value.shape), read)
 
 
-def _wrapper(content: Any) -> str | None:
-    """The key that holds the weights, None if `content` is the state dict itself."""
-    if not isinstance(content, Mapping):
-        return None
-    return next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
+def _unwrapped(content: Any) -> Any:
+    """The state dict in what a training script saved, `content` itself if that is one."""
+    while isinstance(content, Mapping):
+        wrapper = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
+        if wrapper is None:
+            break
+        content = content[wrapper]
+    return content
 
 
 def _is_torchscript(file: Path) -> bool:
