@@ -14,6 +14,7 @@ from ml_collections import config_flags
 from florence_jax.config_files import ConfigFileParser, shipped_configs
 from florence_jax.config_help import help_text
 from florence_jax.errors import EXIT_INTERRUPTED, UserError
+from florence_jax.files import with_home
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).", lock_config=True)
 PARSER = ConfigFileParser("config")
@@ -63,7 +64,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     With --help it prints the program's options and, with --config, those of the configuration; exit code 0.
     ml_collections reports an unknown config key as AttributeError, a wrong type as TypeError or ValueError.
     """
-    given = [word for word in argv if word not in HELP]
+    given = [word for word in with_home(argv) if word not in HELP]
     wants_help = len(given) < len(argv)
     try:
         rest = flags.FLAGS(given)

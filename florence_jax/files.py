@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -54,6 +55,16 @@ def filesystem(path: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, str]
         package = STORE_PACKAGES.get(os.fspath(path).partition("://")[0])
         fix = f"; pip install {package}" if package else f" (known: {', '.join(f'{p}://' for p in STORE_PACKAGES)})"
         raise UserError(f"cannot open {path}: {error}{fix}") from error
+
+
+def with_home(arguments: Sequence[str] | None) -> list[str]:
+    """Arguments of a command (None: of this program) with the home folder for '~', also behind '=', '|', ':' and '@'.
+
+    A shell does that at the beginning of a word only, not in '--init=~/run'.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    home = os.path.expanduser("~")
+    return [re.sub(r"(^|[=|:@])~(?=/|$)", lambda match: match[1] + home, word) for word in given]
 
 
 def check_store(path: str) -> None:

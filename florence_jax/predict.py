@@ -23,7 +23,7 @@ from florence_jax.data.ops.image import Decode
 from florence_jax.data.records import BadRecord, Source, summary_of
 from florence_jax.data.sources.catalog import open_pictures
 from florence_jax.errors import UserError
-from florence_jax.files import csv_bytes, write_bytes, write_json
+from florence_jax.files import csv_bytes, with_home, write_bytes, write_json
 from florence_jax.inference.base import Answerer, Found
 from florence_jax.page import figure_html, markup, table_html, write_page
 from florence_jax.params.weights import describe
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code (2 for a user's mistake)."""
     logging.set_verbosity(logging.ERROR)  # Orbax reports every phase of a restore, the stream every bad record
     try:
-        args, kind = parse_arguments(sys.argv[1:] if argv is None else argv)
+        args, kind = parse_arguments(with_home(argv))
         source = open_pictures(args.input)
         print(summary_of(source).get("says", f"{source.name}: {len(source):,} pictures"), flush=True)
         facts = {"init": args.init, "input": args.input}

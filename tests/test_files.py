@@ -14,6 +14,7 @@ from florence_jax.files import (
     read_json,
     replacing,
     table_rows,
+    with_home,
     write_file,
     write_json,
     write_text,
@@ -123,3 +124,13 @@ def test_texts_of_several_lines_are_read_and_many_lines_noticed(tmp_path):
     first, second = table_rows(tmp_path / "t.csv")
     assert first.fields["caption"] == "one,\ntwo, three"
     assert has_many_lines(second.fields) and not has_many_lines(first.fields)
+
+
+def test_home_stands_for_a_tilde_wherever_a_path_begins(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/a")
+    given = ["--init=~/run", "~/x", "--input=a=~/p|b=~", "karpathy:~/f.json:train@~/images", "a~/b", "--text=~5 km"]
+    expected = ["--init=/home/a/run", "/home/a/x", "--input=a=/home/a/p|b=/home/a"]
+    expected += ["karpathy:/home/a/f.json:train@/home/a/images", "a~/b", "--text=~5 km"]
+    assert with_home(given) == expected
+    monkeypatch.setattr("sys.argv", ["program", "--out=~/o"])
+    assert with_home(None) == ["--out=/home/a/o"]

@@ -34,7 +34,7 @@ from florence_jax.command_line import enter
 from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
-from florence_jax.files import write_bytes, write_file, write_json
+from florence_jax.files import with_home, write_bytes, write_file, write_json
 from florence_jax.pictures import upright_rgb
 
 Row = dict[str, Any]
@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("dir", help="where the sample goes")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_home(argv))
     try:
         truth = build_sample(args.dir, args.seed)
     except (UserError, OSError) as error:

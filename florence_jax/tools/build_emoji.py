@@ -40,6 +40,7 @@ from PIL import Image, features
 from florence_jax.command_line import enter
 from florence_jax.data.sources.array_record import META, write_array_record
 from florence_jax.errors import UserError
+from florence_jax.files import with_home
 from florence_jax.pictures import upright_rgb
 
 PACKAGES = {
@@ -389,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = pathlib.Path(__file__).parents[1] / "data" / "emoji"
     parser.add_argument("--out", type=pathlib.Path, default=default, help="folder of the data files")
     parser.add_argument("--check", action="store_true", help="compare a rebuild with the files in --out")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_home(argv))
     try:
         with tempfile.TemporaryDirectory() as scratch:
             target = pathlib.Path(scratch) if args.check else args.out

@@ -21,7 +21,7 @@ import numpy as np
 
 from florence_jax.command_line import enter
 from florence_jax.errors import UserError
-from florence_jax.files import write_text
+from florence_jax.files import with_home, write_text
 
 SETTINGS_FILE = "compare.json"
 
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--vary", default="", help="NAME=VALUE,VALUE: a config key and its values")
     parser.add_argument("--workdir", default="runs/compare")
-    args, extra = parser.parse_known_args(argv)
+    args, extra = parser.parse_known_args(with_home(argv))
     try:
         if unknown := [option for option in extra if not option.startswith("--config.")]:
             raise UserError(f"unknown option {unknown[0]!r}; settings of the runs are written --config.name=value")

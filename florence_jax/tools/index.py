@@ -26,6 +26,7 @@ from florence_jax.data.records import BadRecord, ListSource, Source, record_thum
 from florence_jax.data.sources.catalog import is_picture_folder, open_pictures, open_source
 from florence_jax.data.sources.folder import FolderSource
 from florence_jax.errors import UserError
+from florence_jax.files import with_home
 from florence_jax.inference.florence import Florence
 from florence_jax.page import GridCell, matches_html, write_page
 
@@ -229,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     query.add_argument("--html", default="", help="also write a page with the pictures")
     for command in (embed, query):
         command.add_argument("--tokenizer", default="", help="default: the one that the weights were trained with")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_home(argv))
     logging.set_verbosity(logging.ERROR)  # Orbax reports every phase of a restore
     try:
         _embed(args) if args.command == "embed" else _query(args)

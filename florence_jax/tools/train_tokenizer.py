@@ -27,6 +27,7 @@ from florence_jax.data.prompts import TEMPLATES
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.tokenizers import SENTENCEPIECE_IDS
 from florence_jax.errors import UserError
+from florence_jax.files import with_home
 
 TEXT_FIELDS = ("caption", "keywords", "group")
 
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fields", help=f"record fields of --source to take texts from ({','.join(TEXT_FIELDS)})")
     parser.add_argument("--vocab_size", type=int, default=2000)
     parser.add_argument("--out", required=True, help="file to write, *.model")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_home(argv))
     try:
         if not args.out.endswith(".model"):
             raise UserError(f"--out={args.out}: the name must end in .model")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from florence_jax.command_line import enter
 from florence_jax.data.sources.array_record import META, array_record_paths, write_side_file
 from florence_jax.errors import UserError
+from florence_jax.files import with_home
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m florence_jax.tools.write_metadata", description=__doc__, formatter_class=layout
     )
     parser.add_argument("data", nargs="+", help="file, pattern or folder of *.array_record* files")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_home(argv))
     try:
         for spec in args.data:
             paths = array_record_paths(spec)

@@ -33,7 +33,7 @@ from florence_jax.curation.dedup.join import DEFAULT_JOIN, DESIGNS
 from florence_jax.curation.dedup.measurements import items_of, measure_new
 from florence_jax.data.sources.picture_files import list_pictures
 from florence_jax.errors import UserError
-from florence_jax.files import replacing, write_text
+from florence_jax.files import replacing, with_home, write_text
 from florence_jax.page import FIGURE_SIDE, contact_sheet
 from florence_jax.pictures import thumbnail
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", default="csv", choices=("csv", "parquet"), help="format of pairs and clusters")
     parser.add_argument("--sheet", type=int, default=60, help="clusters on the contact sheet")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read pictures")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_home(argv))
     try:
         counts = run(args)
     except UserError as error:

@@ -28,7 +28,7 @@ from florence_jax.curation.dedup.join import DEFAULT_JOIN
 from florence_jax.curation.ingest.hashing import bit_distance, measure
 from florence_jax.data.sources.picture_files import list_pictures
 from florence_jax.errors import UserError
-from florence_jax.files import write_text
+from florence_jax.files import with_home, write_text
 
 MAX_SIDE = 500  # pixels of an original, about the size of a web picture
 TILES = (1, 2, 3)  # an original, its quarters and its ninths
@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--limit", type=int, default=400, help="originals of a set: pictures, and tiles of them if they are fewer"
     )
     parser.add_argument("--out", help="also write the tables as JSON")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_home(argv))
     try:
         folder = args.images and Path(args.images)
         if folder and not folder.is_dir():

@@ -48,7 +48,7 @@ from florence_jax.curation.detection.sheet import write_detection_sheet
 from florence_jax.curation.detection.write import prepare_folder, shards, write_records
 from florence_jax.data.annotations import FORMATS, SPLITS, Annotations, SourceSpec, parse_spec, read_annotations
 from florence_jax.errors import UserError
-from florence_jax.files import write_text
+from florence_jax.files import with_home, write_text
 
 MERGE_COLUMNS = ("class_id", "text", "source", "category_id", "category", "how", "boxes_of_class")
 
@@ -236,7 +236,7 @@ def _predictions(teacher: str | None, spec: SourceSpec, out: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code (2 for a user's mistake)."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(with_home(argv))
     try:
         for path in filter(None, (args.imagenet_words, args.label_rules)):
             if not epath.Path(path).exists():

@@ -32,7 +32,7 @@ from florence_jax.curation.select.queries import (
 )
 from florence_jax.curation.table import read_table
 from florence_jax.errors import UserError
-from florence_jax.files import read_json
+from florence_jax.files import read_json, with_home
 
 
 def matches_of_run(workdir: str, metadata: Metadata, share: float = 1.0) -> tuple[Matches, np.ndarray, int]:
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tail", type=float, help="find the t with this share of matches in rare queries")
     parser.add_argument("--keep_unmatched", action="store_true", help="as selection.keep_unmatched")
     parser.add_argument("--share", type=float, default=1.0, help="of the pairs to hold in memory, for large runs")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_home(argv))
     try:
         if not (args.t or args.size or args.tail):
             raise UserError("nothing to predict: give --t, --size or --tail")

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 
 from florence_jax.command_line import enter
 from florence_jax.errors import UserError
+from florence_jax.files import with_home
 from florence_jax.jobs.host_memory import keep_freed_memory
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
@@ -41,7 +42,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark named first in `argv`; returns the exit code (2 for a user's mistake)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = with_home(argv)
     keep_freed_memory()  # as training does
     parser = argparse.ArgumentParser(prog="python -m florence_jax.tools.bench", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="benchmark", required=True)

@@ -24,6 +24,7 @@ import jax
 
 from florence_jax.command_line import enter
 from florence_jax.errors import UserError
+from florence_jax.files import with_home
 from florence_jax.params.weights import make_description, save_pretrained
 from florence_jax.tools.import_torch.convert import convert
 from florence_jax.tools.import_torch.families import FAMILIES
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a model option the file does not show"
     )
     try:
-        run(parser.parse_args(argv))
+        run(parser.parse_args(with_home(argv)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
