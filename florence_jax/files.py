@@ -67,9 +67,9 @@ def with_home(arguments: Sequence[str] | None) -> list[str]:
     return [re.sub(r"(^|[=|:@])~(?=/|$)", lambda match: match[1] + home, word) for word in given]
 
 
-def check_store(path: str) -> None:
-    """Raises UserError for a URL of a page, of which nothing can be listed, or of a store that cannot be reached."""
-    if path.startswith(("http://", "https://")):
+def check_store(path: str, pages: bool = False) -> None:
+    """Raises UserError for a URL of a store that cannot be reached; without `pages` also for one of a web page."""
+    if not pages and path.startswith(("http://", "https://")):
         raise UserError(f"cannot open {path}: download it first, and give the local path")
     fs, inner = filesystem(path)
     try:

@@ -10,10 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from florence_jax.curation.ingest.inputs import list_inputs
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.fields import caption_texts
 from florence_jax.errors import UserError
 from florence_jax.files import expand_braces
+from florence_jax.params.weights import checkpoint_folder
 
 
 def encoded():
@@ -143,3 +145,21 @@ def test_braces():
     assert expand_braces("a/{008..010}.tar") == ["a/008.tar", "a/009.tar", "a/010.tar"]
     assert expand_braces("{a,b}/{0..1}") == ["a/0", "a/1", "b/0", "b/1"]
     assert expand_braces("plain") == ["plain"] and expand_braces("{x}") == ["{x}"]
+
+
+@pytest.mark.parametrize("opens", [open_source, checkpoint_folder, lambda url: list_inputs(f"x={url}", 9)])
+def test_a_store_without_its_package_or_network_is_one_message(opens, monkeypatch):
+    def missing(url):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    with pytest.raises(UserError, match="^cannot open s3://box/x: Install s3fs to access S3; pip install s3fs$"):
+        opens("s3://box/x")
+
+    class Unreachable:
+        def exists(self, path):
+            raise RuntimeError("no route")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (Unreachable(), url))
+    with pytest.raises(UserError, match="^cannot reach s3://box/x: no route$"):
+        opens("s3://box/x")

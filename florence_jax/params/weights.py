@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import NamedSharding
 
 from florence_jax.errors import UserError
-from florence_jax.files import write_bytes
+from florence_jax.files import check_store, write_bytes
 from florence_jax.params.checkpoint import Checkpoints
 from florence_jax.params.rules import Rules, first_match, path_string
 from florence_jax.params.sharding import place, replicated
@@ -142,8 +142,10 @@ def checkpoint_folder(init: str) -> str:
     """The folder with the checkpoints of `init`: itself, or `checkpoints/` in it where it is the workdir of a run.
 
     Raises:
-      UserError: if there is no such folder.
+      UserError: if there is no such folder, or its store cannot be reached.
     """
+    if "://" in init:
+        check_store(init)
     folder = epath.Path(init)
     if (folder / "checkpoints").is_dir():
         folder = folder / "checkpoints"

@@ -34,7 +34,15 @@ from florence_jax.data.records import BadRecord
 from florence_jax.data.sources.array_record import META, ArrayRecordSource
 from florence_jax.data.sources.picture_files import HIDDEN, Listing, known_suffixes, list_pictures, quoted, shown
 from florence_jax.errors import UserError
-from florence_jax.files import DELIMITED, expand_braces, filesystem, has_many_lines, json_digest, table_rows
+from florence_jax.files import (
+    DELIMITED,
+    check_store,
+    expand_braces,
+    filesystem,
+    has_many_lines,
+    json_digest,
+    table_rows,
+)
 
 Pair = dict[str, Any]
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -133,6 +141,8 @@ def _named_path(part: str) -> tuple[str, str]:
 
 
 def _open_input(name: str, path: str, rows: int) -> Input:
+    if "://" in path:
+        check_store(path, pages=True)
     fs, whole = filesystem(path)
     files: list[str] = []
     for inner in expand_braces(whole):
