@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from florence_jax.errors import UserError
 from florence_jax.params.checkpoint import Checkpoints, UnreadableCheckpoint
 from florence_jax.params.digest import digests
+from florence_jax.params.lazy import LazyArray
 from florence_jax.params.sharding import make_mesh
 from florence_jax.train.state import init_state
 
@@ -142,6 +143,8 @@ def test_checksums_depend_on_every_element_and_not_on_the_mesh():
     expected = sum(int(b) * (2 * i + 1) for i, b in enumerate(bits)) % 2**32
     split = NamedSharding(make_mesh(4, 2), PartitionSpec("data", "fsdp"))
     assert int(digests([x])[0]) == int(digests([jax.device_put(x, split)])[0]) == expected
+    long = np.arange(2**20 + 3, dtype=np.float32)  # more than a block of the sum on the host
+    assert digests([LazyArray(long.shape, lambda: long)]) == digests([long])
     swapped = x.copy()
     swapped[0, 1], swapped[5, 2] = x[5, 2], x[0, 1]
     assert int(digests([swapped])[0]) != expected
@@ -189,3 +192,23 @@ def test_unwritable_directory_is_one_message(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="cannot write checkpoints"):
         Checkpoints(str(tmp_path / "file" / "c"))
+
+
+def test_lazy_arrays_are_read_one_by_one(tmp_path):
+    """What is saved is what they hold; each is written before the next is read to be written."""
+    order = []
+
+    def lazy(i):
+        def read():
+            order.append(i)
+            return np.full((2, 3), i, np.float32)
+
+        return LazyArray((2, 3), read)
+
+    with Checkpoints(str(tmp_path / "run")) as checkpoints:
+        checkpoints.save(0, {"params": {f"p{i}": lazy(i) for i in range(3)}})
+    like = {f"p{i}": jnp.zeros((2, 3)) for i in range(3)}
+    with Checkpoints(str(tmp_path / "run"), read_only=True) as checkpoints:
+        restored = checkpoints.restore({"params": like})["params"]
+    jax.tree.map(np.testing.assert_array_equal, restored, {f"p{i}": np.full((2, 3), i) for i in range(3)})
+    assert order == [0, 1, 2, 0, 1, 2]  # for the checksums, and to be written

@@ -193,6 +193,9 @@ def test_a_folder_says_how_its_pictures_are_made(tmp_path):
         ),
         ("vit_b_32-quickgelu-laion400m_e32-46683a32.pt", "quick_gelu", "resize(24)"),
         ("b32_fullcc2.5b.pt", "quick_gelu", "resize(24)"),
+        ("vit_base_patch32_clip_224.laion400m_e32/open_clip_model.safetensors", "quick_gelu", "resize(24)"),
+        ("vit_b_16-laion400m_e32-55e67d44.pt", "gelu", "resize(24)"),
+        ("vit_huge_patch14_clip_224.metaclip_2pt5b/open_clip_model.safetensors", "quick_gelu", "resize(24)"),
         ("DFN5B-CLIP-ViT-H-14/open_clip_pytorch_model.bin", "quick_gelu", "resize_exact(24)"),
         ("DFN2B-CLIP-ViT-L-14-39B/open_clip_pytorch_model.bin", "gelu", "resize(24)"),
         ("CLIP-ViT-B-16-DataComp.XL-s13B-b90K/open_clip_model.safetensors", "gelu", "resize(24)"),
@@ -204,7 +207,7 @@ def test_published_names(name, activation, ops):
     assert found.published and ops in evaluation_ops(found.evaluation, 24)
 
 
-@pytest.mark.parametrize("name", ["model.pt", "vit_b_32.pt", "metaclip2_worldwide.pt", "openai.safetensors"])
+@pytest.mark.parametrize("name", ["model.pt", "vit_b_32.pt", "metaclip2_worldwide.pt", "datacomp/run/7.pt"])
 def test_names_that_say_nothing(name):
     assert not known_weights(Path("/nowhere") / name).fields
 

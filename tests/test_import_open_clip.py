@@ -1,15 +1,18 @@
 """Imported weights against the modules that they are from, on random weights; where PyTorch and these are installed."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from golden import sinx
 
+from florence_jax.models.sizes import VARIANTS
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.tools.import_torch.__main__ import main
+from florence_jax.tools.import_torch.known import known_weights
 
 torch = pytest.importorskip("torch")
 open_clip = pytest.importorskip("open_clip")
@@ -67,6 +70,29 @@ def test_keys_of_open_clip(model, vision, text, tmp_path):
     _, params = compare(tmp_path / "out", images, texts)
     if "init_logit_bias" in model:
         np.testing.assert_allclose(params["logit_bias"], module.logit_bias.item(), rtol=1e-6)
+
+
+def test_published_names():
+    """By its file's or repository's name each published ViT has the activation and pictures of open_clip's table."""
+    from open_clip.pretrained import _PRETRAINED
+
+    for architecture, tags in _PRETRAINED.items():
+        if not architecture.startswith("ViT-"):
+            continue
+        for tag, published in tags.items():
+            owner, _, repository = (published.get("hf_hub") or "").strip("/").partition("/")
+            names = [f"models--{owner}--{repository}/snapshots/0/x.bin", f"{repository}/x.bin"] if repository else []
+            names += [published["url"].split("/")[-1]] if published.get("url") else []
+            for name in names:
+                found = known_weights(Path("/nowhere") / name)
+                if any(other in architecture for other in ("SigLIP", "CLIPA", "worldwide")):
+                    assert not found.published, name
+                    continue
+                want = "quick_gelu" if published.get("quick_gelu") else "gelu"
+                assert found.fields["image_activation"] == want, (architecture, tag, name)
+                mean = found.fields.get("image_mean", VARIANTS["ViT-B-32"]["image_mean"])
+                resize = {"shortest": "shorter", "squash": "squash"}[published["resize_mode"]]
+                assert (tuple(mean), found.evaluation["resize"]) == (tuple(published["mean"]), resize), name
 
 
 def test_position_embeddings_of_another_size(tmp_path):

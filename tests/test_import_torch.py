@@ -416,8 +416,8 @@ class _Rebuilt:
         self.args = (key, offset, shape, strides, False, {})
 
 
-def torchscript_archive(path, storages, build):
-    """Writes an archive as `torch.jit.save` does; `build(script class)` makes the root object."""
+def torch_archive(path, storages, build, scripted=True):
+    """Writes an archive as `torch.jit.save`, or `torch.save`, does; `build(script class)` makes the root object."""
     names = {
         "__torch__": [],
         "__torch__.model": ["CLIP"],
@@ -456,7 +456,8 @@ def torchscript_archive(path, storages, build):
         Pickler(buffer, protocol=2).dump(build(modules["__torch__.model"].CLIP))
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("ViT/data.pkl", buffer.getvalue())
-        archive.writestr("ViT/constants.pkl", pickle.dumps(()))
+        if scripted:
+            archive.writestr("ViT/constants.pkl", pickle.dumps(()))
         for key, value in storages.items():
             archive.writestr(f"ViT/data/{key}", value.tobytes())
 
@@ -472,17 +473,30 @@ def test_torchscript_archive_without_torch(tmp_path):
         return root
 
     path = tmp_path / "ViT-B-32.pt"
-    torchscript_archive(path, storages, build)
+    torch_archive(path, storages, build)
     state = read_state_dict(str(path))
     assert list(state) == ["visual.weight", "scale", "bias"]
     np.testing.assert_array_equal(state["visual.weight"], [[4, 6, 8], [5, 7, 9]])
     np.testing.assert_array_equal(state["bias"], [0.5, 2])
     assert state["scale"].shape == () and np.asarray(state["scale"]) == 2
-    torchscript_archive(path, storages, lambda script: _Rebuilt("0", (13,), (1,)))
+    torch_archive(path, storages, lambda script: _Rebuilt("0", (13,), (1,)))
     with pytest.raises(UserError, match="beyond its storage"):
         read_state_dict(str(path))
-    torchscript_archive(path, storages, lambda script: print)
+    torch_archive(path, storages, lambda script: print)
     with pytest.raises(UserError, match="not allowed in a file of weights"):
+        read_state_dict(str(path))
+
+
+def test_archives_of_torch_save_without_torch(tmp_path, monkeypatch):
+    """State dicts, also under a wrapper, are read without PyTorch; other objects are for it to judge."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    storages, path = {"0": np.arange(6, dtype=np.float32)}, tmp_path / "x.pth"
+    torch_archive(path, storages, lambda script: {"model": {"w": _Rebuilt("0", (2, 3), (3, 1)), "n": 3}}, False)
+    state = read_state_dict(str(path))
+    np.testing.assert_array_equal(state["w"], [[0, 1, 2], [3, 4, 5]])
+    assert state["w"].shape == (2, 3) and state["n"].shape == ()
+    torch_archive(path, storages, lambda script: {"w": _Rebuilt("0", (2,), (1,)), "args": script()}, False)
+    with pytest.raises(UserError, match="needs PyTorch"):
         read_state_dict(str(path))
 
 

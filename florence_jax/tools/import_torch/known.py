@@ -10,21 +10,23 @@ _HALF = (0.5, 0.5, 0.5)
 _QUICK, _EXACT = "quick_gelu", "gelu"
 # Patterns of a name; the activation; other fields; how pictures are made. The first that matches counts.
 KNOWN: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
-    (r"metaclip_?2|worldwide|clipa|xlm|coca|siglip", "", {}, {}),  # none of what follows
-    (r"quick-?gelu", _QUICK, {}, evaluation()),
+    (r"metaclip[-_]?2(?!pt5b)|worldwide|clipa|xlm|coca|siglip", "", {}, {}),  # none of what follows
+    (r"vit[-_](s|b|l|h|g|bigg)[-_]\d\d[\w.-]*quick-?gelu", _QUICK, {}, evaluation()),
     (
-        r"(^|/)vit-(b-32|b-16|l-14|l-14-336px)\.pt$|(^|/)clip-vit-\w+-patch\d+(-336)?(/|$)|\.openai\b",
+        r"(^|/)vit-(b-32|b-16|l-14|l-14-336px)\.pt$|(^|/|--)clip-vit-\w+-patch\d+(-336)?(/|$)|vit_\w+_clip_\d+\.openai",
         _QUICK,
         {},
         evaluation(),
     ),
-    (r"altogether", _EXACT, {}, evaluation()),
-    (r"metaclip|(^|/)[bhlg]\d\d_(400m|fullcc2\.5b)\.pt$", _QUICK, {}, evaluation()),
+    (r"vit[-_]b[-_]32[\w.-]*laion-?400m|vit_base_patch32_clip_224\.laion400m", _QUICK, {}, evaluation()),
+    (r"metaclip_altogether|(^|/)h14_v1\.2_altogether", _EXACT, {}, evaluation()),
+    (r"metaclip_(400m|fullcc|2pt5b)|(^|/)[bhlg]\d\d_(400m|fullcc2\.5b)\.pt$", _QUICK, {}, evaluation()),
     (r"dfn2b-clip-vit-l-14-39b|dfn2b_s39b", _EXACT, {}, evaluation()),
-    (r"dfn2b", _QUICK, {}, evaluation()),
-    (r"dfn5b", _QUICK, {}, evaluation("squash")),
-    (r"vit-l-14-laion2b", _EXACT, dict(image_mean=_HALF, image_std=_HALF), evaluation()),
-    (r"laion-?(2b|400m)|datacomp|commonpool", _EXACT, {}, evaluation()),
+    (r"dfn2b-clip-vit", _QUICK, {}, evaluation()),
+    (r"dfn5b-clip-vit", _QUICK, {}, evaluation("squash")),
+    (r"vit-l-14-laion2b-s32b", _EXACT, dict(image_mean=_HALF, image_std=_HALF), evaluation()),
+    # Their tags end in samples seen or epochs, so that a folder called after a data set is none of them.
+    (r"(laion-?2b|laion-?400m|datacomp|commonpool)[\w.-]*?[-_.](s\d+[bm]|e\d\d|39b)\b", _EXACT, {}, evaluation()),
 )
 
 
