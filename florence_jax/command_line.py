@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from florence_jax.config_files import ConfigFileParser, shipped_configs
 from florence_jax.config_help import help_text
-from florence_jax.errors import EXIT_INTERRUPTED, UserError
+from florence_jax.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, UserError
 from florence_jax.files import with_home
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).", lock_config=True)
@@ -51,6 +51,15 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     os.write(2, b"\nstopped by Ctrl-C\n")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     raise KeyboardInterrupt
+
+
+def exit_code(work: Callable[[], int | None]) -> int:
+    """What `work` returns, 0 for None; after a user's mistake, or trouble with a file, one line on stderr and 2."""
+    try:
+        return work() or 0
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
 
 
 def enter_with_flags(main: Callable[[list[str]], None]) -> NoReturn:
@@ -109,4 +118,4 @@ def fail(error: Exception) -> NoReturn:
         name = flag.removeprefix("flag ").partition("=")[0]
         text = f"{flag}: {name} is a group of options, of which one is given by its name, as {name}.NAME=VALUE"
     print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(EXIT_MISTAKE)

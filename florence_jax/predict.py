@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from florence_jax.command_line import enter
+from florence_jax.command_line import enter, exit_code
 from florence_jax.data.ops.image import Decode
 from florence_jax.data.records import BadRecord, Source, summary_of
 from florence_jax.data.sources.catalog import open_pictures
@@ -128,21 +128,19 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, type[Answe
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code (2 for a user's mistake)."""
     logging.set_verbosity(logging.ERROR)  # Orbax reports every phase of a restore, the stream every bad record
-    try:
+
+    def work() -> None:
         args, kind = parse_arguments(with_home(argv))
         source = open_pictures(args.input)
         print(summary_of(source).get("says", f"{source.name}: {len(source):,} pictures"), flush=True)
         facts = {"init": args.init, "input": args.input}
         answers = predict(kind.open(args.init, args), source, Path(args.out), facts)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for key, reason in answers.unread:
-        print(f"not read: {key}: {reason}", file=sys.stderr)
-    print(
-        f"{len(answers.found)} pictures, {len(answers.unread)} not read: {args.out}/report.html, predictions.csv, .json"
-    )
-    return 0
+        for key, reason in answers.unread:
+            print(f"not read: {key}: {reason}", file=sys.stderr)
+        read, unread = len(answers.found), len(answers.unread)
+        print(f"{read} pictures, {unread} not read: {args.out}/report.html, predictions.csv, .json")
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

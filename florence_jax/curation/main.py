@@ -14,10 +14,9 @@ from ml_collections import config_flags
 
 from florence_jax.command_line import CONFIG, WORKDIR, enter_with_flags, fail, no_more_arguments
 from florence_jax.config_files import read_config
-from florence_jax.curation.driver import curate
 from florence_jax.curation.output.terminal import summary_lines
 from florence_jax.curation.sample import SOURCES, build_sample
-from florence_jax.errors import UserError
+from florence_jax.errors import UserError, require
 from florence_jax.files import read_json, write_json
 
 BY_INPUT, FOR_INPUT = "by input", "preset=own"  # see configs/curate.py
@@ -84,6 +83,9 @@ def main(argv: list[str]) -> None:
     workdir = workdir if "://" in workdir else os.path.abspath(workdir)
     quiet()
     try:
+        require("apache_beam", "data curation needs Apache Beam: pip install '.[curation]'")
+        from florence_jax.curation.driver import curate
+
         config = given_config()
         config = with_sample(config, workdir)
         if read_json(f"{workdir}/config.json") != config:

@@ -21,7 +21,7 @@ from florence_jax.curation.select.queries import Metadata
 from florence_jax.curation.select.relevance import RelevanceRules
 from florence_jax.curation.select.rules import SelectRules
 from florence_jax.curation.select.stage import Relevance, Selection
-from florence_jax.errors import UserError
+from florence_jax.errors import UserError, require
 from florence_jax.files import filesystem, json_digest, read_json
 
 OUTPUT_FORMATS = ("array_record", "parquet", "webdataset")
@@ -237,6 +237,8 @@ def _check_scores(
     for option, used, names in needed:
         if used and not all(scores.get(name) for name in names):
             raise UserError(f"{option} needs a score: set {' and '.join(f'scores.{name}' for name in names)}")
+    if clusters:
+        require("sklearn", "selection.clusters needs scikit-learn: pip install '.[curation]'")
     if select.cluster_t and not (clusters and scores["relevance"].startswith("checkpoint:")):
         raise UserError(
             "selection.cluster_t needs selection.clusters and image embeddings: set scores.relevance=checkpoint:FOLDER"

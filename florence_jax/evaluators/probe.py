@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from florence_jax.data.sources.labelled import Labelled
-from florence_jax.errors import UserError
+from florence_jax.errors import UserError, require
 from florence_jax.evaluators.base import Evaluator
 from florence_jax.evaluators.classification import ClassificationMetrics
 from florence_jax.evaluators.metrics import average_precisions, class_targets
@@ -177,6 +177,8 @@ class LinearProbe(Evaluator):
         self._several = train.labels.ndim == 2
         if compare and self._several:
             raise UserError(f"probe {name}: the comparison with scikit-learn is for one class an image")
+        if compare:
+            require("sklearn", "config.probe.sklearn needs scikit-learn: pip install '.[eval]'")
         self.name, self._metric = name, metric
         self._train, self._test, self._validation = train, test, validation
         self._ops, self._embedder, self._on_corrupt = ops, embedder, on_corrupt
@@ -276,10 +278,8 @@ class LinearProbe(Evaluator):
     def _sklearn(
         self, ours: Fits, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]
     ) -> dict[str, float]:
-        try:
-            from sklearn.linear_model import LogisticRegression as Theirs
-        except ImportError as error:
-            raise UserError("config.probe.sklearn needs scikit-learn: pip install '.[eval]'") from error
+        from sklearn.linear_model import LogisticRegression as Theirs
+
         c = float(ours.cs[0])
         began = time.perf_counter()
         fit = Theirs(C=c, tol=SKLEARN_TOLERANCE, max_iter=10_000).fit(train[0].astype(np.float64), train[1])

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from florence_jax.command_line import enter
+from florence_jax.command_line import enter, exit_code
 from florence_jax.errors import UserError
 from florence_jax.files import with_home, write_text
 
@@ -110,8 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--vary", default="", help="NAME=VALUE,VALUE: a config key and its values")
     parser.add_argument("--workdir", default="runs/compare")
-    args, extra = parser.parse_known_args(with_home(argv))
-    try:
+
+    def work() -> None:
+        args, extra = parser.parse_known_args(with_home(argv))
         if unknown := [option for option in extra if not option.startswith("--config.")]:
             raise UserError(f"unknown option {unknown[0]!r}; settings of the runs are written --config.name=value")
         varied, runs = parse_vary(args.vary), []
@@ -125,11 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for workdir, settings in runs:
             label = f"{settings['name']}={settings['value']}" if settings["name"] else "as configured"
             results.setdefault(label, []).append(train_run(workdir, settings))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.config}, seeds {args.seeds}: mean (lowest to highest)\n{comparison_table(results)}")
-    return 0
+        print(f"{args.config}, seeds {args.seeds}: mean (lowest to highest)\n{comparison_table(results)}")
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

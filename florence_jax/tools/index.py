@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from florence_jax.command_line import enter
+from florence_jax.command_line import enter, exit_code
 from florence_jax.data.records import BadRecord, ListSource, Source, record_thumbnail, summary_of
 from florence_jax.data.sources.catalog import is_picture_folder, open_pictures, open_source
 from florence_jax.data.sources.folder import FolderSource
@@ -230,14 +230,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     query.add_argument("--html", default="", help="also write a page with the pictures")
     for command in (embed, query):
         command.add_argument("--tokenizer", default="", help="default: the one that the weights were trained with")
-    args = parser.parse_args(with_home(argv))
     logging.set_verbosity(logging.ERROR)  # Orbax reports every phase of a restore
-    try:
+
+    def work() -> None:
+        args = parser.parse_args(with_home(argv))
         _embed(args) if args.command == "embed" else _query(args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

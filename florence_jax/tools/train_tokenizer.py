@@ -15,13 +15,12 @@ names are then trained ones, and most of these occur in several texts.
 
 import argparse
 import io
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
 from etils import epath
 
-from florence_jax.command_line import enter
+from florence_jax.command_line import enter, exit_code
 from florence_jax.data.captions import normalise_caption
 from florence_jax.data.prompts import TEMPLATES
 from florence_jax.data.sources.catalog import open_source
@@ -91,7 +90,7 @@ def source_texts(spec: str, fields: Sequence[str] = ()) -> Iterator[str]:
         for field in fields or TEXT_FIELDS:
             value = record.get(field)
             for text in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(text, str):
+                if text and isinstance(text, str):
                     yield text
     if missing := [field for field in fields if field not in known]:
         raise UserError(f"{spec}: no record has the field {missing[0]!r}; fields: {', '.join(sorted(known))}")
@@ -106,8 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fields", help=f"record fields of --source to take texts from ({','.join(TEXT_FIELDS)})")
     parser.add_argument("--vocab_size", type=int, default=2000)
     parser.add_argument("--out", required=True, help="file to write, *.model")
-    args = parser.parse_args(with_home(argv))
-    try:
+
+    def work() -> None:
+        args = parser.parse_args(with_home(argv))
         if not args.out.endswith(".model"):
             raise UserError(f"--out={args.out}: the name must end in .model")
         fields = [field.strip() for field in args.fields.split(",")] if args.fields else ()
@@ -116,11 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{args.corpus or args.source} has no text")
         model = train_pieces([*texts, *(template.replace("{}", " ") for template in TEMPLATES)], args.vocab_size)
         epath.Path(args.out).write_bytes(model)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {args.out}: {args.vocab_size} pieces, {len(model)} bytes")
-    return 0
+        print(f"wrote {args.out}: {args.vocab_size} pieces, {len(model)} bytes")
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

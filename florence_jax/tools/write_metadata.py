@@ -7,10 +7,9 @@ also where there is one. Each file is read once, pictures and all.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from florence_jax.command_line import enter
+from florence_jax.command_line import enter, exit_code
 from florence_jax.data.sources.array_record import META, array_record_paths, write_side_file
 from florence_jax.errors import UserError
 from florence_jax.files import with_home
@@ -23,18 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m florence_jax.tools.write_metadata", description=__doc__, formatter_class=layout
     )
     parser.add_argument("data", nargs="+", help="file, pattern or folder of *.array_record* files")
-    args = parser.parse_args(with_home(argv))
-    try:
-        for spec in args.data:
+
+    def work() -> None:
+        for spec in parser.parse_args(with_home(argv)).data:
             paths = array_record_paths(spec)
             if not paths:
                 raise UserError(f"{spec}: no *.array_record files there")
             for path in paths:
                 print(f"{path}{META}: {write_side_file(path)} records", flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ to another). The captions are those of the pairs themselves; a run takes a near-
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from florence_jax.command_line import enter
+from florence_jax.command_line import enter, exit_code
 from florence_jax.curation.keyed import fractions, keyed_hashes
 from florence_jax.curation.select.queries import (
     Matches,
@@ -121,15 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tail", type=float, help="find the t with this share of matches in rare queries")
     parser.add_argument("--keep_unmatched", action="store_true", help="as selection.keep_unmatched")
     parser.add_argument("--share", type=float, default=1.0, help="of the pairs to hold in memory, for large runs")
-    args = parser.parse_args(with_home(argv))
-    try:
+
+    def work() -> None:
+        args = parser.parse_args(with_home(argv))
         if not (args.t or args.size or args.tail):
             raise UserError("nothing to predict: give --t, --size or --tail")
         print(json.dumps(simulate(args.workdir.rstrip("/"), Metadata.from_file(args.metadata), args), indent=1))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from florence_jax.data.records import ArraySource, BadRecord, Record, Source
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.folder import FolderSource, class_name, class_rows, open_class_folders
 from florence_jax.data.sources.picture_files import list_pictures
-from florence_jax.errors import UserError
+from florence_jax.errors import UserError, require
 from florence_jax.files import table_rows
 
 ISIC_CSV = "ISIC2018_Task3_Training_GroundTruth.csv"
@@ -168,10 +168,9 @@ def chestx(folder: epath.Path) -> Labelled:
 
 def digits(part: str = "") -> Labelled:
     """scikit-learn's `load_digits`, scaled to 0-255: all, or 'train' (the first 1,000), or 'test' (the other 797)."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError("the digits set needs scikit-learn: pip install '.[eval]'") from error
+    require("sklearn", "the digits set needs scikit-learn: pip install '.[eval]'")
+    from sklearn.datasets import load_digits
+
     parts = {"": slice(None), "train": slice(DIGITS_TRAIN), "test": slice(DIGITS_TRAIN, None)}
     if part not in parts:
         raise UserError(f"labelled set 'digits:{part}' does not exist; use digits, digits:train or digits:test")

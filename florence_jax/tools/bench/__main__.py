@@ -22,8 +22,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from florence_jax.command_line import enter
-from florence_jax.errors import UserError
+from florence_jax.command_line import enter, exit_code
 from florence_jax.files import with_home
 from florence_jax.jobs.host_memory import keep_freed_memory
 
@@ -54,15 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == [name]:
             chosen = importlib.import_module(module)
             chosen.add_arguments(command)
-    args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
+        args = parser.parse_args(argv)
         with contextlib.redirect_stdout(sys.stderr):  # stdout is the JSON line's alone
             result = chosen.run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps({"benchmark": args.benchmark, **result}))
-    return 0
+        print(json.dumps({"benchmark": args.benchmark, **result}))
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from florence_jax.errors import UserError
+from florence_jax.errors import UserError, require
 from florence_jax.evaluators.solvers.logistic import Fits, LogisticRegression, objective, sklearn_weights
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tools.bench import timing
@@ -78,7 +78,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--examples, --test and --dimensions must be positive, --classes from 2 to --examples")
     if args.tol <= 0:
         raise UserError(f"--tol={args.tol} must be positive")
-    model = _sklearn()
+    require("sklearn", "bench probe needs scikit-learn: pip install '.[eval]'")
+    from sklearn.linear_model import LogisticRegression as model
+
     features, labels = make_features(args)
     n = args.examples
     split = ProbeData(features[:n], labels[:n], features[n:], labels[n:])
@@ -116,14 +118,6 @@ def _parse_cs(text: str) -> list[float]:
     if not all(0 < c < float("inf") for c in cs):
         raise UserError(f"--cs={text!r}: every C must be positive")
     return cs
-
-
-def _sklearn() -> Any:
-    try:
-        from sklearn.linear_model import LogisticRegression as Theirs
-    except ImportError as error:
-        raise UserError("bench probe needs scikit-learn: pip install '.[eval]'") from error
-    return Theirs
 
 
 def _ours(args: argparse.Namespace, cs: list[float], split: ProbeData) -> tuple[Fits, float]:

@@ -15,14 +15,13 @@ for it. A tensor is read when it is written, so that the memory is a few times t
 
 import argparse
 import ast
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from florence_jax.command_line import enter
+from florence_jax.command_line import enter, exit_code
 from florence_jax.errors import UserError
 from florence_jax.files import with_home
 from florence_jax.params.weights import make_description, save_pretrained
@@ -81,12 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a model option the file does not show"
     )
-    try:
-        run(parser.parse_args(with_home(argv)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(parser.parse_args(with_home(argv))))
 
 
 if __name__ == "__main__":
