@@ -206,6 +206,14 @@ def test_a_config_json_that_cannot_be_read_is_one_message(pairs, tmp_path):
         check_same_run({"task": "pretrain"}, tiny_config(pairs), tmp_path)
 
 
+def test_a_mixture_named_otherwise_is_the_same(pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text('{"identity": {"data.train": "emoji:train|a*2|b"}}')
+    check_same_run({"data.train": f"emoji:train | {tmp_path}/a/*2 | ./b/"}, tiny_config(pairs), tmp_path)
+    with pytest.raises(UserError, match="holds a run with config.data.train"):
+        check_same_run({"data.train": "emoji:train|a*3|b"}, tiny_config(pairs), tmp_path)
+
+
 def test_a_mistake_in_the_evaluation_costs_no_training(pairs, tmp_path):
     with pytest.raises(UserError, match="'gone' does not exist"):
         train(tiny_config(pairs, **{"eval.source": "gone"}), tmp_path / "run")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -164,6 +165,13 @@ def _differences(new: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Whether two values are equal, or one path: relative and absolute, with and without a slash at its end."""
-    paths = isinstance(old, str) and isinstance(new, str) and old and new
-    return old == new or bool(paths) and os.path.abspath(old) == os.path.abspath(new)
+    """Whether two values are equal, or the same paths: relative and absolute, with and without a slash at their end."""
+    if not isinstance(old, str) or not isinstance(new, str):
+        return old == new
+    return old == new or bool(old and new) and _places(old) == _places(new)
+
+
+def _places(spec: str) -> list[tuple[str, str]]:
+    """(absolute path, weight) of each source of a mixture; see `catalog.open_mixture`."""
+    parts = (re.fullmatch(r"(.*?)(\*-?\d[\d.eE+-]*)?", part.strip(), re.DOTALL) for part in spec.split("|"))
+    return [(os.path.abspath(part[1]), part[2] or "") for part in parts if part]
