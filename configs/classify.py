@@ -22,14 +22,15 @@ Arguments: protocol = zeroshot | probe | fewshot | head | finetune_unicl | finet
 weights' own); runlocal. probe: logistic regression on frozen features, CLIP's protocol. fewshot: 600 episodes of CD-FSL
 on the head; --config.fewshot.train=backbone trains the image tower too, as in the paper.
 Fine-tuning has the paper's ImageNet recipe (UniCL loss on class prompts, no new head, batch 8,192, 10 epochs, cosine,
-500 warm-up steps, peak 2e-5); smaller data get a batch of at most their own size. It was run at size ti only.
+500 warm-up steps, peak 2e-5) for sets of 100,000 images and more. Smaller ones get batch, epochs and learning rate by
+their size, and the epoch is kept that is best on held-out images. It was run at size ti only.
 
 A preflight of fine-tuning (florence_jax.tools.aot_compile) needs neither weights nor data:
 --config.init= --config.model.variant=NAME --config.data.train= --config.total_steps=1560
 (and, with a head, --config.classes=imagenet2012 for its size).
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from florence_jax.config_files import parse_arg
 from florence_jax.errors import UserError
@@ -55,20 +56,24 @@ def get_config(arg: str | None = None) -> ConfigDict:
     learns = trains or given.protocol == "probe"
     config.data.train = "emoji:train" if learns else ""  # images with their classes
     config.data.test = "" if learns else "emoji:new_style"  # held-out images; '': `holdout` of each class of data.train
-    config.data.train_ops = "decode|rrc({res}, scale=(0.5, 1.0))|flip(0.5)"  # no mixup, no colour changes
+    config.data.train_ops = ""  # '': crops; mirrored too from 100,000 images on
     config.data.eval_ops = ""  # '': as the publishers of the weights do, else shorter side and crop (KITTI: squashed)
     config.holdout = 0.2  # share of each class that is kept for testing or choosing, where no such images are named
-    config.validation = ""  # probe: images to choose C on; '': `holdout` of each class of data.train
+    config.validation = ""  # images to choose the probe's C and the epoch on; '': `holdout` of each class of data.train
     config.classes = ""  # a file of class names, or a shipped set such as food101; '': the data's own labels
     config.label_field = ""  # record field with the class; '': class_id, labels or caption
     config.templates = ""  # a set's name or a file; '': the data set's own, else CLIP's 80 and the bare name
     config.metric = ""  # top1 | mean_per_class | voc_map | roc_auc; '': the data set's own
     config.text = {"tokenizer": ""}  # '': the one that the weights were trained with
     config.eval.every = -1  # each epoch
-    config.batch_size = 8192  # at most the number of images
-    config.epochs, config.total_steps = 10, 0  # total_steps > 0 overrides epochs
-    # finetune_linear: 'zeros', on the features; 'text': class embeddings, after the projection
-    config.head_init = "zeros"
+    # None, here and below: from 100,000 images on the paper's recipe, below by their number (docs/classification.md)
+    config.batch_size = config_dict.placeholder(int)  # at most the number of images
+    config.epochs = config_dict.placeholder(int)
+    config.total_steps = 0  # above 0 it overrides epochs
+    config.keep = ""  # 'best': of the epoch that is best on held-out images; 'last'; '': best below 100,000 images
+    # finetune_linear: 'probe', of a linear probe, or 'zeros', on the features; 'text': class embeddings, after the
+    # projection; '': probe below 100,000 images
+    config.head_init = ""
     config.label_smoothing = 0.0  # finetune_linear: share of the target that is spread over all classes
     config.wise_ft = ()  # also evaluate (1 - a) initial + a fine-tuned weights for each a, e.g. (0.5,)
     config.forgetting = {  # fine-tuning
@@ -85,8 +90,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "episodes": 600,
         "lanes": 0,  # episodes trained at once, under vmap; 0: 64 heads, or as many backbones as fit
     }
-    config.optim.learning_rate = 2e-5
-    config.optim.warmup_steps = 500  # at most a tenth of the steps
+    config.optim.learning_rate = config_dict.placeholder(float)
+    config.optim.warmup_steps = config_dict.placeholder(int)  # at most a tenth of the steps
     config.optim.layer_decay = 1.0  # learning rate of each layer over that of the one above it
     if given.runlocal:
         config.batch_size, config.data.workers, config.eval.batch_size = 16, 0, 32

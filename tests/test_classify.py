@@ -259,11 +259,17 @@ def test_fine_tuning_with_the_unicl_loss(weights, pictures, tmp_path, capsys):
     options += ["--config.forgetting.source=emoji:new_names"]
     assert classify("finetune_unicl", tmp_path / "run", weights, pictures, *options) == 0
     found = result(tmp_path / "run")
-    # A fifth of each class is held out; a batch is no larger than the rest, sixteen images: one step an epoch.
+    # A fifth of each class is held out, and of the rest again; a batch is no larger than what is left, twelve images,
+    # of which eight devices take eight: one step an epoch.
     assert found["step"] == 3 and found["eval/test/images"] == 4
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     probes = [line for line in lines if "eval/forgetting/now" in line]
-    assert [line["step"] for line in probes] == [1, 2]  # each epoch; the last is in result.json
+    assert [line["step"] for line in probes] == [0, 1, 2, 3]  # each epoch, and the start
+    held = {line["step"]: line["eval/validation/top1"] for line in probes}
+    assert found["kept_step"] == max(step for step in held if held[step] == max(held.values()))
+    assert found["eval/validation/top1"] == max(held.values())  # what is kept is what result.json is of
+    assert found["eval/test/probe_top1"] >= 0.75
+    assert "a linear probe of the first weights" in (tmp_path / "run" / "report.html").read_text()
     assert all(line["perf/data_wait_share"] <= 1 for line in lines if "train/loss" in line)  # evaluation is not a step
     assert found["eval/forgetting/drop"] == pytest.approx(
         found["eval/forgetting/before"] - found["eval/forgetting/now"]
@@ -293,17 +299,26 @@ def test_linear_head_learns_the_colours_and_spares_the_text_tower(weights, pictu
     assert not np.array_equal(old["image"]["norm"]["scale"], new["image"]["norm"]["scale"])
 
 
-def test_a_head_of_class_embeddings_answers_like_zero_shot(zero_shot, weights, pictures, names_file):
+def test_a_head_starts_with_the_answers_of_zero_shot_or_of_a_probe(zero_shot, weights, pictures, names_file):
     config = get_config("protocol=finetune_linear")
     config.init, config.classes = weights, names_file
     config.data.train = config.data.test = pictures
     config.head_init, config.eval.batch_size = "text", 24
     task, mesh = FineTuneLinear(config), make_mesh(-1, 1)
     fresh = jax.device_put(task.init(jax.random.key(0)), replicated(mesh))
-    (test,) = task.evaluators(mesh)
+    test, _ = task.evaluators(mesh)
     loaded = task.load(mesh)  # of mode=eval, where nothing was trained
-    assert test.run(loaded)["top1"] == result(zero_shot)["eval/zero_shot/top1"]
+    found = test.run(loaded)
+    assert found["top1"] == result(zero_shot)["eval/zero_shot/top1"]
     jax.tree.map(np.testing.assert_array_equal, loaded, task.start(fresh))
+    config.head_init = "probe"
+    task = FineTuneLinear(config)
+    (test, held), loaded = task.evaluators(mesh), task.load(mesh)
+    # It has not seen what the parameters are chosen by; the probe that stands beside has.
+    first = task.probe_fit(mesh, loaded)
+    np.testing.assert_array_equal(loaded["head"]["weight"], first.chosen.weights[0])
+    assert held.run(loaded)["top1"] == pytest.approx(first.tried[first.chosen.cs[0]])
+    assert found["probe_top1"] == test.run(loaded)["probe_top1"] >= 0.75
 
 
 def test_linear_probe_on_twenty_images(weights, pictures, tmp_path):
@@ -395,7 +410,12 @@ def test_weights_of_an_import_and_another_resolution(weights, tmp_path):
         ("finetune_linear", ["--config.init="], "no weights: give them with --config.init=DIR; or the size"),
         ("finetune_linear", ["--config.model.variant=B"], "are of variant ti, not B"),
         ("paint", [], "unknown protocol 'paint'"),
-        ("finetune_linear", ["--config.wise_ft=(0.5,)"], "with a linear head needs --config.head_init=text"),
+        (
+            "finetune_linear",
+            ["--config.wise_ft=(0.5,)", "--config.head_init=zeros"],
+            "with a linear head needs --config.head_init=probe or text",
+        ),
+        ("finetune_linear", ["--config.keep=first"], "config.keep='first' is unknown; choose 'best' or 'last'"),
         ("finetune_linear", ["--config.head_init=ones"], "config.head_init='ones' is unknown"),
         ("finetune_unicl", ["--config.wise_ft=(1.5,)"], "shares of the fine-tuned weights"),
         ("finetune_unicl", ["--config.optim.layer_decay=2.0"], "optim.layer_decay=2.0"),

@@ -317,16 +317,18 @@ def as_labelled(source: Source, classes: ClassIndex) -> Labelled:
     return Labelled(source, all_targets(source, classes), tuple(classes.first_names))
 
 
-def hold_out(source: Source, classes: ClassIndex, share: float, seed: int) -> tuple[Subset, Subset]:
+def hold_out(
+    source: Source, classes: ClassIndex, share: float, seed: int, instead: str = "--config.data.test=DATA"
+) -> tuple[Subset, Subset]:
     """Splits a labelled source by class: (the rest, a random `share` of each class, at least one image of two or more).
+
+    `instead` is the option that makes it unnecessary, for messages.
 
     Raises:
       UserError: for a share outside (0, 1), records that cannot be read, or too few images to hold any out.
     """
     if not 0 < share < 1:
-        raise UserError(
-            f"config.holdout={share} must be above 0 and below 1, or give a test set with --config.data.test"
-        )
+        raise UserError(f"config.holdout={share} must be above 0 and below 1, or give {instead}")
     targets = all_targets(source, classes)
     strata = targets.argmax(1) if classes.multi else targets
     rng, held = np.random.default_rng(seed), []
@@ -335,8 +337,6 @@ def hold_out(source: Source, classes: ClassIndex, share: float, seed: int) -> tu
         held.append(rows[: max(round(share * len(rows)), 1) if len(rows) > 1 else 0])
     chosen = np.sort(np.concatenate(held))
     if not len(chosen):
-        raise UserError(
-            f"{source.name}: no class has two images, so none can be held out; give --config.data.test=DATA"
-        )
+        raise UserError(f"{source.name}: no class has two images, so none can be held out; give {instead}")
     rest = np.setdiff1d(np.arange(len(source)), chosen)
     return Subset(source, rest, f"{source.name} (train)"), Subset(source, chosen, f"{source.name} (held out)")

@@ -1,14 +1,97 @@
-"""What fine-tuning is watched by: weights interpolated with the first ones, zero-shot accuracy lost."""
+"""What fine-tuning is watched by: held-out images, a linear probe, weights interpolated with the first, forgetting."""
 
 import html
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import logging
 
+from florence_jax.data.records import Source
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.classification import Classification
+
+NOT_BEATEN = "Fine-tuning does not beat the probe"
+
+
+class Validation(Evaluator):
+    """The headline number alone of a classification, by which the parameters of a run are chosen."""
+
+    def __init__(self, evaluator: Classification):
+        self.name, self.charts, self.metric = evaluator.name, evaluator.charts, evaluator.metric
+        self._evaluator = evaluator
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """Of the evaluator."""
+        return self._evaluator.sources
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """Of the evaluator."""
+        return {name: value for name, value in self._evaluator.chance.items() if name == self.metric}
+
+    def run(self, params: Any) -> dict[str, float]:
+        """See the class."""
+        return {self.metric: self._evaluator.run(params)[self.metric]}
+
+
+class BesideProbe(Evaluator):
+    """A classification by fine-tuned weights, and what a linear probe of the first weights scores on the same images.
+
+    Results: the classification's, and 'probe_<metric>'. The report says where the probe is not beaten.
+
+    Args:
+      evaluator: of the fine-tuned weights.
+      probe: called with the parameters of the run, gives the probe's results.
+    """
+
+    def __init__(self, evaluator: Classification, probe: Callable[[Any], Mapping[str, float]]):
+        self.name, self.charts = evaluator.name, evaluator.charts
+        self._evaluator, self._probe = evaluator, probe
+        self._sentence = ""
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """Of the evaluator."""
+        return self._evaluator.sources
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """Of the evaluator, and the same for the probe."""
+        chance, metric = dict(self._evaluator.chance), self._evaluator.metric
+        return chance | ({f"probe_{metric}": chance[metric]} if metric in chance else {})
+
+    def run(self, params: Any) -> dict[str, float]:
+        """See the class."""
+        results, metric = self._evaluator.run(params), self._evaluator.metric
+        probe = self._probe(params)
+        self._sentence = _compared(self.name, metric, results[metric], probe[metric], int(results["images"]))
+        return results | {f"probe_{metric}": probe[metric]}
+
+    def report(self) -> list[str]:
+        """The comparison, then the evaluator's."""
+        if warned := NOT_BEATEN in self._sentence:
+            logging.warning("%s", self._sentence)
+        kind = ' class="warning"' if warned else ""
+        return [f"<p{kind}>{html.escape(self._sentence)}</p>", *self._evaluator.report()]
+
+    def files(self) -> Mapping[str, bytes]:
+        """Of the evaluator."""
+        return self._evaluator.files()
+
+
+def _compared(name: str, metric: str, tuned: float, probe: float, images: int) -> str:
+    error = math.sqrt(max(probe * (1 - probe), 0) / max(images, 1))
+    said = f"{name}: fine-tuned {metric} {tuned:.3f}, a linear probe of the first weights {probe:.3f} ({images} images"
+    said += f", standard error about {error:.3f})"
+    if tuned > probe:
+        return said
+    return (
+        f"{said}. {NOT_BEATEN}, which takes seconds (protocol=probe): more images, other config.data.train_ops, or "
+        "another config.optim.learning_rate or config.epochs may change that"
+    )
 
 
 class Interpolated(Evaluator):

@@ -17,20 +17,31 @@ from florence_jax.params.rules import Policy, frozen_entries
 
 FREE_OPTIONS = ("dtype", "remat", "scan", "drop_path", "logit_scale_init")  # of a model: may change in a resumed run
 WARMUP_SHARE = 0.1  # of a run that is counted in epochs: the most that its warm-up may take
+EVALUATIONS = 10  # of such a run on its way, where one each epoch is asked for: the most
+
+
+class RunDefaults(NamedTuple):
+    """What a run that is counted in epochs takes where its configuration has None; see `make_plan`."""
+
+    batch_size: int
+    epochs: int
+    learning_rate: float
+    warmup_steps: int
 
 
 class Plan(NamedTuple):
-    """How long a run is, in steps. Epochs are resolved.
+    """How long a run is, in steps, and how fast it learns. Epochs are resolved.
 
     Attributes:
       batch_size: global examples a step.
-      total_steps, warmup_steps: of the learning-rate schedule.
+      total_steps, warmup_steps, learning_rate: of the learning-rate schedule; the last is its peak.
       eval_every, log_every: steps between evaluations and between logged lines; 0: never.
     """
 
     batch_size: int
     total_steps: int
     warmup_steps: int
+    learning_rate: float
     eval_every: int
     log_every: int
 
@@ -84,11 +95,14 @@ class Task(Suite, Protocol):
       plan: length of the run.
       flops_per_example: analytic forward + backward FLOPs of one training example (3 x forward), for MFU.
       charts: of the metrics that `loss` gives, for the page of the run.
+      select: the result of an evaluation ('eval/validation/top1') by which the parameters of the run are chosen among
+        those of all its evaluations, the first and the last step's included; '': the last.
     """
 
     plan: Plan
     flops_per_example: float
     charts: Sequence[Chart] = ()
+    select: str = ""
 
     @property
     def policy(self) -> Policy:
@@ -133,39 +147,53 @@ def frozen_parts(task: Task, config: ConfigDict) -> frozenset[str]:
     return frozen_entries(config.optim.lr_rules, shapes, task.policy)
 
 
-def make_plan(config: ConfigDict, examples: int | None = None) -> Plan:
+def make_plan(config: ConfigDict, examples: int | None = None, recipe: RunDefaults | None = None) -> Plan:
     """The plan of a configuration.
 
     One with `config.epochs`, over `examples`: a batch is made no larger than the data (in whole multiples of the
-    devices), `total_steps` is filled in where it is 0, `eval.every` where it is -1 (each epoch); warm-up and log
-    interval are cut to a tenth of the steps.
+    devices), `total_steps` is filled in where it is 0, `eval.every` where it is -1 (each epoch, but at most
+    `EVALUATIONS` times); warm-up and log interval are cut to a tenth of the steps.
 
     Args:
       config: of the run.
       examples: of the training data; None where nobody counted them: then `total_steps` must be given.
+      recipe: for the keys of `RunDefaults` that are None, of the configuration or of its `optim`.
 
     Raises:
       UserError: for a length that is not known.
     """
-    plan = Plan(config.batch_size, config.total_steps, config.optim.warmup_steps, config.eval.every, config.log.every)
+    batch, epochs, rate, warmup = (
+        getattr(recipe, name) if place[name] is None else place[name]
+        for name, place in (
+            ("batch_size", config),
+            ("epochs", config if "epochs" in config else {"epochs": 0}),
+            ("learning_rate", config.optim),
+            ("warmup_steps", config.optim),
+        )
+    )
     if "epochs" not in config:
-        if plan.eval_every < 0:
-            raise UserError(f"config.eval.every={plan.eval_every} must be a number of steps, or 0 for only at the end")
-        return plan
-    batch, epoch = plan.batch_size, 0
+        if config.eval.every < 0:
+            raise UserError(
+                f"config.eval.every={config.eval.every} must be a number of steps, or 0 for only at the end"
+            )
+        return Plan(batch, config.total_steps, warmup, rate, config.eval.every, config.log.every)
+    epoch, devices = 0, jax.device_count()
+    if config.batch_size is None:
+        batch = -(-batch // devices) * devices
     if examples is not None:
-        devices = jax.device_count()
         batch = min(batch, max(examples // devices, 1) * devices) if batch > examples else batch
         epoch = max(examples // batch, 1)
-    elif not plan.total_steps:
+    elif not config.total_steps:
         raise UserError("without training data the length of the run is not known: give --config.total_steps=N")
-    total = plan.total_steps or config.epochs * epoch
+    total = config.total_steps or epochs * epoch
+    each = max(epoch, -(-total // EVALUATIONS))
     return Plan(
         batch,
         total,
-        min(plan.warmup_steps, int(total * WARMUP_SHARE)),
-        epoch if plan.eval_every < 0 else plan.eval_every,
-        max(min(plan.log_every, total // 10), 1),
+        min(warmup, int(total * WARMUP_SHARE)),
+        rate,
+        each if config.eval.every < 0 else config.eval.every,
+        max(min(config.log.every, total // 10), 1),
     )
 
 

@@ -36,6 +36,7 @@ from florence_jax.params.weights import make_description
 from florence_jax.tasks.base import Suite, make_identity, model_identity
 from florence_jax.tasks.encoder import open_encoder
 from florence_jax.tasks.linear_head import ENTRY
+from florence_jax.tasks.recipe import LARGE, OWN_OPS, PAPER_OPS
 
 # Held-out images of the embedded set, where nobody names any.
 OWN_TEST = {"emoji:train": "emoji:new_style"}
@@ -92,7 +93,8 @@ class ClassificationSuite(Suite):
         multi = self.classes is not None and self.classes.multi
         self.metric = config.metric or ("voc_map" if multi else METRICS.get(dataset, "top1"))
         res = str(self.encoder.model.config.res)
-        self.train_ops = data.train_ops.replace("{res}", res)
+        large = self.train_source is None or len(self.train_source) >= LARGE
+        self.train_ops = (data.train_ops or (PAPER_OPS if large else OWN_OPS)).replace("{res}", res)
         self.eval_ops = (data.eval_ops or EVAL_OPS.get(dataset, self.encoder.eval_ops)).replace("{res}", res)
         for ops in (self.train_ops, self.eval_ops):
             parse_ops(ops, {})
@@ -169,11 +171,13 @@ class ClassificationSuite(Suite):
             self._embedders[image] = Embedder(predict, tokenizer, mesh, self.config.eval.batch_size)
         return self._embedders[image]
 
-    def by_head(self, name: str, mesh: Mesh) -> Classification:
-        """Classification of the test images by the scores of a head."""
+    def by_head(self, name: str, mesh: Mesh, source: Source | None = None) -> Classification:
+        """Classification of images, by default the test images, by the scores of a head."""
+        images, classes = self.tested
         return Classification(
             name,
-            *self.tested,
+            source or images,
+            classes,
             self.eval_ops,
             self.embedder(mesh, "logits"),
             lambda params, scores: lambda start, stop: scores[start:stop],
@@ -181,16 +185,36 @@ class ClassificationSuite(Suite):
             self.config.data.on_corrupt,
         )
 
-    def zero_shot(self, name: str, mesh: Mesh) -> ZeroShot:
-        """Zero-shot classification of the test images."""
+    def zero_shot(self, name: str, mesh: Mesh, source: Source | None = None) -> ZeroShot:
+        """Zero-shot classification of images, by default the test images."""
+        images, classes = self.tested
         return ZeroShot(
             name,
-            *self.tested,
+            source or images,
+            classes,
             self.eval_ops,
             self.embedder(mesh),
             self.templates,
             self.metric,
             self.config.data.on_corrupt,
+        )
+
+    def linear_probe(
+        self, name: str, mesh: Mesh, train: Source, held: Source | None = None, compare: bool = False
+    ) -> LinearProbe:
+        """A linear probe of the test images; C is chosen on `held`, or on a part of `train`."""
+        images, classes = self.tested
+        return LinearProbe(
+            name,
+            as_labelled(train, classes),
+            as_labelled(images, classes),
+            self.eval_ops,
+            self.embedder(mesh, "features"),
+            metric=self.metric,
+            validation=self.config.holdout if held is None else as_labelled(held, classes),
+            seed=self.config.seed,
+            on_corrupt=self.config.data.on_corrupt,
+            compare=compare,
         )
 
 
@@ -252,23 +276,8 @@ class ProbeSuite(ClassificationSuite):
         config = self.config
         if self.train_source is None:
             raise UserError("a probe needs images to learn from: give --config.data.train=DATA")
-        images, classes = self.tested
-        validation: Any = config.holdout
-        if config.validation:
-            validation = as_labelled(open_images(config.validation), classes)
-        probe = LinearProbe(
-            "probe",
-            as_labelled(self.train_source, classes),
-            as_labelled(images, classes),
-            self.eval_ops,
-            self.embedder(mesh, "features"),
-            metric=self.metric,
-            validation=validation,
-            seed=config.seed,
-            on_corrupt=config.data.on_corrupt,
-            compare=config.probe.sklearn,
-        )
-        return [probe]
+        held = open_images(config.validation) if config.validation else None
+        return [self.linear_probe("probe", mesh, self.train_source, held, compare=config.probe.sklearn)]
 
 
 class FewShotSuite(ClassificationSuite):

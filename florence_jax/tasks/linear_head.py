@@ -13,6 +13,12 @@ from florence_jax.models.sizes import ModelConfig
 ENTRY = "head"  # of the parameters, and of the parts in model.json
 
 
+def feature_width(config: ModelConfig) -> int:
+    """Of what the image tower gives before the projection."""
+    stages = 1 if config.image_tower == "vit" else len(config.depths)
+    return config.image_width * 2 ** (stages - 1)
+
+
 class LinearHead(NamedTuple):
     """Which head it is; its parameters are {"weight" (C, K), "bias" (K,)}, float32.
 
@@ -38,8 +44,7 @@ class LinearHead(NamedTuple):
 
     def init(self, config: ModelConfig) -> dict[str, jax.Array]:
         """Zeros, for the towers of `config`."""
-        stages = 1 if config.image_tower == "vit" else len(config.depths)
-        width = config.projection if self.features == "embedding" else config.image_width * 2 ** (stages - 1)
+        width = config.projection if self.features == "embedding" else feature_width(config)
         return {
             "weight": jnp.zeros((width, self.classes), jnp.float32),
             "bias": jnp.zeros((self.classes,), jnp.float32),

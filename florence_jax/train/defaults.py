@@ -34,7 +34,7 @@ def optim_defaults() -> dict[str, Any]:
         "mu_dtype": "float32",  # or 'bfloat16': the first moment in half the memory
         "weight_decay": 0.1,
         "clip_norm": 1.0,  # 0: no clipping
-        "ema_decay": 0.0,  # 0: no moving average
+        "ema_decay": 0.0,  # of the moving average, whose horizon is at most .36 of the run; 0: none
         "decay_rules": (),  # ((path pattern, bool), ...), first match wins, before the task's and the project's
         "lr_rules": (),  # ((path pattern, multiplier), ...) likewise; 0 freezes
     }

@@ -38,9 +38,9 @@ from florence_jax.train.metrics import (
     is_due,
     read_metrics,
 )
-from florence_jax.train.optim import make_optimizer
+from florence_jax.train.optim import average_decay, make_optimizer
 from florence_jax.train.report import results_table, write_report
-from florence_jax.train.state import counters, eval_params, eval_part, init_state, start_average
+from florence_jax.train.state import counters, eval_params, eval_part, init_state, keep_best, start_from, take_best
 from florence_jax.train.step import make_train_step
 from florence_jax.train.workdir import (
     RESULT_FILE,
@@ -157,7 +157,7 @@ def finish(
 ) -> None:
     """Evaluates the final parameters; writes result.json, report.html, the evaluators' files, the terminal's table.
 
-    `trained`: the "step", and where there was training "skipped_records", see `counters`.
+    `trained`: the "step", and where there was training "skipped_records" and perhaps "kept_step", see `counters`.
     """
     step, skipped = trained["step"], trained.get("skipped_records", 0)
     results = evaluate(evaluators, params)
@@ -178,6 +178,7 @@ def finish(
             "model": variants(suite),
             "eval.source": config.eval.source,
             "records skipped in training": f"{skipped:,}" if skipped else "",
+            "parameters of step": str(trained.get("kept_step", "")),
         },
         config=config.to_dict(),
         history=read_metrics(workdir / "metrics.jsonl"),
@@ -203,9 +204,9 @@ def variants(suite: Suite) -> str:
 
 
 def resolved_optim(config: ConfigDict, task: Task) -> ConfigDict:
-    """`config.optim` with the task's warm-up steps."""
+    """`config.optim` with the task's learning rate and warm-up steps."""
     optim = ConfigDict(config.optim.to_dict())
-    optim.warmup_steps = task.plan.warmup_steps
+    optim.learning_rate, optim.warmup_steps = task.plan.learning_rate, task.plan.warmup_steps
     return optim
 
 
@@ -237,6 +238,7 @@ class Trainer:
         abstract = jax.eval_shape(task.init, jax.random.key(config.seed))
         optim, policy = resolved_optim(config, task), task.policy
         self.optimizer = make_optimizer(optim, task.plan.total_steps, abstract, policy)
+        self.ema_decay = average_decay(optim.ema_decay, task.plan.total_steps)
         self._params_sharding = param_shardings(abstract, self.mesh, config.mesh.sharding_rules, policy.sharding)
         shapes = jax.eval_shape(self._fresh_state, jax.random.key(config.seed))
         self.shardings = state_shardings(shapes, self._params_sharding, self.mesh)
@@ -247,7 +249,8 @@ class Trainer:
 
     def _fresh_state(self, key: jax.Array) -> dict[str, Any]:
         optimizer, ema = self.optimizer, self.config.optim.ema_decay > 0
-        return init_state(self.task.init(key), optimizer.transform, ema=ema, frozen=optimizer.frozen)
+        best = bool(self.task.select)
+        return init_state(self.task.init(key), optimizer.transform, ema=ema, frozen=optimizer.frozen, best=best)
 
     # -- starting ---------------------------------------------------------------------------------------------------
 
@@ -282,11 +285,9 @@ class Trainer:
         make = jax.jit(self._fresh_state, out_shardings=self.shardings)
         state = make(jax.random.key(self.config.seed))
         if self.config.init:
-            state["params"] = self.task.start(state["params"])
+            state = start_from(state, self.task.start(state["params"]), self.optimizer.frozen)
             if self.config.init_optimizer:
                 state["opt_state"] = load_optimizer(self.config.init, state["opt_state"])
-            if "ema" in state:
-                state["ema"] = start_average(state["params"], self.optimizer.frozen)
         return state
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -345,7 +346,7 @@ class Trainer:
             self.optimizer.transform,
             self.optimizer.schedule,
             seed=self.config.seed,
-            ema_decay=self.config.optim.ema_decay,
+            ema_decay=self.ema_decay,
             mesh=self.mesh,
             shardings=self.shardings,
             frozen=self.optimizer.frozen,
@@ -374,13 +375,15 @@ class Trainer:
             for step in range(start, plan.total_steps + 1):
                 stop, last = signals.wanted(step), step == plan.total_steps
                 evaluates = is_due(step, plan.eval_every) and start < step and not last
+                if self.task.select:  # the first parameters and the last may be the best
+                    evaluates = evaluates or step == 0 or last
                 saves = step > start and (stop or last or is_due(step, config.checkpoint.every))
                 if evaluates or saves or stop:
                     late.drain()
                     watchdog.rest()
                 began = time.perf_counter()  # after draining, which may start a new reading of the speed
                 if evaluates:
-                    writer.write(step, evaluate(evaluators, eval_params(self.state)))
+                    self._evaluate(step, evaluators, writer, last)
                 if saves:
                     checkpoints.save(step, self.state)
                 speed.pause(time.perf_counter() - began)
@@ -402,14 +405,31 @@ class Trainer:
                 progress.step()
         return last
 
+    def _evaluate(self, step: int, evaluators: Sequence[Evaluator], writer: MetricsWriter, last: bool) -> None:
+        """Of the parameters of a step; where the task selects, the best are kept, and are the run's in the end."""
+        results, select = evaluate(evaluators, eval_params(self.state)), self.task.select
+        writer.write(step, results)
+        if not select:
+            return
+        self.state = keep_best(self.state, results[select], self.optimizer.frozen)
+        if last:
+            best = self.state["best"]
+            self.state = take_best(self.state)
+            self._say(
+                f"kept the parameters of step {int(best['step'])} of {step}: {select} {float(best['score']):.3f}, "
+                f"{results[select]:.3f} after the last"
+            )
+
     def _describe(self, data: TrainData) -> None:
         count, plan = sum(x.size for x in jax.tree.leaves(self.target["params"])), self.task.plan
         workers, cores = worker_count(self.config.data.workers), available_cores()
+        average = f" (averaged over about {1 / (1 - self.ema_decay):.0f})" if self.config.optim.ema_decay else ""
         kept = f"; kept in memory is {kept_in_memory(data)}" if self.config.data.cache else ""
         self._say(
             f"{self.task.name} {variants(self.task)}: {count / 1e6:.2f} M parameters, "
-            f"{self.task.flops_per_example / 1e9:.2f} GFLOP a training example, {plan.total_steps} steps of "
-            f"{plan.batch_size} on {self.mesh.size} {jax.devices()[0].platform} device(s), batches made by "
+            f"{self.task.flops_per_example / 1e9:.2f} GFLOP a training example, {plan.total_steps} steps{average} of "
+            f"{plan.batch_size} at a learning rate of {plan.learning_rate:.2g} on {self.mesh.size} "
+            f"{jax.devices()[0].platform} device(s), batches made by "
             f"{f'{workers} processes' if workers else 'threads'} ({cores} cores){kept}, workdir {self.workdir}"
         )
 

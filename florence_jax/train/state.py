@@ -5,18 +5,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from florence_jax.params.rules import overlay, path_string, split
 
 
 def init_state(
-    params: Any, optimizer: optax.GradientTransformation, *, ema: bool, frozen: Collection[str] = ()
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema: bool,
+    frozen: Collection[str] = (),
+    best: bool = False,
 ) -> dict[str, Any]:
-    """A fresh state `{"step", "skipped_records", "params", "opt_state"[, "ema"]}`.
+    """A fresh state `{"step", "skipped_records", "params", "opt_state"[, "ema"][, "best"]}`.
 
     `step` and `skipped_records` (corrupt records passed over so far) are int32 zeros; `ema` starts as a copy of the
-    parameters. Optimizer state and average lack the parameters with the paths `frozen`.
+    parameters, `best`, see `keep_best`, too. Optimizer state and both copies lack the parameters with the paths
+    `frozen`.
 
     Random keys are not part of it: every step derives its key from (seed, step).
     """
@@ -26,12 +33,44 @@ def init_state(
         "params": params,
         "opt_state": optimizer.init(split(params, frozen)[0]),
     }
-    return state | {"ema": start_average(params, frozen)} if ema else state
+    if ema:
+        state["ema"] = copy_trained(params, frozen)
+    if best:
+        worst = {"score": jnp.full((), -jnp.inf, jnp.float32), "step": jnp.zeros((), jnp.int32)}
+        state["best"] = {"params": copy_trained(params, frozen), **worst}
+    return state
 
 
-def start_average(params: Any, frozen: Collection[str] = ()) -> Any:
-    """The moving average of step 0: a copy of the parameters that are trained."""
+def copy_trained(params: Any, frozen: Collection[str] = ()) -> Any:
+    """A copy of the parameters that are trained."""
     return jax.tree.map(jnp.copy, split(params, frozen)[0])
+
+
+def start_from(state: dict[str, Any], params: Any, frozen: Collection[str]) -> dict[str, Any]:
+    """A fresh state with other first parameters; the average and the best are copies of them."""
+    state = state | {"params": params}
+    if "ema" in state:
+        state["ema"] = copy_trained(params, frozen)
+    if "best" in state:
+        state["best"] = state["best"] | {"params": copy_trained(params, frozen)}
+    return state
+
+
+def keep_best(state: dict[str, Any], score: float, frozen: Collection[str]) -> dict[str, Any]:
+    """The state with the parameters to evaluate as its best, where their score is: of equals the last is kept."""
+    best = state["best"]
+    if not np.float32(score) >= np.float32(best["score"]):  # nan is not, and equals are rounded alike
+        return state
+    new = {"score": jnp.asarray(score, jnp.float32), "step": jnp.copy(state["step"])}
+    placed = {name: jax.device_put(value, best[name].sharding) for name, value in new.items()}
+    return state | {"best": {"params": copy_trained(eval_params(state), frozen), **placed}}
+
+
+def take_best(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with its best parameters as the parameters, and as the average where there is one."""
+    best = state["best"]["params"]
+    state = state | {"params": overlay(state["params"], copy_trained(best))}
+    return state | {"ema": copy_trained(best)} if "ema" in state else state
 
 
 def eval_params(state: dict[str, Any]) -> Any:
@@ -40,14 +79,17 @@ def eval_params(state: dict[str, Any]) -> Any:
 
 
 def counters(state: dict[str, Any]) -> dict[str, int]:
-    """The "step" of a state, and "skipped_records": how often one that cannot be used was drawn up to it."""
-    return {name: int(state[name]) for name in ("step", "skipped_records")}
+    """The "step" of a state, "skipped_records": how often one that cannot be used was drawn up to it, and "kept_step":
+    that of its best parameters, where it keeps them."""
+    kept = {"kept_step": int(state["best"]["step"])} if "best" in state else {}
+    return {name: int(state[name]) for name in ("step", "skipped_records")} | kept
 
 
 def eval_part(state: dict[str, Any]) -> dict[str, Any]:
-    """The part of a state, or of its shapes, that `eval_params` looks at, the step and what was skipped up to it."""
+    """The part of a state, or of its shapes, that `eval_params` and `counters` look at."""
     averaged = state.get("ema", {})
     names = {path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(averaged)}
-    parts = {"params": split(state["params"], names)[0], "ema": averaged}
+    best = {"step": state["best"]["step"]} if "best" in state else {}
+    parts = {"params": split(state["params"], names)[0], "ema": averaged, "best": best}
     told = {name: state[name] for name in ("step", "skipped_records")}
     return told | {name: tree for name, tree in parts.items() if tree}

@@ -27,15 +27,15 @@ def make_train_step(
     """Builds `step(state, batch) -> (state, metrics)`; the old state's buffers are donated.
 
     The step's random key is `fold_in(key(seed), step)`, so a resumed run draws what an undisturbed one would. After
-    the update the task may project the parameters (the logit-scale clamp) and, with `ema_decay` > 0, the moving
-    average follows. Metrics are float32 scalars: the task's own, `loss`, `grad_norm` (of what is trained, before
+    the update the task may project the parameters (the logit-scale clamp) and the moving average follows, where the
+    state has one. Metrics are float32 scalars: the task's own, `loss`, `grad_norm` (of what is trained, before
     clipping), `learning_rate`, `skipped_records` (corrupt records passed over since the start) and, where a batch says
     it, `padded_share` of its pictures' pixels.
 
     Args:
       task: gives the loss and the projection.
       optimizer, schedule: from `optim.make_optimizer`.
-      seed: of the run. ema_decay: of the moving average; 0 when the state has none.
+      seed: of the run. ema_decay: of the moving average, see `optim.average_decay`.
       mesh: device mesh; batches arrive sharded over it.
       shardings: the state's, from `sharding.state_shardings`.
       frozen: paths of the parameters that are not differentiated and stay bit for bit as they are.
@@ -55,8 +55,9 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state["opt_state"], trained)
         projected = task.project(overlay(still, optax.apply_updates(trained, updates)))
         params = overlay(still, trained := split(projected, frozen)[0])
-        new = {"step": state["step"] + 1, "skipped_records": skipped, "params": params, "opt_state": opt_state}
-        if ema_decay:
+        changed = {"step": state["step"] + 1, "skipped_records": skipped, "params": params, "opt_state": opt_state}
+        new = state | changed  # the best so far stays
+        if "ema" in state:
             new["ema"] = optax.incremental_update(trained, state["ema"], 1.0 - ema_decay)
         metrics = metrics | {
             "loss": loss,

@@ -1,0 +1,36 @@
+"""What fine-tuning takes where the configuration leaves it open: from the size of the set, the batch and the model."""
+
+import math
+
+from florence_jax.tasks.base import RunDefaults
+
+LARGE = 100_000  # images, from which on the paper's recipe is taken
+PAPER = RunDefaults(batch_size=8192, epochs=10, learning_rate=2e-5, warmup_steps=500)  # of ImageNet, table 3
+# Nothing says that a class of one's own looks the same in a mirror: digits, letters and arrows do not.
+PAPER_OPS = "decode|rrc({res}, scale=(0.5, 1.0))|flip(0.5)"
+OWN_OPS = "decode|rrc({res}, scale=(0.5, 1.0))"
+BATCHES = (16, 128)
+STEPS_AN_EPOCH = 12  # at least so many, as long as a batch has 16 images
+STEPS = 300
+EPOCHS = (10, 100)
+RATE = 3e-4  # of a batch of 64 and features of 256 values
+
+
+def fine_tuning_recipe(examples: int | None, width: int, batch_size: int | None = None) -> RunDefaults:
+    """The paper's recipe for sets of its size, and where nobody counted the images; for smaller ones a choice of ours.
+
+    A batch is a power of two and about a twelfth of the images, the run 300 steps long, but 10 to 100 epochs. The
+    learning rate grows with the root of the batch, as Adam's noise wants it, and falls with the width of the features.
+
+    Args:
+      examples: images that are trained on.
+      width: of the features of the image tower.
+      batch_size: where it is given.
+    """
+    if examples is None or examples >= LARGE:
+        return PAPER
+    least, most = BATCHES
+    fitting = 2 ** int(math.log2(max(examples / STEPS_AN_EPOCH, 1)))
+    batch = batch_size or min(max(fitting, least), most)
+    epochs = min(max(round(STEPS * batch / max(examples, 1)), EPOCHS[0]), EPOCHS[1])
+    return RunDefaults(batch, epochs, RATE * math.sqrt(batch / 64) * 256 / width, PAPER.warmup_steps)
