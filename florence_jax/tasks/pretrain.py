@@ -116,7 +116,7 @@ class Pretrain(Task):
         """As for `data.tokenizers.load_tokenizer`."""
         return self.config.text.tokenizer
 
-    @property
+    @functools.cached_property
     def description(self) -> Mapping[str, Any]:
         """See `Suite`."""
         config = self.config
