@@ -11,6 +11,7 @@ from florence_jax.files import write_text
 
 DOTS = 20  # a curve of at most so many points shows them
 SMALLEST = 5e-4  # with three decimals, what is nearer to 0 would read 0.000
+LONG_TEXT = 80  # characters: more may be cut off in a cell, and is shown under the mouse
 FIGURE_SIDE = 160  # pixels, of a figure's longer side
 CHART_COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8d6a9f", "#c77d0a", "#4a4a4a")
 STYLE = """
@@ -22,10 +23,13 @@ td, th { padding: 3px 14px 3px 0; border-bottom: 1px solid #e4e4e4; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 code { font-size: 13px; overflow-wrap: anywhere; } .soft { color: #667; }
 svg { background: #fafafa; margin: 0 1em 1em 0; } svg text { font: 11px system-ui, sans-serif; fill: #444; }
-.row { display: flex; flex-wrap: wrap; gap: 8px; margin-bottom: 8px; align-items: stretch; }
-.cell { width: 128px; text-align: center; font-size: 12px; padding: 5px; border: 2px solid #ddd; border-radius: 5px;
-  overflow-wrap: anywhere; display: flex; flex-direction: column; justify-content: center; align-items: center; }
-.cell img { max-width: 96px; max-height: 96px; } .cell.query { background: #f2f2f2; }
+.row { display: flex; gap: 8px; margin-bottom: 8px; padding-bottom: 4px; align-items: stretch; overflow-x: auto; }
+.cell { flex: none; width: 128px; text-align: center; font-size: 12px; padding: 5px; border: 2px solid #ddd;
+  border-radius: 5px; overflow-wrap: anywhere; display: flex; flex-direction: column; justify-content: center;
+  align-items: center; }
+.cell img { max-width: 96px; max-height: 96px; }
+.cell.query { background: #f2f2f2; position: sticky; left: 0; }
+.cell div { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 6; overflow: hidden; }
 .cell.right { border-color: #3a7d44; background: #eef7ef; } .cell.wrong { border-color: #d9b4ba; }
 .tiles { display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-start; }
 figure { margin: 0; width: 160px; font-size: 12px; } figure.large { width: 420px; }
@@ -108,15 +112,28 @@ def contact_sheet(title: str, note: str, groups: Iterable[tuple[str, Sequence[tu
 
 
 class GridCell(NamedTuple):
-    """One cell of a grid: a text, a picture (data URI or None), and whether it is right."""
+    """One cell of a grid.
+
+    Attributes:
+      text: what it says.
+      picture: data URI, or None.
+      right: whether it is right.
+      note: said below the text, less loudly.
+      link: where a click on the picture leads; '' for nowhere.
+    """
 
     text: str
     picture: str | None
     right: bool
+    note: str = ""
+    link: str = ""
 
 
 def matches_html(title: str, rows: Sequence[tuple[GridCell, Sequence[GridCell]]], judged: bool = True) -> str:
-    """A grid: each query with its answers, best first; right answers have a green frame (where they are `judged`)."""
+    """A grid: each query with its answers, best first; right answers have a green frame (where they are `judged`).
+
+    A line that is wider than the page is scrolled; its query stays.
+    """
     lines = [f"<h2>{html.escape(title)}</h2>"]
     for query, answers in rows:
         cells = [_cell(query, "query"), '<div class="arrow">&rarr;</div>']
@@ -127,8 +144,12 @@ def matches_html(title: str, rows: Sequence[tuple[GridCell, Sequence[GridCell]]]
 
 def _cell(example: GridCell, kind: str) -> str:
     picture = f'<img src="{example.picture}" alt="">' if example.picture else ""
-    text = f"<div>{html.escape(example.text)}</div>" if example.text else ""
-    return f'<div class="cell {kind}">{picture}{text}</div>'
+    if picture and example.link:
+        picture = f'<a href="{html.escape(example.link)}">{picture}</a>'
+    text, note = html.escape(example.text), html.escape(example.note)
+    said = f'<div title="{text}">{text}</div>' if len(text) > LONG_TEXT else f"<div>{text}</div>" if text else ""
+    below = f'<div class="soft">{note}</div>' if note else ""
+    return f'<div class="cell {kind}">{picture}{said}{below}</div>'
 
 
 def show_number(value: float) -> str:

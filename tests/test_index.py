@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -194,6 +195,20 @@ def test_a_picture_finds_itself_and_a_page_shows_it(made, pictures, tmp_path, ca
     assert lines[0] == "<red> things" and lines[5] == "3.png" and lines[6].split() == ["1.000", "grey/3.png"]
     text = page.read_text()
     assert "&lt;red&gt; things" in text and text.count("<img") == 9 and "grey/3.png (1.000)" in text
+    assert f'<a href="{Path(picture).as_uri()}"><img' in text and "<div>grey</div>" in text  # its class is the caption
+
+
+def test_the_page_shows_captions_and_links_to_the_files(tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a b.png")
+    (tmp_path / "captions.csv").write_text("file,caption\na b.png,a <red> square\na b.png,paint\n")
+    index = tool.Index(np.eye(1, dtype=np.float32), ["a b.png"], {"images": str(tmp_path), "rows": [0]})
+    page = tool.results_html(index, [GridCell("x", None, True)], np.array([[0]]), np.ones((1, 1)))
+    assert "<div>a &lt;red&gt; square\npaint</div>" in page and 'soft">a b.png (1.000)' in page
+    assert f'<a href="{tmp_path.as_uri()}/a%20b.png">' in page
+    record = next(iter(open_source("emoji:new_names").metadata()))
+    index = tool.Index(np.eye(1), [record["key"]], {"images": "emoji:new_names", "rows": [0]})
+    page = tool.results_html(index, [GridCell("x", None, True)], np.array([[0]]), np.ones((1, 1)))
+    assert f"<div>{record['caption']}</div>" in page and "<a " not in page
 
 
 def test_the_page_shows_pictures_by_name_whatever_came_and_went(tmp_path):

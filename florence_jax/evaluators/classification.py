@@ -150,6 +150,7 @@ class ClassificationMetrics:
         self.report = []
         judged: dict[str, Score] = {}
         values: dict[str, float] = {}
+        shares: dict[str, float] = {}
         largest = None
         two = len(self._names) == 2 and not self._multi
         if two or self.metric == "voc_map":
@@ -168,12 +169,13 @@ class ClassificationMetrics:
             if two:
                 judged["roc_auc"], values = self._of_two(scores, given)
             largest = self._majority(judged["top1"], confusion.sum(1))
-            values |= {} if largest is None else {"majority_share": largest.chance}
+            shares = {} if largest is None else {"majority_share": largest.chance}
             self.report += self._pictures(given, confusion, index)
         self.chance |= {name: score.chance for name, score in judged.items()}
         self._warn(judged[self.metric], hint, largest)
-        order = sorted(judged, key=lambda name: name != self.metric)
-        return {name: judged[name].value for name in order} | values | image_counts(self._source, index)
+        headline = {self.metric: judged.pop(self.metric).value}
+        others = {name: score.value for name, score in judged.items()}
+        return headline | shares | others | values | image_counts(self._source, index)
 
     def files(self) -> dict[str, bytes]:
         """predictions.csv of the last call, see `Predicted.table`."""

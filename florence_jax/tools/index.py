@@ -22,13 +22,14 @@ import numpy as np
 from absl import logging
 
 from florence_jax.command_line import enter, exit_code
-from florence_jax.data.records import BadRecord, ListSource, Source, record_thumbnail, summary_of
+from florence_jax.data.records import BadRecord, ListSource, Record, record_thumbnail, summary_of
 from florence_jax.data.sources.catalog import is_picture_folder, open_pictures, open_source
 from florence_jax.data.sources.folder import FolderSource
 from florence_jax.errors import UserError
 from florence_jax.files import with_home
 from florence_jax.inference.florence import Florence
 from florence_jax.page import GridCell, matches_html, write_page
+from florence_jax.pictures import thumbnail
 
 INDEX_FILE, EMBEDDINGS_FILE, KEYS_FILE = "index.json", "embeddings.npy", "keys.json"
 ROWS = 65536  # searched at once
@@ -139,32 +140,67 @@ def search(embeddings: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndar
     return rows, cosines
 
 
-def _pictures(index: Index) -> Callable[[int], str]:
-    """Thumbnails by row of the index; '' for a picture that is no longer where it was."""
+class Shown(NamedTuple):
+    """What a page shows of an image: a thumbnail, '' if it is no longer where it was; caption and link, '' for none."""
+
+    picture: str
+    caption: str = ""
+    link: str = ""
+
+
+def shown_images(index: Index) -> Callable[[int], Shown]:
+    """What is shown of each row of the index, as the images are now."""
     images, rows = index.info["images"], index.info["rows"]
     if is_picture_folder(images):  # by name: files may have come and gone
-        source = FolderSource(images, [{"key": key, "caption": ""} for key in index.keys])
-        return lambda i: record_thumbnail(source, i)
+        files, captions = FolderSource(images, [{"key": key, "caption": ""} for key in index.keys]), captions_of(images)
+
+        def show_file(i: int) -> Shown:
+            picture, key = record_thumbnail(files, i), index.keys[i]
+            return Shown(picture, captions.get(key, ""), link_of(images, key) if picture else "")
+
+        return show_file
     source = open_source(images)
-    return lambda i: record_thumbnail(source, rows[i]) if _is_record(source, rows[i], index.keys[i]) else ""
+
+    def show_record(i: int) -> Shown:
+        try:
+            record = source[rows[i]] if rows[i] < len(source) else {}
+        except BadRecord:
+            record = {}
+        if index.keys[i] not in (record.get("key"), str(rows[i])) or not record:  # its number, see `write_index`
+            return Shown("")
+        return Shown(thumbnail(record["image"]), caption_of(record))
+
+    return show_record
 
 
-def _is_record(source: Source, row: int, key: str) -> bool:
+def captions_of(folder: str) -> dict[str, str]:
+    """The caption of each picture of a folder by its key; {} where it has none."""
     try:
-        return row < len(source) and key in (source[row]["key"], str(row))  # its number, see `write_index`
-    except BadRecord:
-        return False
+        return {row["key"]: caption_of(row) for row in open_source(folder).metadata()}
+    except UserError:
+        return {}  # a folder of pictures and nothing else, which is fine here
+
+
+def caption_of(record: Record) -> str:
+    """Its caption, or all of them in lines."""
+    captions = record.get("captions") or record.get("caption") or ""
+    return captions if isinstance(captions, str) else "\n".join(map(str, captions))
+
+
+def link_of(folder: str, key: str) -> str:
+    """Address of a picture of a folder."""
+    return key if "://" in key else Path(folder, key).absolute().as_uri()
 
 
 def results_html(index: Index, queries: Sequence[GridCell], rows: np.ndarray, cosines: np.ndarray) -> str:
-    """A line of pictures for each query, with names and cosines."""
-    pictures = _pictures(index)
+    """A line of pictures for each query, with captions, names and cosines; the pictures link to their files."""
+    show = shown_images(index)
     lines = []
     for query, found, values in zip(queries, rows, cosines, strict=True):
-        cells = [
-            GridCell(f"{index.keys[i]} ({value:.3f})", pictures(i) or None, right=False)
-            for i, value in zip(found, values, strict=True)
-        ]
+        cells = []
+        for i, value in zip(found, values, strict=True):
+            picture, caption, link = show(i)
+            cells.append(GridCell(caption, picture or None, False, f"{index.keys[i]} ({value:.3f})", link))
         lines.append((query, cells))
     return matches_html(f"nearest of {len(index.keys)} images", lines, judged=False)
 
@@ -195,7 +231,8 @@ def _query(args: argparse.Namespace) -> None:
         vectors.append(model.embed_texts(args.text))
     if args.image:
         source = ListSource("--image", [str(Path(file).absolute()) for file in args.image])
-        queries += [GridCell(Path(f).name, record_thumbnail(source, i) or None, True) for i, f in enumerate(args.image)]
+        for i, file in enumerate(args.image):
+            queries.append(GridCell(Path(file).name, record_thumbnail(source, i) or None, True, "", link_of("", file)))
         vectors.append(model.embed_source(source, on_corrupt="error", quiet=True)["embedding"])
     rows, cosines = search(index.embeddings, np.concatenate(vectors), args.k)
     for query, found, values in zip(queries, rows, cosines, strict=True):
