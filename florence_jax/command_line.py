@@ -1,15 +1,18 @@
 """How commands are entered and left: Ctrl-C; of those that take a configuration --config, --workdir, mistakes."""
 
+import contextlib
+import difflib
+import io
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from florence_jax.config_files import ConfigFileParser, shipped_configs
 from florence_jax.config_help import help_text
@@ -27,21 +30,27 @@ def enter(main: Callable[[], int]) -> NoReturn:
     """Runs a command and ends the program with its exit code.
 
     Ctrl-C is one line on stderr and exit code 130: what the command holds is let go, but nothing that its threads or
-    processes are at is waited for. A second one ends at once.
+    processes are at is waited for. A second one ends at once. Nor is anything waited for, or tried again by libraries
+    at the end, after a failure: its message is the last line.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
         signal.signal(signal.SIGINT, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        pass
+        code = EXIT_INTERRUPTED
     except SystemExit as error:
-        if error.code != EXIT_INTERRUPTED:
+        if not isinstance(error.code, int) or error.code == 0:
             raise
+        code = error.code
     for child in multiprocessing.active_children():
         child.terminate()
-    sys.stdout.flush()
-    os._exit(EXIT_INTERRUPTED)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # its reader has gone
+            stream.flush()
+    os._exit(code)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -112,10 +121,31 @@ def fail(error: Exception) -> NoReturn:
     inner = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
     # ml_collections wraps the name of an unknown key, with a guess at the right one, in a KeyError.
     unknown = isinstance(inner, KeyError) and inner.args
-    text = f"unknown config key {inner.args[0]}; --help lists the options" if unknown else str(error)
+    text = str(error)
+    if unknown:
+        text = f"unknown config key {inner.args[0]}{_alike(str(inner.args[0]))}; --help lists the options"
     flag, is_group, _ = text.partition(": Failed to parse ")
     if is_group and "as a ConfigDict" in text:
         name = flag.removeprefix("flag ").partition("=")[0]
         text = f"{flag}: {name} is a group of options, of which one is given by its name, as {name}.NAME=VALUE"
     print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.exit(EXIT_MISTAKE)
+
+
+def _alike(key: str) -> str:
+    """Known options that end as the one on the command line does that has the unknown `key` in it, for people."""
+    key = key.strip("'")
+    option = next((word.partition("=")[0] for word in sys.argv if key in word.partition("=")[0].split(".")), "")
+    if "Did you mean" in key or not option or PARSER.config is None:
+        return ""
+    known: dict[str, list[str]] = {}
+    for path in _paths(PARSER.config):
+        known.setdefault(path.rpartition(".")[2], []).append(path)
+    names = difflib.get_close_matches(option.rpartition(".")[2], known, n=2, cutoff=0.8)
+    found = [f"--config.{path}" for name in names for path in known[name]]
+    return f": did you mean {' or '.join(found[:3])}?" if found else ""
+
+
+def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for name, value in config.items():
+        yield from _paths(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else (prefix + name,)

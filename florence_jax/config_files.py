@@ -43,9 +43,11 @@ class ConfigFileParser(config_flags.ConfigFileFlagParser):
 
     Attributes:
       file: the one that was read last; '' before.
+      config: what it gave.
     """
 
     file = ""
+    config: ConfigDict | None = None
 
     def parse(self, path: str) -> ConfigDict:
         """The configuration of 'FILE.py' or 'FILE.py:ARG'.
@@ -70,6 +72,7 @@ class ConfigFileParser(config_flags.ConfigFileFlagParser):
             raise
         except Exception as error:  # whatever somebody's own file does wrong
             raise UserError(_what_is_wrong(file, error)) from error
+        self.config = config
         if self._lock_config and hasattr(config, "lock"):
             config.lock()
         return config

@@ -162,8 +162,9 @@ def write_text(path: str | os.PathLike, text: str) -> tuple[int, str]:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> tuple[int, str]:
-    """Writes indented JSON in one step; returns size and sha256."""
-    return write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    """Writes indented JSON in one step; returns size and sha256. What is not UTF-8 in names of files is escaped."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    return write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: str | os.PathLike) -> Any | None:

@@ -121,6 +121,12 @@ def test_same_for_any_processes_workers_and_start(data):
     assert any((a["number"] != b["number"]).any() for a, b in zip(batches(data, 24, seed=4), whole, strict=True))
 
 
+def test_records_in_no_bucket_are_counted(data, caplog):
+    part = data.buckets[0]
+    take(train_stream(data._replace(buckets=(part,)), batch_size=4, seed=0), 1)
+    assert f"{420 - len(part.rows)} of 420 records are in no bucket and are not used" in caplog.text
+
+
 def test_a_bad_record_is_replaced_within_its_bucket():
     source = Records(300, bad=range(30))
     data = TrainData([source], None, OPS, {}, make_buckets([source], SIZES))

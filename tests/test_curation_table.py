@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -91,3 +92,16 @@ def test_a_listed_picture_is_quarantined_whatever_else_is_wrong_with_it(status, 
     row = measure.measure_picture(pair, rules)
     assert (row["status"], row["listed"], row["path"]) == (status, 0, "")
     assert measure.measure_picture(pair | {"image": data + b"0"}, rules)["listed"] is None
+
+
+def test_a_name_that_is_not_utf_8_is_shown_escaped_and_the_picture_kept(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / os.fsdecode(b"bl\xe5.png")).write_bytes(picture(5))
+    (folder / os.fsdecode(b"bl\xe5.txt")).write_text("a blue square")
+    (split,) = list_splits(f"own={folder}", 99)
+    rules = measure.MeasureRules(Limits(), (), None, (), "0" * 8)
+    (row,) = pq.read_table(measure.measure_split(split, str(tmp_path), rules)).to_pylist()
+    assert row["key"].endswith("bl\\udce5.png") and row["caption"] == "a blue square" and row["status"] == "ok"
+    where = [row[name] for name in ("path", "offset", "size", "image_id")]
+    assert measure.image_bytes(str(tmp_path), *where) == picture(5)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 
 import fsspec
 import numpy as np
@@ -134,3 +135,10 @@ def test_home_stands_for_a_tilde_wherever_a_path_begins(monkeypatch):
     assert with_home(given) == expected
     monkeypatch.setattr("sys.argv", ["program", "--out=~/o"])
     assert with_home(None) == ["--out=/home/a/o"]
+
+
+def test_json_keeps_names_that_are_not_utf_8(tmp_path):
+    value = {"file": os.fsdecode(b"bl\xe5.png"), "text": "blå"}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(str(tmp_path / "a.json")) == value
+    assert "blå" in (tmp_path / "a.json").read_text(encoding="utf-8")

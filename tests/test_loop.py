@@ -159,6 +159,11 @@ def test_what_shapes_do_not_show_is_compared(finished, pairs, tmp_path, mode, na
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+def test_another_seed_is_another_run(finished, pairs):
+    with pytest.raises(UserError, match="config.seed=0, which would now be 1.*another --workdir"):
+        train(tiny_config(pairs, seed=1, **{"optim.ema_decay": 0.5, "total_steps": 12}), finished)
+
+
 def test_the_same_data_may_be_named_otherwise(finished, pairs):
     relative = os.path.relpath(pairs) + "/"
     assert train(tiny_config(relative, **{"optim.ema_decay": 0.5}), finished) == 0

@@ -457,6 +457,10 @@ def test_bad_records_in_evaluation(caplog):
         ({"sources": []}, "at least one"),
         ({"ops": "deocde"}, "unknown op 'deocde'"),
         ({"ops": "caption(caption=1, tgas=2)"}, "field 'tgas'; fields: caption, key, number"),
+        (
+            {"ops": "keep(number)|caption"},
+            r"'caption' reads caption, which keep\(number\) before it drops",
+        ),
     ],
 )
 def test_mistakes_in_training(options, message):

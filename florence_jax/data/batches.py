@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from florence_jax.data.ops.captions import JOINED, Caption, Texts, parse_fields
+from florence_jax.data.ops.captions import JOINED, Caption, Keep, Texts, parse_fields
 from florence_jax.data.ops.registry import Op
 from florence_jax.data.records import PAYLOADS, BadRecord, Record, Source, evenly
 from florence_jax.errors import UserError
@@ -346,7 +346,8 @@ def _wanted_fields(ops: Sequence[Op], host: Collection[str], records: Iterable[R
         made: set[str] = set()
         wanted, example = set(), record
         try:
-            for op in ops:
+            for number, op in enumerate(ops):
+                _check_kept(ops[:number], op, example, record)
                 wanted |= op.reads - made
                 before, example = example, op(example, np.random.default_rng(0))
                 made |= {name for name, value in example.items() if before.get(name) is not value}
@@ -357,3 +358,12 @@ def _wanted_fields(ops: Sequence[Op], host: Collection[str], records: Iterable[R
                 raise
         return wanted | (set(host) - made)
     return wanted
+
+
+def _check_kept(before: Sequence[Op], op: Op, example: Record, record: Record) -> None:
+    """Raises UserError where an op before this one has dropped all that it reads of the record."""
+    names = {name.removesuffix(JOINED) for name in op.reads}
+    keep = next((step for step in before if isinstance(step, Keep)), None)
+    if keep is not None and not names & example.keys() and (dropped := sorted(names & record.keys())):
+        kept = f"keep({', '.join(keep.names)})"
+        raise UserError(f"op {op.name!r} reads {' or '.join(dropped)}, which {kept} before it drops: put that last")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import logging
 
 from florence_jax.data.batches import Batch, BatchMaker, check_fields, kept_ops, starts_of
 from florence_jax.data.buckets import Bucket
@@ -352,6 +353,8 @@ def _bucket_parts(data: TrainData, weights: Sequence[float], seed: int) -> list[
     used = np.zeros(len(data.sources), np.int64)  # records of each source in any bucket
     for bucket in data.buckets:
         used += _rows_by_source(bucket, starts)[1]
+    if left := int(starts[-1] - used.sum()):
+        logging.warning("%d of %d records are in no bucket and are not used", left, starts[-1])
     parts = []
     for k, bucket in enumerate(data.buckets):
         rows, counts = _rows_by_source(bucket, starts)

@@ -147,7 +147,7 @@ class Forgetting(Evaluator):
         self.name = evaluator.name
         self._evaluator, self._initial, self._threshold = evaluator, initial, threshold
         self._before: float | None = None
-        self._warning = ""
+        self._warning, self._warned = "", False
 
     @property
     def chance(self) -> Mapping[str, float]:
@@ -169,7 +169,9 @@ class Forgetting(Evaluator):
                 f"{self._threshold:g}: fine-tuning forgets. Lower the learning rate or the number of epochs, lower "
                 "config.optim.layer_decay, or interpolate with the initial weights (config.wise_ft)"
             )
-            logging.warning("%s", self._warning)
+            if not self._warned:
+                logging.warning("%s", self._warning)
+            self._warned = True  # not again in every epoch; the report has the last
         return {"before": self._before, "now": now, "drop": drop}
 
     def report(self) -> list[str]:

@@ -284,7 +284,8 @@ class Embedder:
             if tower not in self._compiled_towers:
                 self._compiled_towers.add(tower)
                 began, counted = time.perf_counter(), len(out["index"])
-        if not quiet and jax.process_index() == 0:
+        if not quiet and jax.process_index() == 0 and what not in self._told:  # once, not at each evaluation
+            self._told.add(what)
             rest = total - counted
             count, since, note = (rest, began, "") if rest > 0 else (total, started, COMPILED)
             print(f"{what}: {total} images, {count / (time.perf_counter() - since):.0f} img/s{note}", flush=True)

@@ -230,6 +230,7 @@ class Trainer:
     def __init__(self, config: ConfigDict, task: Task, workdir: Path, devices: list[Any] | None = None):
         self.config, self.task, self.workdir = config, task, workdir
         self.directory = checkpoint_directory(config, workdir)
+        self.identity = {**task.identity, "seed": config.seed}  # an evaluation may have another seed
         self.mesh = mesh_of(config, devices)
         if task.plan.batch_size % self.mesh.size:
             raise UserError(f"config.batch_size={task.plan.batch_size} does not divide by the {self.mesh.size} devices")
@@ -303,7 +304,7 @@ class Trainer:
     def _train(self, data: TrainData, evaluators: Sequence[Evaluator]) -> int:
         config, total = self.config, self.task.plan.total_steps
         if self.is_main and has_steps(self.directory):
-            check_same_run(self.task.identity, config, self.workdir)  # before `Checkpoints`, which clears files away
+            check_same_run(self.identity, config, self.workdir)  # before `Checkpoints`, which clears files away
         checkpoints = Checkpoints(
             str(self.directory), keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
         )
@@ -318,7 +319,7 @@ class Trainer:
                 self._finish(evaluators)
             return 0
         if self.is_main:
-            write_config(config, self.task.identity, self.workdir)
+            write_config(config, self.identity, self.workdir)
             write_data([*found_data(self.task, evaluators), text_lengths(data)], self.workdir)
         self._describe(data)
         writer = MetricsWriter(self.workdir, resume_step=start, write=self.is_main)

@@ -7,7 +7,9 @@ beside the part, so that writing the output later needs one small read per pictu
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -22,10 +24,12 @@ from florence_jax.curation.ingest.hashing import Limits, measure
 from florence_jax.curation.ingest.inputs import DamagedInput, Pair, Split, read_split
 from florence_jax.curation.table import SCORES, read_table, uid_of, write_table
 from florence_jax.data.ops.captions import MAX_CAPTION
+from florence_jax.data.sources.picture_files import shown
 from florence_jax.errors import UserError
 from florence_jax.files import exists, filesystem, join, read_bytes, write_file
 
 COPY = "copy:"
+QUOTED = "quoted:"  # before a path that is not UTF-8, with %-escapes: parquet could not hold it
 MAX_EXTRA = 4096  # characters of the further fields of one pair
 # A file in measured/: a part, the copies of its pictures, or either half written by a run that was killed.
 PART = re.compile(r"\.?([0-9a-f]{32}-[0-9a-f]{8})\.(?:parquet|images)(?:\.[0-9a-f]{32}\.tmp)?")
@@ -134,6 +138,8 @@ def measure_picture(pair: Pair, rules: MeasureRules) -> dict[str, Any]:
             row |= {"listed": int(found[1]), "listed_limit": int(found[2])}
             locator = None
     row["path"], row["offset"], row["size"] = locator or ("", 0, 0)
+    if row["path"] != _valid(row["path"]):
+        row["path"] = QUOTED + urllib.parse.quote(os.fsencode(row["path"]))
     return row
 
 
@@ -148,7 +154,8 @@ def measure_caption(pair: Pair, rules: MeasureRules) -> dict[str, Any]:
         "others": others,
         "licence_id": rights["licence"],
         "host": rights["host"],
-        **{name: _valid(pair[name]) for name in ("key", "url", "licence")},
+        "key": shown(pair["key"]),
+        **{name: _valid(pair[name]) for name in ("url", "licence")},
         "headers": [_valid(line) for line in pair["headers"]],
         "extra": _valid(packed) if len(packed) <= MAX_EXTRA else "{}",
     }
@@ -195,6 +202,8 @@ def image_bytes(workdir: str, path: str, offset: int, size: int, image_id: str) 
       UserError: if they cannot be read any more, or are others than those with this `image_id`.
     """
     name = join(workdir, "measured", path.removeprefix(COPY)) if path.startswith(COPY) else path
+    if path.startswith(QUOTED):
+        name = os.fsdecode(urllib.parse.unquote_to_bytes(path.removeprefix(QUOTED)))
     try:
         data = read_bytes(name, offset, size) if size else b""
     except OSError as error:
