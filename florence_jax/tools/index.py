@@ -152,7 +152,10 @@ def shown_images(index: Index) -> Callable[[int], Shown]:
     """What is shown of each row of the index, as the images are now."""
     images, rows = index.info["images"], index.info["rows"]
     if is_picture_folder(images):  # by name: files may have come and gone
-        files, captions = FolderSource(images, [{"key": key, "caption": ""} for key in index.keys]), captions_of(images)
+        files, captions = (
+            FolderSource(images, [{"key": key, "caption": ""} for key in index.keys]),
+            folder_captions(images),
+        )
 
         def show_file(i: int) -> Shown:
             picture, key = record_thumbnail(files, i), index.keys[i]
@@ -173,7 +176,7 @@ def shown_images(index: Index) -> Callable[[int], Shown]:
     return show_record
 
 
-def captions_of(folder: str) -> dict[str, str]:
+def folder_captions(folder: str) -> dict[str, str]:
     """The caption of each picture of a folder by its key; {} where it has none."""
     try:
         return {row["key"]: caption_of(row) for row in open_source(folder).metadata()}
