@@ -191,6 +191,50 @@ class BaseSource(ABC):
         return f"{type(self).__name__}({self.name!r}, {len(self)} records)"
 
 
+class RowSource(BaseSource):
+    """A source over rows that a reader gives, one or many at once; a subclass makes a record of each.
+
+    Args:
+      name: for messages, and the prefix of keys.
+      rows: random access: `len`, `[index]`, and perhaps `__getitems__(indices)`, which is faster.
+
+    Raises:
+      UserError: if there are no rows.
+    """
+
+    def __init__(self, name: str, rows: Any):
+        self.name, self._rows = name, rows
+        if not len(rows):
+            raise UserError(f"data source {name} has no records")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        try:
+            row = self._rows[index]
+        except Exception as error:  # a damaged chunk; the readers' exceptions have no common type
+            raise BadRecord(f"{self.name}[{index}]", f"unreadable ({first_line(error)})") from error
+        return self._record(index, row)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
+        try:
+            rows = self._rows.__getitems__(indices)
+        except Exception:  # no such method, or one damaged chunk fails the whole read: find it
+            return super().__getitems__(indices)
+        return [self._record_or_bad(i, row) for i, row in zip(indices, rows, strict=True)]
+
+    @abstractmethod
+    def _record(self, index: int, row: Any) -> Record:
+        """The record of a row. Raises BadRecord."""
+
+    def _record_or_bad(self, index: int, row: Any) -> Record | BadRecord:
+        try:
+            return self._record(index, row)
+        except BadRecord as bad:
+            return bad
+
+
 class ListSource(BaseSource):
     """Pictures that a caller has at hand, without captions.
 

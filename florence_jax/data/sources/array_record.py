@@ -13,7 +13,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
-from florence_jax.data.records import PAYLOADS, BadRecord, BaseSource, Record, evenly, first_line, without_payloads
+from florence_jax.data.records import PAYLOADS, BadRecord, Record, RowSource, evenly, first_line, without_payloads
 from florence_jax.errors import UserError
 from florence_jax.files import replacing
 
@@ -24,7 +24,7 @@ SAMPLED_FILES, SAMPLED_BLOCKS = 16, 4  # side files that a sample is of, and blo
 WRITE_SIDE_FILE = "python -m florence_jax.tools.write_metadata"
 
 
-class ArrayRecordSource(BaseSource):
+class ArrayRecordSource(RowSource):
     """Records in ArrayRecord files: each payload is a msgpack map.
 
     Args:
@@ -36,40 +36,16 @@ class ArrayRecordSource(BaseSource):
     """
 
     def __init__(self, paths: Sequence[str], name: str):
-        self.name, self._paths = name, tuple(paths)
+        self._paths = tuple(paths)
         try:
-            self._records = ArrayRecordDataSource(list(paths))
+            records = ArrayRecordDataSource(list(paths))
         except Exception as error:  # the reader raises RuntimeError, ValueError, ... by kind of damage
             raise UserError(f"data source {name}: cannot read ArrayRecord files ({first_line(error)})") from error
-        if not len(self._records):
-            raise UserError(f"data source {name} has no records")
+        super().__init__(name, records)
 
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Record:
+    def _record(self, index: int, row: bytes) -> Record:
         try:
-            payload = self._records[index]
-        except Exception as error:  # a damaged chunk; the reader's exceptions have no common type
-            raise BadRecord(f"{self.name}[{index}]", f"unreadable ({first_line(error)})") from error
-        return self._unpack(index, payload)
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
-        try:
-            payloads = self._records.__getitems__(indices)
-        except Exception:  # one damaged chunk fails the whole read: find it
-            return [self._get(i) for i in indices]
-        return [self._get_unpacked(i, payload) for i, payload in zip(indices, payloads, strict=True)]
-
-    def _get_unpacked(self, index: int, payload: bytes) -> Record | BadRecord:
-        try:
-            return self._unpack(index, payload)
-        except BadRecord as bad:
-            return bad
-
-    def _unpack(self, index: int, payload: bytes) -> Record:
-        try:
-            record = msgpack.unpackb(payload)
+            record = msgpack.unpackb(row)
         except (ValueError, msgpack.UnpackException) as error:
             raise BadRecord(f"{self.name}[{index}]", f"not a msgpack map ({first_line(error)})") from error
         if not isinstance(record, dict):

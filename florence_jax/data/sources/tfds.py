@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from florence_jax.data.records import BadRecord, BaseSource, Record, first_line
+from florence_jax.data.records import Record, RowSource, first_line
 from florence_jax.data.sources.fields import distinct_captions
 from florence_jax.errors import UserError
 
 
-class TfdsSource(BaseSource):
+class TfdsSource(RowSource):
     """A TFDS data set in ArrayRecord format, read without TensorFlow.
 
     The caption is the feature "caption", "text", "title" or "captions", else the name of the class "label" with spaces
@@ -25,27 +25,8 @@ class TfdsSource(BaseSource):
     """
 
     def __init__(self, data: Sequence[Record], class_names: Sequence[str], name: str):
-        self.name = name
-        self._data, self.class_names = data, tuple(class_names)
-        if not len(data):
-            raise UserError(f"data source {name} has no records")
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, index: int) -> Record:
-        try:
-            row = self._data[index]
-        except Exception as error:  # a damaged chunk; the reader's exceptions have no common type
-            raise BadRecord(f"{self.name}[{index}]", f"unreadable ({first_line(error)})") from error
-        return self._record(index, row)
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
-        try:
-            rows = self._data.__getitems__(indices)
-        except Exception:  # no such method, or one damaged chunk fails the whole read: find it
-            return super().__getitems__(indices)
-        return [self._record(i, row) for i, row in zip(indices, rows, strict=True)]
+        super().__init__(name, data)
+        self.class_names = tuple(class_names)
 
     def _record(self, index: int, row: Record) -> Record:
         record = {name: _as_text(value) for name, value in row.items()}
