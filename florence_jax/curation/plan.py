@@ -21,6 +21,7 @@ from florence_jax.curation.select.queries import Metadata
 from florence_jax.curation.select.relevance import RelevanceRules
 from florence_jax.curation.select.rules import SelectRules
 from florence_jax.curation.select.stage import Relevance, Selection
+from florence_jax.curation.table import SCORES
 from florence_jax.errors import UserError, require
 from florence_jax.files import filesystem, json_digest, read_json
 
@@ -201,7 +202,7 @@ def _measure_rules(config: Mapping[str, Any]) -> MeasureRules:
         extra,
         HashList.from_file(hash_list) if hash_list else None,
         retry,
-        json_digest([options, extra, _content(hash_list)]),
+        json_digest([options, extra, _content(hash_list), SCORES.names]),
     )
 
 

@@ -37,14 +37,8 @@ def build_table(run: Run) -> dict[str, Any]:
     def build(folder: str) -> Mapping[str, Any]:
         def pipeline(root: beam.Pipeline) -> None:
             parts = root | beam.Create(splits) | Measure(run.workdir, run.rules)
-            for note in NOTES:
-                _ = (
-                    parts
-                    | f"Read {note}" >> beam.FlatMap(_notes, note)
-                    | f"Distinct {note}" >> beam.Distinct()
-                    | f"List {note}" >> beam.combiners.ToList()
-                    | f"Write {note}" >> beam.Map(_write_notes, f"{folder}/{note}.json")
-                )
+            notes = parts | "Notes" >> beam.FlatMap(_notes) | beam.Distinct() | beam.combiners.ToList()
+            _ = notes | "WriteNotes" >> beam.Map(_write_notes, folder)
             numbers = functools.partial(by_identifier, column="uid", count=count)
             tables = parts | "Read" >> beam.Map(read_table) | Repartition(numbers)
             _ = tables | "Write" >> beam.MapTuple(functools.partial(write_part, folder=folder))
@@ -84,14 +78,16 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:6]) + ", ..."
 
 
-def _notes(path: str, note: str) -> list[str]:
-    """What is noted in the metadata of a part: its damage, or the names of its fields."""
-    text = read_table(path, ["uid"]).schema.metadata.get(note.encode(), b"").decode()
-    return json.loads(text) if note == "fields" and text else [text] if text else []
+def _notes(path: str) -> list[tuple[str, str]]:
+    """What is noted in the metadata of a part: ("damage", its damage), ("fields", a name) for each field."""
+    found = read_table(path, ["uid"]).schema.metadata
+    damage = found.get(b"damage", b"").decode()
+    return [("damage", damage)] * bool(damage) + [("fields", name) for name in json.loads(found[b"fields"])]
 
 
-def _write_notes(notes: Sequence[str], path: str) -> None:
-    write_json(path, sorted(notes))
+def _write_notes(notes: Sequence[tuple[str, str]], folder: str) -> None:
+    for kind in NOTES:
+        write_json(f"{folder}/{kind}.json", sorted(text for note, text in notes if note == kind))
 
 
 def write_part(number: int, table: pa.Table, folder: str) -> None:

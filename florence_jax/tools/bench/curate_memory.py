@@ -211,4 +211,5 @@ def make_log(uids: pa.Array) -> pa.Table:
     columns = {name: pa.array(values).take(which) for name, values in reasons.items()}
     empty = pa.repeat("", len(uids))
     columns |= {"uid": uids, "source": pa.repeat("web", len(uids)), "threshold": empty, "config": empty}
+    columns["refused"] = pa.nulls(len(uids), DECISIONS.field("refused").type)
     return pa.table({name: columns[name] for name in DECISIONS.names}, schema=DECISIONS)
