@@ -12,7 +12,9 @@ from safetensors.numpy import save_file
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.errors import UserError
 from florence_jax.models.florence import build
-from florence_jax.tasks.encoder import Encoder, evaluation_ops
+from florence_jax.models.sizes import resolve_config
+from florence_jax.params.weights import make_description, write_description
+from florence_jax.tasks.encoder import Encoder, check_same_network, evaluation_ops
 from florence_jax.tools.import_torch.__main__ import main
 from florence_jax.tools.import_torch.convert import convert
 from florence_jax.tools.import_torch.families import FAMILIES
@@ -272,7 +274,26 @@ def test_a_sigmoid_losss_bias_is_kept():
 
 
 def test_messages_use_the_names_of_the_file():
+    tables = {name: value for name, value in swin_state().items() if not name.endswith("bias_table")}
+    with pytest.raises(UserError, match="lacks layers.0.blocks.0.attn.relative_position_bias_table$"):
+        convert(tables, FAMILIES["swin"])
+    image = {name: value for name, value in clip_state().items() if name.startswith("visual.")}
+    with pytest.raises(UserError, match="not a whole checkpoint of --from=clip: it lacks text_projection$"):
+        convert(image, FAMILIES["clip"])
     state = {f"module.{name}": value for name, value in clip_state().items()}
     del state["module.visual.transformer.resblocks.1.ln_1.bias"]
     with pytest.raises(UserError, match="1 mismatches: visual.transformer.resblocks.1.ln_1.bias: missing"):
         convert(state, FAMILIES["clip"], options=ASKED)
+
+
+def test_a_model_of_another_activation_does_not_start_from_weights(tmp_path):
+    """What shapes do not show is compared where a configuration says the model, as in pretraining."""
+    towers = {"variant": "ViT-B-32", "overrides": {"text_activation": "gelu", "heads": [24]}, "entries": ["image"]}
+    write_description(str(tmp_path), make_description("import", {"towers": towers}))
+    same = resolve_config("ViT-B-32", text_activation="gelu", heads=(24,), res=448, dtype="bfloat16")
+    check_same_network(str(tmp_path), same)
+    with pytest.raises(UserError) as caught:
+        check_same_network(str(tmp_path), resolve_config("ViT-B-32"))
+    message = str(caught.value)
+    assert "heads is (24,), not (12,), text_activation is gelu, not quick_gelu: add " in message
+    assert '--config.model.overrides.heads="(24,)" --config.model.overrides.text_activation="gelu"' in message

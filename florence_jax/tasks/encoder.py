@@ -15,7 +15,7 @@ from florence_jax.errors import UserError
 from florence_jax.models import florence
 from florence_jax.models.base import Model
 from florence_jax.models.layers import unit_norm
-from florence_jax.models.sizes import VARIANTS, resolve_config
+from florence_jax.models.sizes import VARIANTS, ModelConfig, resolve_config
 from florence_jax.params.rules import Rules
 from florence_jax.params.sharding import params_like
 from florence_jax.params.weights import Description, describe, load
@@ -27,6 +27,13 @@ STD = (0.229, 0.224, 0.225)
 DEFAULT_TOKENIZER = "sentencepiece"  # the shipped one
 # For `params.weights.load`: what depends on the image size is resized where it differs; all else must have its shape.
 RESIZED = ((r".*/relative_position_bias_table|image/position_embedding", "adapt"), (".*", "read"))
+
+
+# Fields of a model that the shapes of its parameters do not show.
+UNSEEN = (
+    "heads", "text_heads", "image_activation", "text_activation", "image_eps", "text_eps", "text_causal", "image_mean",
+    "image_std",
+)  # fmt: skip
 
 
 class Encoder:
@@ -172,6 +179,22 @@ class Encoder:
 
     def _text(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         return self.model.apply(params, text_inputs(batch))["text/embedding"]
+
+
+def check_same_network(init: str, config: ModelConfig) -> None:
+    """Raises `UserError` where a folder's towers differ from these in what the shapes of parameters do not show.
+
+    Where a folder's weights start a model of the configuration's own, nothing else would notice that: the numbers would
+    be wrong without a word. The resolution, the window and what only training uses may differ.
+    """
+    towers = describe(init).parts.get("towers")
+    if towers is None:
+        return  # `load` says what is missing
+    saved = resolve_config(towers["variant"], **towers["overrides"])
+    if wrong := [name for name in UNSEEN if saved[name] != config[name]]:
+        given = " ".join(f'--config.model.overrides.{name}="{saved[name]}"'.replace(", ", ",") for name in wrong)
+        said = ", ".join(f"{name} is {saved[name]}, not {config[name]}" for name in wrong)
+        raise UserError(f"of the weights in {init} {said}: add {given}")
 
 
 def evaluation_ops(evaluation: Mapping[str, Any], res: int) -> str:

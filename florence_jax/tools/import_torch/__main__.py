@@ -29,6 +29,8 @@ from florence_jax.tools.import_torch.convert import convert
 from florence_jax.tools.import_torch.families import FAMILIES
 from florence_jax.tools.import_torch.files import read_state_dict
 
+_SHOWN = 8  # names of dropped tensors on the terminal
+
 
 def parse_options(items: Sequence[str]) -> dict[str, Any]:
     """'text_heads=2' or 'text_pooling=first' to {name: value}; raises `UserError` without '='."""
@@ -61,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.out}: variant {variant}, {given}; {count / 1e6:.2f} M parameters from {len(state)} tensors")
     for note in found.notes:
         print(note)
-    print(f"dropped: {', '.join(found.dropped) or 'nothing'}")
+    more = f" and {len(found.dropped) - _SHOWN} more, see model.json" if len(found.dropped) > _SHOWN else ""
+    print(f"dropped: {', '.join(found.dropped[:_SHOWN]) or 'nothing'}{more}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

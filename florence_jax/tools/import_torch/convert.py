@@ -68,14 +68,16 @@ def convert(
         notes.append(f"what tensors do not show is of {told.where}")
     tensors = gather(found.state, family.naming(list(found.state)))
     shapes = {name: _shape(name, tensor) for name, tensor in tensors.items()}
-    config = family.configure(_sizes(Shapes(shapes, family.name), family, told, dict(options or {})))
+    known = [(name, tensor.names[0]) for name, tensor in tensors.items()]
+    in_the_file = functools.partial(_in_the_file, known=known)
+    config = family.configure(_sizes(Shapes(shapes, family.name, in_the_file), family, told, dict(options or {})))
     targets = family.targets(config)
     sources = {source_name(path, family.rules): path for path in targets}
     if len(sources) != len(targets):
         raise AssertionError("two parameters have one source name")  # a mistake in the name tables, not the user's
     dropped = [name for name in tensors if re.fullmatch(family.dropped, name)]
     wanted = {name: torch_shape(path, targets[path]) for name, path in sources.items()}
-    _check(tensors, shapes, wanted, dropped, family.name)
+    _check(tensors, shapes, wanted, dropped, family.name, in_the_file)
     arrays = {path: (tensors[name], targets[path]) for name, path in sources.items()}
     params = _stacked(arrays)
     if changes := family.resolution(config, res, window):
@@ -128,11 +130,11 @@ def _check(
     wanted: Mapping[str, tuple[int, ...]],
     dropped: Sequence[str],
     family: str,
+    in_the_file: Callable[[str], str],
 ) -> None:
     """Raises one `UserError` with the differences between a file and the model that its shapes describe."""
-    known = [(name, tensor.names[0]) for name, tensor in tensors.items()]
     missing = sorted(wanted.keys() - tensors.keys())
-    lines = [f"{_in_the_file(name, known)}: missing, should be {wanted[name]}" for name in missing]
+    lines = [f"{in_the_file(name)}: missing, should be {wanted[name]}" for name in missing]
     unknown = tensors.keys() - wanted.keys() - set(dropped)
     lines += [f"{' and '.join(tensors[name].names)}: unknown, {shapes[name]}" for name in sorted(unknown)]
     lines += [f"{' and '.join(tensor.names)}: both name one tensor" for tensor in tensors.values() if tensor.clash]

@@ -60,10 +60,13 @@ class Shapes:
     Args:
       shapes: by canonical name.
       family: name of the family, for messages.
+      in_the_file: how the file calls, or would call, a tensor of a canonical name, for messages.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], family: str):
-        self._shapes, self._family = shapes, family
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], family: str, in_the_file: Callable[[str], str] = lambda name: name
+    ):
+        self._shapes, self._family, self._in_the_file = shapes, family, in_the_file
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
@@ -76,7 +79,7 @@ class Shapes:
         """
         found = [s for name, s in self._shapes.items() if re.fullmatch(pattern, name) and len(s) == rank and min(s)]
         if not found:
-            wanted = pattern.replace(r"(\d+)", "0").replace(r"\d+", "0").replace(r"\.", ".")
+            wanted = self._in_the_file(re.sub(r"\\d\+?", "0", pattern).replace("\\", ""))
             raise UserError(f"not a whole checkpoint of --from={self._family}: it lacks {wanted}")
         return Counter(value(shape) for shape in found).most_common(1)[0][0]
 
