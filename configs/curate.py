@@ -61,7 +61,6 @@ def _input() -> dict:
             "hot_bucket": 50_000,
             "window": 256,
             "min_detail": 0.5,  # grey levels; flatter pictures are compared as exact copies only
-            "star_above": 50,  # larger components are split around their representatives
         },
         "text": {"preset": "labels", "languages": (), "cap": 0},  # cap: pairs a caption, 0 for no cap
     }

@@ -98,16 +98,28 @@ def figure_html(pictures: Sequence[str], caption: Any, note: Any = "", kind: str
     return f'<figure{style}><div class="pictures">{shown}</div><figcaption>{below}</figcaption></figure>'
 
 
-def contact_sheet(title: str, note: str, groups: Iterable[tuple[str, Sequence[tuple[str, str]]]]) -> str:
+Group = tuple[str, Sequence[tuple[str, str, str]]]  # heading, [(data URI or '', caption, note), ...]
+
+
+def contact_sheet(title: str, note: str, sections: Iterable[tuple[str, Sequence[Group]]]) -> str:
     """A page of groups of pictures.
 
     Args:
-      title, note: plain text. groups: (heading, [(data URI or '', caption), ...]); the first picture is marked.
+      title, note: plain text. sections: (heading, groups), left out where there are none; the first picture of a group
+        with a heading is marked.
     """
     parts = [f"<p>{markup(note)}</p>"]
-    for heading, pictures in groups:
-        figures = [figure_html([url], caption, kind="" if i else "first") for i, (url, caption) in enumerate(pictures)]
-        parts.append(f'<section><h2>{markup(heading)}</h2><div class="tiles">{"".join(figures)}</div></section>')
+    for heading, groups in sections:
+        shown = []
+        for name, pictures in groups:
+            figures = [
+                figure_html([url], caption, text, kind="first" if name and not i else "")
+                for i, (url, caption, text) in enumerate(pictures)
+            ]
+            above = f"<h3>{markup(name)}</h3>" if name else ""
+            shown.append(f'<section>{above}<div class="tiles">{"".join(figures)}</div></section>' if figures else "")
+        if any(shown):
+            parts += [f"<h2>{markup(heading)}</h2>", *shown]
     return page(title, "\n".join(parts))
 
 

@@ -1,6 +1,7 @@
 """Clusters, representatives, benchmark copies, the stand-alone command and the perturbation table."""
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,15 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from test_curation_hashing import encode, scene
 
 from florence_jax.curation.dedup import __main__ as dedup_files
-from florence_jax.curation.dedup import clusters, hash_index, perturb
+from florence_jax.curation.dedup import clusters, drawings, hash_index, perturb
 from florence_jax.curation.dedup.benchmarks import BenchmarkIndex
-from florence_jax.curation.dedup.clusters import Views, hash_rows, representatives, split_components, total_order
+from florence_jax.curation.dedup.clusters import representatives, star_clusters, total_order
 from florence_jax.curation.dedup.components import union_find
-from florence_jax.curation.dedup.join import HashRows
+from florence_jax.curation.dedup.join import DEFAULT_JOIN, HashRows
+from florence_jax.curation.dedup.views import VIEW_CHANGES, Views, hash_rows
 from florence_jax.curation.ingest.hashing import measure
 from florence_jax.errors import UserError
 from florence_jax.page import contact_sheet
@@ -114,33 +116,103 @@ def test_total_order_and_representatives():
 
 
 def drifting(n, step):
-    """Hashes of images 0 .. n-1, each `step` of 256 bits from its neighbour, all different ones."""
+    """Pictures 0 .. n-1 of one look, their hashes each `step` of 256 bits from the neighbour's, all different ones."""
     bits = np.zeros((n, 256), np.uint8)
     for i in range(1, n):
         bits[i] = bits[i - 1]
         bits[i, (i - 1) * step % 256 : ((i - 1) * step % 256) + step] ^= 1
     h256 = np.packbits(bits, axis=1).view(np.uint64)
-    return HashRows(np.arange(n), np.zeros(n, np.uint64), h256, np.zeros(n, bool))
+    rows = HashRows(np.arange(n), np.zeros(n, np.uint64), h256, np.zeros(n, bool))
+    numbers = np.arange(n)
+    identity = np.stack([numbers, numbers], axis=1).astype(np.uint64)
+    look = np.zeros((n, 16, 16), np.uint8), np.full((n, 2, 8, 8), 128, np.uint8)
+    return Views(rows, np.arange(n + 1), numbers, np.zeros(n, np.int64), *look, np.zeros(n), identity)
 
 
-def test_a_chain_is_split_around_its_representatives():
-    rows = drifting(60, 4)
-    labels, ranks, same = np.zeros(60, np.int64), np.arange(60), np.arange(60)
-    views = Views.of(rows, 60)
-    split = split_components(labels, ranks, views, same, max_d256=40)
-    assert split.tolist() == [i // 11 * 11 for i in range(60)]  # 40 bits are ten steps
-    assert (split_components(labels, ranks, views, same, max_d256=40, above=60) == 0).all()
-    same[59] = 0  # an exact copy of the first stays with it
-    assert split_components(labels, ranks, views, same, max_d256=40)[59] == 0
+def test_a_chain_is_cut_into_stars():
+    views, join = drifting(60, 4), dataclasses.replace(DEFAULT_JOIN, max_d256=40)
+    labels, ranks = np.zeros(60, np.int64), np.arange(60)
+    assert star_clusters(labels, ranks, views, join).tolist() == [i // 11 * 11 for i in range(60)]  # 40 bits: ten steps
+    two = np.repeat([0, 30], 30)  # components do not meet
+    assert star_clusters(two, ranks, views, join).tolist() == [i // 30 * 30 + i % 30 // 11 * 11 for i in range(60)]
+    views.identity[59] = views.identity[0]  # an exact copy of the first stays with it
+    assert star_clusters(labels, ranks, views, join)[59] == 0
+    assert star_clusters(np.zeros(0, np.int64), np.zeros(0, np.int64), drifting(0, 4), join).shape == (0,)
 
 
-def test_distances_between_images():
-    zero = np.zeros(4, np.uint64)
-    h256 = np.stack([zero, zero + 1, zero + 3, zero])
-    rows = HashRows(np.array([0, 0, 2, 2]), np.array([0, 1, 3, 1], np.uint64), h256, np.array([0, 1, 0, 1], bool))
-    d64, d256 = Views.of(rows, 3).distances(0, np.array([0, 1, 2]))
-    assert d64.tolist() == [0, 64, 1] and d256.tolist() == [0, 256, 0]
-    assert Views.of(rows, 3).distances(2, np.array([0]), k=0)[0].tolist() == [1]
+def star_reference(labels, ranks, views, join):
+    """One picture after the other: the best of those left takes what is near it."""
+    left, result = sorted(range(len(labels)), key=lambda i: ranks[i]), labels.copy()
+    while left:
+        near = views.compare(np.full(len(left), left[0]), np.array(left), join).near & (labels[left] == labels[left[0]])
+        members = [i for i, is_near in zip(left, near, strict=True) if is_near]
+        result[members] = min(members)
+        left = [i for i in left if i not in members]
+    return result
+
+
+def test_stars_are_those_of_the_reference(measured):
+    views, ranks = Views.of(measured), np.random.default_rng(1).permutation(len(measured))
+    components = union_find(clusters.near_edges(np.arange(len(measured)), measured)[0], len(measured))
+    for labels in (np.zeros(len(measured), np.int64), components):
+        expected = star_reference(labels, ranks, views, DEFAULT_JOIN)
+        assert (star_clusters(labels, ranks, views, DEFAULT_JOIN) == expected).all()
+
+
+def compare(*pictures):
+    """The first picture with each of the others."""
+    views = Views.of([measure(encode(picture)) for picture in pictures])
+    others = np.arange(1, len(pictures))
+    return views.compare(np.zeros_like(others), others, DEFAULT_JOIN)
+
+
+def test_views_of_a_photograph_agree():
+    """Each kind of view with the picture that it stands for, framed ones too."""
+    image = scene(240, 180, 3)
+    cut = image.crop((10, 7, 230, 173))  # 8 % of each side
+    light = image.point([round(0.75 * i + 20) for i in range(256)] * 3)
+    pictures = [image, ImageOps.mirror(image), cut, ImageOps.expand(image, 20, (255, 255, 255)), light]
+    found = compare(*pictures, image.convert("L"), scene(240, 180, 4))
+    assert found.near.tolist() == [True] * 5 + [False]
+    assert [VIEW_CHANGES[i][:4] for i in found.change[:4]] == ["flip", "crop", "", ""]
+    assert (found.doubt <= 1).all() and found.doubt[0] == 0.5 and found.colour[4] > 20
+    framed = compare(pictures[3], ImageOps.expand(ImageOps.mirror(image), 30, (250, 250, 250)), cut)
+    assert framed.near.all() and framed.luma.max() < 24
+
+
+def heart(colour, shape="heart", side=120):
+    """A drawing on white."""
+    image = Image.new("RGB", (side, side), (255, 255, 255))
+    draw = ImageDraw.Draw(image)
+    draw.pieslice((10, 15, 62, 67), 150, 360, fill=colour)
+    draw.pieslice((58, 15, 110, 67), 180, 390, fill=colour)
+    draw.polygon([(12, 50), (108, 50), (60, 110)], fill=colour)
+    for top in range(5, 115, 22):
+        draw.rectangle((2, top, 118, top + 2), fill=(70, 70, 70))
+        draw.rectangle((top, 2, top + 2, 118), fill=(70, 70, 70))
+    if shape == "pips":
+        draw.rectangle((50, 45, 70, 65), fill=(255, 255, 255))
+    return image
+
+
+def test_drawings_of_other_colours_and_contents_are_others():
+    red = heart((200, 30, 40))
+    others = [heart((30, 60, 200)), heart((240, 130, 140)), heart((90, 90, 90)), heart((200, 30, 40), "pips")]
+    same = [red.resize((60, 60), Image.Resampling.LANCZOS), ImageOps.expand(red, 15, (255, 255, 255))]
+    assert compare(red, *others, *same).near.tolist() == [False] * 4 + [True] * 2
+    arrow = Image.new("RGB", (120, 90), (255, 255, 255))
+    ImageDraw.Draw(arrow).polygon([(10, 30), (60, 30), (60, 10), (110, 45), (60, 80), (60, 60), (10, 60)], (20, 90, 30))
+    views = Views.of([measure(encode(picture)) for picture in (arrow, ImageOps.mirror(arrow))])
+    assert views.flatness.min() > 0.65 and not compare(arrow, ImageOps.mirror(arrow)).near.any()
+
+
+def test_colours_do_not_split_what_a_file_format_changes():
+    """By the pipeline: two hearts, each as PNG and as JPEG, are two clusters whose hashes alone are one."""
+    files = [encode(heart(colour)) for colour in ((200, 30, 40), (30, 60, 200))]
+    files += [jpeg(heart(colour), 60) for colour in ((200, 30, 40), (30, 60, 200))]
+    pictures = [measure(data) for data in files]
+    labels, edges, _ = clusters.cluster(pictures, np.arange(4))
+    assert labels.tolist() == [0, 1, 0, 1] and union_find(edges, 4).tolist() == [0] * 4
 
 
 def test_benchmark_index(collection, measured, tmp_path):
@@ -205,7 +277,10 @@ def test_command_on_a_folder(folder, tmp_path):
     assert sum(row["is_representative"] == "True" for row in clusters) == 15
     assert [row["status"] for row in clusters if row["size"] == "0"] == ["corrupt"]
     sheet = (out / "contact_sheet.html").read_text()
-    assert sheet.count("<section>") == 5 and sheet.count("data:image/") == 37
+    assert sheet.count("<section>") == 5 and sheet.count("data:image/") == 35  # equal files are one
+    assert sheet.count("2 equal files") == 2 and counts["equal_files"] == len(equal)
+    doubts = [float(pair["doubt"]) for pair in pairs]
+    assert all(0 <= doubt <= 1 for doubt in doubts) and {pair["view"] for pair in pairs} >= {"same", "mirrored"}
     assert not list(out.glob("*.tmp"))
 
 
@@ -242,9 +317,36 @@ def test_command_on_parquet(collection, tmp_path, capsys):
         pq.write_table(table, tmp_path / f"{name}.parquet")
         assert run(tmp_path / f"{name}.parquet", "--out", tmp_path / name, "--workers", 2, "--sheet", 1) == 0
         results.append(json.loads(capsys.readouterr().out))
-        assert (tmp_path / name / "contact_sheet.html").read_text().count("base64") == 8
+        assert (tmp_path / name / "contact_sheet.html").read_text().count("base64") == 7
     assert results[0] == results[1] and results[0]["duplicates"] == 7
     assert read_csv(tmp_path / "struct" / "pairs.csv")[0]["representative"].endswith("struct.parquet#0")
+
+
+def test_command_on_odd_folders(collection, tmp_path, capsys):
+    """Nothing to compare, nothing that can be read, links, names that are not UTF-8: each ends well."""
+    data = collection["other/1.jpg"]
+    files = {
+        "one": {b"a.jpg": data},
+        "broken": {b"a.jpg": b"text"},
+        "odd": {b"caf\xe9.jpg": data, b"<b>.jpg": data + b" "},
+    }
+    for name, inside in files.items():
+        (tmp_path / name).mkdir()
+        for file, content in inside.items():
+            Path(os.fsdecode(os.path.join(os.fsencode(tmp_path / name), file))).write_bytes(content)
+    (tmp_path / "odd" / "link").symlink_to(tmp_path / "one")
+    (tmp_path / "odd" / "loop").symlink_to(tmp_path / "odd")
+    (tmp_path / "odd" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    expected = {"one": (1, 0, {}), "broken": (1, 0, {"unsupported": 1}), "odd": (3, 2, {})}
+    for name, (pictures, duplicates, unreadable) in expected.items():
+        assert run(tmp_path / name, "--out", tmp_path / "out", "--workers", 1, "--table", "parquet") == 0
+        counts = json.loads(capsys.readouterr().out)
+        assert (counts["pictures"], counts["duplicates"], counts["unreadable"]) == (pictures, duplicates, unreadable)
+    assert counts["passed_over"] == {"not a file": 1}
+    keys = pq.read_table(tmp_path / "out" / "clusters.parquet")["key"].to_pylist()
+    assert any(key.endswith("caf\\udce9.jpg") for key in keys)
+    sheet = (tmp_path / "out" / "contact_sheet.html").read_text()
+    assert "&lt;b&gt;.jpg" in sheet and str(tmp_path) not in sheet and "2 equal files" in sheet
 
 
 def test_command_mistakes(folder, tmp_path, capsys):
@@ -279,13 +381,14 @@ def test_index_round_trip(measured, tmp_path):
     hash_index.save(tmp_path / "i.npz", pictures)
     loaded = hash_index.load_index(tmp_path / "i.npz")
     for key, item in pictures.items():
-        for name in ("status", "width", "bytes", "stamp", "h64", "image_id", "probes", "detail", "aspect"):
+        for name in ("status", "width", "bytes", "stamp", "h64", "image_id", "probes", "detail", "aspect", "look"):
             assert loaded[key][name] == item[name]
 
 
 def test_contact_sheet_escapes_and_shows_what_it_can():
-    page = contact_sheet("<t>", "&", [("g", [(thumbnail(encode(scene(20, 20))), "<b>"), ("", "x")])])
-    assert "&lt;t&gt;" in page and "&lt;b&gt;" in page and page.count("<img") == 1
+    pictures = [(thumbnail(encode(scene(20, 20))), "<b>", "<c>"), ("", "x", "")]
+    page = contact_sheet("<t>", "&", [("<s>", [("g", pictures)]), ("empty", [("g", [])])])
+    assert all(f"&lt;{letter}&gt;" in page for letter in "tsbc") and page.count("<img") == 1 and "empty" not in page
     assert thumbnail(b"broken") == ""
 
 
@@ -300,6 +403,24 @@ def test_perturbation_table_tells_recall_from_failure(monkeypatch):
     assert min(recall.values()) == 1
     assert all(set(line["false_pairs"].values()) == {0} for line in result["changes"])
     assert "rotation 90 degrees" in perturb.render(result)
+
+
+def test_drawings_are_told_apart_and_found_again():
+    colours = drawings.SIGN_COLOURS
+    made = {f"{text} {i}": drawings.sign(text, colours[i]) for text in "BKP8" for i in range(2)}
+    cards = {f"{rank} {suit}": drawings.card(rank, suit) for rank in ("A", "3", "4") for suit in ("hearts", "spades")}
+    result = drawings.run({"signs": drawings.with_copies(made), "cards": drawings.with_copies(cards)})
+    for counts in result.values():
+        chains, found = counts["chains"], counts["clusters"]
+        assert chains["wrong"] > 0 == found["wrong"] and found["recall"] >= chains["recall"] - 0.05 > 0.8
+        assert found["largest"] <= 3
+    labels = np.array([0, 0, 2, 0])
+    assert drawings.count_wrong(np.array(["a", "b", "a", "a"]), labels, True) == {
+        "duplicates": 2,
+        "wrong": 1,
+        "largest": 3,
+        "recall": 0.5,
+    }
 
 
 def test_perturbation_command(tmp_path, capsys):

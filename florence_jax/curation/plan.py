@@ -52,7 +52,6 @@ class CurationRules:
       measure: how splits are measured.
       validity, size, text, relevance, select, post_filter: of the stages of those names.
       join: of near-duplicates, and `min_detail`: pictures with less are compared as exact copies only.
-      star_above: components of more members are split again around their representatives.
       cap: pairs a caption.
       scores: name of a score to what makes it: 'field:NAME', 'module:function' or 'checkpoint:FOLDER'; '' for none.
       tokenizer: of that folder; '' for the one that it names.
@@ -70,7 +69,6 @@ class CurationRules:
     size: SizeRules
     join: Join
     min_detail: float
-    star_above: int
     text: TextRules
     cap: int
     scores: Mapping[str, str]
@@ -94,9 +92,7 @@ class CurationRules:
         """Of the stage 'near_duplicates'."""
         safety = self.post_filter.safety
         known = dataclasses.replace(safety, max_nsfw=None) if "nsfw" in self.scorers else safety
-        return DuplicateRules(
-            self.join, self.star_above, self.text, dataclasses.replace(self.post_filter, safety=known)
-        )
+        return DuplicateRules(self.join, self.text, dataclasses.replace(self.post_filter, safety=known))
 
     def picture_stages(self) -> list[Stage]:
         """The stages before near-duplicates are looked for: what they drop is compared with nothing."""
@@ -136,7 +132,6 @@ def make_all(config: Mapping[str, Any]) -> CurationRules:
         validity=make_rules(ValidityRules, config["validity"] | {"limits": measure.limits.by_status()}),
         size=make_rules(SizeRules, config["size"]),
         min_detail=near.pop("min_detail"),
-        star_above=near.pop("star_above"),
         join=make_rules(Join, near),
         text=text_rules,
         cap=cap,

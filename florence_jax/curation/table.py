@@ -62,6 +62,8 @@ SCORES = pa.schema(
         ("h64", pa.uint64()),
         ("h256", pa.binary()),
         ("detail", pa.float32()),
+        ("flatness", pa.float32()),
+        ("look", pa.binary()),
         ("aspect", pa.float32()),
         ("probes", pa.list_(PROBE)),
         # filters.captions.text_scores, filters.personal.personal_scores: of the first caption, and of the others

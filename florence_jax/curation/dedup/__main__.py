@@ -5,8 +5,8 @@
 
 Into --out go `pairs` (each duplicate beside the representative of its cluster, with distances), `clusters` (each
 picture: its cluster, whether it is the representative, why it could not be read), both as csv or parquet,
-`contact_sheet.html` with a sample of the clusters, `counts.json`, and `index.npz`, which a later run takes as --index:
-pictures in it are not read again, and new ones are compared with them. Nothing is deleted.
+`contact_sheet.html` with some of the clusters, the doubtful ones first, `counts.json`, and `index.npz`, which a later
+run takes as --index: pictures in it are not read again, and new ones are compared with them. Nothing is deleted.
 
 The representative is the picture without a border, then with the most pixels, the most bytes, the first name.
 A parquet file needs a column `image` (bytes, or a struct with `bytes`) or `path`, and may have `key`.
@@ -15,7 +15,6 @@ A parquet file needs a column `image` (bytes, or a struct with `bytes`) or `path
 import argparse
 import csv
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -28,16 +27,15 @@ import numpy as np
 
 from florence_jax.command_line import enter
 from florence_jax.curation.dedup import hash_index
-from florence_jax.curation.dedup.clusters import Views, cluster, hash_rows, representatives, total_order
+from florence_jax.curation.dedup.clusters import cluster, representatives, total_order
 from florence_jax.curation.dedup.join import DEFAULT_JOIN, DESIGNS
 from florence_jax.curation.dedup.measurements import items_of, measure_new
-from florence_jax.data.sources.picture_files import list_pictures
+from florence_jax.curation.dedup.sheet import SEEN_AS, Duplicates, Sheet, sheet_html
+from florence_jax.data.sources.picture_files import list_pictures, shown
 from florence_jax.errors import UserError
 from florence_jax.files import replacing, with_home, write_text
-from florence_jax.page import FIGURE_SIDE, contact_sheet
+from florence_jax.page import FIGURE_SIDE
 from florence_jax.pictures import thumbnail
-
-SHOWN = 12  # members of a cluster on the contact sheet
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,9 +84,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     labels, _, joined = cluster(measured, ranks, join)
     best, size = representatives(labels, ranks)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_rows(args.out / f"pairs.{args.table}", PAIR_COLUMNS, pair_rows(keys, measured, best))
+    pairs = Duplicates.of(measured, best, join)
+    write_rows(args.out / f"pairs.{args.table}", PAIR_COLUMNS, pair_rows(keys, pairs))
     write_rows(args.out / f"clusters.{args.table}", CLUSTER_COLUMNS, cluster_rows(pictures, keys, best, size))
-    write_sheet(args, keys, measured, best, size)
+    sheet = sheet_html(
+        Sheet(keys, measured, f"{args.input}/", pairs, join, args.sheet), lambda wanted: thumbnails(args.input, wanted)
+    )
+    write_text(args.out / "contact_sheet.html", sheet)
     hash_index.save(args.out / "index.npz", pictures)
     counts = {
         "pictures": len(pictures),
@@ -96,7 +98,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "passed_over": listing.not_pictures() if listing else {},
         "unreadable": dict(Counter(item["status"] for item in pictures.values() if item["status"] != "ok")),
         "clusters_of_several": int((size[best == np.arange(len(best))] > 1).sum()),
-        "duplicates": int((best != np.arange(len(best))).sum()),
+        "duplicates": len(pairs.other),
+        "equal_files": int(pairs.equal.sum()),
         "largest_cluster": int(size.max(initial=0)),
         "join": dict(joined),
     }
@@ -113,21 +116,19 @@ def rank(keys: Sequence[str], measured: Sequence[dict[str, Any]]) -> np.ndarray:
     return total_order(bordered, -pixels, -np.array([item["bytes"] for item in measured], np.int64), names)
 
 
-PAIR_COLUMNS = ("representative", "duplicate", "d64", "d256", "equal_bytes")
+PAIR_COLUMNS = ("representative", "duplicate", "d64", "d256", "light", "colour", "view", "doubt", "equal_bytes")
 CLUSTER_COLUMNS = ("key", "status", "representative", "size", "is_representative", "width", "height", "bytes")
 
 
-def pair_rows(keys: Sequence[str], measured: Sequence[dict[str, Any]], best: np.ndarray) -> Iterator[tuple]:
+def pair_rows(keys: Sequence[str], pairs: Duplicates) -> Iterator[tuple]:
     """Each duplicate with the representative of its cluster."""
-    views = Views.of(hash_rows(range(len(keys)), measured), len(keys))
-    others = np.flatnonzero(best != np.arange(len(best)))
-    others = others[np.argsort(best[others], kind="stable")]
-    for members in np.split(others, np.flatnonzero(np.diff(best[others])) + 1) if len(others) else []:
-        first = int(best[members[0]])
-        d64, d256 = views.distances(first, members)
-        for member, short, long in zip(members.tolist(), d64.tolist(), d256.tolist(), strict=True):
-            equal = measured[member]["image_id"] == measured[first]["image_id"]
-            yield keys[first], keys[member], short, long, equal
+    found = pairs.found
+    columns = [pairs.first, pairs.other, found.d64, found.d256, found.luma, found.colour, found.change, found.doubt]
+    for first, other, d64, d256, luma, colour, change, doubt, equal in zip(
+        *(column.tolist() for column in [*columns, pairs.equal]), strict=True
+    ):
+        differences = round(luma, 1), round(colour, 1), SEEN_AS[change], round(doubt, 3)
+        yield keys[first], keys[other], d64, d256, *differences, equal
 
 
 def cluster_rows(
@@ -142,7 +143,11 @@ def cluster_rows(
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Iterable[tuple]) -> None:
-    """Writes csv or parquet, by the suffix. Raises UserError where pyarrow is missing."""
+    """Writes csv or parquet, by the suffix; parquet escapes in names what is not UTF-8, csv keeps the bytes.
+
+    Raises:
+      UserError: where pyarrow is missing.
+    """
     if path.suffix == ".csv":
         with (
             replacing(path) as temporary,
@@ -157,41 +162,14 @@ def write_rows(path: Path, columns: Sequence[str], rows: Iterable[tuple]) -> Non
             import pyarrow.parquet as pq
         except ImportError as error:
             raise UserError("--table=parquet needs pyarrow: pip install pyarrow") from error
-        listed = list(rows)
+        listed = [[shown(value) if isinstance(value, str) else value for value in row] for row in rows]
         with replacing(path) as temporary:
             pq.write_table(pa.table({name: [row[i] for row in listed] for i, name in enumerate(columns)}), temporary)
 
 
-def write_sheet(
-    args: argparse.Namespace,
-    keys: Sequence[str],
-    measured: Sequence[dict[str, Any]],
-    best: np.ndarray,
-    size: np.ndarray,
-) -> None:
-    """The contact sheet: clusters drawn by a hash of their representative's key, largest first."""
-    firsts = np.flatnonzero((best == np.arange(len(best))) & (size > 1)).tolist()
-    drawn = sorted(firsts, key=lambda i: hashlib.blake2b(keys[i].encode(errors="surrogateescape")).digest())
-    drawn = sorted(drawn[: args.sheet], key=lambda i: (-size[i], keys[i]))
-    members = {first: [first] + [i for i in np.flatnonzero(best == first).tolist() if i != first] for first in drawn}
-    wanted = {keys[i] for group in members.values() for i in group[:SHOWN]}
-    thumbnails = {}
-    for key, _, where in items_of(args.input):
-        if key in wanted:
-            data = bytes_at(where)
-            thumbnails[key] = thumbnail(data, FIGURE_SIDE)
-    groups = []
-    for group in members.values():
-        heading = f"{len(group)} pictures" + (f", {SHOWN} shown" if len(group) > SHOWN else "")
-        captions = [f"{keys[i]} ({measured[i]['width']} x {measured[i]['height']})" for i in group[:SHOWN]]
-        groups.append(
-            (heading, [(thumbnails.get(keys[i], ""), text) for i, text in zip(group, captions, strict=False)])
-        )
-    note = (
-        f"{len(drawn)} of {len(firsts)} clusters, drawn by a hash of the representative's name. The representative is "
-        "first and outlined. Pictures of an earlier run are shown by name if they are not in the input."
-    )
-    write_text(args.out / "contact_sheet.html", contact_sheet("Near-duplicates", note, groups))
+def thumbnails(path: Path, wanted: set[str]) -> dict[str, str]:
+    """Data URIs of the pictures of the input with these keys, '' for what cannot be shown."""
+    return {key: thumbnail(bytes_at(where), FIGURE_SIDE) for key, _, where in items_of(path) if key in wanted}
 
 
 def bytes_at(where: bytes | Path) -> bytes:

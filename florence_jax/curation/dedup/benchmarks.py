@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from florence_jax.curation.dedup.clusters import MIN_DETAIL, hash_rows
+from florence_jax.curation.dedup.clusters import MIN_DETAIL
 from florence_jax.curation.dedup.join import DEFAULT_JOIN, HashRows, Join, compact, covering_tables
+from florence_jax.curation.dedup.views import hash_rows
 from florence_jax.curation.ingest.hashing import bit_distance
 from florence_jax.errors import UserError
 from florence_jax.files import replacing
@@ -16,6 +17,8 @@ from florence_jax.files import replacing
 
 class BenchmarkIndex:
     """Pictures of evaluation sets, to find their exact and resized copies among training pictures.
+
+    By the hashes alone, colours are not compared: a false match costs a pair, a missed one an evaluation.
 
     Attributes:
       names: of the benchmarks. owner: int64 (images,), the benchmark of each image. ids: uint64 (images, 2), sorted

@@ -3,14 +3,14 @@
     python -m florence_jax.curation.dedup DIR_OR_PARQUET     # finds the duplicates of a folder; --help
 
 The steps, each a function on columns: exact copies first (`exact_edges`), then the covering-design join of what is left
-(join.py), connected components (components.py), large components split again around representatives so that a chain
-of similar pictures does not become one cluster (`split_components`), and one representative each (`representatives`).
+(join.py), connected components (components.py). These are candidates: pairs by their outlines, and chains of them. Then
+components are cut into stars (`star_clusters`), in which every picture is near the one that stays, colours and contents
+included (views.py), and that one is the representative (`representatives`).
 
-What hashes do not see: off-centre crops, rotations of 5 degrees and more, caption bars, vertical flips. They need
-embeddings.
+What is not found: off-centre crops, rotations of 5 degrees and more, caption bars, vertical flips, which need
+embeddings; drawings that were mirrored, or changed in their colours or light.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,39 +18,14 @@ import numpy as np
 import pyarrow as pa
 
 from florence_jax.curation.dedup.components import union_find
-from florence_jax.curation.dedup.join import DEFAULT_JOIN, HashRows, Join, candidate_edges
-from florence_jax.curation.ingest.hashing import bit_distance
+from florence_jax.curation.dedup.join import DEFAULT_JOIN, Join, candidate_edges
+from florence_jax.curation.dedup.views import Views, hash_rows, wide_hashes
 
 MIN_DETAIL = 0.5  # grey levels; below it only equal files are duplicates: the hash of a flat picture means little
 ASPECT_STEP = 1.05  # pictures of one h256 are exact copies if their shapes fall into one bucket of this ratio
-FAR = 1 << 20 | 64 << 10 | 256  # the score of no pair of views
-SPLIT_ABOVE = 50  # members; larger components are split around their representatives
-MEASURED = ("status", "image_id", "h64", "h256", "detail", "aspect", "probes")  # columns that `measured_rows` reads
-INDEXED_VIEWS = ("trimmed",)  # kinds of probes that are compared with other pictures' probes as well
-
-
-def wide_hashes(hashes: Sequence[bytes]) -> np.ndarray:
-    """32-byte hashes as uint64 (n, 4), as HashRows holds them."""
-    return np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 4)
-
-
-def hash_rows(rids: Sequence[int], measured: Sequence[Mapping[str, Any]]) -> HashRows:
-    """Rows to join of measured pictures: the whole picture, and its `probes`.
-
-    Args:
-      rids: an integer for each picture.
-      measured: of `hashing.measure`, or rows of a table with its columns `h64`, `h256` and `probes`, whose items are
-        (kind, h64, h256) or mappings of these names. Only pictures of status 'ok'.
-    """
-    rid, h64, h256, probe = [], [], [], []
-    for number, item in zip(rids, measured, strict=True):
-        views = [(p["kind"], p["h64"], p["h256"]) if isinstance(p, Mapping) else p for p in item["probes"]]
-        for kind, short, long in [("", item["h64"], item["h256"]), *views]:
-            rid.append(number)
-            h64.append(short)
-            h256.append(long)
-            probe.append(kind != "" and kind not in INDEXED_VIEWS)
-    return HashRows(np.array(rid, np.int64), np.array(h64, np.uint64), wide_hashes(h256), np.array(probe, bool))
+# Columns that `measured_rows` reads: to find pairs, and to compare them.
+HASHED = ("status", "image_id", "h64", "h256", "detail", "aspect", "probes")
+MEASURED = (*HASHED, "flatness", "look")
 
 
 def exact_edges(rids: np.ndarray, *columns: np.ndarray) -> np.ndarray:
@@ -129,77 +104,38 @@ def representatives(labels: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, 
     return node, size
 
 
-@dataclasses.dataclass
-class Views:
-    """Hash rows grouped by image, to compare images by their nearest pair of views (but not probe with probe).
+def star_clusters(labels: np.ndarray, ranks: np.ndarray, views: Views, join: Join) -> np.ndarray:
+    """Components cut into stars: every member is near the one that stays, by `Views.compare`.
 
-    Attributes:
-      rows: sorted by rid, which is 0 .. n-1. bounds: int64 (n + 1,), the rows of image i are bounds[i] : bounds[i+1].
-    """
-
-    rows: HashRows
-    bounds: np.ndarray
-
-    @classmethod
-    def of(cls, rows: HashRows, n: int) -> "Views":
-        """Groups rows of images 0 .. n-1; images without rows are far from everything."""
-        rows = rows.take(np.argsort(rows.rid, kind="stable"))
-        return cls(rows, np.searchsorted(rows.rid, np.arange(n + 1)))
-
-    def distances(self, image: int, others: np.ndarray, k: int = 64) -> tuple[np.ndarray, np.ndarray]:
-        """How far `image` is from each of the images `others`, by their nearest pair of views.
-
-        Returns:
-          int32 (d64, d256) of the pair of views with the smallest d256 among those with d64 <= k; of the smallest d64
-          where there is none such; (64, 256) for images without hashes.
-        """
-        mine = self.rows.take(np.arange(self.bounds[image], self.bounds[image + 1]))
-        counts = self.bounds[others + 1] - self.bounds[others]
-        starts = np.cumsum(counts) - counts
-        theirs = self.rows.take(np.repeat(self.bounds[others] - starts, counts) + np.arange(counts.sum()))
-        nearest = np.full(len(others), FAR)
-        if len(mine) and len(theirs):
-            short = np.bitwise_count(mine.h64[:, None] ^ theirs.h64).astype(np.int32)
-            long = bit_distance(mine.h256[:, None], theirs.h256[None])
-            score = np.where(short <= k, long << 8 | short, 1 << 20 | short << 10 | long)
-            score[mine.probe[:, None] & theirs.probe] = FAR
-            nearest[counts > 0] = np.minimum.reduceat(score.min(axis=0), starts[counts > 0])
-        within = nearest < 1 << 20
-        d64 = np.where(within, nearest & 255, nearest >> 10 & 1023)
-        return d64.astype(np.int32), np.where(within, nearest >> 8, nearest & 1023).astype(np.int32)
-
-
-def split_components(
-    labels: np.ndarray,
-    ranks: np.ndarray,
-    views: Views,
-    same: np.ndarray,
-    max_d256: int = DEFAULT_JOIN.max_d256,
-    above: int = SPLIT_ABOVE,
-) -> np.ndarray:
-    """Components of more than `above` members, split so that every member is near its representative.
-
-    The best-ranked member takes all members within `max_d256` of it; the best of the rest takes its own, and so on.
+    The best-ranked member takes all that are near it, the best of the rest takes its own, and so on; in all components
+    at once, so that there are as many rounds as the component with the most stars has. Equal files, which lie in one
+    component, count as one.
 
     Args:
-      labels: int64 (n,). ranks: see `representatives`. views: hashes of all n images.
-      same: int64 (n,), the image whose exact copy each one is (itself if none): copies are never parted.
-      max_d256: distance of the 256-bit hashes. above: members.
+      labels: int64 (n,), equal within a component. ranks: see `representatives`.
+      views: of all n images. join: the distances.
 
     Returns:
-      labels int64 (n,): the smallest member of each cluster.
+      labels int64 (n,): the smallest member of each star.
     """
-    _, size = representatives(labels, ranks)
-    result = labels.copy()
-    large = np.flatnonzero(size > above)
-    large = large[np.argsort(labels[large], kind="stable")]
-    for members in np.split(large, np.flatnonzero(np.diff(labels[large])) + 1) if len(large) else []:
-        rest = members[np.argsort(ranks[members])]
-        while len(rest):
-            near = (views.distances(same[rest[0]], same[rest])[1] <= max_d256) | (same[rest] == same[rest[0]])
-            result[rest[near]] = rest[near].min()
-            rest = rest[~near]
-    return result
+    n = len(labels)
+    order = np.lexsort((ranks, labels))
+    codes = np.unique(views.identity[order], axis=0, return_inverse=True)[1].ravel() if n else order
+    _, first, copy = np.unique(codes, return_index=True, return_inverse=True)
+    files = order[np.sort(first)]  # the best of equal files, by (component, rank)
+    star = np.arange(n)
+    rest = files
+    while len(rest):
+        starts = np.flatnonzero(np.diff(labels[rest], prepend=-1))
+        centre = np.repeat(rest[starts], np.diff(starts, append=len(rest)))
+        near = centre == rest
+        near[~near] = views.compare(centre[~near], rest[~near], join).near
+        star[rest[near]] = centre[near]
+        rest = rest[~near]
+    star[order] = star[order[first]][copy]
+    smallest = np.full(n, n)
+    np.minimum.at(smallest, star, np.arange(n))
+    return smallest[star]
 
 
 def cluster(
@@ -207,7 +143,7 @@ def cluster(
 ) -> tuple[np.ndarray, np.ndarray, Mapping[str, int]]:
     """All steps in memory, for images 0 .. n-1.
 
-    Arguments as of `near_edges` and `representatives`. Returns (labels as of `split_components`, edges, counts).
+    Arguments as of `near_edges` and `representatives`. Returns (labels as of `star_clusters`, edges, counts).
     """
     edges, counts = near_edges(np.arange(len(measured)), measured, join, min_detail)
     return label_clusters(edges, measured, ranks, join), edges, counts
@@ -216,15 +152,16 @@ def cluster(
 def label_clusters(
     edges: np.ndarray, measured: Sequence[Mapping[str, Any]], ranks: np.ndarray, join: Join = DEFAULT_JOIN
 ) -> np.ndarray:
-    """Labels of the clusters that `edges` make: components, the large ones split. Arguments as of `cluster`."""
-    n = len(measured)
-    labels = union_find(edges, n)
-    identity = np.frombuffer(b"".join(item["image_id"] for item in measured), np.uint64).reshape(-1, 2)
-    same = union_find(exact_edges(np.arange(n), identity), n)
-    return split_components(labels, ranks, Views.of(hash_rows(range(n), measured), n), same, join.max_d256)
+    """Labels of the clusters that `edges` make: components, cut into stars. Arguments as of `cluster`."""
+    labels = union_find(edges, len(measured))
+    several = np.flatnonzero(representatives(labels, ranks)[1] > 1)
+    views = Views.of([measured[i] for i in several.tolist()])
+    result = labels.copy()
+    result[several] = several[star_clusters(labels[several], ranks[several], views, join)]
+    return result
 
 
-def measured_rows(block: pa.Table) -> list[dict[str, Any]]:
+def measured_rows(block: pa.Table, columns: Sequence[str] = HASHED) -> list[dict[str, Any]]:
     """What `dedup` reads of each row."""
-    rows = block.select(list(MEASURED)).to_pylist()
+    rows = block.select(list(columns)).to_pylist()
     return [row | {"image_id": bytes.fromhex(row["image_id"])} for row in rows]

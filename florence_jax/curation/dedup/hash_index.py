@@ -6,10 +6,19 @@ from typing import Any
 
 import numpy as np
 
+from florence_jax.curation.ingest.hashing import PICTURE_LOOK_BYTES
 from florence_jax.errors import UserError
 from florence_jax.files import replacing
 
-SCALARS = {"status": str, "width": np.int64, "height": np.int64, "bytes": np.int64, "detail": float, "aspect": float}
+SCALARS = {
+    "status": str,
+    "width": np.int64,
+    "height": np.int64,
+    "bytes": np.int64,
+    "detail": float,
+    "flatness": float,
+    "aspect": float,
+}
 
 
 def save(path: Path, pictures: Mapping[str, Mapping[str, Any]]) -> None:
@@ -22,6 +31,8 @@ def save(path: Path, pictures: Mapping[str, Mapping[str, Any]]) -> None:
     columns["h64"] = np.array([item["h64"] for item in items], np.uint64)
     columns["image_id"] = _bytes([item["image_id"] for item in items], 16)
     columns["h256"] = _bytes([item["h256"] or bytes(32) for item in items], 32)
+    columns["looks"] = np.array([len(item["look"]) // PICTURE_LOOK_BYTES for item in items], np.int64)
+    columns["look"] = _bytes([item["look"] for item in items], PICTURE_LOOK_BYTES)
     views = [view for item in items for view in item["probes"]]
     columns["views"] = np.array([len(item["probes"]) for item in items], np.int64)
     columns["view_kind"] = np.array([kind for kind, _, _ in views], str)
@@ -44,7 +55,7 @@ def load_index(path: Path) -> dict[str, dict[str, Any]]:
                     strict=True,
                 )
             )
-            ends = np.cumsum(columns["views"]).tolist()
+            ends, look_ends = (np.cumsum(columns[name]).tolist() for name in ("views", "looks"))
             lists = {name: columns[name].tolist() for name in (*SCALARS, "stamp", "h64", "key")}
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{path}: not an index of an earlier run ({error}); name its index.npz") from error
@@ -53,6 +64,7 @@ def load_index(path: Path) -> dict[str, dict[str, Any]]:
         item = {name: values[i] for name, values in lists.items()}
         item.update(image_id=bytes(columns["image_id"][i]), h256=bytes(columns["h256"][i]))
         item["probes"] = views[ends[i] - int(columns["views"][i]) : ends[i]]
+        item["look"] = columns["look"][look_ends[i] - int(columns["looks"][i]) : look_ends[i]].tobytes()
         result[key] = item
     return result
 

@@ -13,15 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from florence_jax.curation.blocks import Repartition, chain_stages
-from florence_jax.curation.dedup.clusters import (
-    ASPECT_STEP,
-    MEASURED,
-    exact_edges,
-    hash_rows,
-    measured_rows,
-    wide_hashes,
-)
+from florence_jax.curation.dedup.clusters import ASPECT_STEP, HASHED, exact_edges, measured_rows
 from florence_jax.curation.dedup.join import HashRows, block_edges, covering_tables, merge_counts, partition_of
+from florence_jax.curation.dedup.views import hash_rows, wide_hashes
 from florence_jax.curation.table import read_table, with_column
 
 
@@ -41,7 +35,7 @@ class CandidateEdges(beam.PTransform):
         """Three shuffles: by bytes, by 256-bit hash, by the keys of the join."""
         rules, count = self._rules, self._count
         stages = rules.picture_stages()
-        columns = sorted({"uid", "source", *MEASURED, *(name for stage in stages for name in stage.columns)})
+        columns = sorted({"uid", "source", *HASHED, *(name for stage in stages for name in stage.columns)})
         blocks = parts | "Spread" >> beam.Reshuffle() | beam.MapTuple(functools.partial(_numbered, columns=columns))
         blocks = chain_stages(blocks, stages)["blocks"]
         copies = _Collapse(functools.partial(_by_bytes, count=count), _equal_bytes)

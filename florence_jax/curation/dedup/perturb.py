@@ -5,13 +5,14 @@
 
 Photographs are the originals, and tiles of them where they are few; every change is applied to each of them and saved
 as JPEG (quality 95 where the change says nothing else). Recall is the share of changed pictures found as duplicates of
-their original by the rule of the pipeline: hashes of some pair of views, not both probes, within k and their 256 bits
-within 44. False pairs are those of different originals, changed or not, under the same rule, and precision is the share
-of pairs found that are not false. Changes that hashes do not see (off-centre crops, rotations, caption bars) stay in
-the table, with their failures.
+their original by the rule of the pipeline: hashes of some pair of views, not both probes, within k, their 256 bits
+within 44, and colours and contents alike (views.py). False pairs are those of different originals, changed or not,
+under the same rule, and precision is the share of pairs found that are not false. Changes that are not found
+(off-centre crops, rotations, caption bars) stay in the table, with their failures.
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import sys
@@ -23,8 +24,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 from florence_jax.command_line import enter
-from florence_jax.curation.dedup.clusters import MIN_DETAIL, hash_rows
+from florence_jax.curation.dedup.clusters import MIN_DETAIL
 from florence_jax.curation.dedup.join import DEFAULT_JOIN
+from florence_jax.curation.dedup.views import Views
 from florence_jax.curation.ingest.hashing import bit_distance, measure
 from florence_jax.data.sources.picture_files import list_pictures
 from florence_jax.errors import UserError
@@ -238,16 +240,20 @@ def recall_table(originals: Sequence[Image.Image]) -> dict[str, Any]:
 
 def _found(left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]]) -> dict[int, np.ndarray]:
     """For each of DISTANCES, bool (n, n): which pictures of `left` and `right` are duplicates by the rule."""
-    rows, others = hash_rows(range(len(left)), left), hash_rows(range(len(right)), right)
-    hits = {k: np.zeros((len(left), len(right)), bool) for k in DISTANCES}
+    views, n = Views.of([*left, *right]), len(left)
+    rows, others = (views.rows.take(part) for part in (views.rows.rid < n, views.rows.rid >= n))
+    close = np.zeros((n, len(right)), bool)
     for start in range(0, len(rows), BLOCK):
         block = rows.take(np.arange(start, min(start + BLOCK, len(rows))))
         short = np.bitwise_count(block.h64[:, None] ^ others.h64)
         i, j = np.nonzero((short <= max(DISTANCES)) & ~(block.probe[:, None] & others.probe))
         near = bit_distance(block.h256[i], others.h256[j]) <= DEFAULT_JOIN.max_d256
-        for k, hit in hits.items():
-            same = near & (short[i, j] <= k)
-            hit[block.rid[i[same]], others.rid[j[same]]] = True
+        close[block.rid[i[near]], others.rid[j[near]] - n] = True
+    pairs, hits = np.nonzero(close), {}
+    for k in DISTANCES:
+        hits[k] = np.zeros_like(close)
+        join = dataclasses.replace(DEFAULT_JOIN, k=k)
+        hits[k][pairs] = views.compare(pairs[0], pairs[1] + n, join).near
     return hits
 
 

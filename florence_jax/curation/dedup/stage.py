@@ -15,15 +15,15 @@ import pyarrow.compute as pc
 from florence_jax.curation.blocks import Decide, Decisions, Repartition, Stage, WideStage, rows_of
 from florence_jax.curation.dedup.benchmarks import BenchmarkIndex
 from florence_jax.curation.dedup.clusters import (
+    HASHED,
     MEASURED,
-    Views,
-    hash_rows,
     measured_rows,
     representatives,
-    split_components,
+    star_clusters,
     total_order,
 )
 from florence_jax.curation.dedup.join import Join
+from florence_jax.curation.dedup.views import Views
 from florence_jax.curation.filters.captions import USABLE, TextRules, judge_captions
 from florence_jax.curation.filters.post_filter import PostFilterRules, decide_post_filter, post_filter_columns
 from florence_jax.curation.table import OF_CAPTION, with_column
@@ -46,15 +46,13 @@ class DuplicateRules:
     """What the stage 'near_duplicates' reads.
 
     Attributes:
-      join: the distances; larger clusters than `star_above` are held to them, too.
-      star_above: components of more members are split again around their representatives.
+      join: the distances.
       text: of the captions that a representative can take over.
       post_filter: pairs that it would drop are not representatives. Without "nsfw" where that is a score made from
         pictures, which is there for representatives only.
     """
 
     join: Join
-    star_above: int
     text: TextRules
     post_filter: PostFilterRules
 
@@ -162,9 +160,9 @@ def _by_cluster(block: pa.Table, count: int) -> np.ndarray:
 
 def choose(block: pa.Table, rules: DuplicateRules) -> tuple[pa.Table, Decisions]:
     """Representatives of whole clusters, by a total order: none of the post-filter's objections, not letterboxed, more
-    pixels, a usable caption, smallest uid. Clusters above `star_above` are split around their representatives first.
+    pixels, a usable caption, smallest uid. Components are cut into stars around them (`star_clusters`).
     """
-    measured = measured_rows(block)
+    measured = measured_rows(block, MEASURED)
     rows = block.select(["uid", "image_id", "width", "height", "text_decision", "clean"]).to_pylist()
     post = rules.post_filter
     objections = [decide_post_filter(row, post) for row in rows_of(block, post_filter_columns(post))]
@@ -175,12 +173,9 @@ def choose(block: pa.Table, rules: DuplicateRules) -> tuple[pa.Table, Decisions]
         np.array([bool(row["text_decision"]) or not row["clean"] for row in rows]),
         np.arange(len(rows)),  # the block is sorted by uid
     )
-    _, same = np.unique([row["image_id"] for row in rows], return_inverse=True)
-    same = np.unique(same, return_index=True)[1][same]
     labels = np.unique(block["cluster"].to_numpy(), return_inverse=True)[1]
     labels = np.unique(labels, return_index=True)[1][labels]
-    views = Views.of(hash_rows(range(len(rows)), measured), len(rows))
-    labels = split_components(labels, ranks, views, same, rules.join.max_d256, rules.star_above)
+    labels = star_clusters(labels, ranks, Views.of(measured), rules.join)
     places, _ = representatives(labels, ranks)
     limits = f"d64<={rules.join.k}, d256<={rules.join.max_d256}"
     reasons: Decisions = []
@@ -208,7 +203,7 @@ def decontamination_stage(index: str, min_detail: float) -> Stage:
       min_detail: benchmark pictures with less are found as exact copies only.
     """
     decide = functools.partial(decontamination_decisions, index=index, min_detail=min_detail)
-    return Stage("decontamination", MEASURED, decide)
+    return Stage("decontamination", HASHED, decide)
 
 
 @functools.lru_cache(1)

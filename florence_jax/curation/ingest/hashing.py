@@ -13,6 +13,9 @@ Hashes of other views of the picture come at the price of a small matrix product
   `flip`               mirrored left to right (of the trimmed picture);
   `crop96` ... `crop80`  the central 96 to 80 % of each side, of the trimmed picture; of the whole one
                          too if they differ, since what looks like a border may be a sky.
+
+Hashes see outlines. What they do not see, colours and small contents, stands in `look`: small grids of grey levels and
+of colours, of the whole picture and of the trimmed one, with which a pair of equal hashes is checked (dedup/views.py).
 """
 
 import dataclasses
@@ -61,10 +64,18 @@ DECODE_SIDE = 128  # the shorter side of the decoded picture is at least this, w
 GRID = 96  # side of the plane whose cosine transform is taken
 SIDE = 16  # coefficients of h256 per axis
 CROPS = (1.0, 0.964, 0.929, 0.896, 0.864, 0.833, 0.803)  # of each side, 3.6 % apart; the first is the whole picture
+CROP_KINDS = tuple(f"crop{round(100 * crop)}" for crop in CROPS[1:])
+# The views of a picture without and with a border, itself first; what follows "trimmed" shows the trimmed picture, but
+# the last crops the whole one.
+VIEW_KINDS = (("", "flip", *CROP_KINDS), ("", "trimmed", "flip", *CROP_KINDS, *CROP_KINDS))
 SCALE = 2.0**21  # of the integer cosines: 255 * (2 * SCALE)^2 < 2^53
 BIT_ORDER = np.random.default_rng(2111_11432).permutation(64)
 BORDER_RANGE = 20  # grey levels: a border's rows vary less than this within and among themselves
 MIN_TRIMMED = 24  # pixels of the decoded picture; a smaller rest is not worth trimming to
+LUMA_SIDE, CHROMA_SIDE = 16, 8  # of the grids of a look: grey levels, and the two colour differences
+PICTURE_LOOK_BYTES = LUMA_SIDE**2 + 2 * CHROMA_SIDE**2  # of one picture, whole or trimmed
+FREQUENT_LEVELS = 4  # grey levels that a drawing consists of, for the most part
+BLACK_LEVELS = 24  # darker levels do not count there: a stage or a night sky is no drawing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +126,10 @@ def measure(data: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
       `h64`: uint64 as int. `h256`: 32 bytes. Both of the whole picture; 0 and b'' where the status is not 'ok'.
       `detail`: grey levels; how far coefficients typically are from the median that decides their bits. Near zero for
         flat pictures, smooth gradients and single strokes, whose hashes mean little.
+      `flatness`: share of the four most frequent grey levels in the trimmed picture, black ones left out; a drawing's
+        is large.
+      `look`: PICTURE_LOOK_BYTES of the whole picture, and as many of the trimmed one where they differ: 16 x 16 grey
+        levels, 8 x 8 of either colour difference (Cb, Cr, 128 for grey). b'' where the status is not 'ok'.
       `aspect`: width over height of the trimmed picture.
       `probes`: list of (kind, h64, h256) of other views, see the module's docstring.
     """
@@ -131,17 +146,19 @@ def measure(data: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
         "h64": 0,
         "h256": b"",
         "detail": 0.0,
+        "flatness": 0.0,
+        "look": b"",
         "aspect": 0.0,
         "probes": [],
     }
     try:
-        plane = _decode(data, limits, result)
+        plane, colours = _decode(data, limits, result)
     except Unusable as error:
         result["status"] = str(error)
     except Exception as error:  # Pillow's readers raise a dozen unrelated types on corrupt data
         result["status"] = "truncated" if _is_truncation(error) else "corrupt"
     else:
-        result.update(hash_plane(plane, result["width"] / result["height"]))
+        result.update(hash_plane(plane, result["width"] / result["height"], colours))
     return result
 
 
@@ -150,8 +167,11 @@ def _is_truncation(error: Exception) -> bool:
     return isinstance(error, EOFError) or "truncated" in text or "not enough" in text or "unexpected end" in text
 
 
-def _decode(data: bytes, limits: Limits, result: dict[str, Any]) -> Image.Image:
-    """Fills in the header's facts and returns the grey picture, upright, on white, reduced."""
+Planes = tuple[Image.Image, tuple[Image.Image, ...]]  # grey; Cb and Cr, or () where all is grey
+
+
+def _decode(data: bytes, limits: Limits, result: dict[str, Any]) -> Planes:
+    """Fills in the header's facts and returns the picture, upright, on white, reduced."""
     if not data:
         raise Unusable("empty")
     if len(data) > limits.max_bytes:
@@ -173,10 +193,13 @@ def _decode(data: bytes, limits: Limits, result: dict[str, Any]) -> Image.Image:
             raise Unusable("too_narrow")
         if not limits.animated and getattr(image, "is_animated", False):
             raise Unusable("animated")
-        plane = _to_grey(image)
+        plane, colours = _to_planes(image)
         if tiff:
             result.update(width=image.width, height=image.height)
-    return plane.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE and not tiff else plane
+    if orientation in TRANSPOSE and not tiff:
+        turn = TRANSPOSE[orientation]
+        return plane.transpose(turn), tuple(colour.transpose(turn) for colour in colours)
+    return plane, colours
 
 
 def _orientation(image: Image.Image) -> int:
@@ -186,45 +209,58 @@ def _orientation(image: Image.Image) -> int:
     return value if value in TRANSPOSE else 1
 
 
-def _to_grey(image: Image.Image) -> Image.Image:
-    """Decodes to luma (ITU-R 601), transparency on white, both sides divided by the same power of two or integer."""
+def _to_planes(image: Image.Image) -> Planes:
+    """Decodes to luma and colour differences (ITU-R 601), transparency on white, both sides divided by one number."""
     if image.format == "JPEG":
-        image.draft("L", (DECODE_SIDE, DECODE_SIDE))
+        image.draft("YCbCr", (DECODE_SIDE, DECODE_SIDE))  # as they are stored
     image.load()
-    image = flat(image)
+    if image.mode != "YCbCr":
+        image = flat(image)
     factor = min(image.size) // DECODE_SIDE
     if factor > 1:
         image = image.reduce(factor)
-    return image if image.mode == "L" else image.convert("L")
+    if image.mode == "L":
+        return image, ()
+    luma, *colours = image.convert("YCbCr").split()
+    return luma if image.mode == "YCbCr" else image.convert("L"), tuple(colours)
 
 
-def hash_plane(plane: Image.Image, aspect: float) -> dict[str, Any]:
-    """Hashes of a grey picture.
+def hash_plane(plane: Image.Image, aspect: float, colours: tuple[Image.Image, ...] = ()) -> dict[str, Any]:
+    """Hashes and look of a picture.
 
     Args:
-      plane: mode 'L', any size. aspect: width over height of the picture that it was reduced from.
+      plane: its luma, mode 'L', any size. aspect: width over height of the picture that it was reduced from.
+      colours: Cb and Cr, of the size of `plane`; () for a grey picture.
 
     Returns:
-      `h64`, `h256`, `detail`, `aspect`, `probes` as `measure` documents them.
+      `h64`, `h256`, `detail`, `flatness`, `look`, `aspect`, `probes` as `measure` documents them.
     """
-    box = trim(np.asarray(plane))
-    whole = views = cosines(_grid(plane, None))
-    crops = [f"crop{round(100 * crop)}" for crop in CROPS[1:]]
-    names, extra = ["flip", *crops], []
+    pixels = np.asarray(plane)
+    box = trim(pixels)
+    grid = _grid(plane, None)
+    whole = views = cosines(grid)
+    looks = _look(grid, colours, None)
+    extra = []
     if box is not None:
-        views = cosines(_grid(plane, box))
-        names, extra = ["trimmed", *names, *crops], [views[:1]]
+        grid = _grid(plane, box)
+        views = cosines(grid)
+        looks += _look(grid, colours, box)
+        pixels = pixels[box[1] : box[3], box[0] : box[2]]
+        extra = [views[:1]]
         aspect *= (box[2] - box[0]) / plane.width / ((box[3] - box[1]) / plane.height)
     stack = [whole[:1], *extra, views[:1] * FLIP, views[1:], *([whole[1:]] if box is not None else [])]
     h64, h256 = hash_bits(np.concatenate(stack))
     values = views[0].ravel()
     margins = np.abs(values - np.partition(values, 127)[127])
+    levels = np.bincount(pixels.ravel(), minlength=256)[BLACK_LEVELS:]
     return {
         "h64": int(h64[0]),
         "h256": h256[0].tobytes(),
         "detail": float(np.partition(margins, 127)[127]) / SCALE**2,
+        "flatness": float(np.partition(levels, -FREQUENT_LEVELS)[-FREQUENT_LEVELS:].sum() / pixels.size),
+        "look": looks,
         "aspect": aspect,
-        "probes": [(name, int(h64[i]), h256[i].tobytes()) for i, name in enumerate(names, 1)],
+        "probes": [(kind, int(h64[i]), h256[i].tobytes()) for i, kind in enumerate(VIEW_KINDS[bool(extra)]) if i],
     }
 
 
@@ -253,6 +289,16 @@ def _extent(high: np.ndarray, low: np.ndarray) -> tuple[int, int]:
 def _grid(plane: Image.Image, box: tuple[int, int, int, int] | None) -> np.ndarray:
     resized = plane.resize((GRID, GRID), Image.Resampling.BILINEAR, box=box)  # a triangle as wide as the reduction
     return np.asarray(resized).astype(np.float64)
+
+
+def _look(grid: np.ndarray, colours: tuple[Image.Image, ...], box: tuple[int, int, int, int] | None) -> bytes:
+    """PICTURE_LOOK_BYTES of the picture inside the box, whose `_grid` is given."""
+    step = GRID // LUMA_SIDE
+    sums = grid.reshape(LUMA_SIDE, step, LUMA_SIDE, step).sum(axis=(1, 3))  # whole numbers
+    luma = np.floor(sums / step**2 + 0.5).astype(np.uint8).tobytes()
+    size = (CHROMA_SIDE, CHROMA_SIDE)
+    small = [colour.resize(size, Image.Resampling.BILINEAR, box=box).tobytes() for colour in colours]
+    return luma + (b"".join(small) or b"\x80" * (2 * CHROMA_SIDE**2))
 
 
 def _cosine_rows() -> np.ndarray:
