@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from PIL import Image
 
 from florence_jax.curation.ingest.inputs import list_inputs
+from florence_jax.data.records import summary_of
+from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.fields import caption_texts
 from florence_jax.errors import UserError
@@ -163,3 +166,14 @@ def test_a_store_without_its_package_or_network_is_one_message(opens, monkeypatc
     monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (Unreachable(), url))
     with pytest.raises(UserError, match="^cannot reach s3://box/x: no route$"):
         opens("s3://box/x")
+
+
+def test_records_say_what_they_are(tmp_path):
+    records = [{"key": str(i), "image": encoded(), "caption": "a", "captions": ["a", f"b {i}"]} for i in range(20)]
+    write_array_record(str(tmp_path / "x.array_record"), records)
+    source = pickle.loads(pickle.dumps(open_source(str(tmp_path))))
+    assert summary_of(source)["says"] == (
+        f"{tmp_path}: 1 files, 20 records; of 8 looked at 9 distinct captions, such as 'a'; fields: caption, captions, "
+        "key"
+    )
+    assert summary_of(open_source("emoji:new_names")) == {}

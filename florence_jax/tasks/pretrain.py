@@ -236,7 +236,8 @@ class Pretrain(Task):
         config, (sources, weights) = self.config, self.mixture
         if not config.data.captions and not all(source.name.startswith("emoji:") for source in sources):
             logging.warning(
-                "captions are of the field(s) %s; --config.data.captions chooses others", " | ".join(self._captions)
+                "the texts of a picture are drawn from %s; --config.data.captions chooses other fields",
+                " and from ".join(self._captions),
             )
         for fields in self._captions:
             check_fields(sources, [Caption(**parse_fields(fields))])

@@ -4,9 +4,11 @@ PATH holds one record a chunk, for random access. PATH.meta holds the same recor
 payloads (`records.PAYLOADS`), many a chunk: what asks for texts or sizes of all records reads it, and no picture.
 """
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from typing import Any
 
 import msgpack
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -14,6 +16,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 
 from florence_jax.data.records import PAYLOADS, BadRecord, Record, RowSource, evenly, first_line, without_payloads
+from florence_jax.data.sources.fields import records_summary
 from florence_jax.errors import UserError
 from florence_jax.files import replacing
 
@@ -42,6 +45,11 @@ class ArrayRecordSource(RowSource):
         except Exception as error:  # the reader raises RuntimeError, ValueError, ... by kind of damage
             raise UserError(f"data source {name}: cannot read ArrayRecord files ({first_line(error)})") from error
         super().__init__(name, records)
+
+    @functools.cached_property
+    def summary(self) -> dict[str, Any]:
+        """What was found; {} for the embedded sets, which are known."""
+        return {} if self.name.startswith("emoji:") else records_summary(self, len(self._paths))
 
     def _record(self, index: int, row: bytes) -> Record:
         try:

@@ -5,6 +5,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from florence_jax.data.records import Source, sample_of
+from florence_jax.data.sources.picture_files import quoted, shown
+
 # Names in data sets people have, compared in lower case; the first that a record has wins.
 FILE_FIELDS = (
     "image_path path filepath file_path file file_name filename image_name image_file image_filename img_path"
@@ -12,6 +15,7 @@ FILE_FIELDS = (
 IMAGE_FIELDS = "image jpg jpeg png webp gif bmp tif tiff img image_bytes bytes".split()
 CAPTION_FIELDS = "caption text txt title alt alt_text captions texts sentences description comment".split()
 LISTS = ("captions", "texts", "sentences")  # hold further captions beside one
+RECORDS_LOOKED_AT = 8
 _INSIDE = ("raw", "caption", "text", "sentence")  # where a caption that is an object has its text
 
 
@@ -65,3 +69,23 @@ def known_field(names: Iterable[str], known: Iterable[str]) -> str | None:
     """The first of the `known` names that is among `names`, as it is written there."""
     given = {name.strip().lower(): name for name in names}
     return next((given[name] for name in known if name in given), None)
+
+
+def records_summary(source: Source, files: int | None = None) -> dict[str, Any]:
+    """What a source of records says it found, as `FolderSource.summary`; a few records are read."""
+    records = sample_of(source, RECORDS_LOOKED_AT)
+    captions = [text for record in records for text in distinct_captions(record)]
+    fields = sorted({name for record in records for name in record})
+    head = f"{shown(source.name)}: " + (f"{files:,} files, " if files else "") + f"{len(source):,} records"
+    found = f"{len(set(captions)):,} distinct captions, such as {quoted(captions[0])}" if captions else "no caption"
+    return {
+        "folder": source.name,
+        "files": files,
+        "pictures": len(source),
+        "texts": "records",
+        "distinct": None,
+        "example": captions[0] if captions else "",
+        "passed_over": {},
+        "fields": fields,
+        "says": f"{head}; of {len(records)} looked at {found}; fields: {', '.join(fields)}",
+    }

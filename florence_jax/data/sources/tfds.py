@@ -1,5 +1,6 @@
 """Records of TensorFlow Datasets, read without TensorFlow."""
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from florence_jax.data.records import Record, RowSource, first_line
-from florence_jax.data.sources.fields import distinct_captions
+from florence_jax.data.sources.fields import distinct_captions, records_summary
 from florence_jax.errors import UserError
 
 
@@ -27,6 +28,11 @@ class TfdsSource(RowSource):
     def __init__(self, data: Sequence[Record], class_names: Sequence[str], name: str):
         super().__init__(name, data)
         self.class_names = tuple(class_names)
+
+    @functools.cached_property
+    def summary(self) -> dict[str, Any]:
+        """What was found."""
+        return records_summary(self)
 
     def _record(self, index: int, row: Record) -> Record:
         record = {name: _as_text(value) for name, value in row.items()}
