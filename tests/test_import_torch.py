@@ -500,6 +500,18 @@ def test_archives_of_torch_save_without_torch(tmp_path, monkeypatch):
         read_state_dict(str(path))
 
 
+def test_a_file_in_several_parts(tmp_path):
+    """Any part names all of them; one that is not there is said."""
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for i, name in enumerate(names):
+        save({f"w{i}": np.float32([i])}, tmp_path / name)
+    state = read_state_dict(str(tmp_path / names[1]))
+    assert {name: float(np.asarray(value)[0]) for name, value in state.items()} == {"w0": 0, "w1": 1}
+    (tmp_path / names[0]).unlink()
+    with pytest.raises(UserError, match="no such file: .*00001-of-00002"):
+        read_state_dict(str(tmp_path / names[1]))
+
+
 def test_bfloat16_safetensors(tmp_path):
     save({"w": np.float32([1.5, -2.25])}, tmp_path / "w.safetensors", ml_dtypes.bfloat16)
     state = read_state_dict(str(tmp_path / "w.safetensors"))

@@ -10,6 +10,7 @@ holds more than tensors, by `torch.load(..., weights_only=True)`.
 import collections
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from numbers import Real
@@ -54,15 +55,28 @@ def read_state_dict(path: str) -> dict[str, LazyArray]:
 
     Args:
       path: a .safetensors file; a TorchScript archive; or what `torch.save` wrote (.pth, .pt, .bin, .ckpt), a state
-        dict itself or under one of `WRAPPERS`.
+        dict itself or under one of `WRAPPERS`; of a file in several parts ('x-00001-of-00002.bin') any one.
 
     Raises:
       UserError: a missing or damaged file, an unknown format, one that holds other things than tensors and numbers, or
         a pickle without PyTorch installed.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"no such file: {path}")
+    tensors: dict[str, LazyArray] = {}
+    for file in _parts(Path(path)):
+        if not file.is_file():
+            raise UserError(f"no such file: {file}")
+        tensors |= _read_file(file)
+    return tensors
+
+
+def _parts(file: Path) -> list[Path]:
+    """All files of which `file` is one."""
+    if match := re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\..*)", file.name):
+        return [file.with_name(f"{match[1]}{i:05d}{match[2]}") for i in range(1, int(match[3]) + 1)]
+    return [file]
+
+
+def _read_file(file: Path) -> dict[str, LazyArray]:
     if file.suffix == ".safetensors":
         return _read_safetensors(file)
     return _read_torchscript(file) if _is_torchscript(file) else _read_pickle(file)
