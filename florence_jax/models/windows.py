@@ -131,11 +131,8 @@ class WindowAttention(nn.Module):
         return dense(x.shape[-1], name="proj")(self.core(q, k, v, bias))
 
 
-class SwinBlock(nn.Module):
-    """One pre-norm Swin block on a map: (B, *sizes, C) -> the same shape.
-
-    A map that does not divide by `window` is padded with zeros at the ends after the first LayerNorm and cropped after
-    attention. Padded positions take part as keys, as in Swin's detectors, unless `mask_padding`.
+class BlockOptions(nn.Module):
+    """What a Swin block and a pair of them are given; of a pair, `shift` is the second one's.
 
     Attributes:
       heads: attention heads.
@@ -153,6 +150,14 @@ class SwinBlock(nn.Module):
     mask_padding: bool = False
     core: Callable[..., jax.Array] = attention
     dtype: Dtype = jnp.float32
+
+
+class SwinBlock(BlockOptions):
+    """One pre-norm Swin block on a map: (B, *sizes, C) -> the same shape.
+
+    A map that does not divide by `window` is padded with zeros at the ends after the first LayerNorm and cropped after
+    attention. Padded positions take part as keys, as in Swin's detectors, unless `mask_padding`.
+    """
 
     @nn.compact
     def __call__(self, x: jax.Array, factors: jax.Array | None = None, valid: jax.Array | None = None) -> jax.Array:
@@ -187,19 +192,11 @@ class SwinBlock(nn.Module):
         return x[(slice(None), *(slice(size) for size in sizes))]
 
 
-class SwinPair(nn.Module):
+class SwinPair(BlockOptions):
     """A plain block followed by a shifted one: the unit of Swin's depth, and of the scan over depth.
 
     Returns (map, None), the form `nn.scan` wants.
     """
-
-    heads: int
-    window: tuple[int, ...]
-    shift: tuple[int, ...]
-    mlp_ratio: float = 4
-    mask_padding: bool = False
-    core: Callable[..., jax.Array] = attention
-    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, factors: jax.Array | None, valid: jax.Array | None) -> tuple[jax.Array, None]:
