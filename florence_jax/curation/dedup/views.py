@@ -31,7 +31,7 @@ from florence_jax.curation.ingest.hashing import (
 
 FLAT = 0.65  # share of the four most frequent grey levels: more is a drawing
 MAX_COLOUR = 20.0  # levels of (Cb, Cr), in any cell
-MAX_LUMA = 24.0  # grey levels, in any cell, of photographs
+MAX_LUMA = 26.0  # grey levels, in any cell, of photographs
 MAX_LUMA_CROPPED = 48.0  # the crops that are tried are 3.6 % apart: a copy lies up to half of that beside one
 MAX_LUMA_RMS = 10.0  # over all cells
 MAX_LUMA_DRAWN = 16.0  # in any of 16 x 16 cells, of drawings
