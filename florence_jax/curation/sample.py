@@ -19,7 +19,6 @@ import hashlib
 import io
 import json
 import os
-import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -30,10 +29,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from florence_jax.command_line import enter
+from florence_jax.command_line import enter, exit_code
 from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
-from florence_jax.errors import UserError
 from florence_jax.files import with_home, write_bytes, write_file, write_json
 from florence_jax.pictures import upright_rgb
 
@@ -290,14 +288,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("dir", help="where the sample goes")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(with_home(argv))
-    try:
+
+    def work() -> None:
+        args = parser.parse_args(with_home(argv))
         truth = build_sample(args.dir, args.seed)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{sum(map(len, truth.values()))} raw pairs in {args.dir}")
-    return 0
+        print(f"{sum(map(len, truth.values()))} raw pairs in {args.dir}")
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

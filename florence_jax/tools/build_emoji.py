@@ -37,7 +37,7 @@ import numpy as np
 import PIL
 from PIL import Image, features
 
-from florence_jax.command_line import enter
+from florence_jax.command_line import enter, exit_code
 from florence_jax.data.sources.array_record import META, write_array_record
 from florence_jax.errors import UserError
 from florence_jax.files import with_home
@@ -390,22 +390,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = pathlib.Path(__file__).parents[1] / "data" / "emoji"
     parser.add_argument("--out", type=pathlib.Path, default=default, help="folder of the data files")
     parser.add_argument("--check", action="store_true", help="compare a rebuild with the files in --out")
-    args = parser.parse_args(with_home(argv))
-    try:
+
+    def work() -> int:
+        args = parser.parse_args(with_home(argv))
         with tempfile.TemporaryDirectory() as scratch:
             target = pathlib.Path(scratch) if args.check else args.out
             for name, rows in build_set(args.npm, target).items():
                 size = (target / f"{name}.array_record").stat().st_size
                 print(f"{name}: {len(rows)} records, {size} bytes")
             changed = changed_files(target, args.out)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if changed:
-        encoder = f"Pillow {PIL.__version__}, libwebp {features.version('webp')}"
-        print(f"differ from {args.out}: {', '.join(changed)} (rebuilt with {encoder})", file=sys.stderr)
-        return 1
-    return 0
+        if changed:
+            encoder = f"Pillow {PIL.__version__}, libwebp {features.version('webp')}"
+            print(f"differ from {args.out}: {', '.join(changed)} (rebuilt with {encoder})", file=sys.stderr)
+            return 1
+        return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

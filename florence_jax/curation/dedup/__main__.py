@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from florence_jax.command_line import enter
+from florence_jax.command_line import enter, exit_code
 from florence_jax.curation.dedup import hash_index
 from florence_jax.curation.dedup.clusters import cluster, representatives, total_order
 from florence_jax.curation.dedup.join import DEFAULT_JOIN, DESIGNS
@@ -52,14 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", default="csv", choices=("csv", "parquet"), help="format of pairs and clusters")
     parser.add_argument("--sheet", type=int, default=60, help="clusters on the contact sheet")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read pictures")
-    args = parser.parse_args(with_home(argv))
-    try:
-        counts = run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(counts, indent=1))
-    return 0
+    return exit_code(lambda: print(json.dumps(run(parser.parse_args(with_home(argv))), indent=1)))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

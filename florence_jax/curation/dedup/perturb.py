@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import io
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-from florence_jax.command_line import enter
+from florence_jax.command_line import enter, exit_code
 from florence_jax.curation.dedup.clusters import MIN_DETAIL
 from florence_jax.curation.dedup.join import DEFAULT_JOIN
 from florence_jax.curation.dedup.views import Views
@@ -313,8 +312,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--limit", type=int, default=400, help="originals of a set: pictures, and tiles of them if they are fewer"
     )
     parser.add_argument("--out", help="also write the tables as JSON")
-    args = parser.parse_args(with_home(argv))
-    try:
+
+    def work() -> None:
+        args = parser.parse_args(with_home(argv))
         folder = args.images and Path(args.images)
         if folder and not folder.is_dir():
             raise UserError(f"--images={folder} is not a folder")
@@ -323,14 +323,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.limit < 1 or not all(sets.values()):
             raise UserError(f"no pictures: --images needs pictures of {MIN_TILE} pixels and more, --limit at least 1")
         result = {name: recall_table(originals) for name, originals in sets.items()}
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for name, part in result.items():
-        print(f"{name}: {render(part)}\n")
-    if args.out:
-        write_text(args.out, json.dumps(result, indent=1))
-    return 0
+        for name, part in result.items():
+            print(f"{name}: {render(part)}\n")
+        if args.out:
+            write_text(args.out, json.dumps(result, indent=1))
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

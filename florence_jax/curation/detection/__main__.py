@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from florence_jax.command_line import enter
+from florence_jax.command_line import enter, exit_code
 from florence_jax.curation.detection.boxes import ACROSS_IOU, WITHIN_IOU
 from florence_jax.curation.detection.images import file_paths, image_facts
 from florence_jax.curation.detection.join import Merged, find_leaks, join_rows, refuse_leaks
@@ -236,8 +236,9 @@ def _predictions(teacher: str | None, spec: SourceSpec, out: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code (2 for a user's mistake)."""
-    args = _parser().parse_args(with_home(argv))
-    try:
+
+    def work() -> None:
+        args = _parser().parse_args(with_home(argv))
         for path in filter(None, (args.imagenet_words, args.label_rules)):
             if not epath.Path(path).exists():
                 raise UserError(f"{path} does not exist")
@@ -253,11 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             workers=args.workers,
             verify=args.verify,
         )
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(report["totals"]))
-    return 0
+        print(json.dumps(report["totals"]))
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":
