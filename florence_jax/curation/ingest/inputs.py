@@ -170,7 +170,8 @@ def _open_input(name: str, path: str, rows: int) -> Input:
         else:
             splits += _array_record_splits(name, file, short, fs.ukey(file), rows)
     if splits:
-        passed = Counter(_suffix_of(file) for file in files if file not in kinds and _stem(file) not in beside)
+        others = (file for file in files if file not in kinds and _stem(file) not in beside and not file.endswith(META))
+        passed = Counter(map(_suffix_of, others))
         if "parquet" in kinds.values():  # which may name the pictures beside it
             passed = Counter({suffix: count for suffix, count in passed.items() if suffix not in known_suffixes()})
         passed += Counter({HIDDEN: len(hidden)})

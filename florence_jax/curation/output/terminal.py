@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from florence_jax.curation.filters.captions import UNDETERMINED
+
 # What lets a pair pass that was dropped for this (stage, reason), beside the report's examples.
 OPTIONS = {
     ("size", "small_side"): "size.min_side",
@@ -68,7 +70,7 @@ def _allowing(summary: Mapping[str, Any], config: Mapping[str, Any], count: int,
     refused = ", ".join(
         f"{row['value']} {row['pairs']:,}"
         for row in summary["slices"].get(SLICE_OF.get(reason, ""), ())[: 4 * LISTED]
-        if not row["kept"]
+        if not row["kept"] and row["value"] != UNDETERMINED  # such a caption is dropped for other reasons
     )
     of = f" (none is left of: {refused})" if refused else ""
     change = f"'--config.{option}={free}' lets them pass" if equals else f"--config.{option} moves the limit"
