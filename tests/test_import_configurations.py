@@ -109,6 +109,9 @@ def test_configuration_of_a_clip_of_transformers(tmp_path):
     assert (config.heads, config.text_heads, config.image_mean) == ((4,), 2, (0.4,) * 3)
     ops = evaluation_ops(found.evaluation, 24)
     assert ops == "decode|resize(32, interpolation=bilinear)|center_crop(24)" and parse_ops(ops, {})
+    twice = CLIP_CONFIG | {"vision_config_dict": {"num_attention_heads": 2}}  # whose defaults win, as in transformers
+    config = converted(tmp_path, config=twice).config
+    assert (config.image_activation, config.heads) == ("quick_gelu", (2,))
     for name, content, message in (
         ("config", {"model_type": "siglip"}, 'says model_type="siglip"'),
         ("preprocessor_config", pictures | {"crop_size": 20}, "says crop_size=20"),

@@ -13,8 +13,13 @@ _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_ta
 _RESAMPLES = {2: "bilinear", 3: "bicubic"}
 _WRONG_EOS = 2  # in configurations older than 2023-07; transformers then takes the largest id, as OpenAI's CLIP
 # Defaults of transformers' CLIPVisionConfig, CLIPTextConfig: what is missing in a file has these values.
-_CLIP_DEFAULTS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-_CLIP_TEXT_DEFAULTS = {"num_attention_heads": 8, "eos_token_id": 49407, "vocab_size": 49408}
+_CLIP_DEFAULTS: dict[str, dict[str, Any]] = {
+    "vision": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12},
+    "text": {
+        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 8, "eos_token_id": 49407,
+        "vocab_size": 49408,
+    },
+}  # fmt: skip
 _SWIN_LISTS = (("depths", "depths"), ("heads", "num_heads"))
 
 
@@ -28,12 +33,7 @@ def told_by_clip_config(path: Path) -> Told:
     def read(content: Mapping[str, Any]) -> Told:
         if content.get("model_type") != "clip":
             raise refusal(path, "model_type", content.get("model_type"))
-        # Older files hold what they were made of twice; transformers lets these win.
-        given = [
-            _CLIP_DEFAULTS | (content.get(f"{part}_config") or {}) | (content.get(f"{part}_config_dict") or {})
-            for part in ("vision", "text")
-        ]
-        vision, text = {"num_attention_heads": 12} | given[0], _CLIP_TEXT_DEFAULTS | given[1]
+        vision, text = _section(content, "vision"), _section(content, "text")
         fields: dict[str, Any] = dict(
             image_activation=_activation(path, "vision_config", vision),
             text_activation=_activation(path, "text_config", text),
@@ -91,6 +91,13 @@ def _told(path: Path, read: Any) -> Told:
         raise UserError(
             f"{path} is no configuration of these weights: {error!r}; correct it or move it away"
         ) from error
+
+
+def _section(content: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Older files hold a section twice; in transformers the second, with the defaults of what it lacks, wins."""
+    found = _CLIP_DEFAULTS[part] | (content.get(f"{part}_config") or {})
+    second = content.get(f"{part}_config_dict")
+    return found if second is None else found | _CLIP_DEFAULTS[part] | second
 
 
 def _activation(path: Path, part: str, section: Mapping[str, Any]) -> str:
