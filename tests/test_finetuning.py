@@ -78,7 +78,7 @@ def test_the_best_parameters_are_kept_and_taken_in_the_end(ema):
         return state | new | ({"ema": {"a": jnp.full(2, value + 0.5)}} if ema else {})
 
     for step, score in ((0, 0.3), (10, 0.8), (20, 0.8), (30, 0.7), (40, np.nan)):
-        state = keep_best(at(step, float(step)), score, frozen)
+        state = keep_best(at(step, float(step)), score, 100, frozen)
     assert counters(state) == {"step": 40, "skipped_records": 0, "kept_step": 20}
     assert float(state["best"]["score"]) == pytest.approx(0.8)
     taken = take_best(state)
@@ -87,6 +87,25 @@ def test_the_best_parameters_are_kept_and_taken_in_the_end(ema):
     assert not ema or taken["ema"]["a"].tolist() == [20.5, 20.5]
     assert counters(eval_part(taken)) == counters(state)
     jax.tree.map(lambda x, y: np.testing.assert_equal(x.sharding, y.sharding), state["best"], taken["best"])
+
+
+@pytest.mark.parametrize(
+    "scores,kept",
+    [
+        ([0.90, 0.70, 0.80, 0.89], 0),  # none is as good as the start
+        ([0.50, 0.80, 0.79, 0.77], 3),  # the error of .8 is .04: the last is as good as any
+        ([0.50, 0.80, 0.77, 0.75], 2),  # and does not add up from one to the next
+        ([0.50, 0.80, 0.75, 0.90, 0.85], 3),
+        ([0.80, 0.81, 0.79, 0.78], 1),  # but the start must be reached
+        ([None, 0.80, 0.70, 0.60], 1),  # a start that is not among them
+    ],
+)
+def test_of_what_the_images_cannot_tell_apart_the_last_is_kept(scores, kept):
+    state = init_state({"a": jnp.zeros(1)}, optax.sgd(1.0), ema=False, best=True)
+    for step, score in enumerate(scores):
+        if score is not None:
+            state = keep_best(state | {"step": jnp.int32(step)}, score, 100, ())
+    assert counters(state)["kept_step"] == kept
 
 
 class Scored:

@@ -46,6 +46,22 @@ class Plan(NamedTuple):
     log_every: int
 
 
+class EpochSelection(NamedTuple):
+    """How the parameters that a run ends with are chosen among those of its evaluations.
+
+    They are the last whose result is within one standard error of the best, and no worse than the start's.
+
+    Attributes:
+      metric: the result that they are chosen by, a share of `images`: 'eval/validation/top1'.
+      images: how many it is measured on.
+      start: whether the first parameters are among them.
+    """
+
+    metric: str
+    images: int
+    start: bool
+
+
 @runtime_checkable
 class Suite(Protocol):
     """What can be evaluated.
@@ -95,14 +111,13 @@ class Task(Suite, Protocol):
       plan: length of the run.
       flops_per_example: analytic forward + backward FLOPs of one training example (3 x forward), for MFU.
       charts: of the metrics that `loss` gives, for the page of the run.
-      select: the result of an evaluation ('eval/validation/top1') by which the parameters of the run are chosen among
-        those of all its evaluations, the first and the last step's included; '': the last.
+      selection: by which result the parameters of the run are chosen, if by any; else they are the last.
     """
 
     plan: Plan
     flops_per_example: float
     charts: Sequence[Chart] = ()
-    select: str = ""
+    selection: EpochSelection | None = None
 
     @property
     def policy(self) -> Policy:

@@ -24,7 +24,7 @@ from florence_jax.models.base import Params
 from florence_jax.params.layer_decay import layer_decay_rules
 from florence_jax.params.rules import Policy
 from florence_jax.params.sharding import param_shardings
-from florence_jax.tasks.base import Task, frozen_parts, make_identity, make_plan
+from florence_jax.tasks.base import EpochSelection, Task, frozen_parts, make_identity, make_plan
 from florence_jax.tasks.classify import ClassificationSuite
 from florence_jax.tasks.encoder import text_inputs
 from florence_jax.tasks.linear_head import ENTRY, LinearHead, feature_width
@@ -59,7 +59,12 @@ class FineTune(ClassificationSuite, Task):
         self._probed: Mapping[str, float] | None = None
         self.validation_source = self._hold_out()
         if self.validation_source is not None:
-            self.select = f"eval/{CHOSEN_BY}/{self.metric}"
+            # Of images that the weights were trained on the start remembers more than it knows.
+            seen = not config.validation and self.encoder.description.source.get("data") == config.data.train
+            images = len(self.validation_source)
+            self.selection = EpochSelection(
+                f"eval/{CHOSEN_BY}/{self.metric}", images, start=bool(config.init) and not seen
+            )
         if not all(0 <= alpha < 1 for alpha in config.wise_ft):
             raise UserError(f"config.wise_ft={config.wise_ft}: shares of the fine-tuned weights from 0 to below 1")
         if config.wise_ft and not config.init:

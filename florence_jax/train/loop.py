@@ -250,7 +250,7 @@ class Trainer:
 
     def _fresh_state(self, key: jax.Array) -> dict[str, Any]:
         optimizer, ema = self.optimizer, self.config.optim.ema_decay > 0
-        best = bool(self.task.select)
+        best = self.task.selection is not None
         return init_state(self.task.init(key), optimizer.transform, ema=ema, frozen=optimizer.frozen, best=best)
 
     # -- starting ---------------------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ class Trainer:
         signals: StopSignals,
     ) -> bool:
         """The loop proper; True when it reached the end, False when it was asked to stop."""
-        config, plan = self.config, self.task.plan
+        config, plan, selection = self.config, self.task.plan, self.task.selection
         train_step = CompiledStep(self.make_step())
         stream = open_stream(config, self.task, data, start)
         speed = Speedometer(plan.batch_size, self.task.flops_per_example)
@@ -376,8 +376,8 @@ class Trainer:
             for step in range(start, plan.total_steps + 1):
                 stop, last = signals.wanted(step), step == plan.total_steps
                 evaluates = is_due(step, plan.eval_every) and start < step and not last
-                if self.task.select:  # the first parameters and the last may be the best
-                    evaluates = evaluates or step == 0 or last
+                if selection is not None:
+                    evaluates = evaluates or last or (step == 0 and selection.start)
                 saves = step > start and (stop or last or is_due(step, config.checkpoint.every))
                 if evaluates or saves or stop:
                     late.drain()
@@ -408,17 +408,18 @@ class Trainer:
 
     def _evaluate(self, step: int, evaluators: Sequence[Evaluator], writer: MetricsWriter, last: bool) -> None:
         """Of the parameters of a step; where the task selects, the best are kept, and are the run's in the end."""
-        results, select = evaluate(evaluators, eval_params(self.state)), self.task.select
+        results, selection = evaluate(evaluators, eval_params(self.state)), self.task.selection
         writer.write(step, results)
-        if not select:
+        if selection is None:
             return
-        self.state = keep_best(self.state, results[select], self.optimizer.frozen)
+        score = results[selection.metric]
+        self.state = keep_best(self.state, score, selection.images, self.optimizer.frozen)
         if last:
             best = self.state["best"]
             self.state = take_best(self.state)
             self._say(
-                f"kept the parameters of step {int(best['step'])} of {step}: {select} {float(best['score']):.3f}, "
-                f"{results[select]:.3f} after the last"
+                f"kept the parameters of step {int(best['step'])} of {step}: {selection.metric} "
+                f"{float(best['score']):.3f}; of the start {float(best['start']):.3f}, of the last {score:.3f}"
             )
 
     def _describe(self, data: TrainData) -> None:

@@ -1,5 +1,6 @@
 """The train state: everything a checkpoint holds, as one plain nested dict."""
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -36,8 +37,8 @@ def init_state(
     if ema:
         state["ema"] = copy_trained(params, frozen)
     if best:
-        worst = {"score": jnp.full((), -jnp.inf, jnp.float32), "step": jnp.zeros((), jnp.int32)}
-        state["best"] = {"params": copy_trained(params, frozen), **worst}
+        worst = {name: jnp.full((), -jnp.inf, jnp.float32) for name in ("score", "highest", "start")}
+        state["best"] = {"params": copy_trained(params, frozen), "step": jnp.zeros((), jnp.int32), **worst}
     return state
 
 
@@ -56,14 +57,24 @@ def start_from(state: dict[str, Any], params: Any, frozen: Collection[str]) -> d
     return state
 
 
-def keep_best(state: dict[str, Any], score: float, frozen: Collection[str]) -> dict[str, Any]:
-    """The state with the parameters to evaluate as its best, where their score is: of equals the last is kept."""
-    best = state["best"]
-    if not np.float32(score) >= np.float32(best["score"]):  # nan is not, and equals are rounded alike
+def keep_best(state: dict[str, Any], score: float, images: int, frozen: Collection[str]) -> dict[str, Any]:
+    """The state with the parameters to evaluate as its best, where they are.
+
+    They are where their score, a share of so many images, is at least that of the start (step 0), where that was
+    scored, and within one standard error of the highest after it: what the images cannot tell apart goes to the later,
+    which saw more and at lower rates. "score" and "step" are those of the best, "highest" of all after the start.
+    """
+    best, rounded = state["best"], np.float32(score)  # as those of the state are
+    first, highest = int(state["step"]) == 0, float(best["highest"])
+    error = math.sqrt(max(highest * (1 - highest), 0.0) / images) if highest >= 0 else 0.0
+    if not first and not (
+        rounded >= np.float32(best["start"]) and rounded >= np.float32(highest - error)
+    ):  # nor is nan
         return state
-    new = {"score": jnp.asarray(score, jnp.float32), "step": jnp.copy(state["step"])}
-    placed = {name: jax.device_put(value, best[name].sharding) for name, value in new.items()}
-    return state | {"best": {"params": copy_trained(eval_params(state), frozen), **placed}}
+    new = {"score": rounded, "step": state["step"]}
+    new |= {"start": rounded} if first else {"highest": max(rounded, np.float32(highest))}
+    placed = {name: jax.device_put(jnp.array(value), best[name].sharding) for name, value in new.items()}
+    return state | {"best": best | {"params": copy_trained(eval_params(state), frozen), **placed}}
 
 
 def take_best(state: dict[str, Any]) -> dict[str, Any]:
