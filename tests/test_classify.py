@@ -100,7 +100,7 @@ def test_a_classifier_that_knows_is_right_and_one_that_does_not_is_near_chance(p
     assert knows.run(PARAMS) == {"top1": 1.0, "mean_per_class": 1.0, "images": 20.0}
     assert knows.chance["top1"] == 0.25 and "near chance" not in "".join(knows.report())
     assert "knows: confusion" in "".join(knows.report()) and "data:image" in knows.report()[-1]
-    assert re.search(r"<div>red things 0\.\d\d</div>", knows.report()[-1])
+    assert re.search(r'<div>red things</div><div class="soft">0\.\d\d</div>', knows.report()[-1])
     blind = Classification("blind", source, classes, OPS, embedder(24), colours(right=False))
     assert blind.run(PARAMS)["top1"] == 0.0
     assert "blind: top1 0.000 is near chance (0.250)" in caplog.text and "near chance" in blind.report()[0]

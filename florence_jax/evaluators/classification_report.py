@@ -87,7 +87,7 @@ def examples_html(
             right = int(given.labels[i])
             query = GridCell(names[right], record_thumbnail(source, int(index[i])) or None, True)
             shown = zip(given.top[i], given.scores[i], strict=True)
-            lines.append((query, [GridCell(f"{names[k]} {score:.2f}", None, bool(k == right)) for k, score in shown]))
+            lines.append((query, [GridCell(names[k], None, bool(k == right), f"{score:.2f}") for k, score in shown]))
         body += matches_html(f"{title}: {what} answers", lines)
     return body
 

@@ -304,7 +304,7 @@ def matches_report(
     for i in chosen:
         cosines = texts @ images[i]
         nearest = np.argsort(-cosines, kind="stable")[:5]
-        answers = [GridCell(f"{names[j]} {cosines[j]:.2f}", None, bool(j == image_ids[i])) for j in nearest]
+        answers = [GridCell(names[j], None, bool(j == image_ids[i]), f"{cosines[j]:.2f}") for j in nearest]
         image_rows.append((GridCell(names[image_ids[i]], pictures[i], True), answers))
     text_rows = []
     queries = np.unique(image_ids[: len(images)])
@@ -312,7 +312,7 @@ def matches_report(
         cosines = images @ texts[query]
         nearest = np.argsort(-cosines, kind="stable")[:5]
         answers = [
-            GridCell(f"{names[image_ids[j]]} {cosines[j]:.2f}", pictures[j], bool(image_ids[j] == query))
+            GridCell(names[image_ids[j]], pictures[j], bool(image_ids[j] == query), f"{cosines[j]:.2f}")
             for j in nearest
         ]
         text_rows.append((GridCell(names[query], None, True), answers))
