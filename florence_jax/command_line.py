@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -57,9 +59,43 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     """For SIGINT: says so, and lets nobody else, as threads and libraries do that are cut off."""
     del number, frame
     signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+    _last_line()
+    raise KeyboardInterrupt
+
+
+def _last_line() -> None:
     os.write(2, b"\nstopped by Ctrl-C\n")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    raise KeyboardInterrupt
+
+
+def leave_at_ctrl_c() -> None:
+    """From now on Ctrl-C ends this process at once, with all that it started: for workers that are not our own.
+
+    They would answer Ctrl-C with a traceback each. They are started to ignore it, and a thread here waits for it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what is blocked can be waited for, although ...
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ... it is ignored, which programs started from here inherit
+
+    def wait() -> None:
+        signal.sigwait({signal.SIGINT})
+        _last_line()
+        for pid in _descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        os._exit(EXIT_INTERRUPTED)
+
+    threading.Thread(target=wait, daemon=True, name="Ctrl-C").start()
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes that a process started, and those that these did; none where the system does not tell (no Linux)."""
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, file.read_text().split())
+    return [*found, *(inner for child in found for inner in _descendants(child))]
 
 
 def exit_code(work: Callable[[], int | None]) -> int:

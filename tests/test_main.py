@@ -1,6 +1,7 @@
 """The command line: every mistake is one line on stderr and exit code 2, and nothing is left behind."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -126,6 +127,29 @@ def test_ctrl_c_is_one_line_and_waits_for_nothing(inside):
     assert command.returncode == 130 and errors.split("\n") == (
         ["", "stopped by Ctrl-C", ""] if "sleep" in inside else [""]
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not say whose processes are whose")
+def test_ctrl_c_ends_workers_that_are_not_our_own():
+    program = f"""
+        import subprocess, sys, time
+        from florence_jax.command_line import leave_at_ctrl_c
+
+        leave_at_ctrl_c()
+        subprocess.run([{sys.executable!r}, "-c", "import time; print('ready', flush=True); time.sleep(60)"])
+    """
+    command = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert command.stdout.readline() == "ready\n"
+    os.killpg(command.pid, signal.SIGINT)  # as a terminal does, to the worker too
+    out, errors = command.communicate(timeout=30)  # returns when the worker has ended, which has the same pipe
+    assert command.returncode == 130 and (out, errors) == ("", "\nstopped by Ctrl-C\n")
 
 
 def test_every_command_is_entered_in_one_place():

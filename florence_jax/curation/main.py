@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from florence_jax.command_line import CONFIG, WORKDIR, enter_with_flags, fail, no_more_arguments
+from florence_jax.command_line import CONFIG, WORKDIR, enter_with_flags, fail, leave_at_ctrl_c, no_more_arguments
 from florence_jax.config_files import read_config
 from florence_jax.curation.output.terminal import summary_lines
 from florence_jax.curation.sample import SOURCES, build_sample
@@ -107,4 +107,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    leave_at_ctrl_c()  # Beam's workers are not our own
     enter_with_flags(main)
