@@ -69,6 +69,12 @@ def test_clip_goldens(text):
     assert tokenizer.encode(text) == CLIP_GOLDENS[text]
 
 
+def test_clip_repairs_what_its_texts_were_repaired_of(tiny_clip):
+    """Full-width letters, ligatures, a broken encoding, typographic quotes, line breaks: as ftfy, which CLIP used."""
+    assert tiny_clip.clean("ﬁne ＦＵＬＬ\ncafÃ© “a’s” &amp;lt;") == "fine full café \"a's\" <"
+    assert tiny_clip("ｃａｔ ﬀ").tolist() == tiny_clip("cat ff").tolist()
+
+
 def test_clip_splits_clitics_digits_and_specials(tiny_clip):
     names = {i: token for token, i in tiny_clip._tokenizer.get_vocab().items()}
     pieces = [names[i] for i in tiny_clip.encode("Cat's 12dog!?<|endoftext|> of&amp;lt;")]

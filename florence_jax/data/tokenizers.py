@@ -8,10 +8,10 @@ import gzip
 import html
 import importlib.resources
 import json
-import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
 
+import ftfy
 import numpy as np
 import sentencepiece
 import tokenizers
@@ -21,10 +21,6 @@ from tokenizers import models, pre_tokenizers
 from florence_jax.data.captions import normalise_caption
 from florence_jax.errors import UserError
 
-try:
-    import ftfy
-except ImportError:  # optional: repairs text decoded with the wrong character set, as CLIP did
-    ftfy = None
 # Florence cuts texts at 76 tokens, BOS and EOT included.
 DEFAULT_LENGTH = 76
 SHIPPED_MODEL = "sentencepiece"
@@ -37,8 +33,6 @@ CLIP_VOCAB_SIZE = 49408
 # English clitics, runs of letters, single digits, runs of anything else.
 CLIP_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 END_OF_WORD = "</w>"
-# What ftfy makes of typographic quotes, for machines without it.
-_STRAIGHT_QUOTES = str.maketrans(dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("“”„‟", '"'))
 
 
 class Tokenizer(abc.ABC):
@@ -212,15 +206,10 @@ class ClipTokenizer(Tokenizer):
         )
 
     def clean(self, text: str) -> str:
-        """CLIP's cleaning: repair, unescape HTML twice, collapse white space, lower-case.
-
-        The repair is ftfy's where it is installed; otherwise only NFC and straight quotes.
+        """CLIP's cleaning: repaired by ftfy (broken encodings, ligatures, full-width letters, typographic quotes), HTML
+        unescaped twice, white space collapsed, lower case.
         """
-        if ftfy is not None:
-            text = ftfy.fix_text(text)
-        else:
-            text = unicodedata.normalize("NFC", text).translate(_STRAIGHT_QUOTES)
-        return " ".join(html.unescape(html.unescape(text)).split()).lower()
+        return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
     def _split(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
