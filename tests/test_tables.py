@@ -99,6 +99,11 @@ def test_captions_in_a_field(value, texts):
     assert caption_texts(value) == texts
 
 
+def test_absolute_paths(pictures):
+    source = open_source(write(pictures / "x.csv", [{"path": f"{pictures}/{i}.png", "text": "a"} for i in range(2)]))
+    assert source[1]["image"] == encoded() and source.summary["passed_over"] == {"not in the table": 1}
+
+
 def test_what_a_stray_quote_swallowed_is_suspicious(pictures):
     (pictures / "captions.csv").write_text('file,caption\n0.png,"a\nb\nc\nd\ne"\n1.png,one\n')
     says = open_source(str(pictures)).summary["says"]

@@ -275,7 +275,7 @@ def open_table(path: str) -> FolderSource:
     if any("captions" in record for record in records):
         says += " (all of a picture are in its list field 'captions')"
     listing = Listing(folder) if "://" in folder else list_pictures(folder)  # in a bucket that takes long
-    named, there = {os.path.normpath(record["key"]) for record in records}, set(listing.pictures)
+    named, there = {_inside(folder, record["key"]) for record in records}, set(listing.pictures)
     extra = len(there - named)
     absent = sum(1 for key in named - there if "://" not in folder and not _exists(os.path.join(folder, key)))
     if absent == len(records):
@@ -287,6 +287,11 @@ def open_table(path: str) -> FolderSource:
     summary["passed_over"] |= {"not in the table": extra} if extra else {}
     summary["passed_over"] |= {"not in the folder": absent} if absent else {}
     return FolderSource(folder, records, summary)
+
+
+def _inside(folder: str, key: str) -> str:
+    """The name of a file relative to the folder."""
+    return os.path.relpath(key, folder) if os.path.isabs(key) else os.path.normpath(key)
 
 
 def _exists(path: str) -> bool:
