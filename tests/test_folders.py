@@ -16,10 +16,11 @@ from florence_jax.curation.ingest.inputs import list_splits, read_split
 from florence_jax.data.classes import open_classes, open_images
 from florence_jax.data.ops.image import Decode
 from florence_jax.data.records import DATA_FILE, BadRecord, Subset, summary_of, write_data
+from florence_jax.data.sources import folder as folder_module
 from florence_jax.data.sources import picture_files
 from florence_jax.data.sources.catalog import open_pictures, open_source
 from florence_jax.data.sources.labelled import open_labelled
-from florence_jax.data.sources.picture_files import list_pictures
+from florence_jax.data.sources.picture_files import Listing, list_pictures
 from florence_jax.errors import UserError
 from florence_jax.evaluators.retrieval import CaptionRetrieval, choose_retrieval
 from florence_jax.pictures import has_heif, open_picture, register_heif
@@ -345,3 +346,8 @@ def test_the_sentences_are_printed_once_and_written_beside_the_configuration(tmp
     (written,) = json.loads((tmp_path / DATA_FILE).read_text())
     assert (written["files"], written["pictures"], written["texts"]) == (3, 2, "names of sub-folders")
     assert written["passed_over"] == {".pdf": 1} and written["distinct"] == 2 and written["example"] == "cat"
+
+
+def test_a_table_in_a_bucket_is_not_said_to_have_no_files():
+    summary = folder_module._summary(Listing("gs://bucket/x"), 2, "captions.csv", 2, "a", "captions.csv: 2 rows", ())
+    assert summary["files"] is None and summary["says"] == "gs://bucket/x: not listed; captions.csv: 2 rows"

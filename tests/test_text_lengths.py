@@ -25,7 +25,7 @@ def test_captions_that_differ_after_the_cut_are_told():
     found = text_lengths(data)
     assert (found["looked_at"], found["cut"], found["different"], found["left"]) == (72, 24, 26, 3)
     says = found["says"]
-    assert "33.3% of 72 looked at are longer than the 16 tokens" in says and "of 26 different ones 3 are left" in says
+    assert "33.3% of 72 looked at are longer than the 16 tokens" in says and "26 different ones become 3" in says
     (label,) = parse_ops("label", data.context)
     labels = {label({"caption": f"{start}{i}"}, None)["label"].tobytes() for i in range(24)}
     assert len(labels) == 1

@@ -75,7 +75,7 @@ def _sentence(found: dict[str, int], sampled: bool) -> str:
     says = f"texts: {cut / found['looked_at']:.1%} of {found['looked_at']:,} looked at{' (a sample)' * sampled} "
     says += f"are longer than the {found['length']} tokens that the model sees, and are cut"
     if same:
-        says += f"; of {found['different']:,} different ones {found['left']:,} are left, equal ones have one label"
+        says += f"; {found['different']:,} different ones become {found['left']:,}, equal ones have one label"
     if not cut:
         return says
     keeps = (

@@ -207,10 +207,11 @@ def _open_texts(listing: Listing, pictures: Sequence[str]) -> TextSource:
 def _summary(
     listing: Listing, records: int, texts: str, distinct: int | None, example: str, says: str, used: set[str]
 ) -> dict[str, Any]:
-    head = f"{shown(listing.folder)}: {listing.files:,} files, {len(listing.pictures):,} read as pictures; {says}"
+    counts = f"{listing.files:,} files, {len(listing.pictures):,} read as pictures" if listing.files else "not listed"
+    head = f"{shown(listing.folder)}: {counts}; {says}"
     return {
         "folder": listing.folder,
-        "files": listing.files,
+        "files": listing.files or None,
         "pictures": records,
         "texts": texts,
         "distinct": distinct,
