@@ -39,10 +39,8 @@ def pytest_unconfigure():
 
 @pytest.fixture(autouse=True)
 def absl_verbosity():
-    """Commands that a test runs in this process set it, and other tests look for what is logged."""
-    before = logging.get_verbosity()
-    yield
-    logging.set_verbosity(before)
+    """Commands that tests and fixtures run in this process set it, and tests look for what is logged."""
+    logging.set_verbosity(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

@@ -134,5 +134,6 @@ def test_the_cells_of_the_notebook_work_on_a_runs_folder(weights, monkeypatch, c
         exec(compile(cell, "colab.ipynb", "exec"), scope)
     assert shown[0] == "<p>what it learned</p>" and len(shown) == 1 + 8 + 5
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "217 pictures" and len(lines) == 9 and lines[1].count("%") == 3
+    assert lines[0] == "217 pictures" and lines[1].startswith("prompts of 8 classes: 2 of 648 are cut")
+    assert len(lines) == 10 and lines[2].count("%") == 3
     assert all(isinstance(picture, Image.Image) for picture in shown[1:])
