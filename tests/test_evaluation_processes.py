@@ -27,6 +27,7 @@ SLOW_PROTOCOLS = {
         "--config.mode=eval",
         "--config.head_init=text",
         "--config.wise_ft=(0.5,)",
+        "--config.forgetting.source=emoji:new_names",
         "--config.data.train={pictures}",
     ],
     "backbone": [

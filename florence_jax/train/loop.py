@@ -417,9 +417,10 @@ class Trainer:
         if last:
             best = self.state["best"]
             self.state = take_best(self.state)
+            start = f", of the start {float(best['start']):.3f}" if selection.start else ""
             self._say(
                 f"kept the parameters of step {int(best['step'])} of {step}: {selection.metric} "
-                f"{float(best['score']):.3f}; of the start {float(best['start']):.3f}, of the last {score:.3f}"
+                f"{float(best['score']):.3f}, of the last {score:.3f}{start}"
             )
 
     def _describe(self, data: TrainData) -> None:
