@@ -78,7 +78,8 @@ def _sentence(found: dict[str, int], sampled: bool) -> str:
         says += f"; {found['different']:,} different ones become {found['left']:,}, equal ones have one label"
     if not cut:
         return says
+    longest, most = found["longest"], found["most"]
     keeps = (
-        f"{found['most']} keeps {WHOLE_SHARE:.0%} whole, " if found["length"] < found["most"] < found["longest"] else ""
+        f"{most} keeps {WHOLE_SHARE:.0%} whole, {longest}" if found["length"] < most < longest else f"{longest} keeps"
     )
-    return f"{says}. --config.model.overrides.text_length={keeps}{found['longest']} {'' if keeps else 'keeps '}all"
+    return f"{says}. --config.model.overrides.text_length={keeps} all (of a model that begins with no other's weights)"
