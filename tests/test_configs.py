@@ -52,6 +52,7 @@ def test_one_schema(name):
 def test_runlocal_runs(name, tmp_path):
     config = importlib.import_module(f"configs.{name}").get_config("runlocal")
     config.total_steps, config.optim.warmup_steps, config.log.every = 2, 0, 1
+    config.model.overrides.depths = (2, 2)  # of four stages that are compiled alike
     config.data.train = tiny_pairs(tmp_path / "pairs")  # no evaluation: it has tests of its own
     before = config.lock().to_dict()
     assert run(config, create_task(config), tmp_path) == 0

@@ -123,7 +123,7 @@ def test_kmeans_edges():
 def test_scores_of_pictures_do_not_choose_representatives(tmp_path):
     """They are made for representatives only; scores that are fields of the input are there for all."""
     rows = sorted(pairs(2), key=lambda row: uid_of("p", row["key"]))
-    rows = [row | {"unsafe": 0.9 - 0.8 * i} for i, row in enumerate(rows)]
+    rows = [row | {"image": rows[0]["image"], "unsafe": 0.9 - 0.8 * i} for i, row in enumerate(rows)]
     (split,) = list_splits("p=" + write_parquet(tmp_path / "p.parquet", rows), 9)
     how = {"measure": {"extra_fields": ("unsafe",)}, "post_filter": {"max_nsfw": 0.5}}
     by_field = rules_of(scores={"nsfw": "field:unsafe"}, **how)

@@ -169,7 +169,8 @@ def test_steps_are_those_of_the_trained_part_alone(cached, trained):
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
     for name in ("tower", "head"):
         got = split(state["params"], {"tower/low/kernel"})[0][name]
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, part[name])
+        # Adam divides a gradient by its size: of one that is nearly 0 the rounding counts, by less than .01 of a step.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, part[name])
 
 
 def test_a_resumed_run_is_the_undisturbed_one(trained, training, tmp_path):

@@ -137,6 +137,7 @@ from florence_jax.jobs.hosts import joined
 from florence_jax.params.sharding import BATCH_AXES
 
 class Lengths:
+    length = 40
     def encode_batch(self, texts):
         return np.array([[len(text)] for text in texts], np.int32).reshape(-1, 1)
     def lengths(self, ids):
