@@ -160,6 +160,10 @@ def fail(error: Exception) -> NoReturn:
     text = str(error)
     if unknown:
         text = f"unknown config key {inner.args[0]}{_alike(str(inner.args[0]))}; --help lists the options"
+    if isinstance(error, flags.UnrecognizedFlagError) and "Did you mean" not in text:
+        names = [*flags.FLAGS, *(f"config.{path}" for path in _paths(PARSER.config or ConfigDict()))]
+        near = difflib.get_close_matches(error.flagname, names, n=1, cutoff=0.8)
+        text += f": did you mean --{near[0]}?" if near else "; --help lists the options"
     flag, is_group, _ = text.partition(": Failed to parse ")
     if is_group and "as a ConfigDict" in text:
         name = flag.removeprefix("flag ").partition("=")[0]

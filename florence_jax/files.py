@@ -266,7 +266,9 @@ def csv_cells(
                 if cells:
                     yield line, at, cells
                 at = lines.at
-    except (csv.Error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, start) from error
+    except csv.Error as error:
         where = f"line {line + 1}" if not start else f"line {line + 1} after byte {start}"
         raise UserError(
             f"cannot read {path}: {where}: {error}; it must be {_separated(delimiter)} UTF-8, a text with quotes, line "
@@ -274,6 +276,29 @@ def csv_cells(
         ) from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _not_utf8(path: str | os.PathLike, start: int) -> UserError:
+    """The error of a text file, with its first line from byte `start` on that is not UTF-8.
+
+    What decodes a file a block at a time fails before it has come to that line.
+    """
+    fs, inner = filesystem(path)
+    number, text = 0, ""
+    with fs.open(inner, "rb") as file:
+        file.seek(start)
+        for line in file:
+            number += 1
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                text = line.decode(errors="backslashreplace").strip()
+                break
+    where = f"line {number}" if not start else f"line {number} after byte {start}"
+    return UserError(
+        f"cannot read {path}: {where} is not UTF-8 ({text[:80]}); save the file as UTF-8, as does, where it is "
+        "Latin-1, iconv -f LATIN1 -t UTF-8 OLD > NEW"
+    )
 
 
 def _separated(delimiter: str) -> str:
@@ -350,8 +375,9 @@ def _json_rows(path: str | os.PathLike, start: int, stop: int) -> Iterator[Table
                         raise ValueError("not a JSON object")
                     yield TableRow(number, at, fields)
                 at = lines.at
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, start) from error
     except ValueError as error:
-        line = number + isinstance(error, UnicodeDecodeError)  # text is decoded before it is divided into lines
-        raise UserError(f"cannot read {path}: line {line}: {error}; it must have one JSON object a line") from error
+        raise UserError(f"cannot read {path}: line {number}: {error}; it must have one JSON object a line") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error

@@ -85,14 +85,14 @@ def test_json_lines_and_short_rows(tmp_path):
     [
         ("t.csv", b"a,b\n1,2,3\n", r"line 2 has more cells than the heading \(1,2,3\)"),
         ("t.csv", b'a\n"1\n', "line 2: unexpected end of data; it must be comma-separated"),
-        ("t.csv", b"a\n\xe9\n", "line 1: .*can't decode.* it must be comma-separated UTF-8"),
+        ("t.csv", b"a\n\xe9\n", r"line 2 is not UTF-8 \(\\xe9\); save the file as UTF-8, .* iconv -f LATIN1"),
         ("t.csv", b'f,c\na.png,"x\nb.png,y\nc.png,z"\n', "line 4 has a text in quotes that goes on over .* 'b.png,y'"),
         ("t.csv", b'f,c\na.png,"x" y\n', "line 2: ',' expected after '\"'; it must be comma-separated .* doubled"),
         ("t.tsv", b'f\tc\na.png\t"x\n', "line 2: unexpected end of data; it must be tab-separated"),
         ("t.tsv", b"f\tc\na.png\tx\ty\n", r"line 2 has more cells than the heading"),
         ("t.jsonl", b'{"a": 1}\n{\n', "line 2: .* it must have one JSON object a line"),
         ("t.jsonl", b"[1]\n", "line 1: not a JSON object"),
-        ("t.jsonl", b"\xe9\n", "line 1: .*can't decode"),
+        ("t.jsonl", b'{"a": 1}\n\xe9\n', "line 2 is not UTF-8"),
         ("none.csv", None, "cannot read .*none.csv"),
     ],
 )

@@ -34,6 +34,8 @@ ROOT = Path(__file__).parents[1]
             ["--config=configs/pretrain.py", "--config.total_step=3"],
             "unknown config key 'total_step' Did you mean",
         ),
+        (["--config=configs/pretrain.py", "--confg.total_steps=3"], "did you mean --config.total_steps?"),
+        (["--config=configs/pretrain.py", "--nonsense=3"], "'nonsense'; --help lists the options"),
         (["--config=configs/pretrain.py", "--config.image.workers=2"], "did you mean --config.data.workers?"),
         (["--config=configs/pretrain.py", "--config.total_steps=many"], "total_steps"),
         (["--config=configs/pretrain.py", "--config.data=mine"], "is given by its name, as --config.data.NAME=VALUE"),

@@ -232,7 +232,7 @@ def test_class_folders(tmp_path):
         ("captions.csv", "file,caption\n", "no rows"),
         ("captions.csv", "file,caption\n,x\n", "line 2: column 'file' must name a file"),
         ("captions.csv", 'file,caption\na.png,"x\n', "comma-separated UTF-8"),
-        ("captions.csv", b"file,caption\na.png,\xff\xfe\n", "comma-separated UTF-8"),
+        ("captions.csv", b"file,caption\na.png,\xff\xfe\n", "line 2 is not UTF-8"),
         (
             "captions.csv",
             "file,caption\na.png,x,\nb.png,a cat, asleep\n",
