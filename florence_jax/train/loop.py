@@ -166,7 +166,7 @@ def finish(
     chance = chance_levels(evaluators)
     print(results_table(results, chance) if results else NO_EVALUATION, flush=True)
     if skipped:
-        print(f"training skipped records that cannot be used {skipped:,} times", flush=True)
+        print(f"records that cannot be used, skipped in training: {skipped:,}", flush=True)
     for name, content in all_files(evaluators).items():
         write_bytes(str(workdir / name), content)
     write_json_file(workdir / RESULT_FILE, {**finite(results), **trained})
