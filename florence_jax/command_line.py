@@ -159,7 +159,8 @@ def fail(error: Exception) -> NoReturn:
     unknown = isinstance(inner, KeyError) and inner.args
     text = str(error)
     if unknown:
-        text = f"unknown config key {inner.args[0]}{_alike(str(inner.args[0]))}; --help lists the options"
+        key = str(inner.args[0]).partition("Did you mean")[0].strip(" '\n")
+        text = f"unknown config key {key!r}{_alike(key)}; --help lists the options"
     if isinstance(error, flags.UnrecognizedFlagError) and "Did you mean" not in text:
         names = [*flags.FLAGS, *(f"config.{path}" for path in _paths(PARSER.config or ConfigDict()))]
         near = difflib.get_close_matches(error.flagname, names, n=1, cutoff=0.8)
@@ -174,9 +175,8 @@ def fail(error: Exception) -> NoReturn:
 
 def _alike(key: str) -> str:
     """Known options that end as the one on the command line does that has the unknown `key` in it, for people."""
-    key = key.strip("'")
     option = next((word.partition("=")[0] for word in sys.argv if key in word.partition("=")[0].split(".")), "")
-    if "Did you mean" in key or not option or PARSER.config is None:
+    if not option or PARSER.config is None:
         return ""
     known: dict[str, list[str]] = {}
     for path in _paths(PARSER.config):

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -426,3 +428,10 @@ def test_mistakes_are_one_line(weights, pictures, tmp_path, capsys, protocol, op
     lines = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("protocol", ["probe", "finetune_linear"])
+def test_one_class_is_told_before_any_work(protocol, weights, pictures, tmp_path, capsys):
+    shutil.copytree(next(path for path in Path(pictures).iterdir() if path.is_dir()), tmp_path / "one" / "red")
+    assert classify(protocol, tmp_path / "run", weights, tmp_path / "one") == 2
+    assert "has one class only, 'red': a classifier needs at least two" in capsys.readouterr().err

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
         (["--config=configs/pretrain.py:variant=ViT-L-14-336,stage=3"], "say its size, such as res=448"),
         (
             ["--config=configs/pretrain.py", "--config.total_step=3"],
-            "unknown config key 'total_step' Did you mean",
+            "unknown config key 'total_step': did you mean --config.total_steps?",
         ),
         (["--config=configs/pretrain.py", "--confg.total_steps=3"], "did you mean --config.total_steps?"),
         (["--config=configs/pretrain.py", "--nonsense=3"], "'nonsense'; --help lists the options"),

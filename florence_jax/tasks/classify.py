@@ -103,7 +103,13 @@ class ClassificationSuite(Suite):
         """Of the images, or without any, as where a step is only compiled, of the class names alone."""
         source = self.train_source or self.test_source
         if source is not None:
-            return open_classes(source, names, self.config.label_field)
+            found = open_classes(source, names, self.config.label_field)
+            if self.learns and len(found) < 2 and not found.multi:
+                raise UserError(
+                    f"{self.config.data.train} has one class only, {found.first_names[0]!r}: a classifier needs at "
+                    "least two, one sub-folder of pictures for each"
+                )
+            return found
         return ClassIndex(load_class_names(names).names, {}) if names else None
 
     @property
