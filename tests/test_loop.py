@@ -20,7 +20,6 @@ from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import EXIT_INTERRUPTED, UserError
 from florence_jax.evaluators.base import Chart, Evaluator
-from florence_jax.jobs import hardware
 from florence_jax.jobs.stop_signals import EXIT_PREEMPTED, StopSignals
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks import create_suite, create_task
@@ -55,26 +54,6 @@ def finished(pairs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "finished"
     assert train(tiny_config(pairs, **{"optim.ema_decay": 0.5}), workdir) == 0
     return workdir
-
-
-@pytest.mark.parametrize(
-    "cores,limit,wanted,expected",
-    [
-        (2, "max 100000", -1, 0),
-        (1, "", -1, 0),
-        (6, "max 100000", -1, 4),
-        (64, "", -1, 8),
-        (64, "400000 100000", -1, 2),  # a container with four of the cores
-        (64, "50000 100000", -1, 0),
-        (2, "", 3, 3),
-    ],
-)
-def test_worker_processes_follow_the_machine(cores, limit, wanted, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    monkeypatch.setattr(hardware, "CPU_LIMIT", tmp_path / "cpu.max")
-    if limit:
-        (tmp_path / "cpu.max").write_text(limit + "\n")
-    assert hardware.worker_count(wanted) == expected
 
 
 def test_a_run_leaves_its_files(finished):

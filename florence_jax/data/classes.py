@@ -16,7 +16,7 @@ from etils import epath
 from florence_jax.data.captions import normalise_caption
 from florence_jax.data.ops.registry import key_of
 from florence_jax.data.prompts import TEMPLATE_SETS, class_prompts, template_set
-from florence_jax.data.records import BadRecord, Source, Subset
+from florence_jax.data.records import BadRecord, Record, Source, Subset
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.labelled import LABELLED_READERS, Labelled, NearestVehicle, open_labelled
 from florence_jax.errors import UserError
@@ -187,6 +187,16 @@ def _label_of(record: Mapping[str, Any]) -> Any:
     return next((record[name] for name in ("class_id", MULTI_FIELD, "caption") if record.get(name) is not None), None)
 
 
+def _label_text(row: Record, field: str, source: Source) -> Any:
+    """What a record says of its class; raises UserError where that would be one of several captions."""
+    if not field and len(set(row.get("captions", ()))) > 1:
+        raise UserError(
+            f"{source.name}: its pictures have several captions each, which are no classes; name the field with the "
+            "class: --config.label_field=FIELD"
+        )
+    return row.get(field or "caption")
+
+
 def open_classes(source: Source, spec: str | ClassNames = "", field: str = "") -> ClassIndex:
     """The classes of a labelled source.
 
@@ -218,13 +228,7 @@ def open_classes(source: Source, spec: str | ClassNames = "", field: str = "") -
         if labels and all(isinstance(label, (int, np.integer)) for label in labels):
             return ClassIndex(_by_number(source, given, own, labels).names, {}, multi=True)
     else:
-        rows = list(source.metadata())
-        if not field and any(len(set(row.get("captions", ()))) > 1 for row in rows):
-            raise UserError(
-                f"{source.name}: its pictures have several captions each, which are no classes; name the field with "
-                "the class: --config.label_field=FIELD"
-            )
-        labels = _distinct(value for row in rows if (value := row.get(field or "caption")))
+        labels = _distinct(value for row in source.metadata() if (value := _label_text(row, field, source)))
     if not labels:
         raise UserError(f"{source.name}: no record has a class in its field {field or 'caption'!r}")
     labels = sorted(map(str, labels))
