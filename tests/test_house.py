@@ -18,7 +18,7 @@ FLOORS = (
     ("data", "models", "losses", "params", "jobs"),
     ("command_line", "page"),
     ("config_files", "config_help", "files"),
-    ("pictures",),
+    ("pictures", "boxes"),
     ("errors",),
 )
 LEVEL = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}

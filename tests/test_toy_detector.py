@@ -18,10 +18,11 @@ from tiny_run import TINY_MODEL
 from toy_detector import register
 from toy_detector.config import SIZES, get_config
 from toy_detector.detector import Detector
-from toy_detector.loss import detection_loss, overlap
+from toy_detector.loss import detection_loss
 from toy_detector.ops import PadBoxes
 from toy_detector.source import ToyShapes
 
+from florence_jax.boxes import iou
 from florence_jax.data.records import BadRecord
 from florence_jax.data.sources.catalog import KINDS
 from florence_jax.models.resize import resize_bias_table
@@ -153,9 +154,7 @@ def test_the_evaluation_writes_a_file_and_shows_a_chart_and_pictures(trained):
     assert [picture["id"] for picture in found] == [row["picture_id"] for row in source.metadata()]
     # Boxes are of the source picture: one that was found lies on a true one there.
     best = [
-        overlap(np.asarray(row["boxes"], float)[:, None], np.asarray(picture["boxes"]).reshape(1, -1, 4)).max(
-            1, initial=0
-        )
+        iou(np.asarray(row["boxes"], float)[:, None], np.asarray(picture["boxes"]).reshape(1, -1, 4)).max(1, initial=0)
         for row, picture in zip(source.metadata(), found, strict=True)
     ]
     result = json.loads((trained / "result.json").read_text())
@@ -198,7 +197,7 @@ def test_predict_draws_boxes_and_writes_a_line_for_each(trained, tmp_path, capsy
     for picture, record in zip(pictures, source.metadata(), strict=True):
         found = np.array([[box[name] for name in ("x1", "y1", "x2", "y2")] for box in picture["found"]]).reshape(-1, 4)
         assert picture["file"] == f"{record['key']}.png"
-        assert overlap(np.asarray(record["boxes"], float)[:, None], found[None]).max(initial=0) > 0.3
+        assert iou(np.asarray(record["boxes"], float)[:, None], found[None]).max(initial=0) > 0.3
     assert (tmp_path / "out" / "report.html").read_text().count("<img") == 3
 
 

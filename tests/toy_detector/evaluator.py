@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from florence_jax.boxes import iou
 from florence_jax.data.buckets import Bucket
 from florence_jax.data.ops.geometry import boxes_to_source
 from florence_jax.data.ops.image import Decode
@@ -16,7 +17,6 @@ from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.predictor import Predictor
 from florence_jax.page import figure_html
 from florence_jax.pictures import draw_boxes, picture_uri
-from toy_detector.loss import overlap
 
 PAGE_EXAMPLES = 6  # pictures of the page
 # Stay on the host: a string, the true boxes, which are ragged, and the way back to the source picture.
@@ -41,7 +41,7 @@ def best_boxes(row: Any, least: float = 0.5, most_overlap: float = 0.4) -> Detec
     order = order[row["scores"][order] >= least]
     kept: list[int] = []
     for place in order.tolist():
-        if not kept or overlap(row["found"][kept], row["found"][place][None]).max() <= most_overlap:
+        if not kept or iou(row["found"][kept], row["found"][place][None]).max() <= most_overlap:
             kept.append(place)
     return Detections(boxes_to_source(row["found"][kept], row["warp"]), row["scores"][kept])
 
@@ -78,7 +78,7 @@ class BoxRecall(Evaluator):
         rows = self._predictor.rows(params, self._source, self._ops, {}, host=HOST, buckets=self._buckets)
         for row in rows:
             found, true = best_boxes(row), boxes_to_source(row["boxes"], row["warp"])
-            ious.append(overlap(true[:, None], found.boxes[None]).max(1, initial=0.0))
+            ious.append(iou(true[:, None], found.boxes[None]).max(1, initial=0.0))
             boxes, scores = found.boxes.round(1).tolist(), found.scores.round(4).tolist()
             self._found.append({"id": row["picture_id"], "boxes": boxes, "scores": scores})
         best = np.concatenate(ious)

@@ -1,23 +1,10 @@
 """Loss of a detector that speaks for each cell of a map: binary cross entropy of objects, 1 - IoU of their boxes."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
-
-def box_areas(boxes: Any) -> Any:
-    """(..., 4) -> (...), numpy or JAX."""
-    return (boxes[..., 2:] - boxes[..., :2]).clip(0).prod(-1)
-
-
-def overlap(first: Any, second: Any) -> Any:
-    """Intersection over union of boxes (..., 4), which are broadcast: (...). 0 for two without area. Numpy or JAX."""
-    xp = first.__array_namespace__()
-    low, high = xp.maximum(first[..., :2], second[..., :2]), xp.minimum(first[..., 2:], second[..., 2:])
-    common = (high - low).clip(0).prod(-1)
-    return common / xp.maximum(box_areas(first) + box_areas(second) - common, 1e-6)
+from florence_jax.boxes import box_areas, iou
 
 
 def assign(
@@ -52,6 +39,6 @@ def detection_loss(out: dict[str, jax.Array], batch: dict[str, jax.Array]) -> tu
     positive = positive.astype(jnp.float32) * judged
     entropy = optax.sigmoid_binary_cross_entropy(out["detector/objectness"], positive)
     objectness = (entropy * judged).sum() / jnp.maximum(judged.sum(), 1)
-    distance = (1 - overlap(out["detector/boxes"], boxes)) * positive
+    distance = (1 - iou(out["detector/boxes"], boxes)) * positive
     box = distance.sum() / jnp.maximum(positive.sum(), 1)
     return objectness + box, {"objectness_loss": objectness, "box_loss": box}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from florence_jax.boxes import iou
+
 MIN_SIDE = 1.0  # pixels; a thinner box has nothing to learn from
 WITHIN_IOU = 0.95  # one set drew the same box twice
 ACROSS_IOU = 0.7  # two sets drew a box for the same object
@@ -66,17 +68,12 @@ def clean_boxes(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def overlapping_pairs(boxes: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs i < j of boxes (N, 4) with an IoU of at least `least` > 0, and that IoU; memory is TILE_ROWS x N."""
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     found = []
     for start in range(0, len(boxes), TILE_ROWS):
-        tile = boxes[start : start + TILE_ROWS, None]
         # Only the rest of the row: pairs with an earlier box were met in an earlier tile.
-        rest = boxes[None, start:]
-        low, high = np.maximum(tile[..., :2], rest[..., :2]), np.minimum(tile[..., 2:], rest[..., 2:])
-        common = np.maximum(high - low, 0).prod(-1)
-        iou = common / (area[start : start + TILE_ROWS, None] + area[None, start:] - common)
-        i, j = np.nonzero(np.triu(iou >= least, 1))
-        found.append((i + start, j + start, iou[i, j]))
+        values = iou(boxes[start : start + TILE_ROWS, None], boxes[None, start:])
+        i, j = np.nonzero(np.triu(values >= least, 1))
+        found.append((i + start, j + start, values[i, j]))
     return tuple(np.concatenate(column) for column in zip(*found, strict=True))
 
 
@@ -104,14 +101,14 @@ def double_boxes(
       int64 (N,): the index of the box that each repeats, -1 for a box to keep.
     """
     repeats = np.full(len(boxes), -1)
-    i, j, iou = overlapping_pairs(boxes, min(within, across))
+    i, j, values = overlapping_pairs(boxes, min(within, across))
     taken = set()
-    for k in np.lexsort((j, i, -iou)).tolist():
+    for k in np.lexsort((j, i, -values)).tolist():
         a, b = int(i[k]), int(j[k])
         if repeats[a] >= 0 or repeats[b] >= 0:
             continue
         same = sources[a] == sources[b]
-        if iou[k] < (within if same else across):
+        if values[k] < (within if same else across):
             continue
         if not same and not pseudo[b]:
             if (a, sources[b]) in taken:
