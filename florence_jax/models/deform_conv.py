@@ -10,7 +10,6 @@ column), in every form and as in torchvision.
 import jax
 import jax.numpy as jnp
 
-FORMS = ("auto", "packed", "matrix", "naive")
 # Offsets are kept below this many pixels: still outside of any map, and a whole number of int32.
 FAR = 1e6
 
