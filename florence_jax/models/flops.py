@@ -1,5 +1,7 @@
 """Analytic FLOPs of a forward pass."""
 
+import math
+
 from florence_jax.models.coswin import STAGE_CONV, embedded_size
 from florence_jax.models.sizes import ModelConfig
 
@@ -10,7 +12,12 @@ def forward_flops(config: ModelConfig) -> dict[str, float]:
     Counts two per multiply-add of the convolutions, linear layers, attention products and projections; a training
     step is three times that, without rematerialisation. The image is `res` x `res`, the text `text_length` tokens.
     """
-    return {"image": 2.0 * _image_macs(config), "text": 2.0 * _text_macs(config)}
+    return {"image": image_flops(config, config.res, config.res), "text": 2.0 * _text_macs(config)}
+
+
+def image_flops(config: ModelConfig, height: int, width: int) -> float:
+    """Those of the image tower for a picture of height x width pixels; a ViT takes pictures of `config.res` alone."""
+    return 2.0 * (_vit_macs(config) if config.image_tower == "vit" else _stages_macs(config, height, width))
 
 
 def _block_macs(tokens: int, width: int, attended: int, mlp_ratio: float = 4) -> float:
@@ -24,29 +31,28 @@ def _vit_macs(config: ModelConfig) -> float:
     return config.image_width * (config.patch_size**2 * 3 * patches + config.projection) + config.depths[0] * block
 
 
-def _embed_macs(config: ModelConfig, stage: int, side: int) -> int:
-    """Of the embedding that makes the `side` x `side` map of `stage`."""
+def _embed_macs(config: ModelConfig, stage: int, tokens: int) -> int:
+    """Of the embedding that makes the map of `stage`."""
     width = config.image_width * 2**stage
     if config.embedding == "patch":
-        return side**2 * (4 * (width // 2) if stage else 4**2 * 3) * width
+        return tokens * (4 * (width // 2) if stage else 4**2 * 3) * width
     kernel = STAGE_CONV[min(stage, 1)][0]
-    return side**2 * kernel**2 * (width // 2 if stage else 3) * width
+    return tokens * kernel**2 * (width // 2 if stage else 3) * width
 
 
-def _image_macs(config: ModelConfig) -> float:
-    if config.image_tower == "vit":
-        return _vit_macs(config)
-    macs, side, width = 0, config.res, config.image_width
+def _stages_macs(config: ModelConfig, *sides: int) -> float:
+    macs, channels = 0.0, config.image_width
     for i, depth in enumerate(config.depths):
-        width = config.image_width * 2**i
-        side = embedded_size(side, i, config.embedding)
-        macs += _embed_macs(config, i, side)
-        window = min(config.window, side) if config.size_mode == "classification" else config.window
-        padded = -(-side // window) * window
+        channels = config.image_width * 2**i
+        sides = tuple(embedded_size(side, i, config.embedding) for side in sides)
+        tokens = math.prod(sides)
+        macs += _embed_macs(config, i, tokens)
+        window = min(config.window, *sides) if config.size_mode == "classification" else config.window
+        padded = math.prod(-(-side // window) * window for side in sides)
         # Padding adds tokens to attention but not to the MLP.
-        per_block = _block_macs(side**2, width, 0, config.mlp_ratio) + (padded**2 - side**2) * 4 * width**2
-        macs += depth * (per_block + 2 * padded**2 * window**2 * width)
-    return macs + width * config.projection
+        per_block = _block_macs(tokens, channels, 0, config.mlp_ratio) + (padded - tokens) * 4 * channels**2
+        macs += depth * (per_block + 2 * padded * window**2 * channels)
+    return macs + channels * config.projection
 
 
 def _text_macs(config: ModelConfig) -> float:
