@@ -1,0 +1,185 @@
+"""A detector scored as COCO does: pycocotools on the very file that is written."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from florence_jax.data.buckets import Bucket
+from florence_jax.data.ops.geometry import boxes_to_source
+from florence_jax.data.records import Source
+from florence_jax.errors import UserError
+from florence_jax.evaluators.base import Chart, Evaluator
+from florence_jax.evaluators.coco_baseline import mean_box_scores
+from florence_jax.evaluators.coco_check import self_check
+from florence_jax.evaluators.coco_files import (
+    NAMED,
+    BoxSource,
+    FoundBoxes,
+    GroundTruth,
+    found_boxes,
+    json_bytes,
+    match_classes,
+    read_truth,
+)
+from florence_jax.evaluators.coco_scores import AGNOSTIC, CocoScores, coco_scores, need_pycocotools
+from florence_jax.evaluators.predictor import Predictor, image_counts
+
+CLASSES_IN_RESULTS = 20  # a result for each class of at most so many
+HOST = ("key", "warp")  # fields that stay on the host
+
+
+class CocoEvaluator(Evaluator):
+    """Average precision of a detector on a source with boxes.
+
+    Results: those of pycocotools, AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, without those of
+    which the test set has no boxes; 'agnostic_AP50', AP50 whatever the classes; 'AP/NAME' of at most 20 classes;
+    'images', 'skipped' ones if any, 'boxes' and 'crowds'. A class that the detector does not know counts with AP 0.
+
+    Args:
+      source: N records with boxes, see `coco_files.read_truth`.
+      ops: up to `pad_image`. buckets: of the source.
+      detect: pure function (params, batch) -> {"boxes" (B, n, 4), x1, y1, x2, y2 in pixels of the batch's pictures,
+        "scores" (B, n), 0 where there is none, "labels" (B, n), numbers of `class_names`}.
+      mesh, batch_size: see `Predictor`.
+      class_names: of the detector. Those of the source are matched to them by name.
+      name: prefix of the results, and of the files.
+      train: sources of the training, for `chance`: what their mean boxes score; () for none.
+      on_corrupt: 'skip' leaves unreadable pictures and their boxes out, 'error' ends the evaluation.
+
+    Raises:
+      UserError: without pycocotools; if no class of the source has a name of the detector's; as `read_truth`, and
+        `self_check`, which is made at once, before anything is trained.
+    """
+
+    def __init__(
+        self,
+        source: BoxSource,
+        ops: str,
+        buckets: Sequence[Bucket],
+        detect: Callable[[Any, dict[str, jax.Array]], Mapping[str, jax.Array]],
+        mesh: Mesh,
+        batch_size: int,
+        class_names: Sequence[str],
+        name: str = "test",
+        train: Sequence[BoxSource] = (),
+        on_corrupt: str = "error",
+    ):
+        need_pycocotools()
+        self.name = name
+        self.charts = (Chart(f"{name}: average precision", {"AP": "AP", "AP50": "AP50", "classes aside": AGNOSTIC}),)
+        self._source, self._buckets, self._train, self._on_corrupt = source, buckets, tuple(train), on_corrupt
+        self._ops = f"{ops}|keep(image, valid, {', '.join(HOST)})"
+        self._predictor = Predictor(detect, mesh, batch_size)
+        self._all = read_truth(source)
+        self._class_of = match_classes(class_names, self._all.class_names)
+        self.notes = [
+            *_class_notes(self._all, class_names, self._class_of),
+            self_check(self._all, source, ops, buckets, on_corrupt).says,
+        ]
+        if jax.process_index() == 0:
+            print("\n".join(f"{name}: {note}" for note in self.notes), flush=True)
+        self._truth: GroundTruth | None = None
+        self._found: FoundBoxes | None = None
+        self._scores: CocoScores | None = None
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """See `Evaluator`."""
+        return (self._source,)
+
+    @functools.cached_property
+    def chance(self) -> Mapping[str, float]:
+        """What the mean boxes of the training set score, see `mean_box_scores`."""
+        return mean_box_scores(self._all, self._train) if self._train else {}
+
+    def run(self, params: Any) -> dict[str, float]:
+        """See the class."""
+        read, found = self._detect(params)
+        self._truth = self._all if len(read) == len(self._all.keys) else self._all.subset(read)
+        place = np.full(len(self._all.keys), -1, np.int32)
+        place[read] = np.arange(len(read))
+        self._found = found._replace(image=place[found.image])
+        self._scores = scores = coco_scores(self._truth, self._found)
+        by_class: dict[str, float] = {}
+        if len(self._all.class_names) <= CLASSES_IN_RESULTS:
+            values = zip(self._all.class_names, scores.class_ap().tolist(), strict=True)
+            by_class = {f"AP/{name}": value for name, value in values if not np.isnan(value)}
+        crowds = int(self._truth.crowd.sum())
+        counts = {"boxes": float(len(self._truth.boxes) - crowds), "crowds": float(crowds)}
+        return scores.values | by_class | image_counts(self._source, read) | counts
+
+    def _detect(self, params: Any) -> tuple[np.ndarray, FoundBoxes]:
+        """Rows of the pictures that were read, and what was found in them; the same on every process."""
+        places = {key: row for row, key in enumerate(self._all.keys)}
+        read: list[int] = []
+        image, labels, corners, scores = [], [], [], []
+        rows = self._predictor.rows(
+            params,
+            self._source,
+            self._ops,
+            {},
+            host=HOST,
+            buckets=self._buckets,
+            on_corrupt=self._on_corrupt,
+            what=self.name,
+        )
+        for row in rows:
+            place, there = places[str(row["key"])], row["scores"] > 0
+            read.append(place)
+            classes = self._class_of[row["labels"][there]]
+            known = classes >= 0
+            labels.append(classes[known])
+            image.append(np.full(len(labels[-1]), place, np.int32))
+            corners.append(boxes_to_source(row["boxes"][there][known], row["warp"]).astype(np.float32))
+            scores.append(row["scores"][there][known])
+        found = found_boxes(
+            np.concatenate(image), np.concatenate(labels), np.concatenate(corners), np.concatenate(scores), self._all
+        )
+        return np.sort(np.array(read, np.int64)), found
+
+    def files(self) -> Mapping[str, bytes]:
+        """What was found and what is true, both in COCO's format: pycocotools gives their numbers again."""
+        if self._truth is None or self._found is None:
+            return {}
+        return {
+            f"{self.name}_predictions.json": json_bytes(self._found.rows(self._truth)),
+            f"{self.name}_ground_truth.json": json_bytes(self._truth.dataset()),
+        }
+
+
+def _class_notes(truth: GroundTruth, class_names: Sequence[str], class_of: np.ndarray) -> list[str]:
+    """What is to be said of the classes.
+
+    Raises:
+      UserError: if the detector knows none of the source's.
+    """
+    known = np.zeros(len(truth.class_names), bool)
+    known[class_of[class_of >= 0]] = True
+    if not known.any():
+        raise UserError(
+            f"the detector knows no class of the test set by its name: it knows {_some(class_names)}, the test set has "
+            f"{_some(truth.class_names)}; give the classes the same names"
+        )
+    counts = truth.counts()
+    unknown = [name for name, there, count in zip(truth.class_names, known, counts, strict=True) if count and not there]
+    empty = [name for name, count in zip(truth.class_names, counts, strict=True) if not count]
+    other = [name for name, place in zip(class_names, class_of, strict=True) if place < 0]
+    notes = []
+    if unknown:
+        notes.append(f"{len(unknown)} classes with boxes that the detector does not know have AP 0: {_some(unknown)}")
+    if empty:
+        notes.append(f"{len(empty)} classes have no boxes in the test set and count nowhere: {_some(empty)}")
+    if other:
+        notes.append(
+            f"what is found of {len(other)} classes that the test set does not name is left out: {_some(other)}"
+        )
+    return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,0 +1,243 @@
+"""What COCO's format says of a test set and of what was found in it: columns of numbers, and the two files.
+
+Boxes are x, y, width, height of the upright source picture here, as in the files; elsewhere x1, y1, x2, y2.
+"""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from florence_jax.data.records import Record, Source
+from florence_jax.errors import UserError
+
+BOX_DIGITS, SCORE_DIGITS, TRUTH_DIGITS = 3, 7, 6  # decimals in the files
+NAMED = 5  # at most so many ids, or names, in a message
+
+
+class BoxSource(Source, Protocol):
+    """A source of pictures with boxes, see `read_truth`.
+
+    Attributes:
+      class_names: of its K classes. category_ids: theirs in the file that it is made of.
+    """
+
+    class_names: Sequence[str]
+    category_ids: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GroundTruth:
+    """The true boxes of N pictures; M boxes, K classes.
+
+    Attributes:
+      keys: of the records. image_ids: as the file has them, whole numbers or texts.
+      sizes: int32 (N, 2), width and height.
+      class_names, category_ids: of the K classes, the ids as the file has them.
+      image: int32 (M,), rows of the pictures, ascending. labels: int32 (M,), classes by number.
+      boxes: float64 (M, 4), x, y, width, height.
+      crowd: bool (M,), regions of several objects: what is found in them counts neither way.
+      areas: float64 (M,), by which a box is small, medium or large: those of the file, of masks in COCO's.
+    """
+
+    keys: tuple[str, ...]
+    image_ids: tuple[int | str, ...]
+    sizes: np.ndarray
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    image: np.ndarray
+    labels: np.ndarray
+    boxes: np.ndarray
+    crowd: np.ndarray
+    areas: np.ndarray
+
+    def subset(self, rows: np.ndarray) -> "GroundTruth":
+        """Of some pictures; `rows` ascending."""
+        place = np.full(len(self.keys), -1, np.int32)
+        place[rows] = np.arange(len(rows))
+        chosen = place[self.image] >= 0
+        columns = {name: getattr(self, name)[chosen] for name in ("labels", "boxes", "crowd", "areas")}
+        return dataclasses.replace(
+            self,
+            keys=tuple(self.keys[i] for i in rows.tolist()),
+            image_ids=tuple(self.image_ids[i] for i in rows.tolist()),
+            sizes=self.sizes[rows],
+            image=place[self.image][chosen],
+            **columns,
+        )
+
+    def counts(self) -> np.ndarray:
+        """int64 (K,): boxes of each class, without crowds."""
+        return np.bincount(self.labels[~self.crowd], minlength=len(self.class_names))
+
+    def dataset(self) -> dict[str, Any]:
+        """In COCO's format. Ids of boxes begin with 1: pycocotools takes a match with box 0 for none."""
+        images = [
+            {"id": image_id, "file_name": key, "width": width, "height": height}
+            for image_id, key, (width, height) in zip(self.image_ids, self.keys, self.sizes.tolist(), strict=True)
+        ]
+        columns = zip(
+            self.image.tolist(),
+            self.labels.tolist(),
+            self.boxes.round(TRUTH_DIGITS).tolist(),
+            self.areas.round(TRUTH_DIGITS).tolist(),
+            self.crowd.tolist(),
+            strict=True,
+        )
+        annotations = [
+            {
+                "id": number,
+                "image_id": self.image_ids[row],
+                "category_id": self.category_ids[label],
+                "bbox": box,
+                "area": area,
+                "iscrowd": int(crowd),
+            }
+            for number, (row, label, box, area, crowd) in enumerate(columns, 1)
+        ]
+        names = zip(self.category_ids, self.class_names, strict=True)
+        categories = [{"id": category_id, "name": name} for category_id, name in names]
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def read_truth(source: BoxSource) -> GroundTruth:
+    """The boxes of a source, of its metadata: no picture is read. Groups ("is_group_of") are crowds.
+
+    Args:
+      source: of records with a key, width, height, boxes and class_ids; perhaps an "image_id" (else the key stands for
+        it), "iscrowd", "is_group_of" and "areas".
+
+    Raises:
+      UserError: for ids of pictures that are not unique or of two kinds, and pictures without width and height.
+    """
+    keys, image_ids, sizes, parts = [], [], [], []
+    for row, record in enumerate(source.metadata()):
+        keys.append(str(record["key"]))
+        image_ids.append(record.get("image_id", keys[-1]))
+        sizes.append((record.get("width") or 0, record.get("height") or 0))
+        parts.append(_boxes_of(record, row))
+    _check_ids(source.name, image_ids)
+    if wrong := [key for key, size in zip(keys, sizes, strict=True) if min(size) < 1]:
+        raise UserError(
+            f"{source.name}: {len(wrong)} pictures have no 'width' and 'height', such as {wrong[0]}: scoring needs both"
+        )
+    joined = [np.concatenate(column) for column in zip(*parts, _boxes_of({}, 0), strict=True)]
+    image, labels, boxes, crowd, areas = joined
+    return GroundTruth(
+        keys=tuple(keys),
+        image_ids=tuple(image_ids),
+        sizes=np.array(sizes, np.int32).reshape(-1, 2),
+        class_names=tuple(source.class_names),
+        category_ids=tuple(int(number) for number in source.category_ids),
+        image=image,
+        labels=labels,
+        boxes=boxes,
+        crowd=crowd,
+        areas=areas,
+    )
+
+
+def _boxes_of(record: Record, row: int) -> tuple[np.ndarray, ...]:
+    """Image, labels, boxes, crowd and areas of the boxes of a record."""
+    boxes = np.array(record.get("boxes", ()), np.float64).reshape(-1, 4)
+    boxes[:, 2:] -= boxes[:, :2]
+    count = len(boxes)
+    flags = [np.asarray(record.get(name, ()), bool) for name in ("iscrowd", "is_group_of")]
+    crowd = np.zeros(count, bool)
+    for flag in flags:
+        crowd |= flag if len(flag) else False
+    areas = np.asarray(record.get("areas", ()), np.float64)
+    return (
+        np.full(count, row, np.int32),
+        np.asarray(record.get("class_ids", ()), np.int32),
+        boxes,
+        crowd,
+        areas if len(areas) else boxes[:, 2] * boxes[:, 3],
+    )
+
+
+def _check_ids(name: str, image_ids: Sequence[Any]) -> None:
+    if len({isinstance(image_id, str) for image_id in image_ids}) > 1:
+        raise UserError(f"{name}: some ids of pictures are numbers and some are texts: give them one kind")
+    if len(set(image_ids)) < len(image_ids):
+        twice = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
+        raise UserError(
+            f"{name}: {len(twice)} ids belong to several pictures, such as {', '.join(map(str, twice[:NAMED]))}: "
+            "results could not be told apart, give each picture its own"
+        )
+
+
+class FoundBoxes(NamedTuple):
+    """D boxes that were found, as the result file has them.
+
+    Attributes:
+      image: int32 (D,), rows of the pictures in the ground truth. labels: int32 (D,), classes of the ground truth.
+      boxes: float64 (D, 4), x, y, width, height. scores: float64 (D,).
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+
+    def rows(self, truth: GroundTruth) -> Iterator[dict[str, Any]]:
+        """In COCO's format; written as JSON and read again they are the same to the last bit."""
+        columns = (self.image.tolist(), self.labels.tolist(), self.boxes.tolist(), self.scores.tolist())
+        for row, label, box, score in zip(*columns, strict=True):
+            ids = {"image_id": truth.image_ids[row], "category_id": truth.category_ids[label]}
+            yield {**ids, "bbox": box, "score": score}
+
+    def subset(self, chosen: np.ndarray) -> "FoundBoxes":
+        """Some of them; `chosen`: a mask or numbers."""
+        return FoundBoxes(*(column[chosen] for column in self))
+
+
+def found_boxes(
+    image: np.ndarray, labels: np.ndarray, corners: np.ndarray, scores: np.ndarray, truth: GroundTruth
+) -> FoundBoxes:
+    """What was found, as it goes into the file: clipped to the pictures, rounded, without what is then empty.
+
+    Args:
+      image, labels: int (D,), as in `FoundBoxes`.
+      corners: (D, 4), x1, y1, x2, y2 in pixels of the source pictures.
+      scores: (D,).
+    """
+    low, high = np.zeros(2), truth.sizes[image].astype(np.float64)
+    corners = np.asarray(corners, np.float64).reshape(-1, 2, 2).clip(low, high[:, None]).round(BOX_DIGITS)
+    boxes = np.concatenate([corners[:, 0], (corners[:, 1] - corners[:, 0]).round(BOX_DIGITS)], axis=1)
+    scores = np.asarray(scores, np.float64).round(SCORE_DIGITS)
+    found = FoundBoxes(np.asarray(image, np.int32), np.asarray(labels, np.int32), boxes, scores)
+    return found.subset(np.flatnonzero(boxes[:, 2:].min(axis=1, initial=1) > 0))
+
+
+def match_classes(names: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
+    """int32 (len(names),): the place of each name in `wanted`, -1 where it is not there.
+
+    Names are the same where they are to the letter, else where only capitals, '_' and '-' tell them apart, if that is
+    the only such name.
+    """
+    exact = {name: place for place, name in enumerate(wanted)}
+    loose: dict[str, list[int]] = {}
+    for place, name in enumerate(wanted):
+        if name not in names:
+            loose.setdefault(_plain(name), []).append(place)
+    times = Counter(_plain(name) for name in names if name not in exact)
+    found = []
+    for name in names:
+        near = loose.get(_plain(name), [])
+        found.append(exact.get(name, near[0] if len(near) == times[_plain(name)] == 1 else -1))
+    return np.array(found, np.int32).reshape(-1)
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def json_bytes(value: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> bytes:
+    """A JSON object, or a list with an item a line."""
+    if isinstance(value, Mapping):
+        return json.dumps(value).encode()
+    return ("[" + ",\n".join(map(json.dumps, value)) + "]\n").encode()

@@ -1,0 +1,120 @@
+"""COCO's numbers, by pycocotools, on what the files say."""
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from florence_jax.errors import UserError
+from florence_jax.evaluators.coco_files import FoundBoxes, GroundTruth
+
+INSTALL = 'scoring of boxes needs pycocotools: pip install ".[detect]"; or train without: --config.data.test='
+AREAS = {"s": "small", "m": "medium", "l": "large"}  # endings of metrics
+# Those of COCOeval.summarize, in its order.
+COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+AGNOSTIC = "agnostic_AP50"
+FAST = {"iouThrs": np.array([0.5]), "areaRng": [[0, 1e10]], "areaRngLbl": ["all"]}  # what AGNOSTIC is made of
+
+
+class CocoScores(NamedTuple):
+    """What a test set with K classes scores.
+
+    Attributes:
+      values: COCO_METRICS and AGNOSTIC; those of which there are no boxes, such as large ones, are left out.
+      precision: float64 (10, 101, K), at IoU .50, .55, ... .95 and recall 0, .01, ... 1; NaN for classes without boxes.
+    """
+
+    values: dict[str, float]
+    precision: np.ndarray
+
+    def class_ap(self, threshold: int | None = None) -> np.ndarray:
+        """float64 (K,): AP of each class, or AP at one of the ten thresholds; NaN without boxes."""
+        chosen = self.precision if threshold is None else self.precision[threshold][None]
+        return chosen.mean(axis=(0, 1))
+
+
+def need_pycocotools() -> None:
+    """Raises UserError, with the line to install it, where pycocotools is missing."""
+    if importlib.util.find_spec("pycocotools") is None:
+        raise UserError(INSTALL)
+
+
+def coco_scores(truth: GroundTruth, found: FoundBoxes) -> CocoScores:
+    """The numbers that pycocotools prints of the two files; AGNOSTIC is its AP50 with `useCats=0`."""
+    data = coco_data(truth, found)
+    # Classes without a box have no AP: leaving them out changes no mean.
+    there = np.unique(truth.labels)
+    precision = np.full((10, 101, len(truth.class_names)), np.nan)
+    values: dict[str, float] = {}
+    if len(there):
+        result = coco_eval(data, catIds=[truth.category_ids[k] for k in there.tolist()])
+        with silent():
+            result.summarize()
+        values = dict(zip(COCO_METRICS, result.stats.tolist(), strict=True))
+        values[AGNOSTIC] = agnostic_ap50(data)
+        order = {category_id: k for k, category_id in enumerate(truth.category_ids)}
+        numbers = result.eval["precision"][:, :, :, 0, -1]
+        precision[:, :, [order[i] for i in result.params.catIds]] = np.where(numbers < 0, np.nan, numbers)
+    return CocoScores({name: value for name, value in values.items() if value >= 0}, precision)
+
+
+def agnostic_ap50(data: tuple[Any, Any]) -> float:
+    """AP at IoU .5 whatever the classes; -1 without boxes."""
+    precision = coco_eval(data, useCats=0, **FAST).eval["precision"]
+    some = precision[..., -1] > -1
+    return float(precision[..., -1][some].mean()) if some.any() else -1.0
+
+
+def coco_data(truth: GroundTruth, found: FoundBoxes) -> tuple[Any, Any]:
+    """Both as pycocotools has them in memory, what was found as by its loadRes (which fails for an empty file)."""
+    need_pycocotools()
+    dataset = truth.dataset()
+    rows = list(found.rows(truth))
+    for number, row in enumerate(rows, 1):
+        _, _, width, height = row["bbox"]
+        row |= {"id": number, "area": width * height, "iscrowd": 0}
+    return _indexed(dataset), _indexed(dataset | {"annotations": rows})
+
+
+def _indexed(dataset: dict[str, Any]) -> Any:
+    from pycocotools.coco import COCO
+
+    with silent():
+        data = COCO()
+        data.dataset = dataset
+        data.createIndex()
+    return data
+
+
+def coco_eval(data: tuple[Any, Any], **params: Any) -> Any:
+    """A COCOeval of boxes that has been evaluated and accumulated.
+
+    Args:
+      data: see `coco_data`.
+      params: that differ from the usual ones, by their names there.
+    """
+    from pycocotools.cocoeval import COCOeval
+
+    with silent():
+        result = COCOeval(*data, "bbox")
+        for name, value in params.items():
+            setattr(result.params, name, value)
+        result.evaluate()
+        result.accumulate()
+    return result
+
+
+def silent() -> contextlib.AbstractContextManager[Any]:
+    """Without what pycocotools prints."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def absent_words(names: Sequence[str]) -> str:
+    """Says why metrics are absent: 'no APl and ARl: the test set has no large boxes'; '' for none."""
+    sizes = [AREAS[ending] for ending in AREAS if any(name in (f"AP{ending}", f"AR{ending}") for name in names)]
+    if not sizes:
+        return ""
+    return f"no {' and '.join(names)}: the test set has no {' and no '.join(sizes)} boxes"

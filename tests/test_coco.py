@@ -1,0 +1,222 @@
+"""Scoring as COCO does: the result file by plain pycocotools, crowds, classes, the self-check, the baseline."""
+
+import contextlib
+import importlib.util
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from coco_tools import NAMES, OPS, DrawnBoxes, answers_like, detect, told
+
+from florence_jax.errors import UserError
+from florence_jax.evaluators.coco import CocoEvaluator
+from florence_jax.evaluators.coco_baseline import mean_box_scores, mean_boxes
+from florence_jax.evaluators.coco_files import FoundBoxes, found_boxes, match_classes, read_truth
+from florence_jax.evaluators.coco_scores import COCO_METRICS, absent_words, coco_scores
+from florence_jax.params.sharding import make_mesh
+
+pycocotools_coco = pytest.importorskip("pycocotools.coco")
+pycocotools_eval = pytest.importorskip("pycocotools.cocoeval")
+
+
+def evaluator_of(source, names=NAMES, **options):
+    return CocoEvaluator(source, OPS, (), detect, make_mesh(-1, 1), 8, names, **options)
+
+
+def plain(folder, name="test"):
+    """COCOeval.stats of the files of an evaluation, as anybody computes them."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = pycocotools_coco.COCO(str(folder / f"{name}_ground_truth.json"))
+        found = truth.loadRes(str(folder / f"{name}_predictions.json"))
+        result = pycocotools_eval.COCOeval(truth, found, "bbox")
+        result.evaluate()
+        result.accumulate()
+        result.summarize()
+    return result
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """An evaluation of a middling detector: the evaluator, its results, the folder of its files."""
+    source, folder = DrawnBoxes(), tmp_path_factory.mktemp("scored")
+    evaluator = evaluator_of(source, train=[DrawnBoxes(30, name="train")])
+    results = evaluator.run(told(source, answers_like(source, 0.08, false=2, wrong=0.2)))
+    for name, content in evaluator.files().items():
+        (folder / name).write_bytes(content)
+    return evaluator, results, folder
+
+
+def test_plain_pycocotools_gives_the_numbers_to_the_last_bit(scored):
+    _, results, folder = scored
+    result = plain(folder)
+    stats = dict(zip(COCO_METRICS, result.stats.tolist(), strict=True))
+    assert 0.1 < results["AP"] < 0.9
+    assert {name: value for name, value in stats.items() if value >= 0} == {
+        name: results[name] for name in COCO_METRICS if name in results
+    }
+    result.params.useCats = 0
+    with contextlib.redirect_stdout(io.StringIO()):
+        result.evaluate()
+        result.accumulate()
+        result.summarize()
+    assert result.stats[1] == results["agnostic_AP50"]
+
+
+def test_ids_and_names_are_those_of_the_source(scored):
+    evaluator, results, folder = scored
+    truth = json.loads((folder / "test_ground_truth.json").read_text())
+    assert truth["categories"] == [{"id": 7, "name": "RBC"}, {"id": 2, "name": "WBC"}, {"id": 90, "name": "Platelets"}]
+    assert [image["id"] for image in truth["images"]] == [100 - i for i in range(9)]
+    crowds = [box for box in truth["annotations"] if box["iscrowd"]]
+    assert len(crowds) == 3 == results["crowds"] and len(truth["annotations"]) == results["boxes"] + 3
+    assert {f"AP/{name}" for name in NAMES} < results.keys()
+    assert np.mean([results[f"AP/{name}"] for name in NAMES]) == pytest.approx(results["AP"], abs=1e-12)
+    assert evaluator.notes[-1] == "self-check: true boxes of 9 pictures, written as results, score AP 1.000"
+    assert results["images"] == 9 and "skipped" not in results
+    assert "APl" not in results and absent_words(["APl", "ARl"]) == "no APl and ARl: the test set has no large boxes"
+
+
+def test_a_perfect_detector_and_a_blind_one():
+    source = DrawnBoxes()
+    evaluator = evaluator_of(source)
+    perfect = evaluator.run(told(source, answers_like(source)))
+    assert perfect["AP"] == 1.0 == perfect["AR100"] == perfect["agnostic_AP50"]
+    blind = evaluator.run(told(source, [([], [], [])] * 9))
+    assert blind["AP"] == 0.0 == blind["AR100"]
+    assert json.loads(evaluator.files()["test_predictions.json"]) == []
+
+
+def test_classes_are_matched_by_name_and_the_others_are_told(tmp_path):
+    source = DrawnBoxes()
+    evaluator = evaluator_of(source, ("platelets", "ghost", "RBC"))
+    answers = [(boxes, scores, np.array([2, 1, 0])[labels]) for boxes, scores, labels in answers_like(source)]
+    results = evaluator.run(told(source, answers))
+    assert results["AP"] == pytest.approx(2 / 3) and results["AP/WBC"] == 0.0
+    assert evaluator.notes[0].startswith("1 classes with boxes that the detector does not know have AP 0: WBC")
+    assert "1 classes that the test set does not name is left out: ghost" in evaluator.notes[1]
+    with pytest.raises(UserError, match="the detector knows no class of the test set by its name: it knows cat, dog"):
+        evaluator_of(source, ("cat", "dog"))
+
+
+def test_unreadable_pictures_are_left_out_with_their_boxes_and_counted(tmp_path):
+    source = DrawnBoxes(unreadable=[2, 5])
+    evaluator = evaluator_of(source, on_corrupt="skip")
+    results = evaluator.run(told(source, answers_like(source)))
+    assert (results["images"], results["skipped"], results["AP"]) == (7, 2, 1.0)
+    truth = json.loads(evaluator.files()["test_ground_truth.json"])
+    assert [image["id"] for image in truth["images"]] == [100, 99, 97, 96, 94, 93, 92]
+
+
+def test_ids_may_be_texts_and_must_be_unique():
+    source = DrawnBoxes(3, changes={i: {"image_id": f"cell {i} ä"} for i in range(3)})
+    evaluator = evaluator_of(source)
+    assert evaluator.run(told(source, answers_like(source)))["AP"] == 1.0
+    ids = {box["image_id"] for box in json.loads(evaluator.files()["test_predictions.json"])}
+    assert ids == {"cell 0 ä", "cell 1 ä", "cell 2 ä"}
+    with pytest.raises(UserError, match="1 ids belong to several pictures, such as 99"):
+        evaluator_of(DrawnBoxes(3, changes={2: {"image_id": 99}}))
+    with pytest.raises(UserError, match="some ids of pictures are numbers and some are texts"):
+        evaluator_of(DrawnBoxes(3, changes={2: {"image_id": "99"}}))
+    with pytest.raises(UserError, match="1 pictures have no 'width' and 'height', such as picture 1"):
+        evaluator_of(DrawnBoxes(3, changes={1: {"width": 0}}))
+
+
+def test_the_self_check_names_boxes_that_are_not_where_the_file_says():
+    outside = {
+        "boxes": [[-30.0, 5, 40, 50], [5, 5, 30, 30]],
+        "class_ids": [0, 1],
+        "iscrowd": [0, 0],
+        "is_group_of": [0, 0],
+    }
+    with pytest.raises(UserError, match=r"1 of 22 boxes are not found again: picture 98, RBC at \[-30.0, 5.0, 70.0"):
+        evaluator_of(DrawnBoxes(changes={2: outside}))
+
+
+def test_without_pycocotools_the_install_line_is_said(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "\.\[detect\]"'):
+        evaluator_of(DrawnBoxes())
+
+
+def test_mean_boxes_of_the_training_set(scored):
+    evaluator, results, _ = scored
+    train = DrawnBoxes(30, name="train")
+    boxes, shares = mean_boxes([train], ("WBC", "cat", "RBC"))
+    rows = [
+        np.array(box) / np.tile([record["width"], record["height"]], 2)
+        for record in train.metadata()
+        for box, label, crowd in zip(record["boxes"], record["class_ids"], record["iscrowd"], strict=True)
+        if label == 1 and not crowd
+    ]
+    np.testing.assert_allclose(boxes[0], np.mean(rows, 0))
+    assert not boxes[1].any() and shares[1] == 0 and shares.sum() == pytest.approx(1)
+    assert evaluator.chance.keys() == {"AP", "AP50", "AP75", "agnostic_AP50"}
+    assert 0 <= evaluator.chance["AP50"] < results["AP50"]
+    # Where every picture has the one box, the baseline is right.
+    same = {
+        "boxes": [[10, 10, 40, 40]],
+        "class_ids": [1],
+        "iscrowd": [0],
+        "is_group_of": [0],
+        "width": 80,
+        "height": 60,
+    }
+    still = DrawnBoxes(4, changes=dict.fromkeys(range(4), same))
+    assert mean_box_scores(read_truth(still), [still]) == dict.fromkeys(evaluator.chance, 1.0)
+
+
+def test_a_published_example():
+    """Two people of COCO's picture 139 and three detections, with the numbers of pycocotools' own port in C++."""
+    source = DrawnBoxes(
+        1,
+        changes={
+            0: {
+                "boxes": [[412.8, 157.61, 412.8 + 53.05, 157.61 + 138.01], [384.43, 172.21, 399.55, 207.95]],
+                "class_ids": [0, 0],
+                "iscrowd": [0, 0],
+                "is_group_of": [0, 0],
+                "areas": [2913.11, 435.145],
+                "width": 640,
+                "height": 426,
+            }
+        },
+    )
+    found = [
+        [417.3332824707031, 159.27003479003906, 47.66064453125, 143.00193786621094],
+        [383.5909118652344, 172.0777587890625, 17.959075927734375, 36.94813537597656],
+        [457.8359069824219, 158.88027954101562, 9.89764404296875, 8.771820068359375],
+    ]
+    scores = [0.9949821829795837, 0.7685421705245972, 0.07092753797769547]
+    result = coco_scores(
+        read_truth(source), FoundBoxes(np.zeros(3, int), np.zeros(3, int), np.array(found), np.array(scores))
+    )
+    expected = (0.7504950495049505, 1.0, 1.0, 0.7, 0.8, None, 0.4, 0.75, 0.75, 0.7, 0.8, None)
+    assert result.values == pytest.approx(
+        {name: value for name, value in zip(COCO_METRICS, expected, strict=True) if value} | {"agnostic_AP50": 1.0},
+        abs=1e-12,
+    )
+    ap = result.class_ap()
+    assert ap[0] == pytest.approx(expected[0]) and np.isnan(ap[1:]).all() and result.class_ap(0)[0] == 1.0
+
+
+def test_boxes_are_clipped_rounded_and_dropped_when_empty():
+    truth = read_truth(DrawnBoxes(1, changes={0: {"width": 50, "height": 40}}))
+    corners = [[-5, 2, 10.12345, 99], [60, 2, 70, 9], [3, 3, 3.0001, 9], [1, 1, 2, 3]]
+    found = found_boxes(np.zeros(4, int), np.arange(4) % 3, np.array(corners), np.float32([0.1, 0.2, 0.3, 0.4]), truth)
+    assert found.boxes.tolist() == [[0, 2, 10.123, 38], [1, 1, 1, 2]]
+    assert found.scores.tolist() == [0.1, 0.4] and found.labels.tolist() == [0, 0]
+
+
+def test_names_match_to_the_letter_before_anything_else():
+    assert match_classes(["Red cell", "red_cell", "x"], ["red_cell", "Red cell"]).tolist() == [1, 0, -1]
+    assert match_classes(["Red-Cell"], ["red cell", "other"]).tolist() == [0]
+    assert match_classes(["a", "A"], ["b", "Ä"]).tolist() == [-1, -1]
+    assert match_classes(["Cat", "CAT"], ["cat"]).tolist() == [-1, -1]  # which of them is not known
+
+
+def test_one_process_or_more_batches_the_same_numbers(scored):
+    source = DrawnBoxes()
+    evaluator = CocoEvaluator(source, OPS, (), detect, make_mesh(1, 1, jax.devices()[:1]), 2, NAMES)
+    assert evaluator.run(told(source, answers_like(source, 0.08, false=2, wrong=0.2))) == scored[1]
