@@ -10,6 +10,7 @@ object for each picture) and report.html with pictures. Files that cannot be rea
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,11 @@ from florence_jax.params.weights import describe
 from florence_jax.tasks import PRETRAINED, answerer_class
 
 PAGE_PICTURES = 200  # more would make a page that no browser likes
+PICTURES, FILE_PICTURES, NAME_LENGTH = (
+    "pictures",
+    1000,
+    80,
+)  # folder, files in it, letters of a picture's name in theirs
 FILE = "file"  # the first column
 
 
@@ -64,6 +70,16 @@ def write_tables(out: Path, columns: Sequence[str], answers: Predictions, facts:
     pictures = [{FILE: found.key, "found": list(found.rows)} for found in answers.found]
     unread = [{FILE: key, "reason": reason} for key, reason in answers.unread]
     write_json(str(out / "predictions.json"), {**facts, "pictures": pictures, "unread": unread})
+
+
+def write_pictures(out: Path, answerer: Answerer, source: Source, answers: Predictions) -> None:
+    """pictures/: the first pictures with what was found drawn on them, where there is something to draw."""
+    for number, found in enumerate(answers.found[:FILE_PICTURES]):
+        if (content := answerer.picture_file(source[found.index], found)) is None:
+            continue
+        name = re.sub(r"[^\w.-]+", "_", Path(found.key).stem)[:NAME_LENGTH]
+        (out / PICTURES).mkdir(exist_ok=True)
+        write_bytes(str(out / PICTURES / f"{number + 1:05}_{name}.jpg"), content)
 
 
 def write_predictions_page(
@@ -102,6 +118,9 @@ def predict(answerer: Answerer, source: Source, out: Path, facts: dict[str, Any]
         )
     try:
         write_tables(out, answerer.columns, answers, facts)
+        for name, content in answerer.files(answers.found).items():
+            write_bytes(str(out / name), content)
+        write_pictures(out, answerer, source, answers)
         write_predictions_page(out, answerer, source, answers, facts)
     except OSError as error:
         raise UserError(f"cannot write to --out={out}: {error}; choose a writable folder with space") from error

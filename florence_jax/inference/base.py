@@ -16,12 +16,14 @@ class Found:
       index: row of the record in its source. key: its name.
       rows: a line of the CSV file each, as values by column; a detector has one for every box, perhaps none.
       text: what the page says below the picture.
+      details: what the answerer wants to see again, for `picture` and `files`.
     """
 
     index: int
     key: str
     rows: Sequence[Mapping[str, Any]]
     text: str
+    details: Any = None
 
 
 class Answerer(Protocol):
@@ -46,3 +48,13 @@ class Answerer(Protocol):
 
     def picture(self, record: Record, found: Found) -> str:
         """Data URI of the picture for the page, with what was found drawn on it; '' if it cannot be read."""
+
+    def picture_file(self, record: Record, found: Found) -> bytes | None:
+        """The picture with what was found drawn on it, a JPEG file; None for no such file."""
+        del record, found
+        return None
+
+    def files(self, answers: Sequence[Found]) -> Mapping[str, bytes]:
+        """Further files about all answers, by name."""
+        del answers
+        return {}

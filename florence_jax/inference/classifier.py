@@ -8,14 +8,14 @@ from typing import Any
 from florence_jax.data.classes import load_class_names, shipped_class_names
 from florence_jax.data.records import Record, Source
 from florence_jax.errors import UserError
-from florence_jax.inference.base import Found
+from florence_jax.inference.base import Answerer, Found
 from florence_jax.inference.florence import Florence, best_classes
 from florence_jax.pictures import thumbnail
 
 SHOWN_CLASSES = 3  # classes below a picture of the page
 
 
-class Classifier:
+class Classifier(Answerer):
     """See `inference.base.Answerer`.
 
     Args:

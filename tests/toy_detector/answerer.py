@@ -8,7 +8,7 @@ import numpy as np
 from florence_jax.data.ops.image import Decode
 from florence_jax.data.records import Record, Source
 from florence_jax.evaluators.predictor import Predictor
-from florence_jax.inference.base import Found
+from florence_jax.inference.base import Answerer, Found
 from florence_jax.params.sharding import make_mesh
 from florence_jax.pictures import draw_boxes, picture_uri
 from florence_jax.tasks.encoder import Encoder
@@ -16,7 +16,7 @@ from toy_detector.detector import DETECTOR, Detector
 from toy_detector.evaluator import best_boxes
 
 
-class ToyAnswerer:
+class ToyAnswerer(Answerer):
     """See `inference.base.Answerer`: a line for each box, perhaps none for a picture."""
 
     columns = ("x1", "y1", "x2", "y2", "score")
