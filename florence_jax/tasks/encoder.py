@@ -27,6 +27,9 @@ STD = (0.229, 0.224, 0.225)
 DEFAULT_TOKENIZER = "sentencepiece"  # the shipped one
 # For `params.weights.load`: what depends on the image size is resized where it differs; all else must have its shape.
 RESIZED = ((r".*/relative_position_bias_table|image/position_embedding", "adapt"), (".*", "read"))
+MAP_NORMS = r"image/norm\d+/.*"  # norms of the tower's maps, which only detectors have
+# Towers alone also of the folder of a detector.
+TOWER_RULES = ((MAP_NORMS, "new"), *RESIZED)
 
 
 # Fields of a model that the shapes of its parameters do not show.
@@ -141,7 +144,8 @@ class Encoder:
         """The folder's parameters on the devices of `like`, but for the entries `new`; see `params.weights.load`."""
         if not self.description.folder:
             raise UserError("no weights to load: give them with --config.init=DIR")
-        rules = (*((f"{name}(/.*)?", "new") for name in new), *RESIZED)
+        towers = RESIZED if self.model.config.size_mode == "detection" else TOWER_RULES
+        rules = (*((f"{name}(/.*)?", "new") for name in new), *towers)
         return load(self.description.folder, like, rules, self.model.adapt)
 
     def load_on(self, mesh: Mesh, rules: Rules[int | str] = (), head: bool = False) -> dict[str, Any]:

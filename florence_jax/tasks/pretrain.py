@@ -31,7 +31,7 @@ from florence_jax.models.base import Model, Params
 from florence_jax.params.sharding import ambient_batch_axes, params_like
 from florence_jax.params.weights import checkpoint_folder, load, make_description
 from florence_jax.tasks.base import Plan, Task, frozen_parts, make_identity, make_plan, model_identity
-from florence_jax.tasks.encoder import RESIZED, build_model, check_same_network, normalise, text_inputs
+from florence_jax.tasks.encoder import TOWER_RULES, build_model, check_same_network, normalise, text_inputs
 
 # CLIP's bounds of the learned logit scale (the logarithm of the multiplier), applied after each update.
 LOGIT_SCALE_RANGE = (0.0, float(np.log(100.0)))
@@ -141,14 +141,14 @@ class Pretrain(Task):
     def start(self, params: Params) -> Params:
         """The parameters of the run `config.init`, bias tables resized where the window is another."""
         check_same_network(self.config.init, self.model.config)
-        return load(checkpoint_folder(self.config.init), params, RESIZED, self.model.adapt, average=False)
+        return load(checkpoint_folder(self.config.init), params, TOWER_RULES, self.model.adapt, average=False)
 
     def load(self, mesh: Mesh) -> Params:
         """The parameters of `config.init`: the moving average where that run kept one."""
         check_same_network(self.config.init, self.model.config)
         shapes = jax.eval_shape(self.init, jax.random.key(0))
         like = params_like(shapes, mesh, self.config.mesh.sharding_rules, self.policy.sharding)
-        return load(checkpoint_folder(self.config.init), like, RESIZED, self.model.adapt)
+        return load(checkpoint_folder(self.config.init), like, TOWER_RULES, self.model.adapt)
 
     def loss(
         self, params: Params, batch: dict[str, jax.Array], key: jax.Array

@@ -13,7 +13,7 @@ from florence_jax.evaluators.predictor import Embedder
 from florence_jax.models.base import Model, Params
 from florence_jax.params.weights import checkpoint_folder, load, make_description
 from florence_jax.tasks.base import Plan, Suite, make_identity, make_plan, model_identity
-from florence_jax.tasks.encoder import RESIZED, Encoder, open_encoder
+from florence_jax.tasks.encoder import TOWER_RULES, Encoder, open_encoder
 from florence_jax.tasks.pretrain import Pretrain, open_held_out
 
 
@@ -121,7 +121,7 @@ class FineTuneRetrieval(Pretrain):
         """The parameters of `config.init`: the moving average where that run kept one, as everywhere but in training
         that goes on.
         """
-        return load(checkpoint_folder(self.config.init), params, RESIZED, self.model.adapt)
+        return load(checkpoint_folder(self.config.init), params, TOWER_RULES, self.model.adapt)
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
         """See `pretrain.open_held_out`."""
