@@ -78,8 +78,8 @@ def write_pictures(out: Path, answerer: Answerer, source: Source, answers: Predi
         if (content := answerer.picture_file(source[found.index], found)) is None:
             continue
         name = re.sub(r"[^\w.-]+", "_", Path(found.key).stem)[:NAME_LENGTH]
-        (out / PICTURES).mkdir(exist_ok=True)
-        write_bytes(str(out / PICTURES / f"{number + 1:05}_{name}.jpg"), content)
+        (out / DRAWN).mkdir(exist_ok=True)
+        write_bytes(str(out / DRAWN / f"{number + 1:05}_{name}.jpg"), content)
 
 
 def write_predictions_page(

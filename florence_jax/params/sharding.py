@@ -123,6 +123,11 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def whole_like(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """The whole array on every device of the mesh of another array; that of one device is left."""
+    return replicated(sharding.mesh) if isinstance(sharding, NamedSharding) else sharding
+
+
 def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """An array that every host has in whole, on the devices of all hosts."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from jax.sharding import NamedSharding
 
 from florence_jax.errors import UserError
 from florence_jax.files import check_store, write_bytes
 from florence_jax.params.checkpoint import Checkpoints
 from florence_jax.params.rules import Rules, first_match, path_string
-from florence_jax.params.sharding import place, replicated
+from florence_jax.params.sharding import place, whole_like
 
 MODEL_FILE = "model.json"
 FORMAT = 1
@@ -284,18 +283,14 @@ def _adapted(
     adapt: Callable[[str, np.ndarray, Any], np.ndarray | None] | None,
 ) -> tuple[dict[str, jax.Array], list[str]]:
     """Arrays of another shape in that of the model; and a line for each that cannot be."""
-
-    def whole(leaf: Any) -> Any:
-        sharding = leaf.sharding
-        return replicated(sharding.mesh) if isinstance(sharding, NamedSharding) else sharding
-
-    shapes = {n: jax.ShapeDtypeStruct(saved[n][1], wanted[n].dtype, sharding=whole(wanted[n])) for n in names}
+    whole = {name: whole_like(wanted[name].sharding) for name in names}
+    shapes = {name: jax.ShapeDtypeStruct(saved[name][1], wanted[name].dtype, sharding=whole[name]) for name in names}
     adapted, failed = {}, []
     for name, value in _read(checkpoints, shapes, saved).items():
         leaf = wanted[name]
         target = leaf
         if isinstance(leaf, jax.Array):  # whole on every process, as `adapt` may take rows of it
-            target = np.asarray(jax.jit(jnp.copy, out_shardings=whole(leaf))(leaf))
+            target = np.asarray(jax.jit(jnp.copy, out_shardings=whole[name])(leaf))
         made = None if adapt is None else adapt(name, np.asarray(value), target)
         if made is None or made.shape != leaf.shape:
             failed.append(f"{name}: {value.shape} in the checkpoint cannot be made {tuple(leaf.shape)} of the model")
