@@ -31,11 +31,8 @@ from florence_jax.params.weights import describe
 from florence_jax.tasks import PRETRAINED, answerer_class
 
 PAGE_PICTURES = 200  # more would make a page that no browser likes
-PICTURES, FILE_PICTURES, NAME_LENGTH = (
-    "pictures",
-    1000,
-    80,
-)  # folder, files in it, letters of a picture's name in theirs
+DRAWN = "pictures"  # folder of those that are drawn
+FILE_PICTURES, NAME_LENGTH = 1000, 80  # most of them, and letters of a picture's name in the file's
 FILE = "file"  # the first column
 
 
