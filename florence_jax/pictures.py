@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import io
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -18,6 +19,7 @@ USUAL_FORMATS = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"RI": "WEBP"}
 HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"))
 HEIF_INSTALL = "for HEIC pictures: pip install pillow-heif"
 THUMBNAIL_SIDE = 96  # pixels of the longer side
+EXIF_ORIENTATION = 274
 TINY = 48  # pictures of fewer pixels are enlarged
 MAX_SHOWN = 64_000_000  # pixels; a larger picture has no thumbnail
 
@@ -129,10 +131,38 @@ def flat(image: Image.Image) -> Image.Image:
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
+class Frame(NamedTuple):
+    """The pixels of a picture file.
+
+    Attributes:
+      raw: stored (width, height).
+      size: (width, height) as shown, that is after the EXIF orientation.
+      orientation: EXIF's 1 to 8.
+    """
+
+    raw: tuple[int, int]
+    size: tuple[int, int]
+    orientation: int
+
+
+def picture_frame(image: Image.Image) -> Frame:
+    """Of an opened picture, whose pixels are not read."""
+    orientation = image.getexif().get(EXIF_ORIENTATION, 1) if _may_be_turned(image) else 1
+    if orientation not in range(5, 9):
+        return Frame(image.size, image.size, orientation if orientation in range(1, 5) else 1)
+    turned = image.size[::-1]
+    # Pillow says the size of a TIFF as it is shown.
+    return Frame(turned, image.size, orientation) if image.format == "TIFF" else Frame(image.size, turned, orientation)
+
+
+def _may_be_turned(image: Image.Image) -> bool:
+    return "exif" in image.info or image.format == "TIFF"
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture upright (EXIF), in RGB, transparent parts on white, 16-bit grey by its upper byte."""
     image.load()
-    if "exif" in image.info or image.format == "TIFF":
+    if _may_be_turned(image):
         image = ImageOps.exif_transpose(image)
     image = flat(image)
     return image if image.mode == "RGB" else image.convert("RGB")

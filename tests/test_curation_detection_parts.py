@@ -24,11 +24,12 @@ from detection_files import (
 )
 
 from florence_jax.curation.detection import boxes as boxes_module
-from florence_jax.curation.detection.boxes import clean_boxes, double_boxes, group_rows, overlapping_pairs
+from florence_jax.curation.detection.boxes import double_boxes, group_rows, overlapping_pairs
 from florence_jax.curation.detection.labels import RULES, LabelSpace, class_text, read_rules
 from florence_jax.curation.detection.pseudo import read_imagenet, read_synset_words
 from florence_jax.data import annotations, json_stream
 from florence_jax.data.annotations import Annotations, Category, SourceSpec, parse_spec, read_annotations
+from florence_jax.data.box_frames import REASONS, clean_boxes
 from florence_jax.data.json_stream import json_items
 from florence_jax.errors import UserError
 
@@ -59,7 +60,7 @@ def world(tmp_path_factory):
 )
 def test_clean_boxes(box, reason, clipped):
     out, code, moved = clean_boxes(np.array([box], float), np.array([[96, 64]]))
-    assert boxes_module.REASONS[code[0]] == reason and out.dtype == np.float32
+    assert REASONS[code[0]] == reason and out.dtype == np.float32
     if reason == "ok":
         np.testing.assert_array_equal(out[0], np.float32(clipped or box))
         assert moved[0] == (box[0] == -10)

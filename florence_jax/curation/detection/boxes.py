@@ -9,11 +9,9 @@ import numpy as np
 
 from florence_jax.boxes import iou
 
-MIN_SIDE = 1.0  # pixels; a thinner box has nothing to learn from
 WITHIN_IOU = 0.95  # one set drew the same box twice
 ACROSS_IOU = 0.7  # two sets drew a box for the same object
 TILE_ROWS = 1024
-REASONS = ("ok", "not_finite", "zero_area", "outside", "thin")
 
 
 def dense_codes(values: Sequence) -> np.ndarray:
@@ -39,31 +37,6 @@ def group_rows(*codes: np.ndarray) -> np.ndarray:
             label[known] = lowest[code[known]]
         if (label == before).all():
             return label
-
-
-def clean_boxes(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Clips boxes to their pictures.
-
-    Args:
-      boxes: (M, 4), x1 y1 x2 y2 in pixels.
-      sizes: (M, 2), width and height of the picture of each.
-
-    Returns:
-      float32 (M, 4) clipped boxes; int8 (M,) indices into `REASONS`, 0 for a usable box; bool (M,), whether clipping
-      moved a side by more than half a pixel.
-    """
-    reason = np.zeros(len(boxes), np.int8)
-    finite = np.isfinite(boxes).all(1)
-    boxes = np.where(finite[:, None], boxes, 0.0)
-    x1, y1, x2, y2 = boxes.T
-    width, height = sizes.T
-    clipped = np.clip(boxes, 0, np.tile(sizes, 2)).astype(np.float32)
-    # Later lines win.
-    reason[(clipped[:, 2:] - clipped[:, :2] < MIN_SIDE).any(1)] = REASONS.index("thin")
-    reason[(x2 <= 0) | (y2 <= 0) | (x1 >= width) | (y1 >= height)] = REASONS.index("outside")
-    reason[(x2 <= x1) | (y2 <= y1)] = REASONS.index("zero_area")
-    reason[~finite] = REASONS.index("not_finite")
-    return clipped, reason, (np.abs(clipped - boxes) > 0.5).any(1)
 
 
 def overlapping_pairs(boxes: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

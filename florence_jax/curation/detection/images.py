@@ -1,4 +1,4 @@
-"""Image files of detection sets: where they lie, what they are, and whose pixels the annotated boxes count."""
+"""Image files of detection sets: where they lie, and what they are."""
 
 import collections
 import concurrent.futures
@@ -14,15 +14,14 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from florence_jax.data.annotations import PAGES, Annotations, SourceSpec
+from florence_jax.data.annotations import PAGES, SourceSpec
 from florence_jax.errors import UserError
+from florence_jax.pictures import picture_frame
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
 STATUSES = ("ok", "missing", "corrupt")
-EXIF_ORIENTATION = 274
 PROBES = 1000  # files looked for to learn how many leading folders of the names are on disk
-ASPECT_TOLERANCE = 0.01
 WINDOW = 64  # files read ahead
 
 
@@ -112,60 +111,9 @@ def _probe(path: str, verify: bool) -> tuple[tuple[int, ...], bytes]:
         return (STATUSES.index("missing"), 0, 0, 0, 0, 1), bytes(16)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+            frame = picture_frame(image)
             if verify:
                 image.load()
     except Exception:  # PIL's readers raise a dozen unrelated types on corrupt data
         return (STATUSES.index("corrupt"), 0, 0, 0, 0, 1), bytes(16)
-    orientation = orientation if orientation in range(1, 9) else 1
-    shown = (height, width) if orientation >= 5 else (width, height)
-    return (0, width, height, *shown, orientation), image_digest(data)
-
-
-def boxes_in_picture(table: Annotations, facts: ImageFacts) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Boxes in pixels of the picture as shown (EXIF orientation applied), which is what training decodes.
-
-    Relative boxes are scaled. Boxes annotated on the stored pixels of a turned picture are turned with it; those of a
-    picture stored at another size are scaled, if the aspect ratio is the same within 1 % or a pixel.
-
-    Args:
-      table: M boxes in N images.
-      facts: of the N images; those that are not ok get boxes of no meaning.
-
-    Returns:
-      float64 (M, 4), and boolean (N,) arrays "turned", "rescaled" and "size_mismatch" (no way to place the boxes).
-    """
-    annotated, raw, size = (a.astype(np.float64) for a in (table.sizes, facts.raw, facts.size))
-    ok = facts.status == 0
-    relative = (annotated <= 0).any(1)
-    same = (table.sizes == facts.size).all(1) | relative
-    turned = ok & ~same & (table.sizes == facts.raw).all(1)
-    base = np.where(relative[:, None], 1.0, np.where(turned[:, None], raw, annotated))
-    scale = np.where((same | turned)[:, None] & ~relative[:, None], 1.0, size / base)
-    off = np.abs(annotated[:, 1] * scale[:, 0] - size[:, 1])
-    fits = off <= np.maximum(1.0, ASPECT_TOLERANCE * size[:, 1])
-    rescaled = ok & ~same & ~turned & fits
-    boxes = table.boxes * np.tile(scale, 2)[table.box_image]
-    for orientation in range(5, 9):
-        rows = (turned & (facts.orientation == orientation))[table.box_image]
-        boxes[rows] = turn_boxes(boxes[rows], raw[table.box_image[rows]], orientation)
-    return boxes, {"turned": turned, "rescaled": rescaled, "size_mismatch": ok & ~same & ~turned & ~fits}
-
-
-def turn_boxes(boxes: np.ndarray, raw: np.ndarray, orientation: int) -> np.ndarray:
-    """Boxes (M, 4) on stored pixels -> on the picture as shown, for the EXIF orientations 5 to 8, which swap the sides.
-
-    Args:
-      boxes: x1 y1 x2 y2.
-      raw: (M, 2), stored width and height.
-      orientation: 5 mirrored along the main diagonal, 6 a quarter turn clockwise, 7 mirrored along the other diagonal,
-        8 a quarter turn counter-clockwise.
-    """
-    x1, y1, x2, y2 = boxes.T
-    width, height = raw.T
-    if orientation in (6, 7):
-        y1, y2 = height - y2, height - y1
-    if orientation in (7, 8):
-        x1, x2 = width - x2, width - x1
-    return np.stack([y1, x1, y2, x2], 1)
+    return (0, *frame.raw, *frame.size, frame.orientation), image_digest(data)

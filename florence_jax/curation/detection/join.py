@@ -10,16 +10,15 @@ import numpy as np
 
 from florence_jax.curation.detection.boxes import (
     ACROSS_IOU,
-    REASONS,
     WITHIN_IOU,
-    clean_boxes,
     dense_codes,
     find_doubles,
     group_rows,
 )
-from florence_jax.curation.detection.images import STATUSES, ImageFacts, boxes_in_picture
+from florence_jax.curation.detection.images import STATUSES, ImageFacts
 from florence_jax.curation.detection.labels import LabelSpace
 from florence_jax.data.annotations import Annotations
+from florence_jax.data.box_frames import REASONS, Frames, boxes_in_picture, clean_boxes
 from florence_jax.errors import UserError
 
 # Splits of the publishers that are for evaluation.
@@ -207,10 +206,8 @@ class Merged:
         for t, table in enumerate(rows.tables):
             mine = np.flatnonzero(rows.table == t)
             shown = picture[mine]
-            status = np.where(shown >= 0, 0, 1).astype(np.int8)
-            columns = (facts.digest, facts.raw, facts.size, facts.orientation)
-            local = ImageFacts([], status, *(column[shown] for column in columns))
-            placed, how = boxes_in_picture(table, local)
+            frames = Frames(shown >= 0, facts.raw[shown], facts.size[shown], facts.orientation[shown])
+            placed, how = boxes_in_picture(table.boxes, table.box_image, table.sizes, frames)
             self._used[mine] &= ~how["size_mismatch"]
             used = self._used[mine]
             lost = keep[mine] & (shown < 0)
@@ -221,7 +218,7 @@ class Merged:
             counts["boxes"] = len(placed)
             live = used[table.box_image]
             counts["in_unused_images"] = int((~live).sum())
-            clean, reason, clipped = clean_boxes(placed[live], local.size[table.box_image[live]])
+            clean, reason, clipped = clean_boxes(placed[live], frames.size[table.box_image[live]])
             counts |= {name: int((reason == i).sum()) for i, name in enumerate(REASONS) if i}
             ok = reason == 0
             counts["clipped"] = int((clipped & ok).sum())
