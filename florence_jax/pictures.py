@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import io
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -78,18 +78,23 @@ def _write_label(
     draw.text((x + 2, y), text, fill="#fff", font=font)
 
 
-def open_picture(data: bytes | Image.Image) -> contextlib.AbstractContextManager[Image.Image]:
+def open_picture(data: bytes | BinaryIO | Image.Image) -> contextlib.AbstractContextManager[Image.Image]:
     """A picture to use in a `with` statement; PIL's own exceptions pass through.
+
+    Of an open file only the first bytes are read until the pixels are asked for.
 
     Raises:
       UserError: for HEIC without pillow-heif.
     """
     if isinstance(data, Image.Image):
         return contextlib.nullcontext(data)  # its owner closes it
-    if is_heif(data[:64]):
+    file = io.BytesIO(data) if isinstance(data, bytes) else data
+    prefix = file.read(64)
+    file.seek(0)
+    if is_heif(prefix):
         register_heif()
-    known = USUAL_FORMATS.get(data[:2])
-    return Image.open(io.BytesIO(data), formats=[known] if known else None)
+    known = USUAL_FORMATS.get(prefix[:2])
+    return Image.open(file, formats=[known] if known else None)
 
 
 def is_heif(prefix: bytes) -> bool:

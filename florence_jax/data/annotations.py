@@ -148,8 +148,8 @@ def need_file(spec: SourceSpec, *candidates: str) -> str:
 # -- COCO, LVIS, Objects365 -------------------------------------------------------------------------------------------
 
 
-class _Columns:
-    """The sections of a COCO-like file; an instance takes items one by one."""
+class CocoColumns:
+    """The sections of a COCO-like file; an instance takes items one by one, and refuses what it cannot read."""
 
     def __init__(self, spec: SourceSpec):
         self.spec = spec
@@ -162,27 +162,41 @@ class _Columns:
         self.negative, self.not_exhaustive = array.array("q"), array.array("q")  # row, category id, row, ...
 
     def read(self) -> None:
-        """Raises UserError for an item that lacks a field."""
+        """Raises UserError for JSON that is not complete, a section that is missing, and as `refuse`."""
         take: dict[str, Callable[[dict], None]] = {
-            "images": self._image,
-            "annotations": self._annotation,
-            "categories": self.categories.append,
+            "images": self.take_image,
+            "annotations": self.take_box,
+            "categories": self.take_category,
         }
         counts: collections.Counter = collections.Counter()
         for section, item in json_items(self.spec.annotations):
             if section in take:
                 try:
                     take[section](item)
-                except (KeyError, TypeError, ValueError, OverflowError) as error:
-                    place = f"{self.spec.annotations}: {section}[{counts[section]}]"
+                except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
                     detail = f"has no {error}" if isinstance(error, KeyError) else f"is not valid ({error})"
-                    raise UserError(f"{place} {detail}; is it a file of {self.spec.kind}?") from error
-                counts[section] += 1
+                    self.refuse(section, counts[section], detail, error)
+            counts[section] += 1
         for section in ("images", "categories"):
             if not counts[section]:
-                raise UserError(f"{self.spec.annotations} has no {section}; get it from {PAGES[self.spec.kind]}")
+                raise UserError(self.without(section, list(counts)))
 
-    def _image(self, item: dict) -> None:
+    def refuse(self, section: str, number: int, detail: str, error: Exception) -> None:
+        """For an item that lacks a field. Raises UserError."""
+        place = f"{self.spec.annotations}: {section}[{number}]"
+        raise UserError(f"{place} {detail}; is it a file of {self.spec.kind}?") from error
+
+    def without(self, section: str, found: Sequence[str]) -> str:
+        """What to say of a file that lacks a section; `found`: those that it has."""
+        del found
+        return f"{self.spec.annotations} has no {section}; get it from {PAGES[self.spec.kind]}"
+
+    def take_category(self, item: dict) -> None:
+        """Takes an item of "categories"."""
+        self.categories.append(item)
+
+    def take_image(self, item: dict) -> None:
+        """Takes an item of "images"."""
         url = item.get("coco_url", "")
         name = "/".join(url.split("/")[-2:]) if url else item["file_name"]
         if self.spec.kind == "lvis":
@@ -197,7 +211,8 @@ class _Columns:
         self.files.append(name)
         self.official.append(url.split("/")[-2] if url.count("/") > 1 else "")
 
-    def _annotation(self, item: dict) -> None:
+    def take_box(self, item: dict) -> None:
+        """Takes an item of "annotations"."""
         x, y, width, height = item["bbox"]
         self.boxes.extend((x, y, x + width, y + height))
         self.box_image.append(item["image_id"])
@@ -211,11 +226,11 @@ def read_coco_like(spec: SourceSpec) -> Annotations:
     Raises:
       UserError: for damaged JSON or missing fields.
     """
-    columns = _Columns(spec)
+    columns = CocoColumns(spec)
     columns.read()
     skipped: collections.Counter = collections.Counter()
-    category_rows = _rows_of(np.array([int(c["id"]) for c in columns.categories], np.int64))
-    image_rows = _rows_of(np.array(columns.image_ids, np.int64))
+    category_rows = rows_by_id(np.array([int(c["id"]) for c in columns.categories], np.int64))
+    image_rows = rows_by_id(np.array(columns.image_ids, np.int64))
     box_image = image_rows(np.array(columns.box_image, np.int64))
     box_category = category_rows(np.array(columns.box_category, np.int64))
     skipped["unknown_image"] = int((box_image < 0).sum())
@@ -257,7 +272,7 @@ def _category(item: dict, kind: str) -> Category:
     return Category(str(item["id"]), item["name"], tuple(item.get("synonyms", ())), (parent,) if parent else ())
 
 
-def _rows_of(ids: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def rows_by_id(ids: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """A function from arrays of ids to int32 indices into `ids`, -1 for an unknown one."""
     order = np.argsort(ids, kind="stable")
     ranked = ids[order]

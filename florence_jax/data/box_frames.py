@@ -9,7 +9,7 @@ MIN_SIDE = 1.0  # pixels; a thinner box has nothing to learn from
 REASONS = ("ok", "not_finite", "zero_area", "outside", "thin")
 
 
-class Frames(NamedTuple):
+class PictureFrames(NamedTuple):
     """The pixels of N picture files.
 
     Attributes:
@@ -26,7 +26,7 @@ class Frames(NamedTuple):
 
 
 def boxes_in_picture(
-    boxes: np.ndarray, box_image: np.ndarray, stated: np.ndarray, frames: Frames
+    boxes: np.ndarray, box_image: np.ndarray, stated: np.ndarray, frames: PictureFrames
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Boxes in pixels of the picture as shown (EXIF orientation applied), which is what training decodes.
 

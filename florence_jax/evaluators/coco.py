@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 from florence_jax.data.buckets import Bucket
 from florence_jax.data.ops.geometry import boxes_to_source
 from florence_jax.data.records import Source
+from florence_jax.data.sources.boxes import BoxSource
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.coco_baseline import mean_box_scores
 from florence_jax.evaluators.coco_check import self_check
 from florence_jax.evaluators.coco_files import (
     NAMED,
-    BoxSource,
     FoundBoxes,
     GroundTruth,
     found_boxes,

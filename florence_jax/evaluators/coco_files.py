@@ -7,26 +7,16 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from florence_jax.data.records import Record, Source
+from florence_jax.data.records import Record
+from florence_jax.data.sources.boxes import BoxSource
 from florence_jax.errors import UserError
 
 BOX_DIGITS, SCORE_DIGITS, TRUTH_DIGITS = 3, 7, 6  # decimals in the files
 NAMED = 5  # at most so many ids, or names, in a message
-
-
-class BoxSource(Source, Protocol):
-    """A source of pictures with boxes, see `read_truth`.
-
-    Attributes:
-      class_names: of its K classes. category_ids: theirs in the file that it is made of.
-    """
-
-    class_names: Sequence[str]
-    category_ids: Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

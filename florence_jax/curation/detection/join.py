@@ -18,7 +18,7 @@ from florence_jax.curation.detection.boxes import (
 from florence_jax.curation.detection.images import STATUSES, ImageFacts
 from florence_jax.curation.detection.labels import LabelSpace
 from florence_jax.data.annotations import Annotations
-from florence_jax.data.box_frames import REASONS, Frames, boxes_in_picture, clean_boxes
+from florence_jax.data.box_frames import REASONS, PictureFrames, boxes_in_picture, clean_boxes
 from florence_jax.errors import UserError
 
 # Splits of the publishers that are for evaluation.
@@ -206,7 +206,7 @@ class Merged:
         for t, table in enumerate(rows.tables):
             mine = np.flatnonzero(rows.table == t)
             shown = picture[mine]
-            frames = Frames(shown >= 0, facts.raw[shown], facts.size[shown], facts.orientation[shown])
+            frames = PictureFrames(shown >= 0, facts.raw[shown], facts.size[shown], facts.orientation[shown])
             placed, how = boxes_in_picture(table.boxes, table.box_image, table.sizes, frames)
             self._used[mine] &= ~how["size_mismatch"]
             used = self._used[mine]

@@ -13,6 +13,7 @@ from etils import epath
 
 from florence_jax.data.records import Source
 from florence_jax.data.sources.array_record import ArrayRecordSource, array_record_paths
+from florence_jax.data.sources.detection import BOX_KINDS
 from florence_jax.data.sources.folder import FolderSource, open_folder, open_table
 from florence_jax.data.sources.karpathy import open_karpathy
 from florence_jax.data.sources.picture_files import is_picture, list_pictures
@@ -33,7 +34,8 @@ def open_source(spec: str) -> Source:
         (also `*.array_record-00000-of-00010`); 'tfds:NAME:SPLIT'; 'karpathy:FILE.json:SPLIT@IMAGES'; a table of images
         (.csv, .tsv, .jsonl, or .parquet with their paths); or a folder of images with a table called captions or
         metadata (columns file and caption, or file_name and text), with a .txt or .json beside each, or else with one
-        sub-folder a class.
+        sub-folder a class. Boxes: 'coco:FILE.json:IMAGES', 'voc:FOLDER:SPLIT', 'boxes:FILE.csv:IMAGES', see
+        `detection.open_boxes`.
 
     Raises:
       UserError: if it does not exist, is empty, lacks a column, is of an unknown kind, or must be curated first.
@@ -105,7 +107,12 @@ def _open_emoji(spec: str) -> ArrayRecordSource:
 
 
 # How a source is opened whose name begins with 'KIND:'. Anything else is a path.
-KINDS: dict[str, Callable[[str], Source]] = {"emoji": _open_emoji, "tfds": open_tfds, "karpathy": open_karpathy}
+KINDS: dict[str, Callable[[str], Source]] = {
+    "emoji": _open_emoji,
+    "tfds": open_tfds,
+    "karpathy": open_karpathy,
+    **BOX_KINDS,
+}
 
 
 def open_pictures(spec: str) -> Source:

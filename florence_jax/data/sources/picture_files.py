@@ -26,6 +26,7 @@ PICTURE_SUFFIXES = frozenset(
 AVIF_SUFFIXES = frozenset((".avif", ".avifs"))
 HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
 TEXT_SUFFIXES = (".txt", ".json")  # beside a picture: its caption
+BOX_SUFFIXES = (".xml", ".csv")
 # Known to be something else, and therefore not looked into.
 OTHER_SUFFIXES = frozenset(
     ".csv .tsv .jsonl .xml .yaml .yml .toml .ini .cfg .md .rst .html .htm .css .js .log .url .lnk .py .ipynb .sh .m "
@@ -50,6 +51,7 @@ class Listing:
       folder: path or URL.
       pictures: sorted.
       texts: the .txt and .json files.
+      annotations: sorted, the .xml and .csv files, which may hold boxes; they are in `passed_over` too.
       folders: those searched below it, in the order of the search.
       left: folders that were not searched, each with the reason.
       files: how many were seen; those in `left` are not.
@@ -59,6 +61,7 @@ class Listing:
     folder: str
     pictures: list[str] = dataclasses.field(default_factory=list)
     texts: set[str] = dataclasses.field(default_factory=set)
+    annotations: list[str] = dataclasses.field(default_factory=list)
     folders: list[str] = dataclasses.field(default_factory=list)
     left: list[str] = dataclasses.field(default_factory=list)
     files: int = 0
@@ -142,6 +145,7 @@ def list_pictures(folder: str | os.PathLike, deep: bool = True) -> Listing:
         found.folders += folders
         waiting += reversed(folders)
     found.pictures.sort()
+    found.annotations.sort()
     return found
 
 
@@ -191,6 +195,8 @@ def _add_file(found: Listing, fs: fsspec.AbstractFileSystem | None, root: str, n
         found.texts.add(name)
     elif suffix in OTHER_SUFFIXES or suffix in HEIF_SUFFIXES or suffix in AVIF_SUFFIXES:
         found.passed_over[suffix] += 1
+        if suffix in BOX_SUFFIXES:
+            found.annotations.append(name)
     else:
         try:
             if picture_reader(_first_bytes(fs, f"{root.rstrip('/')}/{name}")):

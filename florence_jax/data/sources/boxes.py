@@ -1,0 +1,201 @@
+"""Sources of pictures with boxes: of a columnar table and the files of a folder, or of records."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from florence_jax.data.box_frames import PictureFrames, boxes_in_picture
+from florence_jax.data.box_problems import Problems
+from florence_jax.data.records import BadRecord, BaseSource, Record, Source, evenly, picture_bytes
+from florence_jax.data.sources.array_record import ArrayRecordSource
+from florence_jax.pictures import Frame, open_picture, picture_frame
+
+
+class BoxSource(Source, Protocol):
+    """Pictures with boxes.
+
+    A record has "key", "image_id" (as the set has it), "image", "width" and "height" of the upright picture, and of
+    its n boxes "boxes" float32 (n, 4), x1 y1 x2 y2 in pixels of the upright picture, "class_ids" int32 (n,), indices
+    into `class_names`, "iscrowd" and "is_group_of" bool (n,), and "areas" float32 (n,), by which sizes are told apart.
+
+    Attributes:
+      class_names: in the order of class ids.
+      category_ids: the id of each class in the set's own numbering.
+    """
+
+    class_names: Sequence[str]
+    category_ids: Sequence[Any]
+
+
+class BoxColumns:
+    """The boxes of N pictures, M in all, in the order of the pictures: 26 bytes a box.
+
+    Attributes:
+      offsets: int64 (N + 1,): picture i has boxes offsets[i] to offsets[i + 1].
+      boxes: float32 (M, 4). class_ids: int32 (M,). crowd: bool (M,). areas: float32 (M,).
+    """
+
+    def __init__(
+        self,
+        pictures: int,
+        box_image: np.ndarray,
+        boxes: np.ndarray,
+        class_ids: np.ndarray,
+        crowd: np.ndarray,
+        areas: np.ndarray,
+    ):
+        order = np.argsort(box_image, kind="stable")
+        self.offsets = np.concatenate([[0], np.cumsum(np.bincount(box_image, minlength=pictures))]).astype(np.int64)
+        self.boxes, self.class_ids = boxes[order].astype(np.float32), class_ids[order].astype(np.int32)
+        self.crowd, self.areas = crowd[order].astype(bool), areas[order].astype(np.float32)
+
+    def of(self, picture: int) -> Record:
+        """The fields of a record about boxes."""
+        rows = slice(*self.offsets[picture : picture + 2].tolist())
+        crowd = self.crowd[rows]
+        return {
+            "boxes": self.boxes[rows],
+            "class_ids": self.class_ids[rows],
+            "iscrowd": crowd,
+            "is_group_of": np.zeros_like(crowd),
+            "areas": self.areas[rows],
+        }
+
+
+class FileBoxSource(BaseSource):
+    """Pictures of a folder, with boxes in memory.
+
+    Args:
+      name: for messages.
+      folder: where the files are.
+      files: N names below it, different ones; the keys.
+      image_ids: N.
+      sizes: int32 (N, 2), width and height that the boxes are of. Of a file that has another size when it is read the
+        boxes are turned or scaled, or it is a bad record.
+      columns: the boxes.
+      class_names, category_ids: see `BoxSource`.
+      summary: what was found, see `FolderSource`.
+      problems: what is wrong with the set.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: str,
+        files: Sequence[str],
+        image_ids: Sequence[Any],
+        sizes: np.ndarray,
+        columns: BoxColumns,
+        class_names: Sequence[str],
+        category_ids: Sequence[Any],
+        summary: Mapping[str, Any],
+        problems: Problems,
+    ):
+        self.name, self.folder, self.files, self.image_ids = name, folder, list(files), list(image_ids)
+        self.sizes, self.columns = np.asarray(sizes, np.int32), columns
+        self.class_names, self.category_ids = tuple(class_names), tuple(category_ids)
+        self.summary, self.problems = dict(summary), problems
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._described(index)
+        data = picture_bytes(os.path.join(self.folder, record["key"]), record["key"])
+        try:
+            with open_picture(data) as image:
+                frame = picture_frame(image)
+        except Exception as error:  # PIL's readers raise a dozen unrelated types on corrupt data
+            raise BadRecord(record["key"], f"corrupt image ({type(error).__name__}: {error})"[:300]) from error
+        if frame.size != (record["width"], record["height"]):
+            record |= _in_frame(record, frame)
+        return record | {"image": data}
+
+    def _described(self, index: int) -> Record:
+        width, height = self.sizes[index].tolist()
+        key = self.files[index]
+        head = {"key": key, "image_id": self.image_ids[index], "width": width, "height": height}
+        return head | self.columns.of(index)
+
+    def metadata(self) -> Iterator[Record]:
+        """All records in order; no file is touched."""
+        return map(self._described, range(len(self)))
+
+    def sample(self, count: int) -> list[Record]:
+        """See `records.sample_of`; no file is touched."""
+        return [self._described(i) for i in evenly(len(self), count).tolist()]
+
+
+def _in_frame(record: Record, frame: Frame) -> Record:
+    """The fields of a record whose file is of another size than its boxes. Raises BadRecord."""
+    stated = np.array([[record["width"], record["height"]]], np.int32)
+    raw, size = np.array([frame.raw], np.int32), np.array([frame.size], np.int32)
+    frames = PictureFrames(np.ones(1, bool), raw, size, np.array([frame.orientation], np.int8))
+    boxes, how = boxes_in_picture(record["boxes"], np.zeros(len(record["boxes"]), np.int64), stated, frames)
+    (width, height), (raw_width, raw_height) = frame.size, frame.raw
+    if how["size_mismatch"][0]:
+        what = f"its annotations say {record['width']} x {record['height']} pixels, it has {raw_width} x {raw_height}"
+        raise BadRecord(record["key"], what)
+    grown = width * height / (record["width"] * record["height"])
+    areas = (record["areas"] * np.float32(grown)).astype(np.float32)
+    return {"width": width, "height": height, "boxes": boxes.astype(np.float32), "areas": areas}
+
+
+class RecordBoxSource(BaseSource):
+    """Records in ArrayRecord files that have boxes, such as those of `curation.detection`.
+
+    Args:
+      records: with "boxes", "class_ids", "width", "height".
+      class_names: of their class ids.
+      summary: what was found, see `FolderSource`.
+    """
+
+    def __init__(self, records: ArrayRecordSource, class_names: Sequence[str], summary: Mapping[str, Any]):
+        self.name, self._records = records.name, records
+        self.class_names, self.category_ids = tuple(class_names), tuple(range(len(class_names)))
+        self.summary, self.problems = dict(summary), Problems()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        return _with_arrays(self._records[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
+        found = self._records.__getitems__(indices)
+        return [record if isinstance(record, BadRecord) else self._arrays_or_bad(record) for record in found]
+
+    def _arrays_or_bad(self, record: Record) -> Record | BadRecord:
+        try:
+            return _with_arrays(record)
+        except BadRecord as bad:
+            return bad
+
+    def metadata(self) -> Iterator[Record]:
+        """All readable records in order, from the side files."""
+        return map(_with_arrays, self._records.metadata())
+
+    def sample(self, count: int) -> list[Record]:
+        """See `records.sample_of`; of the side files."""
+        return list(map(_with_arrays, self._records.sample(count)))
+
+
+def _with_arrays(record: Record) -> Record:
+    """The record with its boxes as `BoxSource` has them; without scores where people made all boxes."""
+    try:
+        boxes = np.asarray(record["boxes"], np.float32).reshape(-1, 4)
+        class_ids = np.asarray(record["class_ids"], np.int32).reshape(-1)
+        marks = {name: np.asarray(record.get(name, [False] * len(boxes)), bool) for name in ("iscrowd", "is_group_of")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadRecord(record["key"], f"it has no boxes with classes ({type(error).__name__}: {error})") from error
+    if any(len(values) != len(boxes) for values in (class_ids, *marks.values())):
+        raise BadRecord(record["key"], f"it has {len(boxes)} boxes, but not as many class_ids, iscrowd or is_group_of")
+    made = {"boxes": boxes, "class_ids": class_ids, **marks, "areas": (boxes[:, 2:] - boxes[:, :2]).prod(1)}
+    scores = record.get("scores")
+    if scores is not None and any(score is not None for score in scores):
+        made["scores"] = np.array([np.nan if score is None else score for score in scores], np.float32)
+    else:
+        record = {name: value for name, value in record.items() if name != "scores"}
+    return {"image_id": record["key"]} | record | made

@@ -1,0 +1,315 @@
+"""Sets of boxes that people have: COCO JSON, Pascal VOC XML, CSV, records of `curation.detection`, own folders."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from florence_jax.data.box_cleaning import check_classes, check_form, drop_bad_boxes, place_boxes, place_files
+from florence_jax.data.box_files import TABLE_HEADING, BoxTable, read_box_table, read_own_coco, read_voc
+from florence_jax.data.box_problems import LEFT_OUT, Problems
+from florence_jax.data.records import first_line
+from florence_jax.data.sources.array_record import ArrayRecordSource, array_record_paths
+from florence_jax.data.sources.boxes import BoxColumns, BoxSource, FileBoxSource, RecordBoxSource
+from florence_jax.data.sources.picture_files import Listing, list_pictures, shown, some
+from florence_jax.errors import UserError
+
+COCO_NAMES = ("annotations.json", "_annotations.coco.json", "annotation.json", "labels.json", "coco.json")
+TABLE_NAMES = ("boxes.csv", "annotations.csv", "_annotations.csv", "labels.csv")
+CLASSES_FILE = "classes.json"  # of the builder in curation.detection
+# Names of the parts of a data set, as sub-folders and in names of files.
+PARTS = {"train": ("train", "training"), "test": ("test", "testing"), "val": ("valid", "val", "validation")}
+
+
+def open_boxes(spec: str, split: str = "", check: bool = False) -> BoxSource:
+    """Opens pictures with boxes.
+
+    Args:
+      spec: 'coco:FILE.json[:IMAGES]'; 'voc:FOLDER[:SPLIT]', SPLIT a file of ImageSets/Main; 'boxes:FILE.csv[:IMAGES]';
+        ArrayRecord files with boxes; or a folder of pictures with annotations.json (COCO's form; also instances_*.json,
+        _annotations.coco.json), boxes.csv, or an .xml for each picture.
+      split: 'train' or 'test': which part of a folder that has several (train, valid and test of Roboflow's exports,
+        ImageSets/Main of VOC); '' for all or the only one.
+      check: what cannot be trained on (no boxes, boxes in another form) is among the problems instead of an error.
+
+    Raises:
+      UserError: if there is nothing of that name, it cannot be read, or has no boxes.
+    """
+    kind, colon, rest = spec.partition(":")
+    if colon and kind in BOX_KINDS:
+        return BOX_KINDS[kind](spec, check)
+    if paths := array_record_paths(spec):
+        return _open_records(paths, spec)
+    if epath.Path(spec).is_dir():
+        return _open_folder(spec, split, check)
+    if not epath.Path(spec).exists():
+        kinds = ", ".join(f"{name}:" for name in BOX_KINDS)
+        raise UserError(f"data source {spec!r} does not exist; use {kinds} or an existing path")
+    if spec.lower().endswith(".json"):
+        return open_coco(f"coco:{spec}", check)
+    if spec.lower().endswith((".csv", ".tsv", ".txt")):
+        return open_box_table(f"boxes:{spec}", check)
+    raise UserError(f"data source {spec}: use COCO's .json, a .csv with {TABLE_HEADING}, or a folder")
+
+
+def _parts(spec: str, form: str) -> list[str]:
+    """What follows the kind: one or two paths; a ':' before '//' belongs to a path."""
+    parts = re.split(r":(?!//)", spec.partition(":")[2])
+    if not all(parts) or len(parts) > 2:
+        raise UserError(f"data source {spec!r}: write {form}")
+    return parts
+
+
+def open_coco(spec: str, check: bool = False) -> FileBoxSource:
+    """'coco:FILE.json:IMAGES', or 'coco:FILE.json' with the pictures beside the file; see `open_boxes`."""
+    file, *folder = _parts(spec, "coco:FILE.json:IMAGES")
+    _need(spec, file)
+    table = read_own_coco(file, Problems())
+    return _finish(spec, table, folder[0] if folder else os.path.dirname(file) or ".", os.path.basename(file), check)
+
+
+def open_box_table(spec: str, check: bool = False) -> FileBoxSource:
+    """'boxes:FILE.csv:IMAGES', or 'boxes:FILE.csv' with the pictures beside the file; see `open_boxes`."""
+    file, *folder = _parts(spec, "boxes:FILE.csv:IMAGES")
+    _need(spec, file)
+    table = read_box_table(file, Problems())
+    return _finish(spec, table, folder[0] if folder else os.path.dirname(file) or ".", os.path.basename(file), check)
+
+
+def _need(spec: str, file: str) -> None:
+    if not epath.Path(file).exists() or epath.Path(file).is_dir():
+        raise UserError(f"data source {spec}: there is no file {file}")
+
+
+def open_voc(spec: str, check: bool = False) -> FileBoxSource:
+    """'voc:FOLDER', or 'voc:FOLDER:SPLIT' with the pictures that ImageSets/Main/SPLIT.txt lists; see `open_boxes`."""
+    folder, *split = _parts(spec, "voc:FOLDER or voc:FOLDER:SPLIT")
+    if not epath.Path(folder).is_dir():
+        raise UserError(f"data source {spec}: there is no folder {folder}")
+    return _voc(spec, list_pictures(folder), split[0] if split else "", check)
+
+
+def _voc(spec: str, listing: Listing, split: str, check: bool) -> FileBoxSource:
+    folder, problems = listing.folder, Problems()
+    wanted = _voc_split(spec, listing, split) if split else None
+    pictures = {os.path.splitext(name.rpartition("/")[2])[0]: name for name in reversed(listing.pictures)}
+    stems = {os.path.splitext(name.rpartition("/")[2])[0]: name for name in reversed(_xml_files(listing))}
+    if not stems:
+        raise UserError(f"data source {spec}: no .xml in {folder}; found: {listing.sentence()}")
+    chosen = sorted(stems) if wanted is None else wanted
+    files = {stems[stem]: pictures.get(stem, "") for stem in chosen if stem in stems}
+    for stem in chosen:
+        if stem not in stems:
+            problems.add("no_annotation", stem, f"in ImageSets/Main/{split}.txt, but it has no .xml")
+    text = f"{len(files):,} .xml" + (f" of ImageSets/Main/{split}.txt" if split else "")
+    return _finish(spec, read_voc(folder, files, problems), folder, text, check, listing)
+
+
+def _xml_files(listing: Listing) -> list[str]:
+    """The .xml files of a folder; where it has Annotations, those in there."""
+    found = [name for name in listing.annotations if name.lower().endswith(".xml")]
+    inside = [name for name in found if name.startswith("Annotations/")]
+    return inside or found
+
+
+def _voc_split(spec: str, listing: Listing, split: str) -> list[str]:
+    path = epath.Path(listing.folder) / "ImageSets" / "Main" / f"{split}.txt"
+    if not path.exists():
+        known = sorted(_voc_splits(listing))
+        raise UserError(f"data source {spec}: there is no {path}; splits there: {', '.join(known) or 'none'}")
+    # Lists of one class have a second column, 1 where the class is there.
+    names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    return list(dict.fromkeys(names))
+
+
+def _voc_splits(listing: Listing) -> set[str]:
+    """Names of the splits that a VOC folder lists."""
+    inside = (name for name in listing.texts if name.startswith("ImageSets/Main/") and name.endswith(".txt"))
+    return {name.rpartition("/")[2].removesuffix(".txt") for name in inside}
+
+
+def _finish(
+    spec: str, table: BoxTable, folder: str, text: str, check: bool, listing: Listing | None = None
+) -> FileBoxSource:
+    """The source of a table: looks for the files, cleans the boxes, says what there is."""
+    remote = "://" in folder
+    if not epath.Path(folder).is_dir():
+        raise UserError(f"data source {spec}: there is no folder {folder} of pictures")
+    listing = listing or (Listing(folder) if remote else list_pictures(folder))
+    named = len(table.files)
+    example = table.files[0] if table.files else ""
+    if not remote:  # in a bucket a listing takes long
+        place_files(table, listing.pictures)
+        if named and not table.files:
+            raise UserError(
+                f"data source {spec}: none of its {named:,} pictures is in {folder}, such as {example!r}; "
+                f"there: {listing.sentence()}"
+            )
+        for name in sorted(set(listing.pictures).difference(table.files)):
+            table.problems.add("unused_file", name)
+    place_boxes(table, folder)
+    check_form(table, check)
+    drop_bad_boxes(table)
+    check_classes(table)
+    if not len(table.boxes):
+        if not check:
+            raise UserError(_no_boxes(spec, table))
+        table.problems.add("nothing", spec)
+    return _source(spec, table, folder, text)
+
+
+def _no_boxes(spec: str, table: BoxTable) -> str:
+    left_out = table.problems.sentence(LEFT_OUT)
+    return (
+        f"data source {spec}: no boxes: {len(table.files):,} pictures, classes: {some(table.class_names) or 'none'}"
+        + (f"; left out: {left_out}" if left_out else "; its annotations are empty")
+    )
+
+
+def _source(spec: str, table: BoxTable, folder: str, text: str) -> FileBoxSource:
+    sides = table.boxes[:, 2:] - table.boxes[:, :2]
+    areas = np.where(np.isnan(table.areas), sides.prod(1), table.areas)
+    columns = BoxColumns(len(table.files), table.box_image, table.boxes, table.box_class, table.crowd, areas)
+    summary = _summary(spec, table, folder, text, columns)
+    names, ids = table.class_names, table.category_ids
+    return FileBoxSource(
+        spec, folder, table.files, table.image_ids, table.sizes, columns, names, ids, summary, table.problems
+    )
+
+
+def _summary(spec: str, table: BoxTable, folder: str, text: str, columns: BoxColumns) -> dict[str, Any]:
+    without = int((np.diff(columns.offsets) == 0).sum())
+    crowds = int(columns.crowd.sum())
+    says = _found(spec, text, len(table.files), len(columns.boxes), table.class_names, crowds, without)
+    if left_out := table.problems.sentence(LEFT_OUT):
+        says += f"; left out: {left_out}"
+    others = {kind: count for kind, count in table.problems.counts.items() if count}
+    return {
+        "folder": folder,
+        "files": None,
+        "pictures": len(table.files),
+        "texts": text,
+        "boxes": len(columns.boxes),
+        "classes": list(table.class_names),
+        "crowds": crowds,
+        "without_boxes": without,
+        "passed_over": others,
+        "says": says,
+    }
+
+
+def _found(spec: str, text: str, pictures: int, boxes: int, names: Sequence[str], crowds: int, without: int) -> str:
+    says = f"{shown(spec)}: {text}: {pictures:,} pictures, {boxes:,} boxes of {len(names):,} classes ({some(names)})"
+    says += f", {crowds:,} of them crowds" if crowds else ""
+    return says + (f"; {without:,} pictures without boxes" if without else "")
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+
+def _open_records(paths: Sequence[str], spec: str) -> RecordBoxSource:
+    """ArrayRecord files with boxes, whose classes are in classes.json beside them or in the folder above."""
+    records = ArrayRecordSource(paths, spec)
+    if not any("boxes" in record for record in records.sample(8)):
+        raise UserError(
+            f"data source {spec}: its records have no boxes; fields: {', '.join(records.summary['fields'])}"
+        )
+    folder = os.path.dirname(paths[0])
+    places = [os.path.join(folder, CLASSES_FILE), os.path.join(os.path.dirname(folder), CLASSES_FILE)]
+    path = next((place for place in places if epath.Path(place).exists()), None)
+    if path is None:
+        raise UserError(f"data source {spec}: {places[0]}, the names of its classes, is not there, nor {places[1]}")
+    try:
+        names = [str(item["text"]) for item in json.loads(epath.Path(path).read_bytes())["classes"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} does not hold classes as curation.detection writes them ({first_line(error)})"
+        ) from error
+    says = f"{shown(spec)}: {len(records):,} pictures in records, {len(names):,} classes ({some(names)})"
+    return RecordBoxSource(records, names, {"folder": spec, "pictures": len(records), "texts": "records", "says": says})
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def _open_folder(folder: str, split: str, check: bool) -> FileBoxSource:
+    """A folder of pictures with boxes, of whatever form; says which was taken where it has several."""
+    listing = list_pictures(folder)
+    jsons = [name for name in sorted(listing.texts) if _is_coco(name.rpartition("/")[2])]
+    tables = [name for name in listing.annotations if name.rpartition("/")[2].lower() in TABLE_NAMES]
+    xmls = _xml_files(listing)
+    beside = [f"{len(names):,} {kind}" for names, kind in ((jsons, ".json"), (tables, ".csv"), (xmls, ".xml")) if names]
+    if not beside:
+        raise UserError(
+            f"data source {folder}: no boxes found: needs {COCO_NAMES[0]} (COCO's form; also instances_*.json, "
+            f"{COCO_NAMES[1]}), {TABLE_NAMES[0]} ({TABLE_HEADING}), or an .xml for each picture (Pascal VOC); YOLO's "
+            f".txt are not read: export them as COCO. Found: {listing.sentence()}"
+        )
+    if jsons or tables:
+        name = _only(folder, _of_part(folder, jsons or tables, split))
+        inner = name.rpartition("/")[0]
+        here = any(picture.startswith(f"{inner}/") for picture in listing.pictures)
+        images = os.path.join(folder, inner) if inner and here else folder
+        opener = open_coco if jsons else open_box_table
+        source = opener(f"{'coco' if jsons else 'boxes'}:{os.path.join(folder, name)}:{images}", check)
+    else:
+        splits = _voc_splits(listing)
+        if split and splits:
+            source = _voc(folder, listing, _only(folder, _of_part(folder, sorted(splits), split)), check)
+        else:
+            source = _voc(folder, _restricted(listing, _of_part(folder, xmls, split)), "", check)
+    if len(beside) > 1:
+        source.summary["says"] += f"; {' and '.join(beside[1:])} there are not read"
+    return source
+
+
+def _is_coco(base: str) -> bool:
+    base = base.lower()
+    return base in COCO_NAMES or (base.endswith(".json") and (".coco." in base or base.startswith("instances_")))
+
+
+def _part_of(name: str) -> str:
+    """Which of `PARTS` a name is of, by its folders and then by its words; '' for none."""
+    words = [*name.lower().split("/")[:-1], *re.split(r"[^a-z]+", name.lower().rpartition("/")[2])]
+    return next((part for word in words for part, known in PARTS.items() if word in known), "")
+
+
+def _of_part(folder: str, names: Sequence[str], split: str) -> list[str]:
+    """The names that are of a split: of 'test' else of the validation part; all where `split` is ''."""
+    if not split:
+        return list(names)
+    parts = [_part_of(name) for name in names]
+    if split == "train" and not any(parts):
+        return list(names)
+    wanted = "val" if split == "test" and "test" not in parts else split
+    found = [name for name, part in zip(names, parts, strict=True) if part == wanted]
+    if not found:
+        raise UserError(f"data source {folder}: no part for {split!r} among {some(names)}: name the data itself")
+    return found
+
+
+def _only(folder: str, names: Sequence[str]) -> str:
+    """Of several files of boxes the one that is meant. Raises UserError where that is not clear."""
+    if len(names) > 1:
+        raise UserError(
+            f"data source {folder}: it has boxes in several files, {some(names)}: name one, such as "
+            f"coco:{os.path.join(folder, names[0])}:{folder}, or the sub-folder"
+        )
+    return names[0]
+
+
+def _restricted(listing: Listing, xmls: Sequence[str]) -> Listing:
+    """The listing with these .xml files, and where they lie in folders of their own with the pictures of these."""
+    if len(xmls) == len(_xml_files(listing)):
+        return listing
+    tops = tuple({f"{name.split('/')[0]}/" for name in xmls})
+    pictures = [name for name in listing.pictures if name.startswith(tops)]
+    return dataclasses.replace(listing, pictures=pictures, annotations=list(xmls))
+
+
+BOX_KINDS: dict[str, Callable[..., BoxSource]] = {"coco": open_coco, "voc": open_voc, "boxes": open_box_table}
