@@ -33,11 +33,12 @@ svg { background: #fafafa; margin: 0 1em 1em 0; } svg text { font: 11px system-u
 .cell.right { border-color: #3a7d44; background: #eef7ef; } .cell.wrong { border-color: #d9b4ba; }
 .tiles { display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-start; }
 figure { margin: 0; width: 160px; font-size: 12px; } figure.large { width: 420px; }
+figure.pair { width: 518px; }
 figcaption { margin-top: 5px; overflow-wrap: anywhere; } figcaption span { color: #667; display: block; }
 .pictures { display: flex; gap: 6px; align-items: center; justify-content: center; min-height: 96px; color: #667;
   background: #f2f2f2; }
 .pictures img { max-width: 100%; max-height: 160px; } .pictures img:not(:only-child) { max-width: 77px; }
-.large .pictures img { max-height: none; } .first img { outline: 3px solid #3a7d44; }
+.large .pictures img, .pair .pictures img { max-height: none; } .first img { outline: 3px solid #3a7d44; }
 .side-by-side { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 24px 32px;
   align-items: start; }
 .bar { display: flex; height: 16px; background: #f2f2f2; width: 360px; }
@@ -90,7 +91,7 @@ def figure_html(pictures: Sequence[str], caption: Any, note: Any = "", kind: str
     Args:
       pictures: data URIs; '' for one that cannot be shown.
       caption, note: texts, or `Html`.
-      kind: class: 'large', or 'first' for a frame.
+      kind: class: 'large', 'pair' for two pictures drawn side by side, or 'first' for a frame.
     """
     shown = "".join(f'<img src="{picture}" alt="">' if picture else "<span>no picture</span>" for picture in pictures)
     below = f"{markup(caption)}<span>{markup(note)}</span>" if note else markup(caption)

@@ -25,6 +25,8 @@ from florence_jax.evaluators.coco_files import (
     match_classes,
     read_truth,
 )
+from florence_jax.evaluators.coco_pictures import Painter
+from florence_jax.evaluators.coco_report import coco_report
 from florence_jax.evaluators.coco_scores import AGNOSTIC, CocoScores, coco_scores, need_pycocotools
 from florence_jax.evaluators.predictor import Predictor, image_counts
 
@@ -85,6 +87,7 @@ class CocoEvaluator(Evaluator):
         self._truth: GroundTruth | None = None
         self._found: FoundBoxes | None = None
         self._scores: CocoScores | None = None
+        self._rows = np.zeros(0, np.int64)
 
     @property
     def sources(self) -> Sequence[Source]:
@@ -98,7 +101,7 @@ class CocoEvaluator(Evaluator):
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
-        read, found = self._detect(params)
+        read, self._rows, found = self._detect(params)
         self._truth = self._all if len(read) == len(self._all.keys) else self._all.subset(read)
         place = np.full(len(self._all.keys), -1, np.int32)
         place[read] = np.arange(len(read))
@@ -112,10 +115,14 @@ class CocoEvaluator(Evaluator):
         counts = {"boxes": float(len(self._truth.boxes) - crowds), "crowds": float(crowds)}
         return scores.values | by_class | image_counts(self._source, read) | counts
 
-    def _detect(self, params: Any) -> tuple[np.ndarray, FoundBoxes]:
-        """Rows of the pictures that were read, and what was found in them; the same on every process."""
+    def _detect(self, params: Any) -> tuple[np.ndarray, np.ndarray, FoundBoxes]:
+        """Rows of the pictures that were read in the ground truth and in the source, and what was found in them.
+
+        They are the same on every process.
+        """
         places = {key: row for row, key in enumerate(self._all.keys)}
         read: list[int] = []
+        source_rows: list[int] = []
         image, labels, corners, scores = [], [], [], []
         rows = self._predictor.rows(
             params,
@@ -130,6 +137,7 @@ class CocoEvaluator(Evaluator):
         for row in rows:
             place, there = places[str(row["key"])], row["scores"] > 0
             read.append(place)
+            source_rows.append(row["index"])
             classes = self._class_of[row["labels"][there]]
             known = classes >= 0
             labels.append(classes[known])
@@ -139,7 +147,15 @@ class CocoEvaluator(Evaluator):
         found = found_boxes(
             np.concatenate(image), np.concatenate(labels), np.concatenate(corners), np.concatenate(scores), self._all
         )
-        return np.sort(np.array(read, np.int64)), found
+        order = np.argsort(read)
+        return np.array(read, np.int64)[order], np.array(source_rows, np.int64)[order], found
+
+    def report(self) -> list[str]:
+        """See `coco_report`."""
+        if self._truth is None or self._found is None or self._scores is None:
+            return []
+        painter = Painter(self._source, self._rows)
+        return coco_report(self.name, self._truth, self._found, self._scores, self.chance, self.notes, painter)
 
     def files(self) -> Mapping[str, bytes]:
         """What was found and what is true, both in COCO's format: pycocotools gives their numbers again."""
