@@ -91,7 +91,7 @@ def test_atss_of_four_anchors():
 
 @pytest.mark.parametrize("height,width,room,distances", [(96, 160, 11, 2**18), (256, 128, 7, 1500)])
 def test_atss_equals_loops(height, width, room, distances, monkeypatch):
-    monkeypatch.setattr("florence_jax.losses.detection.DISTANCES", distances)  # some boxes after the others
+    monkeypatch.setattr("florence_jax.losses.detection.DISTANCES_AT_ONCE", distances)  # some boxes after the others
     rng = np.random.default_rng(height)
     anchors, sizes = grid(height, width)
     count = 40

@@ -21,7 +21,7 @@ INSIDE = 0.01  # pixels that an anchor's centre lies within a box that it answer
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2
 BOX_WEIGHT = 2.0
 LEAST_WEIGHT = 1e-6  # of the boxes of a batch
-DISTANCES = 2**18  # that are in memory at once, for each picture
+DISTANCES_AT_ONCE = 2**18  # in memory, for each picture
 
 
 def detection_loss(
@@ -202,7 +202,7 @@ def _nearest_of_level(centres: jax.Array, goals: jax.Array, inside: jax.Array) -
 
         return jax.lax.scan(take_one, far, length=min(NEAREST, size))[1]
 
-    rounds = -(-len(goals) * size // DISTANCES)
+    rounds = -(-len(goals) * size // DISTANCES_AT_ONCE)
     return jax.lax.map(nearest, goals, batch_size=-(-len(goals) // rounds))
 
 
