@@ -18,8 +18,8 @@ RIGHT_IOU, NEAR_IOU = (
 )  # IoU with a true box from which on a box is right; below NEAR_IOU it is on the background
 MOST_JUDGED = 5000  # pictures, spread over the test set: the cost is bounded
 # Kinds of false positives, after TIDE (Bolya et al. 2020); a box is of the first that it fits. See `judge_boxes`.
-MISTAKES = ("duplicate", "class", "location", "class and location", "background")
-CORRECT, IGNORED = -1, -2  # beside the numbers of MISTAKES
+FALSE_KINDS = ("duplicate", "class", "location", "class and location", "background")
+CORRECT, IGNORED = -1, -2  # beside the numbers of FALSE_KINDS
 
 
 class Judged(NamedTuple):
@@ -30,7 +30,7 @@ class Judged(NamedTuple):
       found: `image` has rows of `truth`.
       match: int32 (D,), the true box of its class that a right one has found, else the nearest one of any class, -1
         where none is near.
-      kind: int8 (D,), number of `MISTAKES`, or CORRECT, or IGNORED in a crowd of its class.
+      kind: int8 (D,), number of `FALSE_KINDS`, or CORRECT, or IGNORED in a crowd of its class.
       rows: int64, rows of the pictures in the ground truth that was given.
     """
 
@@ -75,7 +75,7 @@ def judge_boxes(truth: GroundTruth, found: FoundBoxes) -> Judged:
         found = found._replace(image=place[found.image])
         found, truth = found.subset(np.flatnonzero(found.image >= 0)), truth.subset(rows)
     found = found.subset(np.lexsort((-found.scores, found.image)))
-    match, kind = np.full(len(found.scores), -1, np.int32), np.full(len(found.scores), len(MISTAKES) - 1, np.int8)
+    match, kind = np.full(len(found.scores), -1, np.int32), np.full(len(found.scores), len(FALSE_KINDS) - 1, np.int8)
     for _, true, ours in _by_picture(truth, found):
         if ours.start < ours.stop:
             match[ours], kind[ours] = _judge_picture(truth, found, true, ours)
@@ -141,9 +141,9 @@ def best_threshold(judged: Judged) -> Threshold:
 def confusion_with_background(judged: Judged, threshold: float) -> np.ndarray:
     """int64 (K + 1, K + 1): true boxes of a class (row) by what they were called (column), K for the background.
 
-    Boxes from the threshold on. Right ones, see `judge_boxes`, come first; then each of the others, by falling score, takes
-    the true box of any class with the largest IoU, of at least .5, that none has taken. What takes none is in the last
-    row, true boxes that none takes in the last column.
+    Boxes from the threshold on. Right ones, see `judge_boxes`, come first; then each of the others, by falling score,
+    takes the true box of any class with the largest IoU, of at least .5, that none has taken. What takes none is in the
+    last row, true boxes that none takes in the last column.
     """
     truth, found = judged.truth, judged.found
     classes = len(truth.class_names)

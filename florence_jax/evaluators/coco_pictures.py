@@ -7,7 +7,7 @@ from PIL import Image
 
 from florence_jax.data.ops.image import Decode
 from florence_jax.data.records import BadRecord, Source
-from florence_jax.evaluators.coco_errors import CORRECT, MISTAKES, Judged, corners_of
+from florence_jax.evaluators.coco_errors import CORRECT, FALSE_KINDS, Judged, corners_of
 from florence_jax.page import FIGURE_SIDE, figure_html
 from florence_jax.pictures import draw_boxes, picture_uri
 
@@ -61,7 +61,7 @@ class Painter:
         boxes, colours, note = [corners_of(found.boxes[box])], [WRONG], ""
         if near >= 0:
             boxes, colours = [corners_of(truth.boxes[near]), *boxes], [TRUE, WRONG]
-            note = truth.class_names[truth.labels[near]] if "class" in MISTAKES[judged.kind[box]] else ""
+            note = truth.class_names[truth.labels[near]] if "class" in FALSE_KINDS[judged.kind[box]] else ""
         image, shifted = _crop(image, np.stack(boxes))
         drawn = draw_boxes(image, shifted.tolist(), [""] * len(boxes), colours, side=FIGURE_SIDE, most_texts=0)
         caption = f"{truth.class_names[found.labels[box]]} {found.scores[box]:.2f}"

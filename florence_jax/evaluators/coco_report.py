@@ -8,7 +8,7 @@ import numpy as np
 from florence_jax.evaluators.classification_report import TABLE_CLASSES, confusion_html
 from florence_jax.evaluators.coco_errors import (
     CORRECT,
-    MISTAKES,
+    FALSE_KINDS,
     Judged,
     Threshold,
     best_threshold,
@@ -36,7 +36,7 @@ METRIC_MEANINGS = {
     "ARl": "of large boxes",
     AGNOSTIC: "AP50 whatever the classes",
 }
-MISTAKE_MEANINGS = (
+FALSE_MEANINGS = (
     "a box of its class lies there (IoU .5), but another has found it",
     "a box of another class lies there (IoU .5)",
     "a box of its class is near (IoU .1 to .5)",
@@ -165,7 +165,7 @@ def _false_positives(judged: Judged, threshold: float, painter: Painter) -> str:
     kept = judged.kept(threshold)
     total = int((kept & (judged.kind != CORRECT)).sum())
     rows, sections = [], []
-    for number, (kind, meaning) in enumerate(zip(MISTAKES, MISTAKE_MEANINGS, strict=True)):
+    for number, (kind, meaning) in enumerate(zip(FALSE_KINDS, FALSE_MEANINGS, strict=True)):
         chosen = np.flatnonzero(kept & (judged.kind == number))
         rows.append((kind, len(chosen), len(chosen) / max(total, 1), meaning, _bar(len(chosen) / max(total, 1))))
         best = chosen[np.argsort(-judged.found.scores[chosen], kind="stable")]
