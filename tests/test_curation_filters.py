@@ -24,7 +24,8 @@ from florence_jax.curation.filters.captions import (
 from florence_jax.curation.filters.sizes import SizeRules, decide_size
 from florence_jax.curation.keyed import fractions, keyed_hash, keyed_hashes, rank_within
 from florence_jax.data.captions import normalise_caption
-from florence_jax.data.sources.catalog import EMOJI_SPLITS, open_source
+from florence_jax.data.sources.catalog import open_source
+from florence_jax.data.sources.embedded import EMOJI_SPLITS
 from florence_jax.errors import UserError
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden_captions.jsonl").read_text().splitlines()]

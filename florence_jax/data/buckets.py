@@ -26,7 +26,8 @@ def make_buckets(sources: Sequence[Source], sizes: Sequence[tuple[int, int]]) ->
     """Each record goes to the size whose aspect ratio is nearest to its own; of equally near ones, nearest in area.
 
     This reads "width" and "height" (of the upright picture) of every record's metadata, so that its cost grows with the
-    data; nothing else at the start of a run does. A size that no record is nearest to gives no bucket, and is logged.
+    data; nothing else at the start of a run does. A source that knows them without its records has a method `shapes`,
+    float32 (N, 2), height and width. A size that no record is nearest to gives no bucket, and is logged.
 
     Args:
       sources: as in `TrainData`; records are numbered through all of them.
@@ -61,6 +62,8 @@ def nearest_sizes(shapes: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.nd
 
 def _shapes(source: Source) -> np.ndarray:
     """float32 (N, 2): height and width of all records, 0 where they have none."""
+    if hasattr(source, "shapes"):
+        return source.shapes()
     pairs = ((row.get(name) or 0) for row in source.metadata() for name in ("height", "width"))
     shapes = np.fromiter(pairs, np.float32).reshape(-1, 2)
     if len(shapes) != len(source):

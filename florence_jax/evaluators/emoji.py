@@ -7,7 +7,8 @@ import numpy as np
 
 from florence_jax.data.prompts import TEMPLATES
 from florence_jax.data.records import record_thumbnail
-from florence_jax.data.sources.catalog import EMOJI_SPLITS, open_source
+from florence_jax.data.sources.catalog import open_source
+from florence_jax.data.sources.embedded import EMOJI_SPLITS
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.metrics import recall_chance, recalls, retrieval_chance
 from florence_jax.evaluators.predictor import Embedder

@@ -24,7 +24,8 @@ from florence_jax.curation.dedup.clusters import cluster, representatives
 from florence_jax.curation.dedup.components import union_find
 from florence_jax.curation.dedup.perturb import encode, resize
 from florence_jax.curation.ingest.hashing import measure
-from florence_jax.data.sources.catalog import EMOJI_SPLITS, open_source
+from florence_jax.data.sources.catalog import open_source
+from florence_jax.data.sources.embedded import EMOJI_SPLITS
 from florence_jax.pictures import WHITE
 
 CARD_RED, CARD_BLACK = (200, 20, 30), (20, 20, 20)

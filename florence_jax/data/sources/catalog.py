@@ -4,7 +4,6 @@ A record is a dict: "key" (str, unique in its source), "image" (encoded bytes), 
 (str or list of str).
 """
 
-import importlib.resources
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from etils import epath
 from florence_jax.data.records import Source
 from florence_jax.data.sources.array_record import ArrayRecordSource, array_record_paths
 from florence_jax.data.sources.detection import BOX_KINDS
+from florence_jax.data.sources.embedded import open_emoji
 from florence_jax.data.sources.folder import FolderSource, open_folder, open_table
 from florence_jax.data.sources.karpathy import open_karpathy
 from florence_jax.data.sources.picture_files import is_picture, list_pictures
@@ -23,7 +23,6 @@ from florence_jax.errors import UserError
 from florence_jax.files import check_store, expand_braces, filesystem
 
 TARS = (".tar", ".tar.gz", ".tgz")
-EMOJI_SPLITS = ("train", "new_style", "new_names")
 
 
 def open_source(spec: str) -> Source:
@@ -34,8 +33,8 @@ def open_source(spec: str) -> Source:
         (also `*.array_record-00000-of-00010`); 'tfds:NAME:SPLIT'; 'karpathy:FILE.json:SPLIT@IMAGES'; a table of images
         (.csv, .tsv, .jsonl, or .parquet with their paths); or a folder of images with a table called captions or
         metadata (columns file and caption, or file_name and text), with a .txt or .json beside each, or else with one
-        sub-folder a class. Boxes: 'coco:FILE.json:IMAGES', 'voc:FOLDER:SPLIT', 'boxes:FILE.csv:IMAGES', see
-        `detection.open_boxes`.
+        sub-folder a class. Boxes: 'coco:FILE.json:IMAGES', 'voc:FOLDER:SPLIT', 'boxes:FILE.csv:IMAGES', and
+        'scenes:SPLIT', see `detection.open_boxes`.
 
     Raises:
       UserError: if it does not exist, is empty, lacks a column, is of an unknown kind, or must be curated first.
@@ -97,18 +96,9 @@ def open_mixture(spec: str) -> tuple[list[Source], list[float]]:
     return sources, weights
 
 
-def _open_emoji(spec: str) -> ArrayRecordSource:
-    split = spec.removeprefix("emoji:")
-    if split not in EMOJI_SPLITS:
-        raise UserError(f"data source {spec!r}: the embedded set has {', '.join('emoji:' + s for s in EMOJI_SPLITS)}")
-    return ArrayRecordSource(
-        [str(importlib.resources.files("florence_jax.data") / f"emoji/{split}.array_record")], spec
-    )
-
-
 # How a source is opened whose name begins with 'KIND:'. Anything else is a path.
 KINDS: dict[str, Callable[[str], Source]] = {
-    "emoji": _open_emoji,
+    "emoji": open_emoji,
     "tfds": open_tfds,
     "karpathy": open_karpathy,
     **BOX_KINDS,

@@ -17,6 +17,7 @@ from florence_jax.data.records import first_line
 from florence_jax.data.sources.array_record import ArrayRecordSource, array_record_paths
 from florence_jax.data.sources.boxes import BoxColumns, BoxSource, FileBoxSource, RecordBoxSource
 from florence_jax.data.sources.picture_files import Listing, list_pictures, shown, some
+from florence_jax.data.sources.scenes import Scenes
 from florence_jax.errors import UserError
 
 COCO_NAMES = ("annotations.json", "_annotations.coco.json", "annotation.json", "labels.json", "coco.json")
@@ -31,8 +32,8 @@ def open_boxes(spec: str, split: str = "", check: bool = False) -> BoxSource:
 
     Args:
       spec: 'coco:FILE.json[:IMAGES]'; 'voc:FOLDER[:SPLIT]', SPLIT a file of ImageSets/Main; 'boxes:FILE.csv[:IMAGES]';
-        ArrayRecord files with boxes; or a folder of pictures with annotations.json (COCO's form; also instances_*.json,
-        _annotations.coco.json), boxes.csv, or an .xml for each picture.
+        'scenes:SPLIT', see `Scenes`; ArrayRecord files with boxes; or a folder of pictures with annotations.json
+        (COCO's form; also instances_*.json, _annotations.coco.json), boxes.csv, or an .xml for each picture.
       split: 'train' or 'test': which part of a folder that has several (train, valid and test of Roboflow's exports,
         ImageSets/Main of VOC); '' for all or the only one.
       check: what cannot be trained on (no boxes, boxes in another form) is among the problems instead of an error.
@@ -312,4 +313,9 @@ def _restricted(listing: Listing, xmls: Sequence[str]) -> Listing:
     return dataclasses.replace(listing, pictures=pictures, annotations=list(xmls))
 
 
-BOX_KINDS: dict[str, Callable[..., BoxSource]] = {"coco": open_coco, "voc": open_voc, "boxes": open_box_table}
+BOX_KINDS: dict[str, Callable[..., BoxSource]] = {
+    "coco": open_coco,
+    "voc": open_voc,
+    "boxes": open_box_table,
+    "scenes": Scenes,
+}
