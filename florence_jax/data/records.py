@@ -109,6 +109,7 @@ class Subset:
         self.name = name
         self._source, self._rows = source, np.asarray(rows, np.int64)
         self.class_names = tuple(getattr(source, "class_names", ()))
+        self.category_ids = tuple(getattr(source, "category_ids", ()))
         self.summary = summary_of(source)
 
     def __len__(self) -> int:
