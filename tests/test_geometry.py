@@ -24,6 +24,12 @@ STRAIGHT = [
     "flip(0.5)|rrc(96, scale=(0.5, 1))|flip(0.5)|resize_exact(60, 90)|crop(56, pad=4)",
     "resize_long(110, short=80)|flip(0.5)|pad_image(112)",
     "resize(100)|center_crop(90)|flip(1)|center_crop(99)",
+    "resize_short(70, 100)",
+    "resize_short((40, 60, 90), longest=110)|flip(0.5)",
+    "resize_fit(80, 60)",
+    "lsj(90, 120, low=0.4, high=2)",
+    "box_crop(0.5)",
+    "box_crop(0.4, p=0.7)|resize_fit(100, 90)|flip(0.5)|pad_image(100, 90)",
 ]
 TURNED = [
     "affine(0, scale=(0.6, 1.4), shift=0.2, stretch=0.3)",
@@ -181,6 +187,56 @@ def test_what_is_left_of_boxes():
     ):
         with pytest.raises(BadRecord, match=f"'k'.*{message}"):
             run("flip", {"key": "k", "image": noise(4, 4), "boxes": boxes} | more)
+
+
+def test_boxes_follow_through_random_chains():
+    """Any ops one after another: painted rectangles stay under their boxes to a pixel, and the warp takes them back."""
+    rng, seen = np.random.default_rng(7), 0
+    straight = [spec for spec in STRAIGHT if "|" not in spec and "pad_image" not in spec]
+    for seed in range(60):
+        spec = "|".join(rng.choice(straight, 3)) + "|resize_fit(120, 100)|pad_image(120, 100)"
+        picture, box = painted(seed)
+        out = run(spec, {"image": picture, "boxes": box}, seed)
+        whole = map_boxes(box, out["warp"][:2])
+        np.testing.assert_allclose(boxes_to_source(whole, out["warp"]), box, atol=1e-6)
+        growth = np.sqrt(abs(np.linalg.det(out["warp"][:2, :2])))
+        if len(out["boxes"]) and (out["boxes"][0, 2:] - out["boxes"][0, :2]).min() >= 4 and growth < 2:
+            assert np.abs(extent(out["image"], 127) - out["boxes"][0]).max() <= 1.5, (spec, seed)
+            seen += 1
+    assert seen >= 20
+
+
+def test_a_crop_keeps_boxes_by_their_centre():
+    boxes = [[0, 0, 30, 30], [0, 0, 14, 14], [20, 20, 40, 40]]
+    for seed in range(20):
+        out = run("box_crop(0.5)", {"image": noise(40, 40), "boxes": boxes, "class_ids": [0, 1, 2]}, seed)
+        height, width = out["image"].shape[:2]
+        middle = map_boxes(np.array(boxes, float), out["warp"][:2]).reshape(3, 2, 2).mean(1)
+        inside = ((middle >= 0) & (middle <= (width, height))).all(1)
+        assert 20 <= height <= 40 and 20 <= width <= 40
+        np.testing.assert_array_equal(~out["ignore"], inside[out["class_ids"]])
+    assert run("box_crop(p=0)", {"image": noise(9, 8)})["image"].shape == (9, 8, 3)
+
+
+def test_large_scale_jitter_and_the_sizes_of_detectors():
+    image = noise(40, 80)
+    shapes = [run("lsj(64, 64, low=0.1, high=2)", {"image": image}, seed)["image"].shape[:2] for seed in range(200)]
+    assert min(shapes)[0] <= 5 and max(shapes) == (64, 64) and all(max(shape) <= 64 for shape in shapes)
+    assert len({shape[1] for shape in shapes}) > 30 and (32, 64) not in shapes[:1]
+    assert run("lsj(50, 60, low=1, high=1)", {"image": image})["image"].shape[:2] == (30, 60)
+    drawn = {run("resize_short((20, 30))", {"image": image}, seed)["image"].shape[:2] for seed in range(20)}
+    assert drawn == {(20, 40), (30, 60)}
+    assert not parse_ops("resize_short(20, 60)", {})[0].random and parse_ops("resize_short((20, 30))", {})[0].random
+    for spec, shape in (
+        ("resize_short(20)", (20, 40)),
+        ("resize_short(30, 50)", (25, 50)),
+        ("resize_fit(100, 30)", (15, 30)),
+        ("resize_fit(10, 99)", (10, 20)),
+    ):
+        assert run(spec, {"image": image})["image"].shape[:2] == shape
+    for spec, message in (("resize_short(())", "short must be"), ("lsj(9, low=0)", "low"), ("box_crop(2)", "low must")):
+        with pytest.raises(UserError, match=message):
+            parse_ops(spec, {})
 
 
 def test_padding_and_the_longer_side():

@@ -14,10 +14,12 @@ READ_BYTES = 1 << 20  # bytes read at a time
 
 
 class _JsonText:
-    """A JSON text read in chunks, with a position."""
+    """A JSON text read in chunks, with a position; `items`: those of the list that is read."""
 
     def __init__(self, file: io.BufferedIOBase):
         self._file, self._text, self._at, self._end = file, "", 0, False
+        self.items = 0
+        self._before = 0  # characters of the file before those of _text
         self._bytes = codecs.getincrementaldecoder("utf-8-sig")()
         self._decoder = json.JSONDecoder()
 
@@ -27,9 +29,18 @@ class _JsonText:
         # At least doubling: a long item is parsed again only a few times.
         data = self._file.read(max(READ_BYTES, len(self._text) - self._at))
         self._end = not data
-        self._text = self._text[self._at :] + self._bytes.decode(data, final=self._end)
-        self._at = 0
+        more = self._bytes.decode(data, final=self._end)
+        if not self._end:
+            self._before += self._at
+            self._text = self._text[self._at :] + more
+            self._at = 0
         return not self._end
+
+    def told(self, error: ValueError) -> str:
+        """What an error says, and at which character of the file."""
+        if isinstance(error, json.JSONDecodeError):
+            return f"{error.msg.removesuffix(' at')} at character {self._before + error.pos:,}"
+        return f"{error} at character {self._before + self._at:,}"
 
     def peek(self) -> str:
         """The next character that is not white space; '' at the end."""
@@ -42,7 +53,8 @@ class _JsonText:
     def take(self, expected: str) -> str:
         """The next character, which must be one of `expected`."""
         if (char := self.peek()) not in expected or not char:
-            raise ValueError(f"{char!r} where one of {expected!r} should be")
+            found = repr(char) if char else "the end"
+            raise ValueError(f"{found} where {' or '.join(map(repr, expected))} should be")
         self._at += 1
         return char
 
@@ -68,17 +80,18 @@ def json_items(path: str) -> Iterator[tuple[str, Any]]:
     Other values of the object are skipped.
 
     Raises:
-      UserError: if the file is not such JSON.
+      UserError: if the file is not such JSON; the message has the place.
     """
+    section = ""
     with epath.Path(path).open("rb") as file:
         text = _JsonText(file)
         try:
             if text.peek() == "[":
-                yield from _list_items(text, "")
+                yield from _list_items(text, section)
                 return
             text.take("{")
             while text.peek() != "}":
-                section = text.value()
+                section, text.items = text.value(), 0
                 text.take(":")
                 if text.peek() == "[":
                     yield from _list_items(text, section)
@@ -87,13 +100,17 @@ def json_items(path: str) -> Iterator[tuple[str, Any]]:
                 if text.peek() != "}":
                     text.take(",")
         except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
-            raise UserError(f"{path} is not complete JSON ({error}); fetch it again") from error
+            place = f", after {section}[{text.items - 1}]" if text.items else f", in {section!r}" if section else ""
+            raise UserError(
+                f"{path} is not complete JSON ({text.told(error)}{place}); save it or fetch it again"
+            ) from error
 
 
 def _list_items(text: _JsonText, section: str) -> Iterator[tuple[str, Any]]:
     text.take("[")
     while text.peek() != "]":
         yield section, text.value()
+        text.items += 1
         if text.peek() != "]":
             text.take(",")
     text.take("]")

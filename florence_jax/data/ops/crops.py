@@ -77,6 +77,31 @@ class Crop(GeometricOp):
         return int(rng.integers(padded + missing - self.side + 1)) - missing // 2 - self.pad
 
 
+@op("box_crop")
+class BoxCrop(GeometricOp):
+    """A random part of a picture; a box whose centre is in it stays an object, what is left of others is ignored.
+
+    Args:
+      low: the part's height and width are a share of the picture's, each uniform in [low, 1].
+      p: with which probability the picture is cut at all.
+      visible, field: see `GeometricOp`.
+    """
+
+    random = by_centre = True
+
+    def __init__(self, low: float = 0.3, p: float = 1.0, visible: float = 0.0, field: str = "image"):
+        super().__init__(field, visible)
+        self.low, self.p = checked_number("low", low, 0.01, 1), checked_number("p", p, 0, 1)
+
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> CropWarp:
+        """See the class."""
+        if rng.random() >= self.p:
+            return CropWarp(0, 0, size)
+        height, width = (max(1, round(side * (self.low + (1 - self.low) * rng.random()))) for side in size)
+        top, left = int(rng.integers(size[0] - height + 1)), int(rng.integers(size[1] - width + 1))
+        return CropWarp(left, top, (height, width))
+
+
 @op("pad_image")
 class PadImage(GeometricOp):
     """Pads at the bottom and on the right to (height, width) with `fill`, so that pictures of a batch have one shape.

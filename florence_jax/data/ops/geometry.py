@@ -51,9 +51,11 @@ class GeometricOp(PictureOp):
 
     Attributes:
       visible: share of a box's area, as it came to this op, from which on it counts; 0: whatever is left of it.
+      by_centre: whether a box whose centre is not in the picture any more is marked in "ignore" too.
       gives_warp: whether an op after this one may use "warp"; `link_warps` sets it.
     """
 
+    by_centre = False
     gives_warp = True
 
     def __init__(self, field: str = "image", visible: float = 0.0):
@@ -83,7 +85,7 @@ class GeometricOp(PictureOp):
         if "boxes" in example:
             if len(drawn) > 1:
                 raise UserError(f"op {self.name!r}: boxes lie in one picture, the {self.field} are of several sizes")
-            changed |= carry_boxes(example, used[0], self.visible)
+            changed |= carry_boxes(example, used[0], self.visible, self.by_centre)
         return changed
 
     @abc.abstractmethod
@@ -126,7 +128,7 @@ def boxes_to_source(boxes: np.ndarray, warp: np.ndarray) -> np.ndarray:
     return map_boxes(boxes, np.linalg.inv(np.asarray(warp, np.float64))[:2])
 
 
-def carry_boxes(example: Example, warp: Warp, visible: float) -> Example:
+def carry_boxes(example: Example, warp: Warp, visible: float, by_centre: bool = False) -> Example:
     """ "boxes", float32 (M, 4), "ignore" and the other fields of `PER_BOX` that there are; see `GeometricOp`.
 
     Raises:
@@ -146,7 +148,12 @@ def carry_boxes(example: Example, warp: Warp, visible: float) -> Example:
     clipped = whole.clip(0, (width, height, width, height))
     left, all_of_it = _areas(clipped), _areas(whole)
     there = left > 0
-    per_box["ignore"] = per_box.get("ignore", np.zeros(len(boxes), bool)) | (left < visible * all_of_it)
+    gone = left < visible * all_of_it
+    if by_centre:
+        gone |= (whole[:, :2] + whole[:, 2:] < 0).any(1) | (whole[:, :2] + whole[:, 2:] > (2 * width, 2 * height)).any(
+            1
+        )
+    per_box["ignore"] = per_box.get("ignore", np.zeros(len(boxes), bool)) | gone
     return {"boxes": clipped[there].astype(np.float32)} | {name: values[there] for name, values in per_box.items()}
 
 

@@ -25,7 +25,7 @@ def checked_interpolation(name: str) -> Image.Resampling:
 class ResizeWarp(NamedTuple):
     """Box (left, top, right, bottom) of the source, resized to `size`; a `Warp`."""
 
-    box: tuple[int, int, int, int]
+    box: tuple[float, float, float, float]
     size: tuple[int, int]
     resampling: Image.Resampling = BICUBIC
 
@@ -114,6 +114,101 @@ class ResizeLong(GeometricOp):
         scale = min(self.long / max(size), self.short / min(size))
         target = max(1, round(height * scale)), max(1, round(width * scale))
         return ResizeWarp((0, 0, width, height), target)
+
+
+@op("resize_short")
+class ResizeShort(GeometricOp):
+    """Bicubic resize that keeps the aspect ratio: the shorter side becomes `short`, the longer at most `longest`.
+
+    Args:
+      short: pixels; of several one is drawn, as DETR does (Carion et al. 2020).
+      longest: what the longer side may be at most; where it would be more, it is this, and the shorter side less.
+      field: of the pictures.
+    """
+
+    def __init__(self, short: int | Sequence[int], longest: int | None = None, field: str = "image"):
+        super().__init__(field)
+        self.shorts = tuple(map(checked_pixels, [short] if isinstance(short, int) else short))
+        if not self.shorts:
+            raise UserError("short must be a number of pixels, or several")
+        self.longest = None if longest is None else checked_pixels(longest)
+        self.random = len(self.shorts) > 1
+
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> ResizeWarp:
+        """See the class."""
+        short = self.shorts[int(rng.integers(len(self.shorts)))] if self.random else self.shorts[0]
+        scale = short / min(size)
+        if self.longest is not None:
+            scale = min(scale, self.longest / max(size))
+        return ResizeWarp((0, 0, size[1], size[0]), _scaled(size, scale))
+
+
+@op("resize_fit")
+class ResizeFit(GeometricOp):
+    """Bicubic resize that keeps the aspect ratio, as large as fits into (height, width): then `pad_image` of that size.
+
+    With the size of a bucket, {height} and {width}, no picture is too large for it, whichever its aspect ratio.
+    """
+
+    def __init__(self, height: int, width: int | None = None, field: str = "image"):
+        super().__init__(field)
+        self.size = checked_pixels(height), checked_pixels(height if width is None else width)
+
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> ResizeWarp:
+        """Draws nothing."""
+        return ResizeWarp((0, 0, size[1], size[0]), _scaled(size, _fitting(size, self.size), self.size))
+
+
+def _fitting(size: tuple[int, int], room: tuple[int, int]) -> float:
+    """By how much a picture may grow to fill the room."""
+    return min(room[0] / size[0], room[1] / size[1])
+
+
+def _scaled(size: tuple[int, int], scale: float, most: tuple[float, float] = (math.inf, math.inf)) -> tuple[int, int]:
+    """(height, width) times `scale`, rounded."""
+    height, width = (int(min(max(1, round(side * scale)), room)) for side, room in zip(size, most, strict=True))
+    return height, width
+
+
+@op("lsj")
+class LargeScaleJitter(GeometricOp):
+    """Large-scale jitter (Ghiasi et al. 2021): the picture as it fits into (height, width), times a random factor.
+
+    What is larger than (height, width) then is cut to it at a random place; what is smaller stays so, for `pad_image`.
+
+    Args:
+      height, width: pixels.
+      low, high: range of the factor, uniform.
+      visible, field: see `GeometricOp`.
+    """
+
+    random = True
+
+    def __init__(
+        self,
+        height: int,
+        width: int | None = None,
+        low: float = 0.1,
+        high: float = 2.0,
+        visible: float = 0.0,
+        field: str = "image",
+    ):
+        super().__init__(field, visible)
+        self.size = checked_pixels(height), checked_pixels(height if width is None else width)
+        self.range = checked_range("(low, high)", (low, high), 100.0)
+
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> ResizeWarp:
+        """See the class."""
+        low, high = self.range
+        grown = _scaled(size, _fitting(size, self.size) * (low + (high - low) * rng.random()))
+        starts, stops, target = [], [], []
+        for side, scaled, room in zip(size, grown, self.size, strict=True):
+            kept = min(scaled, room)
+            start = int(rng.random() * (scaled - kept + 1))
+            starts.append(start * side / scaled)
+            stops.append(min((start + kept) * side / scaled, side))
+            target.append(kept)
+        return ResizeWarp((starts[1], starts[0], stops[1], stops[0]), (target[0], target[1]))
 
 
 @op("rrc")
