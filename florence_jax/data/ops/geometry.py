@@ -150,9 +150,8 @@ def carry_boxes(example: Example, warp: Warp, visible: float, by_centre: bool = 
     there = left > 0
     gone = left < visible * all_of_it
     if by_centre:
-        gone |= (whole[:, :2] + whole[:, 2:] < 0).any(1) | (whole[:, :2] + whole[:, 2:] > (2 * width, 2 * height)).any(
-            1
-        )
+        middles = (whole[:, :2] + whole[:, 2:]) / 2
+        gone |= (middles < 0).any(1) | (middles > (width, height)).any(1)
     per_box["ignore"] = per_box.get("ignore", np.zeros(len(boxes), bool)) | gone
     return {"boxes": clipped[there].astype(np.float32)} | {name: values[there] for name, values in per_box.items()}
 
