@@ -12,9 +12,11 @@ from florence_jax.data.records import without_payloads
 from florence_jax.data.sources.backgrounds import SCENE_PHOTOGRAPHS, missing_photographs
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.cutouts import cut_out, embedded_cutout, turned
+from florence_jax.data.sources.detection import open_boxes
 from florence_jax.data.sources.scenes import IN_FRAME, OPAQUE, SCENE_NAMES, SCENE_SPLITS, STAYS_VISIBLE, Scenes
 from florence_jax.errors import UserError
 from florence_jax.pictures import upright_rgb
+from florence_jax.tools import build_scenes
 
 photographs = pytest.mark.skipif(bool(missing_photographs()), reason="scikit-image is not installed")
 
@@ -194,3 +196,36 @@ def test_turning_keeps_the_figure():
 
 def test_scenes_is_what_the_catalog_opens(scenes):
     assert isinstance(scenes, Scenes)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_written_scenes_are_the_composed_ones(tmp_path, capsys):
+    """Read back as any COCO set; a stopped run is done again; the same bytes; what else lies there is left alone."""
+    options = ["--held_out=0", "--new_style=0", "--train=24", "--new_names=5", "--side=64", "--backgrounds=noise"]
+    out = tmp_path / "scenes"
+    assert build_scenes.main([f"--out={out}", *options]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["NOTICE.txt", "new_names", "scenes.json", "train"]
+    found = open_boxes(f"coco:{out}/train/annotations.json:{out}/train")
+    composed = open_boxes("scenes:train:24:groups:64:noise")
+    assert found.class_names == composed.class_names and tuple(found.category_ids) == composed.category_ids
+    for row in range(24):
+        one, other = found[row], composed[row]
+        for field in ("boxes", "class_ids", "iscrowd", "areas", "width", "height", "image_id"):
+            assert np.array_equal(one[field], other[field]), field
+        assert np.array_equal(np.asarray(upright_rgb(one["image"])), other["image"])
+    assert open_boxes(str(out / "new_names")).class_names == composed.class_names
+
+    first = {path.name: path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
+    (out / "train" / "annotations.json").unlink()
+    assert build_scenes.main([f"--out={out}", *options]) == 0
+    assert {path.name: path.read_bytes() for path in out.rglob("*.*") if path.is_file()} == first
+    capsys.readouterr()
+    assert build_scenes.main([f"--out={out}", "--train=3"]) == build_scenes.main([f"--out={tmp_path}"]) == 2
+    assert capsys.readouterr().err.count("holds something else than these scenes") == 2
+
+
+def test_a_picture_of_several_blocks_is_a_png():
+    picture = np.random.default_rng(0).integers(0, 256, (160, 200, 3), np.uint8)
+    assert np.array_equal(np.asarray(upright_rgb(build_scenes.stored_png(picture))), picture)
