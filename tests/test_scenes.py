@@ -9,7 +9,7 @@ import pytest
 
 from florence_jax.data.buckets import make_buckets
 from florence_jax.data.records import without_payloads
-from florence_jax.data.sources.backgrounds import SCENE_PHOTOGRAPHS, missing_photographs
+from florence_jax.data.sources.backgrounds import SCENE_PHOTOGRAPHS, missing_photographs, photograph_crop, smooth_noise
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.cutouts import cut_out, embedded_cutout, turned
 from florence_jax.data.sources.detection import open_boxes
@@ -34,7 +34,7 @@ def digest(source, count):
 
 
 def test_scenes_are_the_same_on_any_machine(scenes):
-    assert digest(scenes, 12) == "47c2f205a029fbf8"
+    assert digest(scenes, 12) == "9775f1cb77ff4ff3"
 
 
 @photographs
@@ -140,6 +140,22 @@ def test_photographs_that_are_missing_are_told(monkeypatch):
 
 def test_photographs_are_held_out():
     assert not set(SCENE_PHOTOGRAPHS["train"]) & set(SCENE_PHOTOGRAPHS["held_out"])
+
+
+@pytest.mark.parametrize("size", [(128, 96), (32, 64)])
+def test_noise_is_smooth_and_of_all_colours(size):
+    picture = smooth_noise(size, np.random.default_rng(0)).astype(int)
+    assert picture.shape == (*size, 3) and 100 < picture.mean() < 156 and np.ptp(picture) > 100
+    steps = np.concatenate([np.abs(np.diff(picture, axis=axis)).ravel() for axis in (0, 1)])
+    assert steps.max() < 256 * 12 / min(size) and steps.mean() < 8
+
+
+@photographs
+def test_a_crop_of_a_photograph_lies_in_it():
+    """Also one that is larger than the photograph; mirrored or not."""
+    for size in ((128, 128), (64, 128), (700, 600)):
+        crop = photograph_crop("held_out", size, np.random.default_rng(1))
+        assert crop.shape == (*size, 3) and crop.std() > 5 and np.abs(np.diff(crop[:, -8:].astype(int), axis=1)).any()
 
 
 # -- cut-outs ---------------------------------------------------------------------------------------------------------

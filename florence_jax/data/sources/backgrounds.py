@@ -117,5 +117,5 @@ def smooth_noise(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         grid = (256 * rng.random((cells + 1, cells + 1, 3))).astype(np.uint8)
         x = (cells * ONE * np.arange(width, dtype=np.int64) // width)[None]
         y = (cells * ONE * np.arange(height, dtype=np.int64) // height)[:, None]
-        total += share * sample(grid, x, y)
+        total += share * sample(grid, x, y).astype(np.int32)
     return (total // 7).astype(np.uint8)
