@@ -5,6 +5,7 @@ import numpy as np
 
 from florence_jax.data.ops.geometry import map_boxes
 from florence_jax.data.records import BadRecord, BaseSource, without_payloads
+from florence_jax.evaluators.coco_files import make_truth
 
 SIDE = 64
 OPS = f"decode|resize_long({SIDE})|pad_image({SIDE})"
@@ -15,11 +16,13 @@ class DrawnBoxes(BaseSource):
     """Pictures of several sizes with one to five rectangles of three classes; every third has a crowd, one has none.
 
     Args:
-      count: of pictures. unreadable: rows of pictures that cannot be read. changes: of records, by row.
+      count: of pictures. unreadable: rows of pictures that cannot be read.
+      changes: of records, by row. stated: what the metadata say instead, by row.
     """
 
-    def __init__(self, count=9, unreadable=(), changes=None, name="drawn"):
+    def __init__(self, count=9, unreadable=(), changes=None, stated=None, name="drawn"):
         self.name, self._count, self._unreadable, self._changes = name, count, set(unreadable), changes or {}
+        self._stated = stated or {}
         self.class_names, self.category_ids = NAMES, (7, 2, 90)
 
     def __len__(self):
@@ -31,7 +34,7 @@ class DrawnBoxes(BaseSource):
         return self._record(index)
 
     def metadata(self):
-        return (without_payloads(self._record(i)) for i in range(self._count))
+        return (without_payloads(self._record(i)) | self._stated.get(i, {}) for i in range(self._count))
 
     def sample(self, count):
         return list(self.metadata())[:count]
@@ -46,7 +49,7 @@ class DrawnBoxes(BaseSource):
         image = rng.integers(0, 60, (height, width, 3), np.uint8)
         for (x1, y1, x2, y2), label in zip(boxes.astype(int).tolist(), labels, strict=True):
             image[y1:y2, x1:x2, label] += 150
-        return {
+        record = {
             "key": f"picture {index}",
             "image_id": 100 - index,
             "image": image,
@@ -57,6 +60,12 @@ class DrawnBoxes(BaseSource):
             "iscrowd": [index % 3 == 0 and i == 0 for i in range(count)],
             "is_group_of": [False] * count,
         } | self._changes.get(index, {})
+        sides = np.diff(np.reshape(record["boxes"], (-1, 2, 2)), axis=1)
+        return {"areas": sides.prod(-1).ravel()} | record
+
+
+def truth_of(source):
+    return make_truth(source.metadata(), source)
 
 
 def told(source, answers):

@@ -8,12 +8,12 @@ import json
 import jax
 import numpy as np
 import pytest
-from coco_tools import NAMES, OPS, DrawnBoxes, answers_like, detect, told
+from coco_tools import NAMES, OPS, DrawnBoxes, answers_like, detect, told, truth_of
 
 from florence_jax.errors import UserError
 from florence_jax.evaluators.coco import CocoEvaluator
 from florence_jax.evaluators.coco_baseline import mean_box_scores, mean_boxes
-from florence_jax.evaluators.coco_files import FoundBoxes, found_boxes, match_classes, read_truth
+from florence_jax.evaluators.coco_files import FoundBoxes, found_boxes, match_classes
 from florence_jax.evaluators.coco_scores import COCO_METRICS, absent_words, coco_scores
 from florence_jax.params.sharding import make_mesh
 
@@ -119,8 +119,6 @@ def test_ids_may_be_texts_and_must_be_unique():
         evaluator_of(DrawnBoxes(3, changes={2: {"image_id": 99}}))
     with pytest.raises(UserError, match="some ids of pictures are numbers and some are texts"):
         evaluator_of(DrawnBoxes(3, changes={2: {"image_id": "99"}}))
-    with pytest.raises(UserError, match="1 pictures have no 'width' and 'height', such as picture 1"):
-        evaluator_of(DrawnBoxes(3, changes={1: {"width": 0}}))
 
 
 def test_the_self_check_names_boxes_that_are_not_where_the_file_says():
@@ -132,6 +130,19 @@ def test_the_self_check_names_boxes_that_are_not_where_the_file_says():
     }
     with pytest.raises(UserError, match=r"1 of 22 boxes are not found again: picture 98, RBC at \[-30.0, 5.0, 70.0"):
         evaluator_of(DrawnBoxes(changes={2: outside}))
+
+
+def test_what_a_picture_is_decides_not_what_was_stated_of_it():
+    """Annotated on its side: the record as it is read has boxes and size of the upright picture."""
+    upright = DrawnBoxes()[2]
+    width, height = upright["width"], upright["height"]
+    turned = [[y1, width - x2, y2, width - x1] for x1, y1, x2, y2 in upright["boxes"]]
+    source = DrawnBoxes(stated={2: {"boxes": turned, "width": height, "height": width}})
+    evaluator = evaluator_of(source)
+    results = evaluator.run(told(DrawnBoxes(), answers_like(DrawnBoxes())))
+    assert results["AP"] == 1.0 and evaluator.notes[-1].endswith("AP 1.000")
+    truth = json.loads(evaluator.files()["test_ground_truth.json"])
+    assert (truth["images"][2]["width"], truth["images"][2]["height"]) == (width, height)
 
 
 def test_without_pycocotools_the_install_line_is_said(monkeypatch):
@@ -164,7 +175,7 @@ def test_mean_boxes_of_the_training_set(scored):
         "height": 60,
     }
     still = DrawnBoxes(4, changes=dict.fromkeys(range(4), same))
-    assert mean_box_scores(read_truth(still), [still]) == dict.fromkeys(evaluator.chance, 1.0)
+    assert mean_box_scores(truth_of(still), [still]) == dict.fromkeys(evaluator.chance, 1.0)
 
 
 def test_a_published_example():
@@ -190,7 +201,7 @@ def test_a_published_example():
     ]
     scores = [0.9949821829795837, 0.7685421705245972, 0.07092753797769547]
     result = coco_scores(
-        read_truth(source), FoundBoxes(np.zeros(3, int), np.zeros(3, int), np.array(found), np.array(scores))
+        truth_of(source), FoundBoxes(np.zeros(3, int), np.zeros(3, int), np.array(found), np.array(scores))
     )
     expected = (0.7504950495049505, 1.0, 1.0, 0.7, 0.8, None, 0.4, 0.75, 0.75, 0.7, 0.8, None)
     assert result.values == pytest.approx(
@@ -202,7 +213,7 @@ def test_a_published_example():
 
 
 def test_boxes_are_clipped_rounded_and_dropped_when_empty():
-    truth = read_truth(DrawnBoxes(1, changes={0: {"width": 50, "height": 40}}))
+    truth = truth_of(DrawnBoxes(1, changes={0: {"width": 50, "height": 40}}))
     corners = [[-5, 2, 10.12345, 99], [60, 2, 70, 9], [3, 3, 3.0001, 9], [1, 1, 2, 3]]
     found = found_boxes(np.zeros(4, int), np.arange(4) % 3, np.array(corners), np.float32([0.1, 0.2, 0.3, 0.4]), truth)
     assert found.boxes.tolist() == [[0, 2, 10.123, 38], [1, 1, 1, 2]]

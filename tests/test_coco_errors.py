@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from coco_tools import NAMES, DrawnBoxes, answers_like
+from coco_tools import NAMES, DrawnBoxes, answers_like, truth_of
 
 from florence_jax.boxes import iou
 from florence_jax.evaluators.coco_errors import (
@@ -17,7 +17,7 @@ from florence_jax.evaluators.coco_errors import (
     judge_boxes,
     picture_f1,
 )
-from florence_jax.evaluators.coco_files import found_boxes, read_truth
+from florence_jax.evaluators.coco_files import found_boxes
 from florence_jax.evaluators.coco_pictures import Painter
 from florence_jax.evaluators.coco_report import coco_report
 from florence_jax.evaluators.coco_scores import coco_scores
@@ -25,10 +25,10 @@ from florence_jax.evaluators.coco_scores import coco_scores
 pytest.importorskip("pycocotools")
 
 
-def truth_of(boxes, labels, crowd=None):
+def truth_with(boxes, labels, crowd=None):
     crowd = crowd or [False] * len(labels)
     change = {"boxes": boxes, "class_ids": labels, "iscrowd": crowd, "is_group_of": [False] * len(labels)}
-    return read_truth(DrawnBoxes(1, changes={0: change | {"width": 200, "height": 200}}))
+    return truth_of(DrawnBoxes(1, changes={0: change | {"width": 200, "height": 200}}))
 
 
 def found_in(truth, rows):
@@ -40,7 +40,7 @@ def found_in(truth, rows):
 def many(noise=0.1, seed=0):
     """Truth and noisy findings of 20 pictures."""
     source = DrawnBoxes(20)
-    truth, rows = read_truth(source), []
+    truth, rows = truth_of(source), []
     for row, answer in enumerate(answers_like(source, noise, seed, false=3, wrong=0.2)):
         rows += [(row, label, box, score) for box, score, label in zip(*answer, strict=True)]
     return source, truth, found_in(truth, rows)
@@ -48,7 +48,7 @@ def many(noise=0.1, seed=0):
 
 def each_kind():
     """Truth and findings of one picture: a right one, each kind of mistake, and some in a crowd."""
-    truth = truth_of(
+    truth = truth_with(
         [[10, 10, 50, 50], [100, 100, 140, 140], [150, 20, 190, 60], [0, 150, 80, 190]], [0, 1, 0, 2], [0, 0, 0, 1]
     )
     found = found_in(

@@ -20,10 +20,11 @@ from florence_jax.evaluators.coco_files import (
     NAMED,
     FoundBoxes,
     GroundTruth,
+    WithTruth,
     found_boxes,
     json_bytes,
+    make_truth,
     match_classes,
-    read_truth,
 )
 from florence_jax.evaluators.coco_pictures import Painter
 from florence_jax.evaluators.coco_report import coco_report
@@ -31,7 +32,7 @@ from florence_jax.evaluators.coco_scores import AGNOSTIC, CocoScores, coco_score
 from florence_jax.evaluators.predictor import Predictor, image_counts
 
 CLASSES_IN_RESULTS = 20  # a result for each class of at most so many
-HOST = ("key", "warp")  # fields that stay on the host
+HOST = ("truth", "warp")  # fields that stay on the host
 
 
 class CocoEvaluator(Evaluator):
@@ -42,7 +43,7 @@ class CocoEvaluator(Evaluator):
     'images', 'skipped' ones if any, 'boxes' and 'crowds'. A class that the detector does not know counts with AP 0.
 
     Args:
-      source: N records with boxes, see `coco_files.read_truth`.
+      source: N pictures with boxes.
       ops: up to `pad_image`. buckets: of the source.
       detect: pure function (params, batch) -> {"boxes" (B, n, 4), x1, y1, x2, y2 in pixels of the batch's pictures,
         "scores" (B, n), 0 where there is none, "labels" (B, n), numbers of `class_names`}.
@@ -53,7 +54,7 @@ class CocoEvaluator(Evaluator):
       on_corrupt: 'skip' leaves unreadable pictures and their boxes out, 'error' ends the evaluation.
 
     Raises:
-      UserError: without pycocotools; if no class of the source has a name of the detector's; as `read_truth`, and
+      UserError: without pycocotools; if no class of the source has a name of the detector's; as `make_truth`, and
         `self_check`, which is made at once, before anything is trained.
     """
 
@@ -76,11 +77,12 @@ class CocoEvaluator(Evaluator):
         self._source, self._buckets, self._train, self._on_corrupt = source, buckets, tuple(train), on_corrupt
         self._ops = f"{ops}|keep(image, valid, {', '.join(HOST)})"
         self._predictor = Predictor(detect, mesh, batch_size)
-        self._all = read_truth(source)
-        self._class_of = match_classes(class_names, self._all.class_names)
+        records = list(source.metadata())
+        self._stated = make_truth(records, source)  # by the metadata; scored is by what the records say
+        self._class_of = match_classes(class_names, source.class_names)
         self.notes = [
-            *_class_notes(self._all, class_names, self._class_of),
-            self_check(self._all, source, ops, buckets, on_corrupt).says,
+            *_class_notes(self._stated, class_names, self._class_of),
+            self_check(source, records, ops, buckets, on_corrupt),
         ]
         if jax.process_index() == 0:
             print("\n".join(f"{name}: {note}" for note in self.notes), flush=True)
@@ -97,36 +99,31 @@ class CocoEvaluator(Evaluator):
     @functools.cached_property
     def chance(self) -> Mapping[str, float]:
         """What the mean boxes of the training set score, see `mean_box_scores`."""
-        return mean_box_scores(self._all, self._train) if self._train else {}
+        return mean_box_scores(self._stated, self._train) if self._train else {}
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
-        read, self._rows, found = self._detect(params)
-        self._truth = self._all if len(read) == len(self._all.keys) else self._all.subset(read)
-        place = np.full(len(self._all.keys), -1, np.int32)
-        place[read] = np.arange(len(read))
-        self._found = found._replace(image=place[found.image])
+        self._rows, self._truth, self._found = self._detect(params)
         self._scores = scores = coco_scores(self._truth, self._found)
+        names = self._truth.class_names
         by_class: dict[str, float] = {}
-        if len(self._all.class_names) <= CLASSES_IN_RESULTS:
-            values = zip(self._all.class_names, scores.class_ap().tolist(), strict=True)
+        if len(names) <= CLASSES_IN_RESULTS:
+            values = zip(names, scores.class_ap().tolist(), strict=True)
             by_class = {f"AP/{name}": value for name, value in values if not np.isnan(value)}
         crowds = int(self._truth.crowd.sum())
         counts = {"boxes": float(len(self._truth.boxes) - crowds), "crowds": float(crowds)}
-        return scores.values | by_class | image_counts(self._source, read) | counts
+        return scores.values | by_class | image_counts(self._source, self._rows) | counts
 
-    def _detect(self, params: Any) -> tuple[np.ndarray, np.ndarray, FoundBoxes]:
-        """Rows of the pictures that were read in the ground truth and in the source, and what was found in them.
+    def _detect(self, params: Any) -> tuple[np.ndarray, GroundTruth, FoundBoxes]:
+        """Numbers of the records that could be read, what is true of them, and what was found.
 
         They are the same on every process.
         """
-        places = {key: row for row, key in enumerate(self._all.keys)}
-        read: list[int] = []
-        source_rows: list[int] = []
-        image, labels, corners, scores = [], [], [], []
+        numbers: list[int] = []
+        truth, labels, corners, scores = [], [], [], []
         rows = self._predictor.rows(
             params,
-            self._source,
+            WithTruth(self._source),
             self._ops,
             {},
             host=HOST,
@@ -135,20 +132,18 @@ class CocoEvaluator(Evaluator):
             what=self.name,
         )
         for row in rows:
-            place, there = places[str(row["key"])], row["scores"] > 0
-            read.append(place)
-            source_rows.append(row["index"])
+            numbers.append(row["index"])
+            truth.append(row["truth"])
+            there = row["scores"] > 0
             classes = self._class_of[row["labels"][there]]
             known = classes >= 0
             labels.append(classes[known])
-            image.append(np.full(len(labels[-1]), place, np.int32))
             corners.append(boxes_to_source(row["boxes"][there][known], row["warp"]).astype(np.float32))
             scores.append(row["scores"][there][known])
-        found = found_boxes(
-            np.concatenate(image), np.concatenate(labels), np.concatenate(corners), np.concatenate(scores), self._all
-        )
-        order = np.argsort(read)
-        return np.array(read, np.int64)[order], np.array(source_rows, np.int64)[order], found
+        true = make_truth(truth, self._source)
+        image = np.repeat(np.arange(len(labels), dtype=np.int32), [len(each) for each in labels])
+        found = found_boxes(image, np.concatenate(labels), np.concatenate(corners), np.concatenate(scores), true)
+        return np.array(numbers, np.int64), true, found
 
     def report(self) -> list[str]:
         """See `coco_report`."""

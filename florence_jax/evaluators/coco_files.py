@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from florence_jax.data.records import Record
+from florence_jax.data.records import BadRecord, BaseSource, Record
 from florence_jax.data.sources.boxes import BoxSource
 from florence_jax.errors import UserError
 
-BOX_DIGITS, SCORE_DIGITS, TRUTH_DIGITS = 3, 7, 6  # decimals in the files
+BOX_DIGITS, SCORE_DIGITS = 3, 7  # decimals in the files: float32 numbers of usual sizes have no more
 NAMED = 5  # at most so many ids, or names, in a message
 
 
@@ -24,9 +24,9 @@ class GroundTruth:
     """The true boxes of N pictures; M boxes, K classes.
 
     Attributes:
-      keys: of the records. image_ids: as the file has them, whole numbers or texts.
+      keys: of the records. image_ids: as the source has them, whole numbers or texts.
       sizes: int32 (N, 2), width and height.
-      class_names, category_ids: of the K classes, the ids as the file has them.
+      class_names, category_ids: of the K classes, the ids as the source has them.
       image: int32 (M,), rows of the pictures, ascending. labels: int32 (M,), classes by number.
       boxes: float64 (M, 4), x, y, width, height.
       crowd: bool (M,), regions of several objects: what is found in them counts neither way.
@@ -37,7 +37,7 @@ class GroundTruth:
     image_ids: tuple[int | str, ...]
     sizes: np.ndarray
     class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
+    category_ids: tuple[Any, ...]
     image: np.ndarray
     labels: np.ndarray
     boxes: np.ndarray
@@ -72,8 +72,8 @@ class GroundTruth:
         columns = zip(
             self.image.tolist(),
             self.labels.tolist(),
-            self.boxes.round(TRUTH_DIGITS).tolist(),
-            self.areas.round(TRUTH_DIGITS).tolist(),
+            self.boxes.round(BOX_DIGITS).tolist(),
+            self.areas.round(BOX_DIGITS).tolist(),
             self.crowd.tolist(),
             strict=True,
         )
@@ -93,35 +93,26 @@ class GroundTruth:
         return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def read_truth(source: BoxSource) -> GroundTruth:
-    """The boxes of a source, of its metadata: no picture is read. Groups ("is_group_of") are crowds.
-
-    Args:
-      source: of records with a key, width, height, boxes and class_ids; perhaps an "image_id" (else the key stands for
-        it), "iscrowd", "is_group_of" and "areas".
+def make_truth(records: Iterable[Record], source: BoxSource) -> GroundTruth:
+    """The boxes of records of a source. Groups ("is_group_of") are crowds.
 
     Raises:
-      UserError: for ids of pictures that are not unique or of two kinds, and pictures without width and height.
+      UserError: for ids of pictures that are not unique or of two kinds.
     """
     keys, image_ids, sizes, parts = [], [], [], []
-    for row, record in enumerate(source.metadata()):
+    for row, record in enumerate(records):
         keys.append(str(record["key"]))
-        image_ids.append(record.get("image_id", keys[-1]))
-        sizes.append((record.get("width") or 0, record.get("height") or 0))
+        image_ids.append(record["image_id"])
+        sizes.append((record["width"], record["height"]))
         parts.append(_boxes_of(record, row))
     _check_ids(source.name, image_ids)
-    if wrong := [key for key, size in zip(keys, sizes, strict=True) if min(size) < 1]:
-        raise UserError(
-            f"{source.name}: {len(wrong)} pictures have no 'width' and 'height', such as {wrong[0]}: scoring needs both"
-        )
-    joined = [np.concatenate(column) for column in zip(*parts, _boxes_of({}, 0), strict=True)]
-    image, labels, boxes, crowd, areas = joined
+    image, labels, boxes, crowd, areas = map(np.concatenate, zip(*parts, strict=True))
     return GroundTruth(
         keys=tuple(keys),
         image_ids=tuple(image_ids),
-        sizes=np.array(sizes, np.int32).reshape(-1, 2),
+        sizes=np.array(sizes, np.int32),
         class_names=tuple(source.class_names),
-        category_ids=tuple(int(number) for number in source.category_ids),
+        category_ids=tuple(source.category_ids),
         image=image,
         labels=labels,
         boxes=boxes,
@@ -132,21 +123,37 @@ def read_truth(source: BoxSource) -> GroundTruth:
 
 def _boxes_of(record: Record, row: int) -> tuple[np.ndarray, ...]:
     """Image, labels, boxes, crowd and areas of the boxes of a record."""
-    boxes = np.array(record.get("boxes", ()), np.float64).reshape(-1, 4)
+    boxes = np.array(record["boxes"], np.float64).reshape(-1, 4)
     boxes[:, 2:] -= boxes[:, :2]
-    count = len(boxes)
-    flags = [np.asarray(record.get(name, ()), bool) for name in ("iscrowd", "is_group_of")]
-    crowd = np.zeros(count, bool)
-    for flag in flags:
-        crowd |= flag if len(flag) else False
-    areas = np.asarray(record.get("areas", ()), np.float64)
-    return (
-        np.full(count, row, np.int32),
-        np.asarray(record.get("class_ids", ()), np.int32),
-        boxes,
-        crowd,
-        areas if len(areas) else boxes[:, 2] * boxes[:, 3],
-    )
+    crowd = np.asarray(record["iscrowd"], bool) | np.asarray(record["is_group_of"], bool)
+    labels, areas = np.asarray(record["class_ids"], np.int32), np.asarray(record["areas"], np.float64)
+    return np.full(len(boxes), row, np.int32), labels, boxes, crowd, areas
+
+
+class WithTruth(BaseSource):
+    """A source of pictures with boxes whose records also have "truth": a copy of `FIELDS`, which no op moves.
+
+    What is true of a picture is what its record says: the metadata may be of a picture that is turned, or of another
+    size.
+    """
+
+    FIELDS = ("key", "image_id", "width", "height", "boxes", "class_ids", "iscrowd", "is_group_of", "areas")
+
+    def __init__(self, source: BoxSource):
+        self.name, self._source = source.name, source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._with_copy(self._source[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
+        found = self._source.__getitems__(indices)
+        return [record if isinstance(record, BadRecord) else self._with_copy(record) for record in found]
+
+    def _with_copy(self, record: Record) -> Record:
+        return record | {"truth": {name: record[name] for name in self.FIELDS}}
 
 
 def _check_ids(name: str, image_ids: Sequence[Any]) -> None:
