@@ -1,5 +1,6 @@
 """Configuration files: where they are found, and the argument behind their name ('configs/pretrain.py:variant=B')."""
 
+import functools
 import importlib.util
 import sys
 import traceback
@@ -17,7 +18,7 @@ FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")  # shipped files: in
 def find_config(path: str) -> str:
     """The file that `path` names: the one here or, for 'configs/NAME.py' that is not here, the shipped one.
 
-    A shipped file that is taken is told on stderr.
+    A shipped file that is taken is told on stderr, once.
 
     Raises:
       UserError: a path in configs/ that is neither here nor shipped.
@@ -28,8 +29,13 @@ def find_config(path: str) -> str:
     folder = next(filter(Path.is_dir, FOLDERS))
     if not (folder / file.name).is_file():
         raise UserError(f"there is no {path} here; shipped are {shipped_configs()}")
-    print(f"{path} is not here: {folder / file.name} is used", file=sys.stderr, flush=True)
+    _tell(f"{path} is not here: {folder / file.name} is used")
     return str(folder / file.name)
+
+
+@functools.cache
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def shipped_configs() -> str:

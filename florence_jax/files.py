@@ -190,6 +190,7 @@ def list_files(folder: str, suffix: str) -> list[str]:
 # Between cells: the one that the heading has most of; a tab before all others.
 DELIMITERS = ("\t", ",", ";", "|")
 DELIMITED = (".csv", ".tsv", ".txt")  # ends of names of tables with a heading
+AS_UTF8 = "save the file as UTF-8, as does, where it is Latin-1, iconv -f LATIN1 -t UTF-8 OLD > NEW"
 MANY_BREAKS = 3  # line breaks in one cell; more are suspicious
 _PICTURE_NAME = re.compile(r"\S*\.(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|hei[cf]|ppm)", re.IGNORECASE)
 
@@ -260,7 +261,9 @@ def csv_cells(
     line = 0
     try:
         with _open_lines(path, start, stop, newline="") as lines:
-            reader, at = csv.reader(lines, delimiter=delimiter, strict=True), lines.at
+            # Flickr30k's table has a blank behind each bar.
+            reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=delimiter == "|")
+            at = lines.at
             for cells in reader:
                 line = reader.line_num
                 if cells:
@@ -295,10 +298,7 @@ def _not_utf8(path: str | os.PathLike, start: int) -> UserError:
                 text = line.decode(errors="backslashreplace").strip()
                 break
     where = f"line {number}" if not start else f"line {number} after byte {start}"
-    return UserError(
-        f"cannot read {path}: {where} is not UTF-8 ({text[:80]}); save the file as UTF-8, as does, where it is "
-        "Latin-1, iconv -f LATIN1 -t UTF-8 OLD > NEW"
-    )
+    return UserError(f"cannot read {path}: {where} is not UTF-8 ({text[:80]}); {AS_UTF8}")
 
 
 def _separated(delimiter: str) -> str:

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import textwrap
 
 import apache_beam as beam
 import numpy as np
@@ -47,6 +48,31 @@ def test_without_scores_of_pictures_there_is_no_jax():
     code += "print([name for name in ('jax', 'orbax', 'sklearn') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_without_beam_the_command_can_say_so():
+    code = "import sys\nsys.modules['apache_beam'] = None\nimport florence_jax.curation.main"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_worker_processes_say_only_what_goes_wrong():
+    code = """
+        import logging
+        logging.disable(logging.WARNING)
+        import apache_beam as beam
+        logging.disable(logging.NOTSET)
+        from florence_jax.curation.main import beam_options
+        from florence_jax.curation.run import run_pipeline
+
+        def work(number):
+            import logging, sys
+            logging.getLogger("florence_jax").warning("not heard")
+            print("heard", number, sys.argv[0].rpartition("/")[2], file=sys.stderr)
+        run_pipeline(lambda root: root | beam.Create([7]) | beam.Map(work), beam_options("DirectRunner", 2, ""))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "heard 7 worker.py\n")
 
 
 def test_animated_benchmark_pictures_follow_the_rules_of_measuring(tmp_path):

@@ -242,7 +242,15 @@ def test_texts_in_a_flat_folder_and_texts_of_odd_encodings(tmp_path):
         "b.txt": b"caf\xe9",
         "c.png": encoded(),
     }
-    assert captions(fill(tmp_path, files)) == {"a.png": "café", "b.png": "caf\ufffd"}
+    folder = fill(tmp_path, files)
+    assert captions(folder) == {"a.png": "café"}
+    assert (
+        "of 2 looked at 1 cannot be used and are left out, the first: record 'b.png': b.txt is not UTF-8"
+        in (open_source(folder).summary["says"])
+    )
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"a.txt is not UTF-8: .*iconv -f LATIN1 -t UTF-8"):
+        open_source(folder)
 
 
 def test_empty_texts_are_an_error_that_names_them(tmp_path):

@@ -226,7 +226,7 @@ def test_class_folders(tmp_path):
         (
             "captions.csv",
             "file,words\na.png,x\n",
-            "no column 'caption' or 'captions' or 'text' or 'title', only: file, words",
+            "no column 'caption' or 'captions' or 'text' or 'title' or 'label', only: file, words",
         ),
         ("captions.csv", "id,caption\na.png,x\n", "no column 'file'"),
         ("captions.csv", "file,caption\n", "no rows"),

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from florence_jax.curation.ingest.inputs import list_inputs
+from florence_jax.curation.ingest.inputs import list_inputs, read_split
+from florence_jax.data.classes import open_classes
 from florence_jax.data.records import summary_of
 from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
@@ -130,6 +131,51 @@ def test_what_training_cannot_read_is_one_message_with_the_command(tmp_path, spe
         open_source(spec)
     assert f"curation.main --config=configs/curate.py '--input={spec}'" in str(told.value) or "{" not in spec
     assert f"--input={spec}" in str(told.value) and "--config.data.train=runs/curated/output" in str(told.value)
+
+
+@pytest.mark.parametrize("spec", ["", "/*.parquet", "/{0..1}.parquet"])
+def test_several_parquet_files_of_paths_are_one_table(pictures, spec):
+    folder = pictures / "tables"
+    folder.mkdir()
+    rows = [{"path": f"../{i}.png", "caption": f"picture {i}"} for i in range(3)]
+    write(folder / "0.parquet", rows[:2])
+    write(folder / "1.parquet", rows[2:])
+    source = open_source(f"{folder}{spec}")
+    assert [row["caption"] for row in source.metadata()] == ["picture 0", "picture 1", "picture 2"]
+    assert source[2]["image"] == encoded()
+    assert "2 parquet files: 3 rows of 3 pictures" in source.summary["says"] and "passed" not in source.summary["says"]
+
+
+def test_a_column_of_classes_is_the_caption_where_there_is_no_other(pictures):
+    rows = [{"file": f"{i}.png", "label": ["cat", "dog"][i % 2]} for i in range(3)]
+    source = open_source(write(pictures / "x.csv", rows))
+    assert "they are the classes in the column 'label'" in source.summary["says"]
+    assert open_classes(source).first_names == ["cat", "dog"]
+    (split,) = list_inputs(str(pictures / "x.csv"), 9)[0].splits
+    assert [pair["caption"] for pair in read_split(split, 1 << 20)] == ["cat", "dog", "cat"]
+    both = [{"caption": "", **row} for row in rows[:1]] + [{"caption": "a dog", **row} for row in rows[1:]]
+    assert [row["caption"] for row in open_source(write(pictures / "y.csv", both)).metadata()] == ["", "a dog", "a dog"]
+
+
+@pytest.mark.parametrize("mark", [";", "|", ", "])
+def test_a_column_of_several_classes(pictures, mark):
+    rows = [{"file": "0.png", "labels": f"cat{mark}dog"}, {"file": "1.png", "labels": "dog"}]
+    path = write(pictures / "x.jsonl", rows)
+    classes = open_classes(source := open_source(path))
+    assert classes.multi and classes.first_names == ["cat", "dog"]
+    assert [classes.target(row).tolist() for row in source.metadata()] == [[1, 1], [0, 1]]
+
+
+def test_a_table_of_another_name_is_told_of(pictures):
+    write(pictures / "results.csv", ROWS)
+    with pytest.raises(UserError, match="A table of another name is named itself: .*/results.csv"):
+        open_source(str(pictures))
+
+
+def test_blanks_behind_bars_are_no_part_of_a_caption(pictures):
+    (pictures / "results.csv").write_text("image_name| comment_number| comment\n0.png| 0| A cat .\n0.png| 1| A pet .\n")
+    (record,) = open_source(str(pictures / "results.csv")).metadata()
+    assert record["captions"] == ["A cat .", "A pet ."] and record["comment_number"] == ["0", "1"]
 
 
 def test_a_parquet_of_links_says_so(tmp_path):

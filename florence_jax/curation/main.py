@@ -14,7 +14,6 @@ from ml_collections import config_flags
 
 from florence_jax.command_line import CONFIG, WORKDIR, enter_with_flags, fail, leave_at_ctrl_c, no_more_arguments
 from florence_jax.config_files import read_config
-from florence_jax.curation.output.terminal import summary_lines
 from florence_jax.curation.sample import SOURCES, build_sample
 from florence_jax.errors import UserError, require
 from florence_jax.files import read_json, write_json
@@ -85,6 +84,7 @@ def main(argv: list[str]) -> None:
     try:
         require("apache_beam", "data curation needs Apache Beam: pip install '.[curation]'")
         from florence_jax.curation.driver import curate
+        from florence_jax.curation.output.terminal import summary_lines
 
         config = given_config()
         config = with_sample(config, workdir)

@@ -1,15 +1,18 @@
 """One run of curation: its configuration, its workdir, its phases, and the runner that executes them."""
 
 import re
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
 from absl import logging
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
 from apache_beam.portability.api import beam_provision_api_pb2
 from apache_beam.runners.portability.fn_api_runner import fn_runner
 from apache_beam.runners.portability.portable_runner import JobServiceHandle
+from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
 from florence_jax.curation.plan import CurationRules, make_all
 from florence_jax.errors import UserError
@@ -102,12 +105,20 @@ def run_pipeline(build: Callable[[beam.Pipeline], Any], beam_args: Sequence[str]
 
 
 def _runner(options: PipelineOptions) -> Any:
-    """Beam's Python runner, told to pass the options on to its worker processes; any other is chosen by Beam."""
+    """Beam's Python runner, told to pass the options on to its worker processes; any other is chosen by Beam.
+
+    The worker processes are those of `curation.worker`.
+    """
     if options.view_as(StandardOptions).runner != "FnApiRunner":
         return None
     encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options())
     provision = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)
-    return fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(provision))
+    environment, direct = None, options.view_as(DirectOptions)
+    if direct.direct_running_mode == "multi_processing":
+        command = f"{shlex.quote(sys.executable)} -m florence_jax.curation.worker"
+        environment = SubprocessSDKEnvironment.from_command_string(command)
+        direct.direct_running_mode = None  # else Beam takes its own program
+    return fn_runner.FnApiRunner(environment, provision_info=fn_runner.ExtendedProvisionInfo(provision))
 
 
 def runner_trouble(error: Exception) -> str:

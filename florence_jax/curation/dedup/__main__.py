@@ -33,7 +33,7 @@ from florence_jax.curation.dedup.measurements import items_of, measure_new
 from florence_jax.curation.dedup.sheet import SEEN_AS, Duplicates, Sheet, sheet_html
 from florence_jax.data.sources.picture_files import list_pictures, shown
 from florence_jax.errors import UserError
-from florence_jax.files import replacing, with_home, write_text
+from florence_jax.files import check_store, replacing, with_home, write_text
 from florence_jax.page import FIGURE_SIDE
 from florence_jax.pictures import thumbnail
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("input", type=Path, help="folder of pictures, searched recursively, or a parquet file")
+    parser.add_argument("input", help="folder of pictures, searched recursively, or a parquet file")
     parser.add_argument("--out", type=Path, default=Path("runs/dedup"), help="folder to write to")
     parser.add_argument("--index", type=Path, help="index.npz of an earlier run")
     parser.add_argument("--distance", type=int, default=4, choices=sorted(DESIGNS), help="of the 64-bit hashes")
@@ -57,19 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Hashes, joins and writes; returns the counts. Raises UserError."""
-    if not args.input.exists():
-        raise UserError(f"{args.input}: no such folder or file")
+    source = local_path(args.input)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out={args.out} is a file; name a folder")
     if args.workers < 1 or args.sheet < 0:
         raise UserError("--workers must be at least 1 and --sheet not negative")
     known = hash_index.load_index(args.index) if args.index else {}
-    listing = list_pictures(args.input) if args.input.is_dir() else None
+    listing = list_pictures(source) if source.is_dir() else None
     if listing and listing.pictures:
         print(listing.sentence(), file=sys.stderr, flush=True)
-    pictures, read = measure_new(items_of(args.input), known, args.workers)
+    pictures, read = measure_new(items_of(source), known, args.workers)
     if not pictures:
-        raise UserError(f"no pictures in {listing.sentence() if listing else args.input}")
+        raise UserError(f"no pictures in {listing.sentence() if listing else source}")
     usable = {key: item for key, item in pictures.items() if item["status"] == "ok"}
     keys, measured = list(usable), list(usable.values())
     ranks = rank(keys, measured)
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     write_rows(args.out / f"pairs.{args.table}", PAIR_COLUMNS, pair_rows(keys, pairs))
     write_rows(args.out / f"clusters.{args.table}", CLUSTER_COLUMNS, cluster_rows(pictures, keys, best, size))
     sheet = sheet_html(
-        Sheet(keys, measured, f"{args.input}/", pairs, join, args.sheet), lambda wanted: thumbnails(args.input, wanted)
+        Sheet(keys, measured, f"{source}/", pairs, join, args.sheet), lambda wanted: thumbnails(source, wanted)
     )
     write_text(args.out / "contact_sheet.html", sheet)
     hash_index.save(args.out / "index.npz", pictures)
@@ -98,6 +97,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     write_text(args.out / "counts.json", json.dumps(counts, indent=1))
     return counts
+
+
+def local_path(given: str) -> Path:
+    """The folder or file. Raises UserError where there is none, and for a URL."""
+    if "://" in given:
+        check_store(given)
+        raise UserError(f"{given}: near-duplicates are looked for on a local disk; copy the pictures there first")
+    if not Path(given).exists():
+        raise UserError(f"{given}: no such folder or file")
+    return Path(given)
 
 
 def rank(keys: Sequence[str], measured: Sequence[dict[str, Any]]) -> np.ndarray:

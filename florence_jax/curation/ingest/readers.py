@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from florence_jax.data.sources.fields import CAPTION_FIELDS, FILE_FIELDS, IMAGE_FIELDS, LISTS, distinct_captions
+from florence_jax.data.sources.fields import CAPTION_FIELDS, FILE_FIELDS, IMAGE_FIELDS, LISTS, captions_or_classes
 from florence_jax.data.sources.picture_files import SYSTEM_FOLDERS, known_suffixes, list_pictures
 from florence_jax.data.sources.tables import TABLES
 from florence_jax.errors import UserError
@@ -66,7 +66,7 @@ def make_pair(
         image, locator, problem = _read_image(path, folder, max_bytes)
     if isinstance(image, bytes) and len(image) > max_bytes:
         image, problem = None, "too_many_bytes"
-    captions, headers = distinct_captions(left), []
+    captions, headers = captions_or_classes(left), []
     take(CAPTION_FIELDS)
     for name in LISTS:
         left.pop(name, None)
@@ -380,7 +380,7 @@ def row_picture(row: TableRow) -> Any:
 
 def row_captions(rows: Iterable[TableRow]) -> list[str]:
     """The different captions of rows."""
-    return list(dict.fromkeys(text for row in rows for text in distinct_captions(_lowered(row))))
+    return list(dict.fromkeys(text for row in rows for text in captions_or_classes(_lowered(row))))
 
 
 def _lowered(row: TableRow) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A record is a dict: "key" (str, unique in its source), "image" (encoded bytes), 
 (str or list of str).
 """
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -31,10 +32,11 @@ def open_source(spec: str) -> Source:
     Args:
       spec: 'emoji:train' | 'emoji:new_style' | 'emoji:new_names'; a file, glob pattern or folder of `*.array_record`
         (also `*.array_record-00000-of-00010`); 'tfds:NAME:SPLIT'; 'karpathy:FILE.json:SPLIT@IMAGES'; a table of images
-        (.csv, .tsv, .jsonl, or .parquet with their paths); or a folder of images with a table called captions or
-        metadata (columns file and caption, or file_name and text), with a .txt or .json beside each, or else with one
-        sub-folder a class. Boxes: 'coco:FILE.json:IMAGES', 'voc:FOLDER:SPLIT', 'boxes:FILE.csv:IMAGES', and
-        'scenes:SPLIT', see `detection.open_boxes`.
+        (.csv, .tsv, .jsonl, or .parquet with their paths, also several .parquet by a pattern or their folder); or a
+        folder of images with a table called captions or metadata (columns file and caption, or file_name and text),
+        with a .txt or .json beside each, or else with one sub-folder a class.
+        Boxes: 'coco:FILE.json:IMAGES', 'voc:FOLDER:SPLIT', 'boxes:FILE.csv:IMAGES', and 'scenes:SPLIT', see
+        `detection.open_boxes`.
 
     Raises:
       UserError: if it does not exist, is empty, lacks a column, is of an unknown kind, or must be curated first.
@@ -51,7 +53,10 @@ def open_source(spec: str) -> Source:
         return open_folder(spec)
     if spec.lower().endswith((*TABLE_SUFFIXES, ".txt")) and epath.Path(spec).exists():
         return open_table(spec)
-    if spec.lower().endswith((*TARS, PARQUET)) and _matches(spec):
+    found = _matches(spec) if spec.lower().endswith((*TARS, PARQUET)) else []
+    if found and spec.lower().endswith(PARQUET) and len({os.path.dirname(name) for name in found}) == 1:
+        return open_table(spec, found)
+    if found:
         raise UserError(
             f"data source {spec}: records must be read one by one, which these files do not allow. Turn them into "
             f"ArrayRecord files: {curation_command(spec)}"
@@ -63,10 +68,15 @@ def open_source(spec: str) -> Source:
     raise UserError(f"data source {spec!r} does not exist; use emoji:train, tfds:NAME:SPLIT or an existing path")
 
 
-def _matches(spec: str) -> bool:
-    """Whether there is a file that a name, a pattern or a name with braces stands for."""
+def _matches(spec: str) -> list[str]:
+    """The files that a name, a pattern or a name with braces stands for, sorted."""
     fs, inner = filesystem(spec)
-    return any(fs.glob(name) if any(c in name for c in "*?[") else fs.exists(name) for name in expand_braces(inner))
+    names = expand_braces(inner)
+    found = {file for name in names for file in (fs.glob(name) if any(c in name for c in "*?[") else [name])}
+    there = sorted(file for file in found if fs.exists(file))
+    if "://" in spec:
+        return [fs.unstrip_protocol(file) for file in there]
+    return there if os.path.isabs(spec) else [os.path.relpath(file) for file in there]
 
 
 def open_mixture(spec: str) -> tuple[list[Source], list[float]]:

@@ -15,6 +15,8 @@ FILE_FIELDS = (
 IMAGE_FIELDS = "image jpg jpeg png webp gif bmp tif tiff img image_bytes bytes".split()
 CAPTION_FIELDS = "caption text txt title alt alt_text captions texts sentences description comment".split()
 LISTS = ("captions", "texts", "sentences")  # hold further captions beside one
+# A class is the caption where a table has no other, as the name of a sub-folder is; the last holds several.
+CLASS_FIELDS = "label class class_name classname category labels".split()
 RECORDS_LOOKED_AT = 8
 _INSIDE = ("raw", "caption", "text", "sentence")  # where a caption that is an object has its text
 
@@ -65,10 +67,22 @@ def distinct_captions(fields: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(text for value in (first, *map(fields.get, LISTS)) for text in caption_texts(value)))
 
 
+def captions_or_classes(fields: Mapping[str, Any]) -> list[str]:
+    """As `distinct_captions`; of a record without such fields the text of its class, or of its classes: no number."""
+    if not fields.keys().isdisjoint((*CAPTION_FIELDS, *LISTS)):
+        return distinct_captions(fields)
+    return caption_texts(next((fields[name] for name in CLASS_FIELDS if isinstance(fields.get(name), (str, list))), ""))
+
+
 def known_field(names: Iterable[str], known: Iterable[str]) -> str | None:
     """The first of the `known` names that is among `names`, as it is written there."""
     given = {name.strip().lower(): name for name in names}
     return next((given[name] for name in known if name in given), None)
+
+
+def known_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Those of `names` that are `known`, as they are written there."""
+    return [name for name in names if name.strip().lower() in known]
 
 
 def records_summary(source: Source, files: int | None = None) -> dict[str, Any]:

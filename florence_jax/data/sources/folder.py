@@ -11,8 +11,16 @@ from etils import epath
 from florence_jax.data.records import BadRecord, BaseSource, Record, evenly, picture_bytes
 from florence_jax.data.sources.fields import CAPTION_FIELDS, distinct_captions, known_field
 from florence_jax.data.sources.picture_files import Listing, list_pictures, quoted, shown, some
-from florence_jax.data.sources.tables import TABLES, captions_of, curation_command, table_records
+from florence_jax.data.sources.tables import (
+    PARQUET,
+    TABLE_SUFFIXES,
+    TABLES,
+    captions_of,
+    curation_command,
+    table_records,
+)
 from florence_jax.errors import UserError
+from florence_jax.files import AS_UTF8, join, list_files
 
 LOOKED_AT = 64  # texts beside pictures that are read when a folder is opened: never all
 TEXT_SHARE = 0.5  # of the pictures have a text, where it is texts and not sub-folders that tell what a picture shows
@@ -72,11 +80,15 @@ class TextSource(FolderSource):
 
     def metadata(self) -> Iterator[Record]:
         """All records whose text can be read, in order; the image files are not touched."""
+        return (row for row in self.texts() if not isinstance(row, BadRecord))
+
+    def texts(self) -> Iterator[Record | BadRecord]:
+        """All records in order, without the images; or why their text cannot be read."""
         for row in self._rows:
             try:
                 yield self._read(row)
-            except BadRecord:
-                continue
+            except BadRecord as error:
+                yield error
 
     def sample(self, count: int) -> list[Record]:
         """See `records.sample_of`; the image files are not touched."""
@@ -92,7 +104,10 @@ class TextSource(FolderSource):
             if name.endswith(".json"):
                 fields = json_texts(data) | fields
             else:
-                fields["caption"] = data.decode("utf-8-sig", "replace").strip()
+                try:
+                    fields["caption"] = data.decode("utf-8-sig").strip()
+                except UnicodeDecodeError as error:
+                    raise BadRecord(row["key"], f"{name} is not UTF-8: {AS_UTF8}") from error
         if "caption" not in fields:
             raise BadRecord(row["key"], "the .json beside it has no caption")
         return fields | row
@@ -141,18 +156,33 @@ def open_folder(folder: str) -> FolderSource:
         if (path / name).exists():
             return open_table(os.path.join(folder, name))
     listing = list_pictures(folder)
-    with_texts = _with_texts(listing)
-    rows = class_rows(listing)
-    if with_texts and (len(with_texts) >= TEXT_SHARE * len(listing.pictures) or not rows):
+    if with_texts := texts_that_tell(listing):
         return _open_texts(listing, with_texts)
-    if not rows:
-        shards = any(listing.passed_over[suffix] for suffix in (".tar", ".parquet", ".gz", ".tgz"))
-        raise UserError(
-            f"data source {folder}: needs *.array_record files, or images with captions.csv (columns file, caption), "
-            "metadata.jsonl, a .txt or .json beside each image, or a sub-folder of images for each class. Found: "
-            f"{listing.sentence()}" + (f". Tars and parquet files: {curation_command(folder)}" if shards else "")
-        )
-    return open_class_folders(listing, rows)
+    if rows := class_rows(listing):
+        return open_class_folders(listing, rows)
+    if not listing.pictures and (names := list_files(folder, PARQUET)):
+        return open_table(folder, [join(folder, name) for name in names])
+    raise UserError(
+        f"data source {folder}: needs *.array_record files, or images with captions.csv (columns file, caption), "
+        "metadata.jsonl, a .txt or .json beside each image, or a sub-folder of images for each class. Found: "
+        f"{listing.sentence()}{_instead(folder, listing)}"
+    )
+
+
+def _instead(folder: str, listing: Listing) -> str:
+    """What may be meant by a folder that cannot be read."""
+    names = [name for suffix in TABLE_SUFFIXES for name in list_files(folder, suffix)]
+    if names and listing.pictures:
+        return f". A table of another name is named itself: {join(folder, names[0])}"
+    shards = any(listing.passed_over[suffix] for suffix in (".tar", ".gz", ".tgz"))
+    return f". Tars: {curation_command(folder)}" if shards else ""
+
+
+def texts_that_tell(listing: Listing) -> list[str]:
+    """The pictures with a caption beside them; [] where it is the sub-folders that tell what the pictures show."""
+    with_texts = _with_texts(listing)
+    enough = len(with_texts) >= TEXT_SHARE * len(listing.pictures) or not class_rows(listing)
+    return with_texts if enough else []
 
 
 # -- a text beside each picture ---------------------------------------------------------------------------------------
@@ -186,15 +216,20 @@ def _open_texts(listing: Listing, pictures: Sequence[str]) -> TextSource:
     used = {text for key in pictures for text in _texts_beside(key, listing.texts)}
     kinds = sorted({os.path.splitext(text)[1] for text in used}, reverse=True)
     looked = TextSource(listing.folder, _spread(pictures), listing.texts)
-    captions = [row["caption"] for row in looked.metadata()]
+    read = list(looked.texts())
+    bad = [row for row in read if isinstance(row, BadRecord)]
+    captions = [row["caption"] for row in read if not isinstance(row, BadRecord)]
     if not any(captions):
-        raise UserError(f"data source {listing.folder}: the {' and '.join(kinds)} files beside the pictures are empty")
+        why = bad[0] if bad else f"the {' and '.join(kinds)} files beside the pictures are empty"
+        raise UserError(f"data source {listing.folder}: {why}")
     without, whole = len(listing.pictures) - len(pictures), len(looked) == len(source)
     distinct, example = len(set(captions)), next(filter(None, captions))
     of = "" if whole else f" of the {len(captions)} looked at"
     says = f"{distinct:,} distinct captions{of} from the {' and '.join(kinds)} beside each, such as {quoted(example)}"
     if any("/" in key for key in pictures):
         says += ", not from the names of the sub-folders (those are in the field 'folder')"
+    if bad:
+        says += f"; of {len(read)} looked at {len(bad)} cannot be used and are left out, the first: {bad[0]}"
     if without:
         says += f"; {without:,} pictures have no caption and are left out"
     source.summary = _summary(
@@ -263,11 +298,11 @@ def open_class_folders(listing: Listing, rows: Sequence[tuple[str, str]]) -> Fol
 # -- a table ----------------------------------------------------------------------------------------------------------
 
 
-def open_table(path: str) -> FolderSource:
+def open_table(path: str, parts: Sequence[str] = ()) -> FolderSource:
     """The pictures that a table names, relative to its folder, with their captions; see `tables.table_records`."""
-    folder, name = os.path.split(path)
-    folder = folder or "."
-    records, rows, suspicious = table_records(path)
+    folder, name = os.path.split(parts[0] if parts else path)
+    folder, name = folder or ".", f"{len(parts)} parquet files" if parts else name
+    records, rows, suspicious = table_records(path, parts)
     captions = list(dict.fromkeys(caption for record in records for caption in captions_of(record)))
     if not captions:
         raise UserError(f"data source {path}: every caption of its {rows:,} rows is empty")
@@ -283,7 +318,7 @@ def open_table(path: str) -> FolderSource:
         raise UserError(f"data source {path}: none of its {absent:,} pictures is there, such as {records[0]['key']!r}")
     says += f"; {extra:,} pictures are not in the table and left out" if extra else ""
     says += f"; {absent:,} pictures of the table are not there" if absent else ""
-    listing.passed_over -= Counter({os.path.splitext(name)[1].lower(): 1})  # the table itself
+    listing.passed_over -= Counter(os.path.splitext(table)[1].lower() for table in parts or (name,))
     summary = _summary(listing, len(records), name, len(captions), captions[0], says + suspicious, ())
     summary["passed_over"] |= {"not in the table": extra} if extra else {}
     summary["passed_over"] |= {"not in the folder": absent} if absent else {}

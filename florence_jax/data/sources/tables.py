@@ -10,11 +10,14 @@ import fsspec
 from florence_jax.data.records import Record
 from florence_jax.data.sources.fields import (
     CAPTION_FIELDS,
+    CLASS_FIELDS,
     FILE_FIELDS,
     IMAGE_FIELDS,
     LISTS,
-    distinct_captions,
+    caption_texts,
+    captions_or_classes,
     known_field,
+    known_names,
 )
 from florence_jax.errors import UserError
 from florence_jax.files import TableRow, filesystem, has_many_lines, table_rows
@@ -36,30 +39,42 @@ def curation_command(spec: str) -> str:
     )
 
 
-def table_records(path: str) -> tuple[list[Record], int, str]:
+def table_records(path: str, parts: Sequence[str] = ()) -> tuple[list[Record], int, str]:
     """A record for each picture of a table: "key" (its file), "caption", "captions" (where any has several), the rest.
 
     Args:
       path: local or a URL; `TABLE_SUFFIXES`, or text with a heading.
+      parts: the parquet files of one folder that `path`, a folder or a pattern, stands for.
 
     Returns:
-      Records, the number of rows, and what is suspicious about them, for people ('' for nothing).
+      Records, the number of rows, and what is to be said of them, for people ('' for nothing).
 
     Raises:
       UserError: if it cannot be read, has no rows, or no columns of files and captions.
     """
-    rows = list(_parquet_rows(path) if path.endswith(PARQUET) else table_rows(path))
+    if parts or path.endswith(PARQUET):
+        rows = [row for part in parts or (path,) for row in _parquet_rows(part, path)]
+    else:
+        rows = list(table_rows(path))
     if not rows:
         raise UserError(f"{path} has no rows")
-    long = [row for row in rows if has_many_lines(row.fields)] if not path.endswith((PARQUET, ".jsonl")) else []
+    delimited = not parts and not path.endswith((PARQUET, ".jsonl"))
+    long = [row for row in rows if has_many_lines(row.fields)] if delimited else []
     said = f"; {len(long):,} rows have texts of many lines, the first ends in line {long[0].line}: " if long else ""
-    return one_a_picture(_as_records(path, rows)), len(rows), said + ("is a quote missing there?" if long else "")
-
-
-def _as_records(path: str, rows: Sequence[TableRow]) -> list[Record]:
+    said += "is a quote missing there?" if long else ""
     columns = list(dict.fromkeys(name for row in rows for name in row.fields if name))
-    file, caption = known_field(columns, WANTED_FILES), known_field(columns, CAPTION_FIELDS)
-    for found, wanted in ((file, ("file", "file_name", "path")), (caption, ("caption", "captions", "text", "title"))):
+    if (caption := known_field(columns, (*CAPTION_FIELDS, *CLASS_FIELDS))) in known_names(columns, CLASS_FIELDS):
+        said = f"; they are the classes in the column {caption!r}{said}"
+    return one_a_picture(_as_records(path, rows, columns, caption)), len(rows), said
+
+
+def _as_records(path: str, rows: Sequence[TableRow], columns: Sequence[str], caption: str | None) -> list[Record]:
+    file, classes = known_field(columns, WANTED_FILES), known_names(columns, CLASS_FIELDS)
+    several = known_field(columns, CLASS_FIELDS[-1:])
+    for found, wanted in (
+        (file, ("file", "file_name", "path")),
+        (caption, ("caption", "captions", "text", "title", "label")),
+    ):
         if found is None:
             raise UserError(
                 f"{path} has no column {' or '.join(map(repr, wanted))}, only: {', '.join(columns)}; rename one"
@@ -70,14 +85,26 @@ def _as_records(path: str, rows: Sequence[TableRow]) -> list[Record]:
         key = row.fields.get(file)
         if not isinstance(key, str) or not key.strip():
             raise UserError(f"{path} line {row.line}: column {file!r} must name a file")
-        captions = distinct_captions({name.strip().lower(): value for name, value in row.fields.items() if name})
-        record = {name: value for name, value in row.fields.items() if name and name not in used}
+        fields = {name: value for name, value in row.fields.items() if name}
+        if several is not None and isinstance(fields.get(several), str):
+            fields[several] = _several(fields[several])
+        ignored = () if caption in classes else classes
+        captions = captions_or_classes({name.strip().lower(): x for name, x in fields.items() if name not in ignored})
+        record = {name: value for name, value in fields.items() if name not in used or name == several}
         if record.get("label") is not None:
             record["label"] = str(record["label"])  # a class: JSON may have a number where CSV has text
         record |= {"key": key.strip(), "caption": captions[0] if captions else ""}
-        is_list = not isinstance(row.fields.get(caption), str) or len(captions) > 1
+        is_list = not isinstance(fields.get(caption), str) or len(captions) > 1
         records.append(record | ({"captions": captions} if is_list and captions else {}))
     return records
+
+
+def _several(text: str) -> list[str]:
+    """The classes in a text such as '["a", "b"]', 'a;b', 'a|b' or 'a, b'."""
+    if len(listed := caption_texts(text)) > 1 or listed != [text]:
+        return listed
+    mark = next((mark for mark in ";|," if mark in text), ";")
+    return [name.strip() for name in text.split(mark) if name.strip()]
 
 
 def captions_of(record: Mapping[str, Any]) -> list[str]:
@@ -113,8 +140,11 @@ def _joined(group: Sequence[Record]) -> Record:
 # -- parquet ----------------------------------------------------------------------------------------------------------
 
 
-def _parquet_rows(path: str) -> Iterator[TableRow]:
-    """Rows of a parquet file that names its pictures; columns of bytes and of nested values are not read."""
+def _parquet_rows(path: str, spec: str) -> Iterator[TableRow]:
+    """Rows of a parquet file that names its pictures; columns of bytes and of nested values are not read.
+
+    `spec`: as the user named it.
+    """
     import pyarrow as pa  # half a second that other sources need not wait for
     import pyarrow.parquet as pq
 
@@ -123,7 +153,7 @@ def _parquet_rows(path: str) -> Iterator[TableRow]:
             parquet = pq.ParquetFile(file)
             schema = parquet.schema_arrow
             if known_field(schema.names, WANTED_FILES) is None or _holds_pictures(schema, pa):
-                raise UserError(_no_paths(path, schema, pa))
+                raise UserError(_no_paths(spec, schema, pa))
             names = [field.name for field in schema if _is_plain(field.type, pa)]
             row = 0
             for batch in parquet.iter_batches(PARQUET_ROWS, columns=names):
