@@ -19,7 +19,7 @@ from florence_jax.models import florence
 from florence_jax.models.sizes import VARIANTS, resolve_config
 from florence_jax.params.rules import match_rules
 from florence_jax.tools.bench import __main__ as bench
-from florence_jax.tools.bench import data, devices, grad_cache, step, timing, timm_swin, torch_swin
+from florence_jax.tools.bench import data, deform_conv, devices, grad_cache, step, timing, timm_swin, torch_swin
 from florence_jax.train.optim import DECAY_RULES
 
 needs_torch = pytest.mark.skipif(not torch_swin.available(), reason="PyTorch is not installed (pip install torch)")
@@ -233,6 +233,21 @@ def test_a_start_reads_no_more_of_more_data(capsys):
     assert large["bytes_read"] < small["bytes_read"] + large["file_bytes"] / 2
 
 
+def test_forms_of_the_deformable_convolution_are_timed(capsys):
+    code, report = run(capsys, ["detect", "--parts=conv", "--maps=1x6x3x4,1x24x3x4", "--rounds=1"])
+    assert code == 0 and set(report["conv"]) == {"1x6x3x4", "1x24x3x4"}
+    for row, form in zip(report["conv"].values(), ("packed", "matrix"), strict=True):
+        forms = row["forms"]
+        assert forms["auto"]["temp_bytes"] == forms[form]["temp_bytes"] < forms["naive"]["temp_bytes"]
+        assert row["naive_ratio"] == pytest.approx(forms["naive"]["ms"] / forms["auto"]["ms"], rel=1e-2)
+        assert (row["ratio"] is None) == (row["torchvision_ms"] is None)
+
+
+def test_deformable_convolutions_that_disagree_are_an_error():
+    with pytest.raises(RuntimeError, match="disagree: packed"):
+        deform_conv.check([np.ones(3)], {"packed": [np.array([1, 1, 1.01])]})
+
+
 def test_interleaved_takes_turns_and_drops_the_warm_up():
     calls = []
     times = timing.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, warmup=1)
@@ -252,6 +267,8 @@ def test_ratio_report():
         ["devices", "--counts", "1,x"],
         ["devices", "--counts", "64"],
         ["data", "--image_size", "big"],
+        ["detect", "--parts", "conv,all"],
+        ["detect", "--maps", "2x32x48"],
         ["data", "--source", "nowhere"],
         ["start", "--records", "0"],
         ["start", "--batch", "3"],

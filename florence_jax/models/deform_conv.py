@@ -11,10 +11,10 @@ The forms differ in how a tap is sampled. 'packed' gathers the four corners of a
 column|): positions times positions of work, but no scatter in the backward pass. Both go tap by tap and keep no samples
 for the backward pass, which takes them again. 'naive' is the definition.
 
-'auto' takes 'matrix' for maps of at most 64 positions, 'packed' for larger ones. Forward and backward pass of 2 maps on
-2 cores of an Intel Xeon, no accelerator, `python -m florence_jax.tools.bench detect --parts=conv --conv=2,256,8,8`
-and the like: with 256 channels 'matrix' takes .83 times the time of 'packed' at 6 x 8, .98 at 8 x 8, 1.06 at 10 x 12,
-1.26 at 12 x 16; with 64 channels .68 at 4 x 6, 1.8 at 8 x 8.
+'auto' takes 'matrix' for maps that have at most half as many positions as channels, 'packed' for larger ones. On 2
+cores of an Intel Xeon, no accelerator, `python -m florence_jax.tools.bench detect --parts=conv --maps=2x256x8x8` and
+the like: with 256 channels the forward and backward pass of 'matrix' takes .83 of the time of 'packed' at 6 x 8
+positions, .98 at 8 x 8, 1.06 at 10 x 12, 1.26 at 12 x 16; with 64 channels .68 at 4 x 6, 1.8 at 8 x 8.
 """
 
 import functools
@@ -29,8 +29,8 @@ from florence_jax.models.layers import add_bias, constrain
 
 # Offsets are kept below this many pixels: outside of any map, and a whole number of int32.
 FAR = 1e6
-# Height times width of the map up to which 'auto' takes the matrix form; see there.
-MATRIX_POSITIONS = 64
+# Positions of the map for each of its channels up to which 'auto' takes the matrix form; measured, see above.
+MATRIX_POSITIONS = 0.5
 
 
 def deform_conv(
@@ -55,7 +55,7 @@ def deform_conv(
       weight: (3, 3, C, D), the kernel. bias: (D,) or None.
       stride: pixels of `x` between output positions.
       form: 'packed', 'matrix', 'naive', all of the same values and gradients, or 'auto': 'matrix' for maps of at most
-        `MATRIX_POSITIONS` positions, else 'packed'.
+        `MATRIX_POSITIONS` positions for each channel, else 'packed'.
 
     Returns:
       (B, h, w, D) in the dtype of `x`.
@@ -65,7 +65,7 @@ def deform_conv(
     """
     weight = weight.astype(x.dtype)
     if form == "auto":
-        form = "matrix" if x.shape[1] * x.shape[2] <= MATRIX_POSITIONS else "packed"
+        form = "matrix" if x.shape[1] * x.shape[2] <= MATRIX_POSITIONS * x.shape[3] else "packed"
     if form == "naive":
         out = deform_conv_naive(x, offsets, mask, weight, stride)
     elif form in SAMPLERS:
