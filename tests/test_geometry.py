@@ -239,6 +239,56 @@ def test_large_scale_jitter_and_the_sizes_of_detectors():
             parse_ops(spec, {})
 
 
+# -- boxes as arrays of one shape -------------------------------------------------------------------------------------
+
+
+def test_pad_boxes():
+    example = {"boxes": [[0, 0, 9, 9], [1, 1, 5, 5], [2, 2, 4, 4]], "class_ids": [5, 6, 7], "iscrowd": [0, 1, 0]}
+    out = run("pad_boxes(5)", example | {"ignore": [False, False, True]})
+    assert out["boxes"].dtype == np.float32 and out["class_ids"].dtype == np.int32 and out["objects"].dtype == bool
+    np.testing.assert_array_equal(out["boxes"], [*example["boxes"], [0] * 4, [0] * 4])
+    assert out["class_ids"].tolist() == [5, 6, 7, 0, 0] and out["boxes_cut"] == 0
+    assert out["objects"].tolist() == [True, *[False] * 4] and out["ignore"].tolist() == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+    out = run("pad_boxes(5, crowd=background)", example)
+    assert out["objects"].tolist() == [True, True, False, False, False] and not out["ignore"].any()
+    assert out["class_ids"].tolist() == [5, 7, 0, 0, 0]
+    none = run("pad_boxes(3)", {"boxes": np.zeros((0, 4)), "class_ids": []})
+    assert none["boxes"].shape == (3, 4) and not none["objects"].any() and not none["ignore"].any()
+    with pytest.raises(UserError, match="crowd='x': choose one of ignore, background"):
+        parse_ops("pad_boxes(3, crowd=x)", {})
+    with pytest.raises(BadRecord, match="it has 3 boxes, but 2 class_ids"):
+        run("pad_boxes(5)", example | {"key": "k", "class_ids": [1, 2]})
+
+
+@pytest.mark.parametrize(("most", "count"), [(16, 17), (16, 300), (64, 10000), (1, 3), (2, 9)])
+def test_what_is_cut_is_ignored_never_background(most, count):
+    rng = np.random.default_rng(count)
+    corner = rng.uniform(0, 500, (count, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(1, 60, (count, 2))], 1).astype(np.float32)
+    crowd = rng.random(count) < 0.1
+    out = run(f"pad_boxes({most})", {"boxes": boxes, "class_ids": np.arange(count), "iscrowd": crowd})
+    again = run(f"pad_boxes({most})", {"boxes": boxes, "class_ids": np.arange(count), "iscrowd": crowd})
+    for name in ("boxes", "class_ids", "objects", "ignore"):
+        np.testing.assert_array_equal(out[name], again[name])
+        assert out[name].shape[0] == most
+    kept = out["class_ids"][out["objects"]]
+    assert out["boxes_cut"] == (~crowd).sum() - len(kept) and len(kept) == min(most - max(1, most // 8), (~crowd).sum())
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    np.testing.assert_array_equal(boxes[kept], out["boxes"][out["objects"]])
+    rest = np.setdiff1d(np.arange(count), kept)
+    if len(kept):
+        assert areas[kept].min() >= areas[rest[~crowd[rest]]].max(initial=0)
+    places = out["boxes"][out["ignore"]]
+    inside = (places[None, :, :2] <= boxes[rest, None, :2]) & (places[None, :, 2:] >= boxes[rest, None, 2:])
+    assert inside.all(-1).any(1).all()  # each is under one place that is ignored
+
+
 def test_padding_and_the_longer_side():
     image = noise(30, 50)
     out = run("pad_image(40, 64, fill=9)", {"image": image})

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from etils import epath
 
-from florence_jax.data.box_files import BoxTable
 from florence_jax.data.box_frames import REASONS, PictureFrames, boxes_in_picture, clean_boxes
 from florence_jax.data.box_problems import MISTAKES, Problems
+from florence_jax.data.box_table import BoxTable
 from florence_jax.data.ops.image import MAX_ASPECT
 from florence_jax.data.records import evenly
 from florence_jax.errors import UserError
@@ -60,7 +60,10 @@ def _common(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def place_files(table: BoxTable, pictures: Sequence[str]) -> None:
-    """Names each picture as the folder does; leaves out those that are not there, joins those listed twice."""
+    """Names each picture as the folder does; leaves out those that are not there, joins those listed twice.
+
+    Pictures of the folder that are not listed are counted.
+    """
     finder = Finder(pictures)
     rows: dict[str, int] = {}
     target, keep = np.arange(len(table.files)), np.zeros(len(table.files), bool)
@@ -75,6 +78,8 @@ def place_files(table: BoxTable, pictures: Sequence[str]) -> None:
         if not keep[row]:
             first, second = table.image_ids[target[row]], table.image_ids[row]
             table.problems.add("file_twice", found, f"ids {first} and {second}")
+    for name in sorted(set(pictures).difference(rows, map(finder.find, table.left_out))):
+        table.problems.add("unused_file", name)
     table.box_image = target[table.box_image].astype(np.int32)
     table.keep_pictures(keep)
 

@@ -115,9 +115,9 @@ class Problems:
         return next(iter(self._shown.get(kind, ())), None)
 
     def sentence(self, done: str) -> str:
-        """'2 boxes of zero or negative size, 1 ...' of the kinds with which that was done; '' for none."""
+        """'boxes of zero or negative size: 2, ...' of the kinds with which that was done; '' for none."""
         return ", ".join(
-            f"{self.counts[kind]:,} {mistake.what}"
+            f"{mistake.what}: {self.counts[kind]:,}"
             for kind, mistake in MISTAKES.items()
             if self.counts[kind] and mistake.done.startswith(done)
         )

@@ -11,8 +11,10 @@ import numpy as np
 from etils import epath
 
 from florence_jax.data.box_cleaning import check_classes, check_form, drop_bad_boxes, place_boxes, place_files
-from florence_jax.data.box_files import TABLE_HEADING, BoxTable, read_box_table, read_own_coco, read_voc
+from florence_jax.data.box_files import TABLE_HEADING, read_box_table, read_voc
 from florence_jax.data.box_problems import LEFT_OUT, Problems
+from florence_jax.data.box_table import BoxTable
+from florence_jax.data.own_coco import read_own_coco
 from florence_jax.data.records import first_line
 from florence_jax.data.sources.array_record import ArrayRecordSource, array_record_paths
 from florence_jax.data.sources.boxes import BoxColumns, BoxSource, FileBoxSource, RecordBoxSource
@@ -68,23 +70,21 @@ def _parts(spec: str, form: str) -> list[str]:
 
 def open_coco(spec: str, check: bool = False) -> FileBoxSource:
     """'coco:FILE.json:IMAGES', or 'coco:FILE.json' with the pictures beside the file; see `open_boxes`."""
-    file, *folder = _parts(spec, "coco:FILE.json:IMAGES")
-    _need(spec, file)
-    table = read_own_coco(file, Problems())
-    return _finish(spec, table, folder[0] if folder else os.path.dirname(file) or ".", os.path.basename(file), check)
+    return _open_file(spec, *_parts(spec, "coco:FILE.json:IMAGES"), check=check)
 
 
 def open_box_table(spec: str, check: bool = False) -> FileBoxSource:
     """'boxes:FILE.csv:IMAGES', or 'boxes:FILE.csv' with the pictures beside the file; see `open_boxes`."""
-    file, *folder = _parts(spec, "boxes:FILE.csv:IMAGES")
-    _need(spec, file)
-    table = read_box_table(file, Problems())
-    return _finish(spec, table, folder[0] if folder else os.path.dirname(file) or ".", os.path.basename(file), check)
+    return _open_file(spec, *_parts(spec, "boxes:FILE.csv:IMAGES"), check=check)
 
 
-def _need(spec: str, file: str) -> None:
+def _open_file(spec: str, file: str, images: str = "", check: bool = False) -> FileBoxSource:
+    """A .json or a table, with the pictures of a folder, or beside it."""
     if not epath.Path(file).exists() or epath.Path(file).is_dir():
         raise UserError(f"data source {spec}: there is no file {file}")
+    is_table = spec.startswith("boxes:") or file.lower().endswith((".csv", ".tsv"))
+    table = (read_box_table if is_table else read_own_coco)(file, Problems())
+    return _finish(spec, table, images or os.path.dirname(file) or ".", os.path.basename(file), check)
 
 
 def open_voc(spec: str, check: bool = False) -> FileBoxSource:
@@ -151,8 +151,6 @@ def _finish(
                 f"data source {spec}: none of its {named:,} pictures is in {folder}, such as {example!r}; "
                 f"there: {listing.sentence()}"
             )
-        for name in sorted(set(listing.pictures).difference(table.files)):
-            table.problems.add("unused_file", name)
     place_boxes(table, folder)
     check_form(table, check)
     drop_bad_boxes(table)
@@ -256,8 +254,7 @@ def _open_folder(folder: str, split: str, check: bool) -> FileBoxSource:
         inner = name.rpartition("/")[0]
         here = any(picture.startswith(f"{inner}/") for picture in listing.pictures)
         images = os.path.join(folder, inner) if inner and here else folder
-        opener = open_coco if jsons else open_box_table
-        source = opener(f"{'coco' if jsons else 'boxes'}:{os.path.join(folder, name)}:{images}", check)
+        source = _open_file(folder, os.path.join(folder, name), images, check)
     else:
         splits = _voc_splits(listing)
         if split and splits:
