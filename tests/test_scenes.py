@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from florence_jax.data.buckets import make_buckets
+from florence_jax.data.coco_folder import stored_png
 from florence_jax.data.records import without_payloads
 from florence_jax.data.sources.backgrounds import SCENE_PHOTOGRAPHS, missing_photographs, photograph_crop, smooth_noise
 from florence_jax.data.sources.catalog import open_source
@@ -239,9 +240,9 @@ def test_written_scenes_are_the_composed_ones(tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in out.rglob("*.*") if path.is_file()} == first
     capsys.readouterr()
     assert build_scenes.main([f"--out={out}", "--train=3"]) == build_scenes.main([f"--out={tmp_path}"]) == 2
-    assert capsys.readouterr().err.count("holds something else than these scenes") == 2
+    assert capsys.readouterr().err.count("holds something else") == 2
 
 
 def test_a_picture_of_several_blocks_is_a_png():
     picture = np.random.default_rng(0).integers(0, 256, (160, 200, 3), np.uint8)
-    assert np.array_equal(np.asarray(upright_rgb(build_scenes.stored_png(picture))), picture)
+    assert np.array_equal(np.asarray(upright_rgb(stored_png(picture))), picture)
