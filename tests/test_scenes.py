@@ -9,7 +9,7 @@ import pytest
 
 from florence_jax.data.buckets import make_buckets
 from florence_jax.data.coco_folder import stored_png
-from florence_jax.data.records import without_payloads
+from florence_jax.data.records import sample_of, without_payloads
 from florence_jax.data.sources.backgrounds import SCENE_PHOTOGRAPHS, missing_photographs, photograph_crop, smooth_noise
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.cutouts import cut_out, embedded_cutout, turned
@@ -60,6 +60,7 @@ def test_a_scene_depends_on_its_number_alone(scenes):
 def test_metadata_and_shapes_are_those_of_the_records(scenes):
     for row, record in zip(scenes.metadata(), map(scenes.__getitem__, range(len(scenes))), strict=True):
         assert "image" not in row and repr(row) == repr(without_payloads(record))
+    assert [row["key"] for row in sample_of(scenes, 3)] == [scenes[i]["key"] for i in (0, 29, 59)]
     sizes = [scenes[i]["image"].shape[:2] for i in range(len(scenes))]
     assert np.array_equal(scenes.shapes(), sizes)
     assert [(row["height"], row["width"]) for row in scenes.metadata()] == sizes

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import ndimage
 
 from florence_jax.data.box_problems import Problems
-from florence_jax.data.records import BaseSource, Record
+from florence_jax.data.records import BaseSource, Record, evenly
 from florence_jax.data.sources.backgrounds import SCENE_PHOTOGRAPHS, choose_backgrounds, photograph_crop, smooth_noise
 from florence_jax.data.sources.cutouts import embedded_cutout, turned
 from florence_jax.data.sources.embedded import open_emoji
@@ -185,6 +185,10 @@ class Scenes(BaseSource):
     def metadata(self) -> Iterator[Record]:
         """All records without their pictures: the masks are laid out, nothing is painted."""
         return (self._record(index, self._layout(index)[0]) for index in range(len(self)))
+
+    def sample(self, count: int) -> list[Record]:
+        """See `records.sample_of`; nothing is painted."""
+        return [self._record(index, self._layout(index)[0]) for index in evenly(len(self), count).tolist()]
 
     def shapes(self) -> np.ndarray:
         """float32 (N, 2): height and width of all scenes, for `make_buckets`; none is laid out."""
