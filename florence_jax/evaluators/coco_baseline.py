@@ -11,7 +11,7 @@ from florence_jax.evaluators.coco_check import sample_rows
 from florence_jax.evaluators.coco_files import FoundBoxes, GroundTruth, found_boxes, match_classes
 from florence_jax.evaluators.coco_scores import coco_scores
 
-TRAINING_PICTURES = 2000  # that the mean boxes are of, at most
+TRAINING_PICTURES = 500  # that the mean boxes are of, at most
 MOST_FOUND = 100  # boxes of a picture
 BASELINE_METRICS = ("AP", "AP50", "AP75", "agnostic_AP50")
 
@@ -63,7 +63,7 @@ def mean_box_scores(truth: GroundTruth, sources: Sequence[BoxSource]) -> dict[st
     boxes, shares = mean_boxes(sources, truth.class_names)
     classes = np.argsort(-shares, kind="stable")[:MOST_FOUND]
     found = found_everywhere(truth, classes[shares[classes] > 0], boxes, shares)
-    values = coco_scores(truth, found).values
+    values = coco_scores(truth, found, by_size=False).values
     return {name: values[name] for name in BASELINE_METRICS if name in values}
 
 

@@ -11,10 +11,10 @@ from florence_jax.data.records import Record, Subset, evenly
 from florence_jax.data.sources.boxes import BoxSource
 from florence_jax.errors import UserError
 from florence_jax.evaluators.coco_files import NAMED, FoundBoxes, GroundTruth, WithTruth, found_boxes, make_truth
-from florence_jax.evaluators.coco_scores import coco_data, coco_eval
+from florence_jax.evaluators.coco_scores import ALL_SIZES, coco_data, coco_eval
 
 CHECKED_PICTURES = 32  # that are read, and taken through the ops and back
-PAIRS = 160_000  # of pictures and classes: a second's work
+PAIRS = 80_000  # of pictures and classes: a few seconds' work
 MOST_BOXES = 100  # of a picture that count, see COCOeval's maxDets
 LEAST = 0.99  # AP below which scoring makes no sense
 
@@ -107,7 +107,7 @@ def _round_trips(
 
 def _lost(truth: GroundTruth, found: FoundBoxes) -> tuple[np.ndarray, float]:
     """True boxes that match nothing at IoU .95, and the AP."""
-    result = coco_eval(coco_data(truth, found), areaRng=[[0, 1e10]], areaRngLbl=["all"])
+    result = coco_eval(coco_data(truth, found), **ALL_SIZES)
     numbers = result.eval["precision"][..., 0, -1]
     lost = [
         gt - 1

@@ -11,7 +11,7 @@ from florence_jax.evaluators.coco_errors import CORRECT, FALSE_KINDS, Judged, co
 from florence_jax.page import FIGURE_SIDE, figure_html
 from florence_jax.pictures import draw_boxes, picture_uri
 
-TRUE, WRONG, APART = "#3a7d44", "#d1495b", "#8a8a8a"  # colours: true or right; wrong; crowds
+TRUE, WRONG, APART = "#3a7d44", "#d1495b", "#8a8a8a"  # colours: right or true; wrong or not found; crowds
 PAIR_SIDE = 256  # pixels, of the longer side of a picture
 CROP, SMALLEST_CROP = 2.5, 64  # a mistake is shown with so many times its size around it, and at least so many pixels
 
@@ -32,12 +32,12 @@ class Painter:
         truth, found = judged.truth, judged.found
         true = np.flatnonzero(truth.image == row)
         ours = np.flatnonzero((found.image == row) & judged.kept(threshold))
-        crowd = truth.crowd[true]
+        crowd, hit = truth.crowd[true], np.isin(true, judged.match[ours][judged.kind[ours] == CORRECT])
         left = _drawn(
             image,
             corners_of(truth.boxes[true]),
             [truth.class_names[k] for k in truth.labels[true].tolist()],
-            [APART if apart else TRUE for apart in crowd.tolist()],
+            np.select([crowd, hit], [APART, TRUE], WRONG).tolist(),
             crowd.tolist(),
         )
         scored = zip(found.labels[ours].tolist(), found.scores[ours].tolist(), strict=True)

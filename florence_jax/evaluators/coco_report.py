@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from florence_jax.evaluators.classification_report import TABLE_CLASSES, confusion_html
+from florence_jax.evaluators.coco_baseline import TRAINING_PICTURES
 from florence_jax.evaluators.coco_errors import (
     CORRECT,
     FALSE_KINDS,
@@ -102,6 +103,12 @@ def _metrics(scores: CocoScores, chance: Mapping[str, float]) -> str:
     ]
     absent = absent_words([metric for metric in COCO_METRICS if metric not in scores.values])
     below = f"<p>{html.escape(absent[:1].upper() + absent[1:])}.</p>" if absent else ""
+    if chance:
+        below += (
+            "<p>Mean boxes: what a detector scores that finds in every picture the mean box of each class of the "
+            f"training set, with the class's share of all boxes as its score ({TRAINING_PICTURES} pictures of the "
+            "training set at most were looked at).</p>"
+        )
     return table_html(("metric", "value", "mean boxes", "meaning"), rows) + below
 
 
@@ -173,9 +180,11 @@ def _false_positives(judged: Judged, threshold: float, painter: Painter) -> str:
         figures = [painter.mistake(judged, box) for box in best[np.sort(first)[:SHOWN]].tolist()]
         if figures:
             sections.append(f'<h3>{kind}</h3><div class="tiles">{"".join(figures)}</div>')
+    true, right = int((~judged.truth.crowd).sum()), int((kept & (judged.kind == CORRECT)).sum())
     note = (
-        f"<p>{total:,} of {int(kept.sum()):,} boxes from the threshold on; each is of the first kind that fits. "
-        "The pictures have those with the highest scores in red, the nearest true box in green.</p>"
+        f"<p>{total:,} of {int(kept.sum()):,} boxes from the threshold on are wrong, each of the first kind that fits; "
+        f"{true - right:,} of {true:,} true boxes are not found. The pictures have those with the highest scores in "
+        "red, the nearest true box in green.</p>"
     )
     table = table_html(("kind", "boxes", "share", "meaning", ""), rows)
     return f"{table}{note}{''.join(sections)}"
@@ -187,12 +196,12 @@ def _examples(title: str, judged: Judged, threshold: float, painter: Painter) ->
     each = np.bincount(judged.truth.image[~judged.truth.crowd], minlength=len(f1))
     # Of equals those with more boxes: they say more.
     order = judgeable[np.lexsort((-each[judgeable], -f1[judgeable]))]
-    half = min(SHOWN, -(-len(order) // 2))
-    best, worst = order[:half], order[len(order) - min(half, len(order) - half) :]
-    worst = worst[np.lexsort((-each[worst], f1[worst]))]
+    best, others = order[: -(-len(order) // 2)][:SHOWN], order[-(-len(order) // 2) :]
+    worst = others[np.lexsort((-each[others], f1[others]))][:SHOWN]
     rest = np.setdiff1d(np.arange(len(f1)), np.concatenate([best, worst]))
     drawn = np.random.default_rng(0).permutation(rest)[:SHOWN]
-    parts = [f"<h2>{title}: pictures</h2><p>Left the true boxes, right those found: green is right, red is wrong.</p>"]
+    note = "Left the true boxes, red where they are not found; right the boxes found, red where they are wrong."
+    parts = [f"<h2>{title}: pictures</h2><p>{note}</p>"]
     for heading, rows in (("best", best), ("worst", worst), ("random", np.sort(drawn))):
         figures = [painter.picture(judged, row, threshold, float(f1[row])) for row in rows.tolist()]
         if figures:
