@@ -85,6 +85,11 @@ def table_html(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     return f"<table><tr>{line('th', list(map(markup, head)), right)}</tr>{body}</table>"
 
 
+def share_bar(share: float) -> Html:
+    """A bar of which that share is filled, for a cell of a table."""
+    return Html(f'<div class="bar"><i style="width:{100 * share:.1f}%"></i></div>')
+
+
 def figure_html(pictures: Sequence[str], caption: Any, note: Any = "", kind: str = "") -> str:
     """Pictures with a text below; put figures into a `<div class="tiles">`.
 

@@ -81,6 +81,8 @@ class OwnColumns(CocoColumns):
     def take_box(self, item: dict) -> None:
         """See `CocoColumns`."""
         place, self._seen = self._seen, self._seen + 1
+        if not isinstance(item["bbox"], list) or len(item["bbox"]) != 4:
+            raise ValueError(f"bbox {str(item['bbox'])[:100]}")
         x, y, width, height = map(float, item["bbox"])
         image, category = self.number(item["image_id"]), self.number(item["category_id"])
         try:

@@ -20,7 +20,7 @@ from florence_jax.evaluators.coco_errors import (
 from florence_jax.evaluators.coco_files import FoundBoxes, GroundTruth
 from florence_jax.evaluators.coco_pictures import Painter
 from florence_jax.evaluators.coco_scores import AGNOSTIC, COCO_METRICS, CocoScores, absent_words
-from florence_jax.page import Html, curve, table_html
+from florence_jax.page import curve, share_bar, table_html
 
 METRIC_MEANINGS = {
     "AP": "average precision, mean over IoU .50, .55, ... .95",
@@ -127,14 +127,10 @@ def _classes(truth: GroundTruth, scores: CocoScores) -> str:
     """AP of each class with boxes, worst first."""
     ap, ap50, counts = scores.class_ap(), scores.class_ap(0), truth.counts()
     order = [k for k in np.argsort(ap, kind="stable").tolist() if not np.isnan(ap[k])]
-    rows = [(truth.class_names[k], int(counts[k]), float(ap[k]), float(ap50[k]), _bar(ap[k])) for k in order]
+    rows = [(truth.class_names[k], int(counts[k]), float(ap[k]), float(ap50[k]), share_bar(ap[k])) for k in order]
     table = table_html(("class", "true boxes", "AP", "AP50", ""), rows)
     opened = " open" if len(order) <= TABLE_CLASSES else ""
     return f"<details{opened}><summary>{len(order)} classes, worst first</summary>{table}</details>"
-
-
-def _bar(share: float) -> Html:
-    return Html(f'<div class="bar"><i style="width:{100 * share:.1f}%"></i></div>')
 
 
 def _statistics(truth: GroundTruth, found: FoundBoxes, threshold: Threshold) -> str:
@@ -174,7 +170,7 @@ def _false_positives(judged: Judged, threshold: float, painter: Painter) -> str:
     rows, sections = [], []
     for number, (kind, meaning) in enumerate(zip(FALSE_KINDS, FALSE_MEANINGS, strict=True)):
         chosen = np.flatnonzero(kept & (judged.kind == number))
-        rows.append((kind, len(chosen), len(chosen) / max(total, 1), meaning, _bar(len(chosen) / max(total, 1))))
+        rows.append((kind, len(chosen), len(chosen) / max(total, 1), meaning, share_bar(len(chosen) / max(total, 1))))
         best = chosen[np.argsort(-judged.found.scores[chosen], kind="stable")]
         _, first = np.unique(judged.found.image[best], return_index=True)  # one of each picture
         figures = [painter.mistake(judged, box) for box in best[np.sort(first)[:SHOWN]].tolist()]

@@ -64,6 +64,23 @@ class BoxColumns:
         }
 
 
+def read_columns(source: BoxSource) -> tuple[list[str], np.ndarray, BoxColumns]:
+    """Keys, int32 (N, 2) widths and heights, and boxes of all N records; no picture is read."""
+    if isinstance(source, FileBoxSource):
+        return source.files, source.sizes, source.columns
+    keys, sizes, parts = [], [], []
+    for row, record in enumerate(source.metadata()):
+        keys.append(str(record["key"]))
+        sizes.append((record["width"], record["height"]))
+        boxes = np.asarray(record["boxes"], np.float32).reshape(-1, 4)
+        marks = [np.asarray(record.get(name, np.zeros(len(boxes))), bool) for name in ("iscrowd", "is_group_of")]
+        areas = np.asarray(record.get("areas", (boxes[:, 2:] - boxes[:, :2]).prod(1)), np.float32)
+        class_ids = np.asarray(record["class_ids"], np.int32)
+        parts.append((np.full(len(boxes), row), boxes, class_ids, marks[0] | marks[1], areas))
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    return keys, np.array(sizes, np.int32).reshape(-1, 2), BoxColumns(len(keys), *columns)
+
+
 class FileBoxSource(BaseSource):
     """Pictures of a folder, with boxes in memory.
 

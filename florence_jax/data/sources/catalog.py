@@ -80,17 +80,27 @@ def _matches(spec: str) -> list[str]:
 
 
 def open_mixture(spec: str) -> tuple[list[Source], list[float]]:
-    """Opens sources joined by '|', each with an optional '*weight' (default 1), as in 'emoji:train*2|gs://b/pairs'.
-
-    A pattern that ends in a star and digits needs its weight said: 'pairs-*00*1'.
+    """Opens sources joined by '|', see `split_mixture`.
 
     Returns:
       The sources and their weights; the weights are the shares of each batch up to a factor.
 
     Raises:
-      UserError: for a weight that is not positive, and as `open_source` does.
+      UserError: as `split_mixture` and `open_source` do.
     """
-    sources, weights = [], []
+    parts = split_mixture(spec)
+    return [open_source(name) for name, _ in parts], [weight for _, weight in parts]
+
+
+def split_mixture(spec: str) -> list[tuple[str, float]]:
+    """(source, weight) of sources joined by '|', each with an optional '*weight' (default 1).
+
+    As in 'emoji:train*2|gs://b/pairs'. A pattern that ends in a star and digits needs its weight said: 'pairs-*00*1'.
+
+    Raises:
+      UserError: for a weight that is not positive.
+    """
+    parts = []
     for part in spec.split("|"):
         match = re.fullmatch(r"(.+?)(?:\*(-?\d[\d.eE+-]*))?", part.strip())
         if not match:
@@ -101,9 +111,8 @@ def open_mixture(spec: str) -> tuple[list[Source], list[float]]:
             weight = 0.0
         if not 0 < weight < float("inf"):
             raise UserError(f"data source {part.strip()!r}: the weight after '*' must be a positive number")
-        sources.append(open_source(match[1]))
-        weights.append(weight)
-    return sources, weights
+        parts.append((match[1], weight))
+    return parts
 
 
 # How a source is opened whose name begins with 'KIND:'. Anything else is a path.

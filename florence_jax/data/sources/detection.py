@@ -37,7 +37,7 @@ def open_boxes(spec: str, split: str = "", check: bool = False) -> BoxSource:
         'scenes:SPLIT', see `Scenes`; ArrayRecord files with boxes; or a folder of pictures with annotations.json
         (COCO's form; also instances_*.json, _annotations.coco.json), boxes.csv, or an .xml for each picture.
       split: 'train' or 'test': which part of a folder that has several (train, valid and test of Roboflow's exports,
-        ImageSets/Main of VOC); '' for all or the only one.
+        ImageSets/Main of VOC); '' for all, or the only one.
       check: what cannot be trained on (no boxes, boxes in another form) is among the problems instead of an error.
 
     Raises:
@@ -278,11 +278,9 @@ def _part_of(name: str) -> str:
 
 
 def _of_part(folder: str, names: Sequence[str], split: str) -> list[str]:
-    """The names that are of a split: of 'test' else of the validation part; all where `split` is ''."""
-    if not split:
-        return list(names)
+    """The names that are of a split: of 'test' else of the validation part; all where there are no parts."""
     parts = [_part_of(name) for name in names]
-    if split == "train" and not any(parts):
+    if not split or not any(parts):
         return list(names)
     wanted = "val" if split == "test" and "test" not in parts else split
     found = [name for name, part in zip(names, parts, strict=True) if part == wanted]
