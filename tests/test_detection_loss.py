@@ -13,7 +13,12 @@ from florence_jax.losses.detection import assign_atss, centerness, detection_los
 
 STRIDES = (8, 16, 32, 64, 128)
 CLASSES = 3
-assign = jax.jit(assign_atss, static_argnums=1)
+assigned = jax.jit(assign_atss, static_argnums=1)
+
+
+def assign(*args):
+    """`assign_atss`, in numpy."""
+    return jax.device_get(assigned(*args))
 
 
 def grid(height, width):
@@ -212,7 +217,7 @@ def test_loss_equals_loops():
 def test_what_is_ignored_or_padding_has_no_gradient():
     outputs, batch, sizes = example()
     learnt, others = split(outputs)
-    (loss, _), gradients = loss_and_gradients(sizes)(learnt, others, batch)
+    (loss, _), gradients = jax.device_get(loss_and_gradients(sizes)(learnt, others, batch))
     by_class = np.abs(gradients["detector/logits"]).max(-1)
     matched = np.array(
         assign(others["detector/anchors"], sizes, batch["boxes"], batch["objects"], others["detector/inside"])[0]
@@ -234,7 +239,7 @@ def test_what_is_ignored_or_padding_has_no_gradient():
 def test_without_boxes_all_is_background():
     outputs, batch, sizes = example()
     empty = batch | {"objects": np.zeros_like(batch["objects"]), "ignore": np.zeros_like(batch["ignore"])}
-    (loss, metrics), gradients = loss_and_gradients(sizes)(*split(outputs), empty)
+    (loss, metrics), gradients = jax.device_get(loss_and_gradients(sizes)(*split(outputs), empty))
     background = np.asarray(
         focal_loss(outputs["detector/logits"], np.full(outputs["detector/inside"].shape, -1)), float
     )
