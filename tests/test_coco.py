@@ -28,8 +28,8 @@ def evaluator_of(source, names=NAMES, **options):
 def plain(folder, name="test"):
     """COCOeval.stats of the files of an evaluation, as anybody computes them."""
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = pycocotools_coco.COCO(str(folder / f"{name}_ground_truth.json"))
-        found = truth.loadRes(str(folder / f"{name}_predictions.json"))
+        truth = pycocotools_coco.COCO(str(folder / f"ground_truth_{name}.json"))
+        found = truth.loadRes(str(folder / f"detections_{name}.json"))
         result = pycocotools_eval.COCOeval(truth, found, "bbox")
         result.evaluate()
         result.accumulate()
@@ -66,7 +66,7 @@ def test_plain_pycocotools_gives_the_numbers_to_the_last_bit(scored):
 
 def test_ids_and_names_are_those_of_the_source(scored):
     evaluator, results, folder = scored
-    truth = json.loads((folder / "test_ground_truth.json").read_text())
+    truth = json.loads((folder / "ground_truth_test.json").read_text())
     assert truth["categories"] == [{"id": 7, "name": "RBC"}, {"id": 2, "name": "WBC"}, {"id": 90, "name": "Platelets"}]
     assert [image["id"] for image in truth["images"]] == [100 - i for i in range(9)]
     crowds = [box for box in truth["annotations"] if box["iscrowd"]]
@@ -85,7 +85,7 @@ def test_a_perfect_detector_and_a_blind_one():
     assert perfect["AP"] == 1.0 == perfect["AR100"] == perfect["agnostic_AP50"]
     blind = evaluator.run(told(source, [([], [], [])] * 9))
     assert blind["AP"] == 0.0 == blind["AR100"]
-    assert json.loads(evaluator.files()["test_predictions.json"]) == []
+    assert json.loads(evaluator.files()["detections_test.json"]) == []
 
 
 def test_classes_are_matched_by_name_and_the_others_are_told(tmp_path):
@@ -105,7 +105,7 @@ def test_unreadable_pictures_are_left_out_with_their_boxes_and_counted(tmp_path)
     evaluator = evaluator_of(source, on_corrupt="skip")
     results = evaluator.run(told(source, answers_like(source)))
     assert (results["images"], results["skipped"], results["AP"]) == (7, 2, 1.0)
-    truth = json.loads(evaluator.files()["test_ground_truth.json"])
+    truth = json.loads(evaluator.files()["ground_truth_test.json"])
     assert [image["id"] for image in truth["images"]] == [100, 99, 97, 96, 94, 93, 92]
 
 
@@ -113,7 +113,7 @@ def test_ids_may_be_texts_and_must_be_unique():
     source = DrawnBoxes(3, changes={i: {"image_id": f"cell {i} ä"} for i in range(3)})
     evaluator = evaluator_of(source)
     assert evaluator.run(told(source, answers_like(source)))["AP"] == 1.0
-    ids = {box["image_id"] for box in json.loads(evaluator.files()["test_predictions.json"])}
+    ids = {box["image_id"] for box in json.loads(evaluator.files()["detections_test.json"])}
     assert ids == {"cell 0 ä", "cell 1 ä", "cell 2 ä"}
     with pytest.raises(UserError, match="1 ids belong to several pictures, such as 99"):
         evaluator_of(DrawnBoxes(3, changes={2: {"image_id": 99}}))
@@ -141,7 +141,7 @@ def test_what_a_picture_is_decides_not_what_was_stated_of_it():
     evaluator = evaluator_of(source)
     results = evaluator.run(told(DrawnBoxes(), answers_like(DrawnBoxes())))
     assert results["AP"] == 1.0 and evaluator.notes[-1].endswith("AP 1.000")
-    truth = json.loads(evaluator.files()["test_ground_truth.json"])
+    truth = json.loads(evaluator.files()["ground_truth_test.json"])
     assert (truth["images"][2]["width"], truth["images"][2]["height"]) == (width, height)
 
 

@@ -36,6 +36,20 @@ def test_runs_every_setting_with_every_seed_and_prints_the_spread(tmp_path, call
     assert row.split()[1:] == ["0.600", "(0.500", "to", "0.700)", "0.350", "(0.250", "to", "0.450)"]
 
 
+def test_cases_hold_several_settings(tmp_path, calls, capsys):
+    cases = ["--case=one loss: loss=unicl total_steps=3", "--case=other:loss=clip config.total_steps=4"]
+    assert compare.main(["--seeds=0,1", *cases, f"--workdir={tmp_path}"]) == 0
+    assert calls == [("unicl", "0", "3"), ("clip", "0", "4"), ("unicl", "1", "3"), ("clip", "1", "4")]
+    assert capsys.readouterr().out.splitlines()[1].split()[1:] == ["one", "loss", "other"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{case}_seed{seed}" for case in ("one_loss", "other") for seed in (0, 1)
+    ]
+    claimed = json.loads((tmp_path / "other_seed1" / "compare.json").read_text())
+    assert claimed["extra"] == ["--config.loss=clip", "--config.total_steps=4"]
+    assert compare.parse_case("as it is:").options == ()
+    assert compare.parse_case("a: x.y='1, 2' init=").options == ("--config.x.y=1, 2", "--config.init=")
+
+
 @pytest.mark.parametrize("other", [["--config.total_steps=4"], ["--config.total_steps=3", "--config=other.py"]])
 def test_a_folder_of_other_runs_is_left_alone(tmp_path, calls, capsys, other):
     arguments = ["--seeds=0", "--vary=loss=unicl", f"--workdir={tmp_path}"]
@@ -63,7 +77,17 @@ def test_a_failed_run_ends_the_comparison(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments,message", [(["--vary=loss"], "--vary"), (["--seeds=a"], "--seeds"), (["--x=1"], "--x")]
+    "arguments,message",
+    [
+        (["--vary=loss"], "--vary"),
+        (["--seeds=a"], "--seeds"),
+        (["--x=1"], "--x"),
+        (["--case=loss=clip"], "--case='LABEL: NAME=VALUE"),
+        (["--case=a: clip"], "--case='LABEL: NAME=VALUE"),
+        (["--case=a: x='1"], "No closing quotation"),
+        (["--case=a:", "--vary=loss=clip"], "not both"),
+        (["--case=a b:", "--case=a_b:"], "two cases are called 'a b'"),
+    ],
 )
 def test_mistakes(arguments, message, capsys):
     assert compare.main(arguments) == 2

@@ -157,8 +157,8 @@ class CocoEvaluator(Evaluator):
         if self._truth is None or self._found is None:
             return {}
         return {
-            f"{self.name}_predictions.json": json_bytes(self._found.rows(self._truth)),
-            f"{self.name}_ground_truth.json": json_bytes(self._truth.dataset()),
+            f"detections_{self.name}.json": json_bytes(self._found.rows(self._truth)),
+            f"ground_truth_{self.name}.json": json_bytes(self._truth.dataset()),
         }
 
 

@@ -1,9 +1,11 @@
-"""Runs one configuration with several values of one setting and several seeds, and prints the results side by side.
+"""Runs one configuration with several settings and several seeds, and prints the results side by side.
 
     python -m florence_jax.tools.compare --seeds=0,1,2                                # the laptop run and its spread
     python -m florence_jax.tools.compare --seeds=0,1,2 --vary=loss=unicl,clip         # UniCL against plain CLIP targets
     python -m florence_jax.tools.compare --config=configs/pretrain.py:runlocal --vary=optim.weight_decay=0.1,0.3
+    python -m florence_jax.tools.compare --case="small: batch_size=64" --case="large: batch_size=256 epochs=40"
 
+`--vary` gives one setting several values; each `--case` is a name and, after the ':', any number of settings.
 Each run is `python -m florence_jax.main` in a folder of its own below --workdir, so that an interrupted comparison
 continues where it was, and a finished run is not repeated; `compare.json` there says what the run was started with, and
 another comparison does not take the folder. The table has mean and lowest to highest over the seeds.
@@ -11,11 +13,13 @@ another comparison does not take the folder. The table has mean and lowest to hi
 
 import argparse
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +28,56 @@ from florence_jax.errors import UserError
 from florence_jax.files import with_home, write_text
 
 SETTINGS_FILE = "compare.json"
+
+
+class Column(NamedTuple):
+    """What a column of the table is of.
+
+    Attributes:
+      label: its head. folder: beginning of the names of its runs' folders.
+      name, value: of the setting that is varied; '' for none.
+      options: further ones of the command.
+    """
+
+    label: str
+    folder: str
+    name: str = ""
+    value: str = ""
+    options: tuple[str, ...] = ()
+
+
+def parse_case(text: str) -> Column:
+    """'large: batch_size=256 epochs=40' as a column. Raises UserError without a name, or for what is no NAME=VALUE."""
+    label, colon, settings = text.partition(":")
+    label = label.strip()
+    try:
+        words = shlex.split(settings)
+    except ValueError as error:
+        raise UserError(f"--case={text!r}: {error}") from error
+    if not colon or not label or not all(re.match(r"[\w.]+=", word) for word in words):
+        raise UserError(
+            f"--case={text!r}: write --case='LABEL: NAME=VALUE NAME=VALUE', such as --case='large: batch_size=256'"
+        )
+    options = tuple(f"--config.{word.removeprefix('config.')}" for word in words)
+    return Column(label, re.sub(r"[^\w.-]+", "_", label), options=options)
+
+
+def columns_of(vary: str, cases: Sequence[str]) -> list[Column]:
+    """The columns of the table. Raises UserError for both, or two cases of one name."""
+    if not cases:
+        return [
+            Column(f"{name}={value}", f"{name}_{value}".replace("/", "_"), name, value)
+            if name
+            else Column("as configured", "default")
+            for name, value in parse_vary(vary)
+        ]
+    if vary:
+        raise UserError("give --vary or --case, not both: a case holds any number of settings")
+    columns = [parse_case(case) for case in cases]
+    folders = [column.folder for column in columns]
+    if twice := next((c.label for c in columns if folders.count(c.folder) > 1), None):
+        raise UserError(f"--case: two cases are called {twice!r}")
+    return columns
 
 
 def parse_vary(text: str) -> list[tuple[str, str]]:
@@ -109,22 +163,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default="configs/pretrain.py")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--vary", default="", help="NAME=VALUE,VALUE: a config key and its values")
+    parser.add_argument(
+        "--case", action="append", default=[], help="'LABEL: NAME=VALUE NAME=VALUE': a column of several settings"
+    )
     parser.add_argument("--workdir", default="runs/compare")
 
     def work() -> None:
         args, extra = parser.parse_known_args(with_home(argv))
         if unknown := [option for option in extra if not option.startswith("--config.")]:
             raise UserError(f"unknown option {unknown[0]!r}; settings of the runs are written --config.name=value")
-        varied, runs = parse_vary(args.vary), []
+        columns, runs = columns_of(args.vary, args.case), []
         for seed in parse_seeds(args.seeds):  # seed by seed, so that an interrupted comparison has whole rows
-            for name, value in varied:
-                folder = f"{name}_{value}" if name else "default"
-                workdir = Path(args.workdir) / f"{folder.replace('/', '_')}_seed{seed}"
-                runs.append((workdir, dict(config=args.config, seed=seed, name=name, value=value, extra=extra)))
-                claim(*runs[-1])
+            for column in columns:
+                workdir = Path(args.workdir) / f"{column.folder}_seed{seed}"
+                settings = {"config": args.config, "seed": seed, "name": column.name, "value": column.value}
+                runs.append((column.label, workdir, settings | {"extra": [*extra, *column.options]}))
+                claim(*runs[-1][1:])
         results: dict[str, list[dict[str, float | None]]] = {}
-        for workdir, settings in runs:
-            label = f"{settings['name']}={settings['value']}" if settings["name"] else "as configured"
+        for label, workdir, settings in runs:
             results.setdefault(label, []).append(train_run(workdir, settings))
         print(f"{args.config}, seeds {args.seeds}: mean (lowest to highest)\n{comparison_table(results)}")
 
