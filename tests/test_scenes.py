@@ -135,7 +135,7 @@ def test_photographs_that_are_missing_are_told(monkeypatch):
     monkeypatch.setattr("florence_jax.data.sources.backgrounds.photograph_path", lambda name: None)
     missing_photographs.cache_clear()
     assert "smooth noise" in open_source("scenes:train").summary["says"]
-    with pytest.raises(UserError, match=r"florence_jax\[scenes\]"):
+    with pytest.raises(UserError, match=r"pip install ..\[scenes\]"):
         open_source("scenes:train:9:groups:64:photographs")
     missing_photographs.cache_clear()
 

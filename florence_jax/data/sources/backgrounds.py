@@ -11,7 +11,7 @@ from florence_jax.errors import UserError
 from florence_jax.pictures import upright_rgb
 
 BACKGROUNDS = ("photographs", "noise")
-SCENES_INSTALL = 'pip install "florence_jax[scenes]"'
+SCENES_INSTALL = "pip install '.[scenes]'"
 # Files inside the wheels, nothing that would be fetched; a photograph is of one side only.
 PHOTOGRAPH_FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
 SCENE_PHOTOGRAPHS = {
