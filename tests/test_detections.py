@@ -9,12 +9,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from florence_jax.boxes import box_areas, iou
 from florence_jax.models import detections as module
-from florence_jax.models.detections import candidates, detections, merge_views, suppress
+from florence_jax.models.detections import candidates, detections, merge, suppress
 
 SIZES = (48, 12, 3, 1, 1)  # anchors of the levels
 CLASSES = 4
 find = jax.jit(functools.partial(candidates, level_sizes=SIZES, threshold=0.1, per_level=20))
-merge = jax.jit(merge_views)
+join = jax.jit(merge)
 
 
 def greedy(boxes, scores, labels, most_overlap, most):
@@ -142,18 +142,18 @@ def test_nothing_found_is_no_boxes():
     outputs, valid = random_outputs(np.random.default_rng(0), 50)
     outputs["detector/inside"][:25] = False
     outputs["detector/logits"][25:] = -9
-    out = merge([find(outputs, valid)])
+    out = join([find(outputs, valid)])
     assert (out["labels"] == -1).all() and not out["scores"].any() and not out["boxes"].any()
 
 
 def test_views_of_a_picture_are_one_answer():
     outputs, valid = random_outputs(np.random.default_rng(0), 50)
     view = find(outputs, valid)
-    one, both = merge([view]), merge([view, view])
+    one, both = join([view]), join([view, view])
     for name in one:
         np.testing.assert_array_equal(one[name], both[name])
     other = view | {"scores": view["scores"] * 1.2, "boxes": view["boxes"] + 1}
-    better = merge([other, view])
+    better = join([other, view])
     assert (better["scores"][:, 0] == other["scores"].max(1)).all() and (
         better["boxes"][:, 0] != one["boxes"][:, 0]
     ).any()

@@ -102,7 +102,7 @@ def candidates(
     return {"boxes": boxes, "scores": scores, "labels": (places % classes).reshape(batch, -1)}
 
 
-def merge_views(views: Sequence[Mapping[str, jax.Array]], iou: float = 0.6, most: int = 100) -> dict[str, jax.Array]:
+def merge(views: Sequence[Mapping[str, jax.Array]], iou: float = 0.6, most: int = 100) -> dict[str, jax.Array]:
     """The best boxes of pictures that were looked at in several ways: at several sizes, mirrored.
 
     Args:
