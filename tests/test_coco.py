@@ -231,3 +231,14 @@ def test_one_process_or_more_batches_the_same_numbers(scored):
     source = DrawnBoxes()
     evaluator = CocoEvaluator(source, OPS, (), detect, make_mesh(1, 1, jax.devices()[:1]), 2, NAMES)
     assert evaluator.run(told(source, answers_like(source, 0.08, false=2, wrong=0.2))) == scored[1]
+
+
+def test_a_test_set_without_any_box_gives_the_file_and_no_number():
+    none = {"boxes": [], "class_ids": [], "iscrowd": [], "is_group_of": []}
+    source = DrawnBoxes(2, changes=dict.fromkeys(range(2), none))
+    evaluator = evaluator_of(source, train=[DrawnBoxes(5)])
+    results = evaluator.run(told(source, [([[1, 1, 30, 30]], [0.5], [1])] * 2))
+    assert results == {"images": 2, "boxes": 0, "crowds": 0} and evaluator.chance == {}
+    assert len(json.loads(evaluator.files()["detections_test.json"])) == 2
+    assert "3 classes have no boxes in the test set and count nowhere: RBC, WBC, Platelets" in evaluator.notes
+    assert "There are no boxes." in "".join(evaluator.report())

@@ -6,21 +6,19 @@ import numpy as np
 import pytest
 from coco_tools import NAMES, DrawnBoxes, answers_like, truth_of
 
-from florence_jax.boxes import iou
 from florence_jax.evaluators.coco_errors import (
     CORRECT,
     FALSE_KINDS,
     IGNORED,
     best_threshold,
     confusion_with_background,
-    corners_of,
     judge_boxes,
     picture_f1,
 )
 from florence_jax.evaluators.coco_files import found_boxes
 from florence_jax.evaluators.coco_pictures import Painter
 from florence_jax.evaluators.coco_report import coco_report
-from florence_jax.evaluators.coco_scores import coco_scores
+from florence_jax.evaluators.coco_scores import ALL_SIZES, coco_data, coco_eval, coco_scores
 
 pytest.importorskip("pycocotools")
 
@@ -80,29 +78,18 @@ def test_each_kind_of_mistake():
     assert picture_f1(judged, 0.55).tolist() == [2 / (4 + 3)]
 
 
-def brute_force(truth, found):
-    """Which found boxes are right, one after another."""
-    right, taken = [], set()
-    for i in np.argsort(-found.scores, kind="stable"):
-        overlaps = {
-            j: float(iou(corners_of(found.boxes[i]), corners_of(truth.boxes[j])))
-            for j in range(len(truth.boxes))
-            if truth.image[j] == found.image[i] and truth.labels[j] == found.labels[i] and not truth.crowd[j]
-        }
-        free = {j: overlap for j, overlap in overlaps.items() if overlap >= 0.5 and j not in taken}
-        if free:
-            taken.add(max(free, key=free.get))
-            right.append(i)
-    return set(right)
-
-
-def test_right_ones_are_those_of_the_definition_and_the_threshold_is_the_best():
+def test_right_ones_are_pycocotools_matches_and_the_threshold_is_the_best():
     _, truth, found = many()
-    right = brute_force(truth, found)
     judged = judge_boxes(truth, found)
-    assert judged.found.subset(judged.kind == CORRECT).scores.tolist() == pytest.approx(
-        sorted(found.scores[list(right)], key=judged.found.scores.tolist().index)
-    )
+    kinds = dict(zip(judged.found.scores.tolist(), judged.kind.tolist(), strict=True))
+    assert len(kinds) == len(found.scores)  # a score belongs to one box
+    result = coco_eval(coco_data(truth, found), **ALL_SIZES)
+    seen = 0
+    for image in filter(None, result.evalImgs):
+        for score, match, ignored in zip(image["dtScores"], image["dtMatches"][0], image["dtIgnore"][0], strict=True):
+            seen += 1
+            assert (kinds[score] == CORRECT) == (match > 0 and not ignored) and (kinds[score] == IGNORED) == ignored
+    assert seen == len(found.scores) and IGNORED in kinds.values()
     best, total = best_threshold(judged), int((~truth.crowd).sum())
     counted = judged.kind != IGNORED
     scores, hits = judged.found.scores[counted], judged.kind[counted] == CORRECT
