@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from florence_jax.data.ops.geometry import map_boxes
+from florence_jax.data.pipeline import eval_stream
 from florence_jax.data.records import BadRecord, BaseSource, without_payloads
 from florence_jax.evaluators.coco_files import make_truth
 
@@ -68,7 +69,7 @@ def truth_of(source):
     return make_truth(source.metadata(), source)
 
 
-def told(source, answers):
+def told(source, answers, ops=OPS, buckets=()):
     """Parameters of `detect` that answer (boxes, scores, labels) of each picture of a source, in its own pixels."""
     room = max(len(scores) for _, scores, _ in answers) + 1
     rows = len(answers)
@@ -77,13 +78,18 @@ def told(source, answers):
         "scores": np.zeros((rows, room), np.float32),
         "labels": np.full((rows, room), -1, np.int32),
     }
-    for row, (record, (boxes, scores, labels)) in enumerate(zip(source.metadata(), answers, strict=True)):
-        scale = SIDE / max(record["width"], record["height"])
-        sizes = [max(1, round(record[name] * scale)) for name in ("width", "height")]
-        matrix = np.diag([sizes[0] / record["width"], sizes[1] / record["height"], 1.0])[:2]
-        count = len(scores)
-        out["boxes"][row, :count] = map_boxes(np.asarray(boxes, float).reshape(-1, 4), matrix)
-        out["scores"][row, :count], out["labels"][row, :count] = scores, labels
+    stream = eval_stream(
+        source, f"{ops}|keep(image, warp)", {}, batch_size=4, buckets=buckets, host=["warp"], on_corrupt="skip"
+    )
+    with stream:
+        for batch in stream:
+            for place in np.flatnonzero(batch["mask"]).tolist():
+                row = int(batch["index"][place])
+                boxes, scores, labels = answers[row]
+                count = len(scores)
+                boxes = np.asarray(boxes, float).reshape(-1, 4)
+                out["boxes"][row, :count] = map_boxes(boxes, batch["warp"][place][:2])
+                out["scores"][row, :count], out["labels"][row, :count] = scores, labels
     return out
 
 

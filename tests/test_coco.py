@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from coco_tools import NAMES, OPS, DrawnBoxes, answers_like, detect, told, truth_of
 
+from florence_jax.data.buckets import make_buckets
 from florence_jax.errors import UserError
 from florence_jax.evaluators.coco import CocoEvaluator
 from florence_jax.evaluators.coco_baseline import mean_box_scores, mean_boxes
@@ -225,6 +226,15 @@ def test_names_match_to_the_letter_before_anything_else():
     assert match_classes(["Red-Cell"], ["red cell", "other"]).tolist() == [0]
     assert match_classes(["a", "A"], ["b", "Ä"]).tolist() == [-1, -1]
     assert match_classes(["Cat", "CAT"], ["cat"]).tolist() == [-1, -1]  # which of them is not known
+
+
+def test_pictures_of_several_shapes_of_batches(scored):
+    source, ops = DrawnBoxes(), "decode|resize_fit({height}, {width})|pad_image({height}, {width})"
+    buckets = make_buckets([source], [(64, 48), (48, 64)])
+    assert len(buckets) == 2
+    evaluator = CocoEvaluator(source, ops, buckets, detect, make_mesh(-1, 1), 8, NAMES)
+    results = evaluator.run(told(source, answers_like(source, 0.08, false=2, wrong=0.2), ops, buckets))
+    assert results == pytest.approx(scored[1], abs=1e-3)
 
 
 def test_one_process_or_more_batches_the_same_numbers(scored):
