@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from golden import convert, cosx, fill, sinx
 
-from florence_jax.models.dyhead import COARSE_MODES, DyHeadBlock, DyReLU
+from florence_jax.models.dyhead import COARSE_MODES, DyHeadBlock, DyReLU, cut_flat, group_norm, resize_corners
 
 SIZES = ((8, 12), (4, 6), (2, 3))
 RENAMES = (
@@ -56,16 +56,17 @@ def block():
     return params, tuple(np.float32(x).transpose(0, 2, 3, 1) for x in maps)
 
 
-def run(coarse, params, maps, valids):
-    valids = tuple(jnp.array([valid]) for valid in valids)
-    return jax.jit(DyHeadBlock(coarse).apply)({"params": params}, maps, valids)[0]
-
-
 @pytest.mark.parametrize("coarse", COARSE_MODES)
 def test_block_golden(block, coarse):
+    """Each map in the corner of a larger one, which changes nothing."""
     params, maps = block
-    for got, want in zip(run(coarse, params, maps, SIZES), BLOCK[coarse], strict=True):
-        got = np.asarray(got, np.float64).transpose(0, 3, 1, 2)
+    canvases = tuple(np.pad(x, ((0, 0), (0, 4 >> i), (0, 8 >> i), (0, 0))) for i, x in enumerate(maps))
+    valids = tuple(jnp.array([size]) for size in SIZES)
+    levels = jax.jit(DyHeadBlock(coarse).apply)({"params": params}, canvases, valids)[0]
+    for got, (height, width), want in zip(levels, SIZES, BLOCK[coarse], strict=True):
+        got = np.asarray(got, np.float64)
+        assert got.shape[1] > height and not got[:, height:].any() and not got[:, :, width:].any()
+        got = got[:, :height, :width].transpose(0, 3, 1, 2)
         np.testing.assert_allclose(got.ravel()[:2], want[:2], atol=2e-5)
         np.testing.assert_allclose(got.sum(), want[2], atol=1e-5 * np.abs(got).sum())
 
@@ -77,9 +78,44 @@ def test_dyrelu_golden():
         "fc2": {"kernel": jnp.zeros((1, 16)), "bias": jnp.linspace(-4, 4, 16)},
     }
     x = jnp.array([-1, 2, 0.5, -3])
-    got = DyReLU().apply({"params": params}, x.reshape(1, 1, 1, 4), x[None])
+    apply = jax.jit(DyReLU().apply)
+    got = apply({"params": params}, x.reshape(1, 1, 1, 4), x[None])
     np.testing.assert_allclose(got[0, 0, 0], [0.311111, 1.022222, 0.722222, -0.644445], atol=1e-6)
     plain = jax.tree.map(jnp.zeros_like, params)
-    np.testing.assert_array_equal(
-        DyReLU().apply({"params": plain}, x.reshape(1, 1, 1, 4), x[None])[0, 0, 0], jax.nn.relu(x)
-    )
+    np.testing.assert_array_equal(apply({"params": plain}, x.reshape(1, 1, 1, 4), x[None])[0, 0, 0], jax.nn.relu(x))
+
+
+def test_resizing_maps_corners_onto_each_other():
+    """Of each image's own part: as if it were alone."""
+    x = np.float32(cosx(2, 4, 6, 3))
+    valid, valid_out = jnp.array([[4, 6], [2, 1]]), jnp.array([[8, 11], [3, 2]])
+    got = jax.jit(resize_corners, static_argnums=1)(x, (8, 12), valid, valid_out)
+    for image, (rows, columns), (rows_out, columns_out), own in zip(x, valid, valid_out, got, strict=True):
+        for axis, n, n_out in ((0, rows, rows_out), (1, columns, columns_out)):
+            image = np.moveaxis(image, axis, -1)[..., :n]
+            places = np.linspace(0, n - 1, n_out)
+            image = np.apply_along_axis(
+                lambda line, n=n, places=places: np.interp(places, np.arange(n), line), -1, image
+            )
+            image = np.moveaxis(image, -1, axis)
+        np.testing.assert_allclose(own[:rows_out, :columns_out], image, atol=1e-5)
+
+
+def test_offsets_cut_flat():
+    """Of each image's own part, channels first, the first numbers."""
+    field = sinx(0.3, 2, 6, 7, 5)
+    sizes, coarse = ((6, 7), (5, 3)), ((3, 4), (3, 2))
+    got = jax.jit(cut_flat, static_argnums=1)(field, (3, 4), jnp.array(sizes), jnp.array(coarse))
+    for image, (height, width), (rows, columns), own in zip(field, sizes, coarse, got, strict=True):
+        flat = image[:height, :width].transpose(2, 0, 1).ravel()[: 5 * rows * columns]
+        np.testing.assert_array_equal(own[:rows, :columns], flat.reshape(5, rows, columns).transpose(1, 2, 0))
+
+
+def test_group_norm():
+    """Statistics of each image's own part; an image without any is finite."""
+    x = 3 + sinx(0.7, 2, 4, 5, 32)
+    got = jax.jit(group_norm)(x, jnp.ones(32), jnp.zeros(32), jnp.array([[3, 2], [0, 0]]))
+    own = x[0, :3, :2].reshape(6, 16, 2)
+    want = (own - own.mean((0, 2), keepdims=True)) / np.sqrt(own.var((0, 2), keepdims=True) + 1e-5)
+    np.testing.assert_allclose(got[0, :3, :2].reshape(6, 16, 2), want, atol=1e-5)
+    assert jnp.isfinite(got).all()

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from florence_jax.errors import UserError
-from florence_jax.models.anchors import STRIDES, anchors, decode_boxes, level_shapes
+from florence_jax.models.anchors import anchors, decode_boxes, level_shapes
 from florence_jax.models.base import Model
 from florence_jax.models.coswin import conv_size
 from florence_jax.models.dyhead import COARSE_MODES, NORM_GROUPS, TAPS, Conv, DyHeadBlock, Maps, uniform_by_fan_in
@@ -117,6 +117,16 @@ class Prediction(nn.Module):
         return constrain(product + bias.reshape(1, 1, -1))
 
 
+class LevelScales(nn.Module):
+    """A learned factor of each level, 1 at first: (B, N, C) -> the same, with `counts` positions of each level."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, counts: np.ndarray) -> jax.Array:
+        """(B, N, C) float32 -> the same shape."""
+        scale = self.param("scale", nn.initializers.ones, (len(counts),))
+        return x * jnp.repeat(scale, counts, total_repeat_length=x.shape[1]).reshape(1, -1, 1)
+
+
 class DyHeadDetector(nn.Module):
     """Pyramid, blocks and predictions; see `build_detector`."""
 
@@ -144,9 +154,7 @@ class DyHeadDetector(nn.Module):
         levels = Pyramid(self.config.width, self.dtype, name="pyramid")(maps, valids)
         x = jnp.concatenate([level.reshape(batch, -1, level.shape[-1]) for level in self._blocks(levels, valids)], 1)
         counts = np.array([math.prod(shape) for shape in shapes])
-        scales = self.param("scales", nn.initializers.ones, (len(STRIDES),))
-        factors = jnp.repeat(scales, counts, total_repeat_length=int(counts.sum())).reshape(1, -1, 1)
-        deltas = Prediction(4, name="box_deltas")(x) * factors
+        deltas = LevelScales(name="scales")(Prediction(4, name="box_deltas")(x), counts)
         boxes = jnp.asarray(anchors(*size))
         inside = [
             zero_outside(jnp.ones((batch, *shape, 1), bool), valid).reshape(batch, -1)
