@@ -1,7 +1,7 @@
 """From a table of boxes and a folder of pictures to boxes that can be trained on; all else is counted."""
 
-import collections
 import concurrent.futures
+import functools
 import os
 import posixpath
 import time
@@ -39,9 +39,13 @@ class Finder:
 
     def __init__(self, pictures: Iterable[str]):
         self._names = set(pictures)
-        self._by_base: dict[str, list[str]] = collections.defaultdict(list)
+
+    @functools.cached_property
+    def _by_base(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
         for name in self._names:
-            self._by_base[name.rpartition("/")[2]].append(name)
+            found.setdefault(name.rpartition("/")[2], []).append(name)
+        return found
 
     def find(self, file: str) -> str | None:
         """The picture of that name, or the only one that shares most of its last folders; None if there is none."""

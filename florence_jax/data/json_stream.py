@@ -3,6 +3,7 @@
 import codecs
 import io
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ from etils import epath
 
 from florence_jax.errors import UserError
 
+_SPACE = re.compile(r"[ \t\r\n]*")
+_COMMA = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=[^ \t\r\n\]])")
 READ_BYTES = 1 << 20  # bytes read at a time
 
 
@@ -45,10 +48,15 @@ class _JsonText:
     def peek(self) -> str:
         """The next character that is not white space; '' at the end."""
         while True:
-            while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
-                self._at += 1
+            self._at = _SPACE.match(self._text, self._at).end()
             if self._at < len(self._text) or not self._more():
                 return self._text[self._at : self._at + 1]
+
+    def next_item(self) -> bool:
+        """Goes to the item after a comma, if the text that is in memory shows both: most items of a list."""
+        if found := _COMMA.match(self._text, self._at):
+            self._at = found.end()
+        return found is not None
 
     def take(self, expected: str) -> str:
         """The next character, which must be one of `expected`."""
@@ -59,8 +67,7 @@ class _JsonText:
         return char
 
     def value(self) -> Any:
-        """The next value, whole."""
-        self.peek()
+        """The next value, whole; `peek` or `next_item` has found its beginning."""
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
@@ -111,6 +118,9 @@ def _list_items(text: _JsonText, section: str) -> Iterator[tuple[str, Any]]:
     while text.peek() != "]":
         yield section, text.value()
         text.items += 1
+        while text.next_item():
+            yield section, text.value()
+            text.items += 1
         if text.peek() != "]":
             text.take(",")
     text.take("]")

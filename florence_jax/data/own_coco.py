@@ -81,15 +81,17 @@ class OwnColumns(CocoColumns):
     def take_box(self, item: dict) -> None:
         """See `CocoColumns`."""
         place, self._seen = self._seen, self._seen + 1
-        if not isinstance(item["bbox"], list) or len(item["bbox"]) != 4:
-            raise ValueError(f"bbox {str(item['bbox'])[:100]}")
-        x, y, width, height = map(float, item["bbox"])
-        image, category = self.number(item["image_id"]), self.number(item["category_id"])
+        box, image, category = item["bbox"], item["image_id"], item["category_id"]
+        if type(box) is not list or len(box) != 4:
+            raise ValueError(f"bbox {str(box)[:100]}")
+        x, y, width, height = map(float, box)
+        if type(image) is not int or type(category) is not int:
+            image, category = self.number(image), self.number(category)
+        number, area = item.get("id"), item.get("area")
         try:
-            self.box_ids.append(self.number(item["id"]))
-        except (KeyError, ValueError):
+            self.box_ids.append(number if type(number) is int else self.number(number))
+        except ValueError:
             self._missing_ids += 1
-        area = item.get("area")
         self.areas.append(area if isinstance(area, (int, float)) and area > 0 else math.nan)
         self.boxes.extend((x, y, x + width, y + height))
         self.box_image.append(image)
