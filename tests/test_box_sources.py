@@ -349,6 +349,21 @@ def test_a_folder_without_boxes_and_one_with_several_kinds(tmp_path):
             open_boxes(spec)
 
 
+def test_files_of_other_names_are_known_by_what_is_in_them(tmp_path):
+    """Label Studio writes result.json beside images/, CVAT annotations/instances_default.json; tables have any name."""
+    picture(tmp_path / "images/a-1.png", 0)
+    write(tmp_path / "result.json", coco([(0, "images/a-1.png", 60, 40)], [(0, 1, 5, 5, 9, 9)]))
+    write(tmp_path / "notes.json", {"a": 1})
+    assert list(rows(open_boxes(str(tmp_path)))) == ["images/a-1.png"]
+    (tmp_path / "result.json").rename(tmp_path / "x.txt")
+    (tmp_path / "trees.csv").write_text("image_path,xmin,ymin,xmax,ymax,label\na-1.png,1,2,9,9,Tree\n")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    source = open_boxes(str(tmp_path), "train")
+    assert source.summary["says"].endswith(": trees.csv: 1 picture, 1 box of 1 class (Tree)")
+    voc(tmp_path / "images/a-1.xml", "a-1.png", [("bee", 0, (1, 2, 3, 4))])
+    assert open_boxes(str(tmp_path)).summary["says"].endswith("1 class (bee); 1 .csv there are not read")
+
+
 def test_records_of_the_detection_builder(tmp_path):
     world = make_sets(tmp_path)
     build(f"--coco={world['coco']}", f"--openimages={world['openimages']}", f"--out={tmp_path}/flod")

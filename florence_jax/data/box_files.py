@@ -125,6 +125,17 @@ def read_box_table(path: str, problems: Problems) -> BoxTable:
     return builder.table(sides is not None)
 
 
+def is_box_table(path: str) -> bool:
+    """Whether a table has the columns of pictures and boxes."""
+    try:
+        heading, _ = _table(path)
+    except UserError:
+        return False
+    return known_field(heading, PICTURE_COLUMNS) is not None and any(
+        _four(heading, known) for known in (CORNER_COLUMNS, SIDE_COLUMNS)
+    )
+
+
 def _four(heading: Sequence[str], known: Sequence[tuple[str, ...]]) -> list[str] | None:
     """The four columns of the first set of names that the heading has."""
     for names in known:

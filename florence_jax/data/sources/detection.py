@@ -4,14 +4,14 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from florence_jax.data.box_cleaning import check_classes, check_form, drop_bad_boxes, place_boxes, place_files
-from florence_jax.data.box_files import TABLE_HEADING, read_box_table, read_voc
+from florence_jax.data.box_files import TABLE_HEADING, is_box_table, read_box_table, read_voc
 from florence_jax.data.box_problems import LEFT_OUT, Problems
 from florence_jax.data.box_table import BoxTable
 from florence_jax.data.own_coco import read_own_coco
@@ -24,6 +24,7 @@ from florence_jax.errors import UserError
 
 COCO_NAMES = ("annotations.json", "_annotations.coco.json", "annotation.json", "labels.json", "coco.json")
 TABLE_NAMES = ("boxes.csv", "annotations.csv", "_annotations.csv", "labels.csv")
+LOOKED_INTO, COCO_BYTES = 20, 4096  # files of other names, at most; first bytes of a .json that are looked at
 CLASSES_FILE = "classes.json"  # of the builder in curation.detection
 # Names of the parts of a data set, as sub-folders and in names of files.
 PARTS = {"train": ("train", "training"), "test": ("test", "testing"), "val": ("valid", "val", "validation")}
@@ -203,9 +204,14 @@ def _summary(spec: str, table: BoxTable, folder: str, text: str, columns: BoxCol
 
 
 def _found(spec: str, text: str, pictures: int, boxes: int, names: Sequence[str], crowds: int, without: int) -> str:
-    says = f"{shown(spec)}: {text}: {pictures:,} pictures, {boxes:,} boxes of {len(names):,} classes ({some(names)})"
+    classes = f"{len(names):,} class{'es' * (len(names) != 1)} ({some(names)})"
+    says = f"{shown(spec)}: {text}: {_counted(pictures, 'picture')}, {_counted(boxes, 'box', 'es')} of {classes}"
     says += f", {crowds:,} of them crowds" if crowds else ""
-    return says + (f"; {without:,} pictures without boxes" if without else "")
+    return says + (f"; {_counted(without, 'picture')} without boxes" if without else "")
+
+
+def _counted(count: int, word: str, plural: str = "s") -> str:
+    return f"{count:,} {word}" + plural * (count != 1)
 
 
 # -- records ----------------------------------------------------------------------------------------------------------
@@ -239,36 +245,59 @@ def _open_records(paths: Sequence[str], spec: str) -> RecordBoxSource:
 def _open_folder(folder: str, split: str, check: bool) -> FileBoxSource:
     """A folder of pictures with boxes, of whatever form; says which was taken where it has several."""
     listing = list_pictures(folder)
-    jsons = [name for name in sorted(listing.texts) if _is_coco(name.rpartition("/")[2])]
-    tables = [name for name in listing.annotations if name.rpartition("/")[2].lower() in TABLE_NAMES]
-    xmls = _xml_files(listing)
-    beside = [f"{len(names):,} {kind}" for names, kind in ((jsons, ".json"), (tables, ".csv"), (xmls, ".xml")) if names]
-    if not beside:
+    found = [(kind, names) for kind, names in _candidates(listing) if names]
+    if not found:
         raise UserError(
             f"data source {folder}: no boxes found: needs {COCO_NAMES[0]} (COCO's form; also instances_*.json, "
             f"{COCO_NAMES[1]}), {TABLE_NAMES[0]} ({TABLE_HEADING}), or an .xml for each picture (Pascal VOC); YOLO's "
             f".txt are not read: export them as COCO. Found: {listing.sentence()}"
         )
-    if jsons or tables:
-        name = _only(folder, _of_part(folder, jsons or tables, split))
+    kind, names = found[0]
+    if kind != ".xml":
+        name = _only(folder, _of_part(folder, names, split))
         inner = name.rpartition("/")[0]
         here = any(picture.startswith(f"{inner}/") for picture in listing.pictures)
         images = os.path.join(folder, inner) if inner and here else folder
         source = _open_file(folder, os.path.join(folder, name), images, check)
+    elif split and (splits := _voc_splits(listing)):
+        source = _voc(folder, listing, _only(folder, _of_part(folder, sorted(splits), split)), check)
     else:
-        splits = _voc_splits(listing)
-        if split and splits:
-            source = _voc(folder, listing, _only(folder, _of_part(folder, sorted(splits), split)), check)
-        else:
-            source = _voc(folder, _restricted(listing, _of_part(folder, xmls, split)), "", check)
-    if len(beside) > 1:
-        source.summary["says"] += f"; {' and '.join(beside[1:])} there are not read"
+        source = _voc(folder, _restricted(listing, _of_part(folder, names, split)), "", check)
+    if len(found) > 1:
+        others = " and ".join(f"{len(names):,} {kind}" for kind, names in found[1:])
+        source.summary["says"] += f"; {others} there are not read"
     return source
 
 
+def _candidates(listing: Listing) -> Iterator[tuple[str, list[str]]]:
+    """Kinds of files and those that may hold boxes: by their names, else by what is in them; the best kind first."""
+    jsons = [name for name in sorted(listing.texts) if name.lower().endswith(".json")]
+    tables = [name for name in listing.annotations if name.lower().endswith(".csv")]
+    known_jsons = [name for name in jsons if _is_coco(name.rpartition("/")[2].lower())]
+    known_tables = [name for name in tables if name.rpartition("/")[2].lower() in TABLE_NAMES]
+    yield ".json", known_jsons
+    yield ".csv", known_tables
+    yield ".xml", _xml_files(listing)
+    if not known_jsons and len(jsons) <= LOOKED_INTO:
+        yield ".json", [name for name in jsons if _looks_like_coco(os.path.join(listing.folder, name))]
+    if not known_tables and len(tables) <= LOOKED_INTO:
+        yield ".csv", [name for name in tables if is_box_table(os.path.join(listing.folder, name))]
+
+
 def _is_coco(base: str) -> bool:
-    base = base.lower()
     return base in COCO_NAMES or (base.endswith(".json") and (".coco." in base or base.startswith("instances_")))
+
+
+def _looks_like_coco(path: str) -> bool:
+    """Whether a JSON file begins as those of COCO's form do, such as the result.json of Label Studio."""
+    try:
+        with epath.Path(path).open("rb") as file:
+            begins = file.read(COCO_BYTES)
+    except OSError:
+        return False
+    return begins.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and any(
+        section in begins for section in (b'"images"', b'"annotations"', b'"categories"')
+    )
 
 
 def _part_of(name: str) -> str:
