@@ -33,11 +33,13 @@ def test_a_description_is_read_as_it_was_written_and_brings_its_tokenizer(tmp_pa
     for name in ("vocab.json", "merges.txt"):
         (vocabulary.parent / name).write_text(name)
     parts = {"towers": TOWERS, "head": {"features": "pooled", "entries": ["head"]}}
-    given = make_description("classify", parts, tokenizer=str(vocabulary), classes=["cat", "dog"], source={"init": "x"})
+    names, source = [("cat", "kitty"), ("dog",)], {"init": "x"}
+    given = make_description("classify", parts, tokenizer=str(vocabulary), classes=names, source=source)
     write_description(str(folder), given)
     for init in (folder, folder.parent):
         found = describe(str(init))
-        assert found.task == "classify" and found.classes == ("cat", "dog") and found.source == {"init": "x"}
+        assert found.task == "classify" and found.classes == ("cat", "dog") and found.source == source
+        assert found.names == tuple(names)
         assert found.entries == ("image", "text", "head") and found.parts["head"]["features"] == "pooled"
         assert found.parts["towers"]["overrides"] == {"depths": [2, 2]}  # None: not given
         assert found.tokenizer == str(folder / "vocab.json")

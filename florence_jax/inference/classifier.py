@@ -40,7 +40,7 @@ class Classifier(Answerer):
         self.model, self.top = model, top
         self.names = tuple(given[0] for given in names) or model.classes
         by_name = bool(names) or model.encoder.head is None
-        self._prompted = (tuple(names) or tuple((name,) for name in self.names)) if by_name else ()
+        self._prompted = (tuple(names) or model.encoder.description.names) if by_name else ()
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -171,7 +171,7 @@ class Florence:
           UserError: as `classify`; for weights that were not trained for classes.
         """
         if self.encoder.head is None and self.classes:
-            return self.classify(images, self.classes)
+            return self.classify(images, self.encoder.description.names)
         source = _as_source(images)
         _ = self.encoder.known_head
         logits = self.embed_source(source, on_corrupt="error", tower="logits", quiet=True)["embedding"]

@@ -34,7 +34,7 @@ class Description(NamedTuple):
         JSON-able: for the towers "variant" and "overrides" as for `florence.build`. Each has "entries", the top-level
         names of its parameters: 'image', 'text', 'image_projection', ...
       tokenizer: as for `data.tokenizers.load_tokenizer`; '' where the folder does not say.
-      classes: names of the classes, in the order of a head's outputs; () where it has none.
+      names: one or more of each class, in the order of a head's outputs; () where it has none.
       source: where the weights come from, for people.
     """
 
@@ -42,8 +42,13 @@ class Description(NamedTuple):
     task: str
     parts: dict[str, dict[str, Any]]
     tokenizer: str
-    classes: tuple[str, ...]
+    names: tuple[tuple[str, ...], ...]
     source: dict[str, Any]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The first name of each class."""
+        return tuple(given[0] for given in self.names)
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -56,11 +61,12 @@ def make_description(
     parts: Mapping[str, Mapping[str, Any]],
     *,
     tokenizer: str = "",
-    classes: Sequence[str] = (),
+    classes: Sequence[str | Sequence[str]] = (),
     source: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of a `model.json`, for `write_description`; arguments as the attributes of `Description`.
 
+    `classes` are its `names`; of a class with one name, that name alone will do.
     What is None in a part's "overrides" was not given, and is left out.
     """
     filled = {}
@@ -74,7 +80,7 @@ def make_description(
         "task": task,
         "parts": filled,
         "tokenizer": tokenizer,
-        "classes": list(classes),
+        "classes": [given if isinstance(given, str) else given[0] if len(given) == 1 else [*given] for given in classes],
         "source": dict(source or {}),
     }
 
@@ -178,7 +184,7 @@ def describe(init: str) -> Description:
             content["task"],
             content["parts"],
             str(folder / tokenizer["file"]) if tokenizer["file"] else tokenizer["given"],
-            tuple(content["classes"]),
+            tuple((given,) if isinstance(given, str) else tuple(given) for given in content["classes"]),
             content["source"],
         )
         _ = found.entries

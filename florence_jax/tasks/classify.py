@@ -126,7 +126,7 @@ class ClassificationSuite(Suite):
             self.name,
             self.parts(),
             tokenizer=self.encoder.tokenizer_spec,
-            classes=self.classes.first_names if self.classes is not None else (),
+            classes=self.classes.names if self.classes is not None else (),
             source={"init": self.config.init, "data": self.config.data.train},
         )
 
@@ -257,8 +257,8 @@ class HeadSuite(ClassificationSuite):
 
     def _open_classes(self, names: str) -> ClassIndex | None:
         """The classifier's, joined to the labels of the images by name."""
-        known = self.encoder.description.classes
-        given = ClassNames(known, tuple((name,) for name in known))
+        known = self.encoder.description
+        given = ClassNames(known.classes, known.names)
         return None if self.test_source is None else open_classes(self.test_source, given, self.config.label_field)
 
     def parts(self) -> dict[str, Mapping[str, Any]]:
