@@ -124,12 +124,23 @@ def parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(given)
         if CONFIG.value is None and not wants_help:
             raise UserError("--config is missing; for example --config=configs/pretrain.py")
+        if CONFIG.value is not None:
+            _expand_home(CONFIG.value)
     except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         fail(error)
     if wants_help:
         print_help()
         sys.exit(0)
     return rest
+
+
+def _expand_home(config: ConfigDict) -> None:
+    """As `with_home`, of the texts in a configuration, which come from a file."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            _expand_home(value)
+        elif isinstance(value, str) and (expanded := with_home([value])[0]) != value:
+            config[name] = expanded
 
 
 def print_help() -> None:

@@ -29,7 +29,8 @@ svg { background: #fafafa; margin: 0 1em 1em 0; } svg text { font: 11px system-u
   align-items: center; }
 .cell img { max-width: 96px; max-height: 96px; }
 .cell.query { background: #f2f2f2; position: sticky; left: 0; }
-.cell div { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 6; overflow: hidden; }
+.cell div { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 6; overflow: hidden;
+  white-space: pre-line; }
 .cell.right { border-color: #3a7d44; background: #eef7ef; } .cell.wrong { border-color: #d9b4ba; }
 .tiles { display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-start; }
 figure { margin: 0; width: 160px; font-size: 12px; } figure.large { width: 420px; }

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from florence_jax.errors import UserError
 
@@ -95,6 +95,12 @@ def open_picture(data: bytes | BinaryIO | Image.Image) -> contextlib.AbstractCon
         register_heif()
     known = USUAL_FORMATS.get(prefix[:2])
     return Image.open(file, formats=[known] if known else None)
+
+
+def trouble_of(error: Exception) -> str:
+    """Why a picture cannot be read, for people, from what was raised."""
+    unknown = isinstance(error, UnidentifiedImageError)  # its own words are of a place in memory
+    return "no format that Pillow reads" if unknown else f"{type(error).__name__}: {error}"[:300]
 
 
 def is_heif(prefix: bytes) -> bool:

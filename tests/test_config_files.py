@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from florence_jax.command_line import parse_flags
+from florence_jax.command_line import CONFIG, parse_flags
 from florence_jax.config_files import find_config, read_config
 from florence_jax.config_help import HEADING, help_text, option_comments
 from florence_jax.errors import UserError
@@ -88,6 +88,22 @@ def test_what_is_wrong_in_a_file_is_one_message(tmp_path, text, message):
     assert message in str(error.value) and "Traceback" not in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match="no configuration file .*gone.py; those of the project are configs/classify"):
         read_config(str(tmp_path / "gone.py"))
+
+
+def test_home_in_the_texts_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/a")
+    (tmp_path / "mine.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(arg=None):\n"
+        "    return ConfigDict({'init': '~/run', 'data': {'train': 'a*2|~/b', 'x': 1}, 'text': 'a ~ b'})\n"
+    )
+    arguments = ["x", f"--config={tmp_path}/mine.py", "--config.data.x=2"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with flagsaver.flagsaver():
+        flags.FLAGS.unparse_flags()
+        parse_flags(arguments)
+        found = CONFIG.value.to_dict()
+    assert found == {"init": "/home/a/run", "data": {"train": "a*2|/home/a/b", "x": 2}, "text": "a ~ b"}
 
 
 # -- --help -----------------------------------------------------------------------------------------------------------

@@ -279,6 +279,22 @@ def test_stamps_follow_the_content_and_splits_cover_every_row_once(tmp_path):
     assert not {s.identity() for s in list_splits(path, 10)} & {s.identity() for s in before}
 
 
+def test_a_sub_folder_for_each_class_is_the_caption_where_no_texts_are(tmp_path):
+    for place in ("red_cups/a/0.png", "red_cups/1.png", "cats/2.png"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_bytes(picture(0))
+    assert {pair["key"]: pair["caption"] for pair in read(tmp_path)} == {
+        "a/0.png": "red cups",
+        "red_cups/1.png": "red cups",
+        "cats/2.png": "cats",
+    }
+    says = list_inputs(str(tmp_path), 9)[0].summary["says"]
+    assert "3 read as pictures, captions from the names of 2 sub-folders; " in says
+    for text in ("red_cups/1.txt", "cats/2.txt"):
+        (tmp_path / text).write_text("a cup")
+    assert sorted(pair["caption"] for pair in read(tmp_path)) == ["", "a cup", "a cup"]
+
+
 def test_files_and_folders_of_one_name_have_keys_of_their_own(tmp_path):
     for place in ("col/p1", "col/p2"):
         (tmp_path / place).mkdir(parents=True)
@@ -337,14 +353,17 @@ def test_what_was_found_is_said_before_the_work(tmp_path):
     (found,) = list_inputs(f"{tmp_path}/f", 9)
     assert found.summary["says"] == (
         f"{tmp_path}/f: captions.csv with 2 rows, of which 1 have texts of many lines, the first ends in line 7: is a "
-        "quote missing?; 3 files, 1 read as pictures; of the first 1 pairs 1 have a picture, with 2 distinct captions, "
-        "such as 'a cup'; fields: caption, file; passed over: 1 .pdf"
+        "quote missing?; 3 files, 1 read as pictures; of the first 1 pairs, the only ones looked at, 1 have a picture, "
+        "with 2 distinct captions, such as 'a cup'; fields: caption, file; passed over: 1 .pdf"
     )
     assert found.summary["passed_over"] == {".pdf": 1} and found.summary["example"] == "a cup"
     write_parquet(tmp_path / "p" / "0.parquet", pairs(2))
     (tmp_path / "p" / "notes.md").write_text("x")
     (found,) = list_inputs(f"{tmp_path}/p", 9)
-    assert "2 files, 1 parquet read; of the first 2 pairs 2 have a picture" in found.summary["says"]
+    assert (
+        "2 files, 1 parquet read; of the first 2 pairs, the only ones looked at, 2 have a picture"
+        in (found.summary["says"])
+    )
     assert found.summary["says"].endswith("passed over: 1 .md")
 
 

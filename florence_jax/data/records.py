@@ -91,7 +91,7 @@ def evenly(total: int, count: int) -> np.ndarray:
 def write_data(summaries: Iterable[Mapping[str, Any]], folder: str | os.PathLike) -> None:
     """Prints what was found, a sentence each, and writes it to data.json in a folder; empty summaries are left out."""
     found = {summary["says"]: summary for summary in summaries if summary}
-    for says in found:
+    for says in filter(None, found):
         print(says, flush=True)
     if found:
         content = json.dumps(list(found.values()), indent=1, default=str) + "\n"

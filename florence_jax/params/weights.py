@@ -80,9 +80,15 @@ def make_description(
         "task": task,
         "parts": filled,
         "tokenizer": tokenizer,
-        "classes": [given if isinstance(given, str) else given[0] if len(given) == 1 else [*given] for given in classes],
+        "classes": [
+            given if isinstance(given, str) else given[0] if len(given) == 1 else [*given] for given in classes
+        ],
         "source": dict(source or {}),
     }
+
+
+def _names(given: str | Sequence[str]) -> list[str]:
+    return [given] if isinstance(given, str) else [*given]
 
 
 def write_description(directory: str, description: Mapping[str, Any]) -> None:
@@ -184,7 +190,7 @@ def describe(init: str) -> Description:
             content["task"],
             content["parts"],
             str(folder / tokenizer["file"]) if tokenizer["file"] else tokenizer["given"],
-            tuple((given,) if isinstance(given, str) else tuple(given) for given in content["classes"]),
+            tuple(tuple(_names(given)) for given in content["classes"]),
             content["source"],
         )
         _ = found.entries

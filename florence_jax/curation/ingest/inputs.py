@@ -32,6 +32,7 @@ from florence_jax.curation.ingest.readers import (
 )
 from florence_jax.data.records import BadRecord
 from florence_jax.data.sources.array_record import META, ArrayRecordSource
+from florence_jax.data.sources.folder import class_name, class_rows, texts_that_tell
 from florence_jax.data.sources.picture_files import HIDDEN, Listing, known_suffixes, list_pictures, quoted, shown
 from florence_jax.errors import UserError
 from florence_jax.files import (
@@ -67,6 +68,7 @@ class Split:
       name: stands for the file or folder in keys, where records have none of their own.
       start, stop: row groups of parquet, bytes of a table, else rows; (0, -1) for all.
       stamp: stands for the content: size and time of change, or what the store says.
+      caption: of the pictures of a folder that have none of their own: their class.
     """
 
     source: str
@@ -76,10 +78,12 @@ class Split:
     start: int
     stop: int
     stamp: str
+    caption: str = ""
 
     def identity(self) -> str:
         """32 hexadecimal digits: equal for equal splits."""
-        return json_digest(dataclasses.astuple(self))
+        *rest, caption = dataclasses.astuple(self)
+        return json_digest([*rest, caption] if caption else rest)
 
 
 class Input(NamedTuple):
@@ -193,8 +197,11 @@ def _with_looks(path: str, splits: list[Split], head: str, passed_over: Mapping[
     captions = [text for pair in pairs for text in pair["captions"]]
     fields = sorted({name for pair in pairs for name in pair["fields"]} - {"key"})
     distinct = f"{len(set(captions)):,} distinct captions, such as {quoted(captions[0])}" if captions else "no caption"
-    says = f"{head}; of the first {len(pairs):,} pairs {sum(1 for pair in pairs if not pair['problem']):,} have a "
-    says += f"picture, with {distinct}" + (f"; fields: {', '.join(fields[:FIELDS_SHOWN])}" if fields else "")
+    whole = sum(1 for pair in pairs if not pair["problem"])
+    says = (
+        f"{head}; of the first {len(pairs):,} pairs, the only ones looked at, {whole:,} have a picture, with {distinct}"
+    )
+    says += f"; fields: {', '.join(fields[:FIELDS_SHOWN])}" if fields else ""
     more = ", ".join(f"{count:,} {reason}" for reason, count in passed_over.items())
     summary = {
         "folder": path,
@@ -297,13 +304,17 @@ def _folder_input(name: str, path: str, rows: int) -> Input:
     for table in folder_tables(path):  # a parquet file has been read as such
         return _table_input(name, path, table, rows)
     listing = list_pictures(path)
+    rows = [] if texts_that_tell(listing) else class_rows(listing)
+    captions = {os.path.dirname(picture): class_name(folder).replace("_", " ") for picture, folder in rows}
     inside = dict.fromkeys(os.path.dirname(picture) for picture in listing.pictures)
-    folders = sorted(f"{inner.rstrip('/')}/{folder}".rstrip("/") for folder in inside)
+    folders = {f"{inner.rstrip('/')}/{folder}".rstrip("/"): captions.get(folder, "") for folder in sorted(inside)}
     splits = []
     for folder, short in _short_names({folder: os.path.basename(folder) for folder in folders}).items():
         files = sorted((f["name"], f["size"]) for f in fs.ls(folder, detail=True) if f["type"] == "file")
-        splits.append(Split(name, "folder", fs.unstrip_protocol(folder), short, 0, -1, json_digest(files)))
+        stamp, caption = json_digest(files), folders[folder]
+        splits.append(Split(name, "folder", fs.unstrip_protocol(folder), short, 0, -1, stamp, caption))
     head = f"{shown(path)}: {listing.files:,} files, {len(listing.pictures):,} read as pictures"
+    head += f", captions from the names of {len(set(captions.values())):,} sub-folders" if captions else ""
     if not splits:
         return Input([], {"says": f". Found: {head}{listing.passed_over_text()}"})
     return _of_listing(_with_looks(path, splits, head, {}), listing)
@@ -370,7 +381,7 @@ def _read_table(split: Split, max_bytes: int) -> Iterator[Pair]:
 
 
 def _read_folder(split: Split, max_bytes: int) -> Iterator[Pair]:
-    for fields in folder_rows(split.path, split.name):
+    for fields in folder_rows(split.path, split.name, split.caption):
         yield make_pair(fields, split.source, "", split.path, max_bytes)
 
 

@@ -387,8 +387,8 @@ def _lowered(row: TableRow) -> dict[str, Any]:
     return {name.strip().lower(): value for name, value in row.fields.items() if name}
 
 
-def folder_rows(folder: str, short: str) -> Iterator[dict[str, Any]]:
-    """Fields of each image file of a folder; the caption is in a .txt or .json of the same name, else ''.
+def folder_rows(folder: str, short: str, caption: str = "") -> Iterator[dict[str, Any]]:
+    """Fields of each image file of a folder; the caption is `caption`, or in a .txt or .json of the same name.
 
     `short` stands for the folder in keys.
     """
@@ -397,6 +397,8 @@ def folder_rows(folder: str, short: str) -> Iterator[dict[str, Any]]:
     for name in listing.pictures:
         stem = os.path.splitext(name)[0]
         fields = _json_fields(fs.cat_file(f"{inner}/{stem}.json")) if f"{stem}.json" in listing.texts else {}
-        if f"{stem}.txt" in listing.texts:
+        if caption:
+            fields["caption"] = caption
+        elif f"{stem}.txt" in listing.texts:
             fields["caption"] = fs.cat_file(f"{inner}/{stem}.txt")
         yield fields | {"key": f"{short}/{name}", "image_path": name}

@@ -17,7 +17,7 @@ from PIL import Image
 from florence_jax.data.ops.registry import Example, Op, checked_number, key_of, op
 from florence_jax.data.records import BadRecord
 from florence_jax.errors import UserError
-from florence_jax.pictures import open_picture, to_rgb
+from florence_jax.pictures import open_picture, to_rgb, trouble_of
 
 GRAY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601 luma, as in PIL
 IDENTITY = np.eye(3, dtype=np.float32)
@@ -62,7 +62,7 @@ class Decode(Op):
                 picture = to_rgb(image)
                 return picture if self.gives_picture else np.asarray(picture)
         except Exception as error:  # PIL's decoders raise a dozen unrelated types on corrupt data
-            raise BadRecord(key_of(example), f"corrupt image ({type(error).__name__}: {error})"[:300]) from error
+            raise BadRecord(key_of(example), f"corrupt image ({trouble_of(error)})") from error
 
     def _from_array(self, example: Example, data: np.ndarray) -> np.ndarray:
         data = data[..., None] if data.ndim == 2 else data

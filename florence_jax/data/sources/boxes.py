@@ -10,7 +10,7 @@ from florence_jax.data.box_frames import PictureFrames, boxes_in_picture
 from florence_jax.data.box_problems import Problems
 from florence_jax.data.records import BadRecord, BaseSource, Record, Source, evenly, picture_bytes
 from florence_jax.data.sources.array_record import ArrayRecordSource
-from florence_jax.pictures import Frame, open_picture, picture_frame
+from florence_jax.pictures import Frame, open_picture, picture_frame, trouble_of
 
 
 class BoxSource(Source, Protocol):
@@ -125,7 +125,7 @@ class FileBoxSource(BaseSource):
             with open_picture(data) as image:
                 frame = picture_frame(image)
         except Exception as error:  # PIL's readers raise a dozen unrelated types on corrupt data
-            raise BadRecord(record["key"], f"corrupt image ({type(error).__name__}: {error})"[:300]) from error
+            raise BadRecord(record["key"], f"corrupt image ({trouble_of(error)})") from error
         if frame.size != (record["width"], record["height"]):
             record |= _in_frame(record, frame)
         return record | {"image": data}
