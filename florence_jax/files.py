@@ -322,7 +322,7 @@ def table_rows(path: str | os.PathLike, start: int = 0, stop: int = -1) -> Itera
 
 
 def _csv_rows(path: str | os.PathLike, start: int, stop: int) -> Iterator[TableRow]:
-    delimiter = _delimiter(path)
+    delimiter = delimiter_of(path)
     rows = csv_cells(path, start, stop, delimiter)
     _, _, heading = next(csv_cells(path, delimiter=delimiter) if start else rows, (0, 0, []))
     heading = [name.strip() for name in heading]
@@ -341,7 +341,8 @@ def _csv_rows(path: str | os.PathLike, start: int, stop: int) -> Iterator[TableR
         yield TableRow(line, at, dict(zip(heading, cells, strict=False)))
 
 
-def _delimiter(path: str | os.PathLike) -> str:
+def delimiter_of(path: str | os.PathLike) -> str:
+    """What is between the cells of a table's heading, see `DELIMITERS`."""
     try:
         with _open_lines(path, 0, -1, newline="") as lines:
             heading = next(iter(lines), "")

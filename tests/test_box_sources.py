@@ -229,6 +229,32 @@ def test_sizes_make_buckets_and_batches(tmp_path):
     assert seen == 19  # one picture has five: three stay, two are in the one place that is ignored
 
 
+def test_width_and_height_the_wrong_way_round(tmp_path):
+    good_folder(tmp_path, 2)
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    for image in content["images"]:
+        image["width"], image["height"] = 40, 60
+    content["annotations"][3]["bbox"] = [5, 5, 20, 50]  # does fit the stated size, and not the picture
+    write(tmp_path / "annotations.json", content)
+    source = open_boxes(str(tmp_path))
+    assert source.problems.counts["swapped"] == source.problems.counts["size_mismatch"] == 1
+    assert rows(source) == {"0.png": ([[5, 5, 25, 25], [30, 10, 55, 35]], ["ant", "cat"])}
+    assert "stated the wrong way round: 1 (their boxes fit, and stay); without boxes: bee" in source.summary["says"]
+
+
+def test_names_of_files_as_other_machines_write_them(tmp_path):
+    for i, name in enumerate(("a/x.png", "b/x.png", "b/Y.PNG")):
+        picture(tmp_path / name, i)
+    names = ("C:\\data\\b\\x.png", "./a/../a/x.png", "/home/me/b/y.png", "x.png")
+    images = [(i, name, 60, 40) for i, name in enumerate(names)]
+    write(tmp_path / "annotations.json", coco(images, [(i, 1, 5, 5, 9, 9) for i in range(4)]))
+    source = open_boxes(str(tmp_path))
+    assert list(rows(source)) == ["b/x.png", "a/x.png", "b/Y.PNG"]
+    assert [(flaw.where, flaw.detail) for flaw in source.problems if flaw.kind == "missing_file"] == [
+        ("x.png", "it may be a/x.png or b/x.png")
+    ]
+
+
 # -- Pascal VOC -------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +268,7 @@ def test_voc(tmp_path):
     (tmp_path / "Annotations/3.xml").write_text("<annotation><size>")
     (tmp_path / "ImageSets/Main").mkdir(parents=True)
     (tmp_path / "ImageSets/Main/train.txt").write_text("0\n2\n\n9\n")
-    (tmp_path / "ImageSets/Main/val.txt").write_text("1 1\n")
+    (tmp_path / "ImageSets/Main/val.txt").write_text("1  1\n3 -1\n")
     source = open_boxes(f"voc:{tmp_path}")
     assert source.class_names == ("rbc", "wbc") and source.category_ids == (1, 2)
     assert rows(source) == {
@@ -285,6 +311,8 @@ def test_xml_beside_the_pictures(tmp_path):
         "filename;width;height;class;xmin;ymin;xmax;ymax\na.png;60;40;ant;1;2;30;40\nb.png;60;40;bee;5;6;7;9\n"
         "a.png;60;40;bee;3;3;9;9\nc.png;60;40;;;;;\n",
         "a.png,1,2,30,40,ant\nsub/b.png,5,6,7,9,bee\na.png,3,3,9,9,bee\nc.png,,,,,\n",
+        'image_id,width,height,bbox,label\na,60,40,"[1, 2, 29, 38]",ant\nB,60,40,"[5, 6, 2, 3]",bee\n'
+        'a,60,40,"[3.0, 3.0, 6.0, 6.0]",bee\nc,60,40,,\n',
         "label_name,bbox_x,bbox_y,bbox_width,bbox_height,image_name\nant,1,2,29,38,a.png\nbee,5,6,2,3,sub\\b.png\n"
         "bee,3,3,6,6,a.png\n,,,,,c.png\n",
     ],

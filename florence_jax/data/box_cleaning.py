@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import itertools
 import os
 import posixpath
 import time
@@ -40,22 +41,32 @@ class Finder:
     def __init__(self, pictures: Iterable[str]):
         self._names = set(pictures)
 
-    @functools.cached_property
-    def _by_base(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for name in self._names:
-            found.setdefault(name.rpartition("/")[2], []).append(name)
-        return found
+    def find(self, file: str) -> list[str]:
+        """The picture of that name; else those of the same name that share most of its last folders.
 
-    def find(self, file: str) -> str | None:
-        """The picture of that name, or the only one that shares most of its last folders; None if there is none."""
+        A name may have capitals where its file has none, and lack the suffix.
+        """
         name = posixpath.normpath(file.replace("\\", "/"))
         if name in self._names:
-            return name
-        parts = name.split("/")[::-1]
-        shared = [(_common(parts, other.split("/")[::-1]), other) for other in self._by_base.get(parts[0], ())]
-        best = max(shared, default=(0, ""))
-        return best[1] if sum(length == best[0] for length, _ in shared) == 1 else None
+            return [name]
+        parts = name.casefold().split("/")[::-1]
+        found = self._by_base.get(parts[0]) or self._by_stem.get(parts[0], [])
+        shared = [_common(parts[1:], other.casefold().split("/")[-2::-1]) for other in found]
+        return [other for other, length in zip(found, shared, strict=True) if length == max(shared)]
+
+    @functools.cached_property
+    def _by_base(self) -> dict[str, list[str]]:
+        return self._by(lambda base: base)
+
+    @functools.cached_property
+    def _by_stem(self) -> dict[str, list[str]]:
+        return self._by(lambda base: os.path.splitext(base)[0])
+
+    def _by(self, part: Callable[[str], str]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in sorted(self._names):
+            found.setdefault(part(name.rpartition("/")[2]).casefold(), []).append(name)
+        return found
 
 
 def _common(first: Sequence[str], second: Sequence[str]) -> int:
@@ -72,9 +83,9 @@ def place_files(table: BoxTable, pictures: Sequence[str]) -> None:
     rows: dict[str, int] = {}
     target, keep = np.arange(len(table.files)), np.zeros(len(table.files), bool)
     for row, file in enumerate(table.files):
-        found = finder.find(file)
-        if found is None:
-            table.problems.add("missing_file", file)
+        found, *others = finder.find(file) or [""]
+        if not found or others:
+            table.problems.add("missing_file", file, f"it may be {found} or {others[0]}" if others else "")
             continue
         target[row] = rows.setdefault(found, row)
         keep[row] = target[row] == row
@@ -82,7 +93,8 @@ def place_files(table: BoxTable, pictures: Sequence[str]) -> None:
         if not keep[row]:
             first, second = table.image_ids[target[row]], table.image_ids[row]
             table.problems.add("file_twice", found, f"ids {first} and {second}")
-    for name in sorted(set(pictures).difference(rows, map(finder.find, table.left_out))):
+    named = itertools.chain(rows, *map(finder.find, table.left_out))
+    for name in sorted(set(pictures).difference(named)):
         table.problems.add("unused_file", name)
     table.box_image = target[table.box_image].astype(np.int32)
     table.keep_pictures(keep)
@@ -133,23 +145,11 @@ def place_boxes(table: BoxTable, folder: str) -> None:
     stated = (table.sizes > 0).all(1)
     if missing := int((~stated).sum()):
         table.problems.add("no_size", table.files[int(np.argmin(stated))], count=missing)
-    wanted = np.ones(len(stated), bool) if len(stated) <= MOST_HEADERS else ~stated
-    if len(stated) > MOST_HEADERS and stated.any():
-        sample = np.flatnonzero(stated)[evenly(int(stated.sum()), HEADER_SAMPLE)]
-        paths = [os.path.join(folder, table.files[row]) for row in sample.tolist()]
-        frames = read_headers(paths, Problems(), paths)
-        wanted |= bool((frames.known & (frames.size != table.sizes[sample]).any(1)).any())
-    rows = np.flatnonzero(wanted)
-    if len(rows) > MOST_HEADERS:
-        print(f"{table.name}: reading the sizes of {len(rows):,} pictures", flush=True)
-    names = [table.files[row] for row in rows.tolist()]
-    read = read_headers([os.path.join(folder, name) for name in names], table.problems, names)
-    frames = PictureFrames(
-        np.zeros(len(stated), bool), table.sizes.copy(), table.sizes.copy(), np.ones(len(stated), np.int8)
-    )
-    for whole, part in zip(frames, read, strict=True):
-        whole[rows] = part
+    wanted, frames = _frames(table, folder, stated)
     sizes = np.where(stated[:, None], table.sizes, frames.size)
+    swapped = _swapped(table, sizes, frames)
+    _add_pictures(table, "swapped", swapped, lambda row: f"says {_by(sizes[row])}, is {_by(frames.size[row])}")
+    sizes = np.where(swapped[:, None], frames.size, sizes)
     boxes, how = boxes_in_picture(table.boxes, table.box_image, sizes, frames)
     usable = frames.known | ~wanted
     live = usable[table.box_image]
@@ -163,6 +163,36 @@ def place_boxes(table: BoxTable, folder: str) -> None:
     _add_pictures(table, "thread", thread, lambda row: _by(table.sizes[row]))
     _add_pictures(table, "huge", usable & ~thread & (table.sizes.max(1) > HUGE_SIDE), lambda row: _by(table.sizes[row]))
     table.keep_pictures(usable & ~how["size_mismatch"] & ~thread)
+
+
+def _frames(table: BoxTable, folder: str, stated: np.ndarray) -> tuple[np.ndarray, PictureFrames]:
+    """Whose headers were read, bool (N,), and what they say; stated sizes where they were not read, or cannot be."""
+    few = len(stated) <= MOST_HEADERS and "://" not in folder  # in a bucket each takes a request
+    wanted = np.ones(len(stated), bool) if few else ~stated
+    if not few and stated.any():
+        sample = np.flatnonzero(stated)[evenly(int(stated.sum()), HEADER_SAMPLE)]
+        paths = [os.path.join(folder, table.files[row]) for row in sample.tolist()]
+        read = read_headers(paths, Problems(), paths)
+        wanted |= bool((read.known & (read.size != table.sizes[sample]).any(1)).any())
+    rows = np.flatnonzero(wanted)
+    if len(rows) > MOST_HEADERS:
+        print(f"{table.name}: reading the sizes of {len(rows):,} pictures", flush=True)
+    names = [table.files[row] for row in rows.tolist()]
+    read = read_headers([os.path.join(folder, name) for name in names], table.problems, names)
+    upright = np.ones(len(stated), np.int8)
+    frames = PictureFrames(np.zeros(len(stated), bool), table.sizes.copy(), table.sizes.copy(), upright)
+    for whole, part in zip(frames, read, strict=True):
+        whole[rows] = part
+    return wanted, frames
+
+
+def _swapped(table: BoxTable, sizes: np.ndarray, frames: PictureFrames) -> np.ndarray:
+    """bool (N,): pictures whose width is stated as height and height as width, and whose boxes fit them as they are."""
+    reverse = (sizes == frames.size[:, ::-1]).all(1) & (sizes != frames.size).any(1)
+    swapped = frames.known & reverse & (sizes != frames.raw).any(1)
+    beyond = (table.boxes[:, 2:] > frames.size[table.box_image] + 2).any(1)
+    swapped[table.box_image[beyond]] = False
+    return swapped
 
 
 def _by(size: np.ndarray) -> str:

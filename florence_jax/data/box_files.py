@@ -11,11 +11,11 @@ from florence_jax.data.box_table import BoxTable, TableBuilder, stated_size
 from florence_jax.data.records import BadRecord, picture_bytes
 from florence_jax.data.sources.fields import FILE_FIELDS, known_field
 from florence_jax.errors import UserError
-from florence_jax.files import csv_cells, table_rows
+from florence_jax.files import csv_cells, delimiter_of, table_rows
 
 # Headings of tables of boxes, in lower case; the first that a table has counts.
 PICTURE_COLUMNS = (*FILE_FIELDS, "image", "img", "picture", "imageid", "image_id")
-NAME_COLUMNS = ("name", "label", "class", "class_name", "classname", "category", "category_name", "label_name")
+NAME_COLUMNS = tuple("name label class class_name classname category category_name label_name labelname".split())
 CORNER_COLUMNS = (
     ("x1", "y1", "x2", "y2"),
     ("xmin", "ymin", "xmax", "ymax"),
@@ -28,6 +28,7 @@ SIDE_COLUMNS = (
     ("x", "y", "w", "h"),
     ("left", "top", "box_width", "box_height"),
 )
+LIST_COLUMNS = ("bbox", "box")  # of all four sides, as '[x, y, width, height]'
 WIDTH_COLUMNS, HEIGHT_COLUMNS = ("width", "image_width", "img_width"), ("height", "image_height", "img_height")
 TABLE_HEADING = "image,x1,y1,x2,y2,name"
 
@@ -93,7 +94,8 @@ def read_box_table(path: str, problems: Problems) -> BoxTable:
     width, height = known_field(heading, WIDTH_COLUMNS), known_field(heading, HEIGHT_COLUMNS)
     corners = _four(heading, CORNER_COLUMNS)
     sides = None if corners else _four(heading, SIDE_COLUMNS)
-    columns = corners or sides
+    whole = known_field(heading, LIST_COLUMNS) if corners is None and sides is None else None
+    columns = corners or sides or ([whole] if whole else None)
     if picture is None or columns is None:
         raise UserError(
             f"{path} has no columns {TABLE_HEADING} (or xmin, ymin, xmax, ymax, label, image_path, ...), only: "
@@ -109,6 +111,8 @@ def read_box_table(path: str, problems: Problems) -> BoxTable:
             size = stated_size(fields.get(width), fields.get(height)) if width and height else (0, 0)
             known[file] = builder.add_picture(file, file, size)
         values = [(fields.get(column) or "").strip() for column in columns]
+        if whole:
+            values = values[0].strip("[](){} ").replace(",", " ").split()
         if not any(values):
             continue
         label = (fields.get(name) or "").strip() if name else "object"
@@ -120,9 +124,9 @@ def read_box_table(path: str, problems: Problems) -> BoxTable:
         if not label:
             problems.add("unknown_category", file, f"line {line} names no class")
             continue
-        box = (x1, y1, x1 + x2, y1 + y2) if sides else (x1, y1, x2, y2)
+        box = (x1, y1, x2, y2) if corners else (x1, y1, x1 + x2, y1 + y2)
         builder.add_box(known[file], label, box, False, line)
-    return builder.table(sides is not None)
+    return builder.table(corners is None)
 
 
 def is_box_table(path: str) -> bool:
@@ -131,9 +135,8 @@ def is_box_table(path: str) -> bool:
         heading, _ = _table(path)
     except UserError:
         return False
-    return known_field(heading, PICTURE_COLUMNS) is not None and any(
-        _four(heading, known) for known in (CORNER_COLUMNS, SIDE_COLUMNS)
-    )
+    boxes = _four(heading, CORNER_COLUMNS) or _four(heading, SIDE_COLUMNS) or known_field(heading, LIST_COLUMNS)
+    return known_field(heading, PICTURE_COLUMNS) is not None and boxes is not None
 
 
 def _four(heading: Sequence[str], known: Sequence[tuple[str, ...]]) -> list[str] | None:
@@ -151,17 +154,11 @@ def _table(path: str) -> tuple[list[str], Iterable[tuple[int, dict[str, Any]]]]:
     if len(first) == 6 and (_are_numbers(first[1:5]) or not any(first[1:])) and "." in first[0]:
         heading = TABLE_HEADING.split(",")
         return heading, ((line, dict(zip(heading, row, strict=False))) for line, _, row in csv_cells(path))
-    rows = table_rows(path)
-    begun = next(rows, None)
-    if begun is None:
+    rows = csv_cells(path, delimiter=delimiter_of(path))
+    _, _, heading = next(rows, (0, 0, []))
+    if next(rows, None) is None:
         raise UserError(f"{path} has no rows")
-    heading = list(begun.fields)
-
-    def all_rows() -> Iterable[tuple[int, dict[str, Any]]]:
-        yield begun.line, begun.fields
-        yield from ((row.line, row.fields) for row in rows)
-
-    return heading, all_rows()
+    return [name.strip() for name in heading], ((row.line, row.fields) for row in table_rows(path))
 
 
 def _are_numbers(cells: Sequence[str]) -> bool:

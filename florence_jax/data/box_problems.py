@@ -19,7 +19,7 @@ class Mistake(NamedTuple):
     done: str
 
 
-LEFT_OUT, _KEPT = "left out", "kept"
+LEFT_OUT, NOT_USED, _KEPT = "left out", "not used", "kept"
 # In the order of reports.
 MISTAKES = {
     # files
@@ -27,13 +27,14 @@ MISTAKES = {
     "unreadable": Mistake("pictures that cannot be read", LEFT_OUT),
     "file_twice": Mistake("pictures listed twice", "their boxes are joined"),
     "same_picture": Mistake("files with the same bytes as another one", _KEPT),
-    "unused_file": Mistake("pictures in the folder that the annotations do not name", "not used"),
+    "unused_file": Mistake("pictures in the folder that the annotations do not name", NOT_USED),
     "no_annotation": Mistake("pictures without an annotation file", LEFT_OUT),
     "bad_annotation": Mistake("annotation files that cannot be read", "left out with their pictures"),
     # pictures
     "no_size": Mistake("pictures without a stated width and height", "their own are used"),
     "turned": Mistake("pictures turned by EXIF, whose boxes lie on the stored pixels", "the boxes are turned too"),
     "rescaled": Mistake("pictures of another size than stated", "their boxes are scaled"),
+    "swapped": Mistake("pictures whose width and height are stated the wrong way round", "their boxes fit, and stay"),
     "size_mismatch": Mistake("pictures of another shape than stated", LEFT_OUT),
     "not_rgb": Mistake("pictures that are not 8-bit RGB (16-bit, grey, palette, transparent)", "read as RGB"),
     "thread": Mistake("pictures of one pixel, or narrower than 1:100", LEFT_OUT),
@@ -69,6 +70,10 @@ MISTAKES = {
     "one_class": Mistake("only one class", _KEPT),
     "nothing": Mistake("no boxes at all", "an error in training"),
 }
+
+
+# What is told in the sentence about a set, beside what is left out and not used.
+CHANGED = ("file_twice", "turned", "rescaled", "swapped", "clipped", "category_id_twice", "category_name_twice")
 
 
 class Flaw(NamedTuple):
@@ -121,3 +126,9 @@ class Problems:
             for kind, mistake in MISTAKES.items()
             if self.counts[kind] and mistake.done.startswith(done)
         )
+
+    def said(self) -> str:
+        """'; left out: ...; not used: ...; boxes that reach beyond the picture: 3 (cut at its edge)' as there are."""
+        parts = [f"; {done}: {found}" for done in (LEFT_OUT, NOT_USED) if (found := self.sentence(done))]
+        changed = [(MISTAKES[kind], self.counts[kind]) for kind in CHANGED if self.counts[kind]]
+        return "".join([*parts, *(f"; {mistake.what}: {count:,} ({mistake.done})" for mistake, count in changed)])

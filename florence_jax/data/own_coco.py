@@ -96,7 +96,7 @@ class OwnColumns(CocoColumns):
         self.boxes.extend((x, y, x + width, y + height))
         self.box_image.append(image)
         self.box_category.append(category)
-        self.crowd.append(1 if item.get("iscrowd") else 0)
+        self.crowd.append(item.get("iscrowd") in (1, "1"))
         self.places.append(place)
 
     def take_category(self, item: dict) -> None:

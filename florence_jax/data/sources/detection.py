@@ -125,8 +125,8 @@ def _voc_split(spec: str, listing: Listing, split: str) -> list[str]:
         known = sorted(_voc_splits(listing))
         raise UserError(f"data source {spec}: there is no {path}; splits there: {', '.join(known) or 'none'}")
     # Lists of one class have a second column, 1 where the class is there.
-    names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
-    return list(dict.fromkeys(names))
+    names = (re.sub(r"\s+-?[01]$", "", line.strip()) for line in path.read_text().splitlines())
+    return list(dict.fromkeys(filter(None, names)))
 
 
 def _voc_splits(listing: Listing) -> set[str]:
@@ -186,8 +186,9 @@ def _summary(spec: str, table: BoxTable, folder: str, text: str, columns: BoxCol
     without = int((np.diff(columns.offsets) == 0).sum())
     crowds = int(columns.crowd.sum())
     says = _found(spec, text, len(table.files), len(columns.boxes), table.class_names, crowds, without)
-    if left_out := table.problems.sentence(LEFT_OUT):
-        says += f"; left out: {left_out}"
+    says += table.problems.said()
+    if empty := [flaw.where for flaw in table.problems if flaw.kind == "no_boxes"]:
+        says += f"; without boxes: {some(empty)}"
     others = {kind: count for kind, count in table.problems.counts.items() if count}
     return {
         "folder": folder,
