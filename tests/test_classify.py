@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_images import NAMES, run_main, twenty_images
+from tiny_run import at_step
 
 from configs.classify import get_config
 from florence_jax.data.classes import ClassIndex, open_classes
@@ -279,6 +280,28 @@ def test_fine_tuning_with_the_unicl_loss(weights, pictures, tmp_path, capsys):
     assert {file.name for file in (tmp_path / "run").glob("*.csv")} == {"predictions.csv", "wise0.5_predictions.csv"}
     assert classify("finetune_unicl", tmp_path / "run", weights, pictures, *options) == 0
     assert "is finished: step 3 of 3" in capsys.readouterr().out
+
+
+def test_a_killed_run_that_keeps_its_best_parameters_ends_as_an_undisturbed_one(weights, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """Nothing answers it, as nothing answers kill -9."""
+
+    def kill():
+        raise Killed
+
+    pictures = twenty_images(tmp_path / "pictures")
+    options = ["--config.total_steps=6", "--config.eval.every=2", "--config.checkpoint.every=3"]
+    options += ["--config.keep=best", "--config.optim.learning_rate=1.0"]
+    assert classify("finetune_linear", tmp_path / "whole", weights, pictures, *options) == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, 6, kill)
+        classify("finetune_linear", tmp_path / "killed", weights, pictures, *options)
+    assert not (tmp_path / "killed" / "result.json").exists()
+    assert classify("finetune_linear", tmp_path / "killed", weights, pictures, *options) == 0
+    whole, killed = result(tmp_path / "whole"), result(tmp_path / "killed")
+    assert killed == whole and whole["kept_step"] < 3  # before the checkpoint from which it went on
+    params = [Encoder(str(tmp_path / name)).load_on(make_mesh(-1, 1), head=True) for name in ("whole", "killed")]
+    jax.tree.map(np.testing.assert_array_equal, *params)
 
 
 def test_linear_head_learns_the_colours_and_spares_the_text_tower(weights, pictures, tmp_path):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import TINY_FLAGS, tiny_config, tiny_pairs
+from tiny_run import TINY_FLAGS, at_step, tiny_config, tiny_pairs
 
 from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
@@ -24,7 +24,6 @@ from florence_jax.jobs.stop_signals import EXIT_PREEMPTED, StopSignals
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks import create_suite, create_task
 from florence_jax.tasks.pretrain import Pretrain
-from florence_jax.train import loop
 from florence_jax.train.loop import run
 from florence_jax.train.metrics import read_metrics
 from florence_jax.train.workdir import check_same_run
@@ -278,26 +277,6 @@ class Poisoned(Pretrain):
     def loss(self, params, batch, key):
         loss, metrics = super().loss(params, batch, key)
         return loss * jnp.nan, metrics
-
-
-def at_step(monkeypatch, at, action):
-    """Calls `action` before the batch of step `at` is made."""
-    original = loop.open_stream
-
-    class Stream:
-        def __init__(self, config, task, data, start_step):
-            self.inner, self.step = original(config, task, data, start_step), start_step
-
-        def __next__(self):
-            self.step += 1
-            if self.step == at:
-                action()
-            return next(self.inner)
-
-        def close(self):
-            self.inner.close()
-
-    monkeypatch.setattr(loop, "open_stream", Stream)
 
 
 @pytest.mark.parametrize(

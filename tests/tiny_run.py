@@ -3,6 +3,7 @@
 from configs.pretrain import get_config
 from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
+from florence_jax.train import loop
 
 TINY_MODEL = {"image_width": 8, "depths": (2,), "text_width": 16, "text_layers": 1, "text_heads": 2, "projection": 16}
 TINY_FLAGS = [
@@ -34,3 +35,23 @@ def tiny_config(data, **changes):
     config.data.train = config.eval.source = data
     config.update_from_flattened_dict(changes)
     return config.lock()
+
+
+def at_step(monkeypatch, at, action):
+    """Calls `action` before the batch of step `at` is made."""
+    original = loop.open_stream
+
+    class Stream:
+        def __init__(self, config, task, data, start_step):
+            self.inner, self.step = original(config, task, data, start_step), start_step
+
+        def __next__(self):
+            self.step += 1
+            if self.step == at:
+                action()
+            return next(self.inner)
+
+        def close(self):
+            self.inner.close()
+
+    monkeypatch.setattr(loop, "open_stream", Stream)
