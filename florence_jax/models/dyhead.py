@@ -132,8 +132,8 @@ def cut_flat(field: jax.Array, size: tuple[int, ...], valid: jax.Array, valid_ou
     channel, rest = jnp.divmod(place, height * width)
     flat = (jnp.floor_divide(rest, width) * field.shape[2] + rest % width) * field.shape[-1] + channel
     values = field.reshape(len(field), -1)
-    flat = jnp.minimum(flat, values.shape[1] - 1).reshape(len(field), -1)
-    return jnp.take_along_axis(values, flat, axis=1).reshape(len(field), *size, -1)
+    # By vmap, the batch is a batch axis of the gather: images split over devices stay where they are.
+    return jax.vmap(lambda image, index: image[index])(values, jnp.minimum(flat, values.shape[1] - 1))
 
 
 class GroupNorm(nn.Module):
@@ -220,11 +220,11 @@ class DyHeadBlock(nn.Module):
             branches.append(self.finer(maps[level - 1], offsets, mask, valid, stride=2))
         if level + 1 < len(maps):
             branches.append(self._from_coarser(maps[level + 1], offsets, mask, valids[level : level + 2]))
-        means = [spatial_mean(branch, valid) for branch in branches]
-        gates = [jax.nn.hard_sigmoid(jax.nn.relu(self.scale_attention(mean))) / len(branches) for mean in means]
+        means = jnp.stack([spatial_mean(branch, valid) for branch in branches], 1)
+        gates = jax.nn.hard_sigmoid(jax.nn.relu(self.scale_attention(means))) / len(branches)
         # The average of the sum is the sum of the averages: no other pass over the map.
-        mean = functools.reduce(jnp.add, [gate * mean for gate, mean in zip(gates, means, strict=True)])
-        x = functools.reduce(jnp.add, [gate[:, None, None] * a for gate, a in zip(gates, branches, strict=True)])
+        mean = (gates * means).sum(1)
+        x = functools.reduce(jnp.add, [gates[:, i, None, None] * branch for i, branch in enumerate(branches)])
         return constrain(zero_outside(self.dyrelu(x.astype(self.dtype), mean), valid))
 
     def _from_coarser(
