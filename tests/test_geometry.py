@@ -26,7 +26,7 @@ STRAIGHT = [
     "resize(100)|center_crop(90)|flip(1)|center_crop(99)",
     "resize_short(70, 100)",
     "resize_short((40, 60, 90), longest=110)|flip(0.5)",
-    "resize_fit(80, 60)",
+    "resize_fit(80, 60, interpolation=bicubic)",
     "lsj(90, 120, low=0.4, high=2)",
     "box_crop(0.5)",
     "box_crop(0.4, p=0.7)|resize_fit(100, 90)|flip(0.5)|pad_image(100, 90)",

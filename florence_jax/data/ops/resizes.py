@@ -118,16 +118,24 @@ class ResizeLong(GeometricOp):
 
 @op("resize_short")
 class ResizeShort(GeometricOp):
-    """Bicubic resize that keeps the aspect ratio: the shorter side becomes `short`, the longer at most `longest`.
+    """Resize that keeps the aspect ratio: the shorter side becomes `short`, the longer at most `longest`.
 
     Args:
       short: pixels; of several one is drawn, as DETR does (Carion et al. 2020).
       longest: what the longer side may be at most; where it would be more, it is this, and the shorter side less.
+      interpolation: 'bilinear', as detectors have it, or 'bicubic'.
       field: of the pictures.
     """
 
-    def __init__(self, short: int | Sequence[int], longest: int | None = None, field: str = "image"):
+    def __init__(
+        self,
+        short: int | Sequence[int],
+        longest: int | None = None,
+        interpolation: str = "bilinear",
+        field: str = "image",
+    ):
         super().__init__(field)
+        self.interpolation = checked_interpolation(interpolation)
         self.shorts = tuple(map(checked_pixels, [short] if isinstance(short, int) else short))
         if not self.shorts:
             raise UserError("short must be a number of pixels, or several")
@@ -140,23 +148,26 @@ class ResizeShort(GeometricOp):
         scale = short / min(size)
         if self.longest is not None:
             scale = min(scale, self.longest / max(size))
-        return ResizeWarp((0, 0, size[1], size[0]), _scaled(size, scale))
+        return ResizeWarp((0, 0, size[1], size[0]), _scaled(size, scale), self.interpolation)
 
 
 @op("resize_fit")
 class ResizeFit(GeometricOp):
-    """Bicubic resize that keeps the aspect ratio, as large as fits into (height, width): then `pad_image` of that size.
+    """Resize that keeps the aspect ratio, as large as fits into (height, width): then `pad_image` of that size.
 
     With the size of a bucket, {height} and {width}, no picture is too large for it, whichever its aspect ratio.
+    'bilinear', as detectors have it, or 'bicubic'.
     """
 
-    def __init__(self, height: int, width: int | None = None, field: str = "image"):
+    def __init__(self, height: int, width: int | None = None, interpolation: str = "bilinear", field: str = "image"):
         super().__init__(field)
         self.size = checked_pixels(height), checked_pixels(height if width is None else width)
+        self.interpolation = checked_interpolation(interpolation)
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> ResizeWarp:
         """Draws nothing."""
-        return ResizeWarp((0, 0, size[1], size[0]), _scaled(size, _fitting(size, self.size), self.size))
+        target = _scaled(size, _fitting(size, self.size), self.size)
+        return ResizeWarp((0, 0, size[1], size[0]), target, self.interpolation)
 
 
 def _fitting(size: tuple[int, int], room: tuple[int, int]) -> float:
@@ -179,6 +190,7 @@ class LargeScaleJitter(GeometricOp):
     Args:
       height, width: pixels.
       low, high: range of the factor, uniform.
+      interpolation: 'bilinear', as detectors have it, or 'bicubic'.
       visible, field: see `GeometricOp`.
     """
 
@@ -190,10 +202,12 @@ class LargeScaleJitter(GeometricOp):
         width: int | None = None,
         low: float = 0.1,
         high: float = 2.0,
+        interpolation: str = "bilinear",
         visible: float = 0.0,
         field: str = "image",
     ):
         super().__init__(field, visible)
+        self.interpolation = checked_interpolation(interpolation)
         self.size = checked_pixels(height), checked_pixels(height if width is None else width)
         self.range = checked_range("(low, high)", (low, high), 100.0)
 
@@ -208,7 +222,7 @@ class LargeScaleJitter(GeometricOp):
             starts.append(start * side / scaled)
             stops.append(min((start + kept) * side / scaled, side))
             target.append(kept)
-        return ResizeWarp((starts[1], starts[0], stops[1], stops[0]), (target[0], target[1]))
+        return ResizeWarp((starts[1], starts[0], stops[1], stops[0]), (target[0], target[1]), self.interpolation)
 
 
 @op("rrc")
