@@ -44,9 +44,13 @@ def run_main(*arguments):
     return stop.value.code
 
 
-def tiny_checkpoint(folder):
-    """What a run leaves: config.json, and checkpoints/ with parameters and their average (half as large again)."""
-    config = tiny_config(tiny_pairs(folder / "pairs"))
+def tiny_checkpoint(folder, **overrides):
+    """What a run leaves: config.json, and checkpoints/ with parameters and their average (half as large again).
+
+    `overrides` are of the tiny model's sizes.
+    """
+    changes = {f"model.overrides.{name}": value for name, value in overrides.items()}
+    config = tiny_config(tiny_pairs(folder / "pairs"), **changes)
     task = create_task(config)
     params = jax.jit(task.init)(jax.random.key(0))
     (folder / "run").mkdir()

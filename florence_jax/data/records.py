@@ -108,8 +108,8 @@ class Subset:
     def __init__(self, source: Source, rows: np.ndarray, name: str):
         self.name = name
         self._source, self._rows = source, np.asarray(rows, np.int64)
-        self.class_names = tuple(getattr(source, "class_names", ()))
-        self.category_ids = tuple(getattr(source, "category_ids", ()))
+        self.class_names: Sequence[str] = tuple(getattr(source, "class_names", ()))
+        self.category_ids: Sequence[Any] = tuple(getattr(source, "category_ids", ()))
         self.summary = summary_of(source)
 
     def __len__(self) -> int:

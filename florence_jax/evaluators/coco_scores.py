@@ -11,7 +11,7 @@ import numpy as np
 from florence_jax.errors import UserError
 from florence_jax.evaluators.coco_files import FoundBoxes, GroundTruth
 
-INSTALL = 'scoring of boxes needs pycocotools: pip install ".[detect]"; or train without: --config.data.test='
+INSTALL = 'scoring of boxes needs pycocotools: pip install ".[detect]"'
 AREAS = {"s": "small", "m": "medium", "l": "large"}  # endings of metrics
 # Those of COCOeval.summarize, in its order.
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")

@@ -8,10 +8,12 @@
     cosines = images @ texts.T
     probabilities = model.classify(["cat.jpg"], ["cat", "dog", "horse"])
     answers = Florence("runs/mine").predict(["cat.jpg"])  # of weights fine-tuned for classes: [[("cat", .98)]]
+    found = Florence("runs/detect").detect(["street.jpg"])  # [{"boxes": ..., "scores": ..., "labels": ..., "names"}]
 
 `docs/colab.ipynb` does this in a notebook. For evaluations with metrics use `python -m florence_jax.main`.
 """
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,6 +27,7 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.metrics import softmax
 from florence_jax.evaluators.predictor import Embedder, Predictor
 from florence_jax.evaluators.zero_shot import class_embeddings
+from florence_jax.inference.detector import THRESHOLD, BoxFinder
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks.encoder import Encoder
 
@@ -212,6 +215,37 @@ class Florence:
           UserError: as `probabilities`.
         """
         return [best_classes(row, self.classes, top) for row in self.probabilities(images)]
+
+    def detect(self, images: Sequence[Picture], threshold: float = THRESHOLD, top: int = 100) -> list[dict[str, Any]]:
+        """Objects in pictures, by the detector that the folder holds (configs/detect.py).
+
+        Args:
+          images: N pictures as for `embed_images`; each is looked at whole, at the size that the detector was trained
+            with.
+          threshold: least score of a box. top: most boxes of a picture.
+
+        Returns:
+          N dicts, boxes best first: "boxes" float32 (n, 4), x1 y1 x2 y2 in pixels of the upright picture, "scores"
+          float32 (n,), "labels" int32 (n,), numbers of classes, "names", n names of classes.
+
+        Raises:
+          UserError: as `embed_images`; for a folder without a detector, a threshold outside 0 to 1, a top below 1.
+        """
+        source, names = _as_source(images), self._finder.names
+        return [
+            {
+                "boxes": found.boxes,
+                "scores": found.scores,
+                "labels": found.labels,
+                "names": [names[label] for label in found.labels],
+            }
+            for found in self._finder.boxes(source, threshold, top, on_corrupt="error")
+        ]
+
+    @functools.cached_property
+    def _finder(self) -> BoxFinder:
+        """Loaded when it is first asked."""
+        return BoxFinder(self.encoder.description.folder, self.encoder.model.config.dtype, self._batch_size)
 
     def _check_text(self) -> None:
         if not self.encoder.has_text:

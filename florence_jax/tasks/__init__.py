@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from florence_jax.errors import UserError
 from florence_jax.tasks.base import Suite, Task
 from florence_jax.tasks.classify import FewShotSuite, HeadSuite, ProbeSuite, ZeroShotSuite
+from florence_jax.tasks.detect import BoxCheckSuite, Detect, DetectionSuite
 from florence_jax.tasks.finetune import FineTuneLinear, FineTuneUniCL
 from florence_jax.tasks.pretrain import Pretrain
 from florence_jax.tasks.retrieve import FineTuneRetrieval, RetrievalSuite
@@ -42,6 +43,10 @@ TASKS: dict[str, Registered] = {
             "finetune_linear": FineTuneLinear,
         },
         CLASSIFIER,
+    ),
+    "detect": Registered(
+        {"train": Detect, "eval": DetectionSuite, "check": BoxCheckSuite},
+        "florence_jax.inference.detector:DetectorAnswerer",
     ),
     "retrieve": Registered({"zeroshot": RetrievalSuite, "finetune": FineTuneRetrieval}, CLASSIFIER),
 }

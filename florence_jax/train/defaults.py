@@ -1,9 +1,11 @@
 """What every training configuration starts from: the defaults of the training system."""
 
+from collections.abc import Sequence
 from typing import Any, get_origin, get_type_hints
 
 from ml_collections import ConfigDict, config_dict
 
+from florence_jax.models.detector import DetectorConfig
 from florence_jax.models.sizes import ModelConfig
 
 
@@ -12,11 +14,17 @@ def model_overrides() -> ConfigDict:
 
     The compute dtype is not among them: `config.precision` gives it.
     """
-    values: dict[str, Any] = {}
-    for name, kind in get_type_hints(ModelConfig).items():
-        if name not in ("variant", "dtype"):
-            values[name] = config_dict.placeholder(get_origin(kind) or kind)
-    return ConfigDict(values)
+    return _placeholders(ModelConfig, ("variant", "dtype"))
+
+
+def detector_overrides() -> ConfigDict:
+    """The same of a detector: `--config.detector.overrides.x=`. Its compute dtype is that of the towers."""
+    return _placeholders(DetectorConfig, ("dtype",))
+
+
+def _placeholders(sizes: type, without: Sequence[str]) -> ConfigDict:
+    kinds = {name: kind for name, kind in get_type_hints(sizes).items() if name not in without}
+    return ConfigDict({name: config_dict.placeholder(get_origin(kind) or kind) for name, kind in kinds.items()})
 
 
 def optim_defaults() -> dict[str, Any]:

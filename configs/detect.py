@@ -1,0 +1,109 @@
+"""Detection: a Dynamic Head on an image tower, trained and scored as COCO does, on scenes or on boxes of your own.
+
+    python -m florence_jax.main --config=configs/detect.py                # scenes, from runs/pretrain (laptop)
+    python -m florence_jax.main --config=configs/detect.py --config.data.train=my_folder --config.init=DIR
+    python -m florence_jax.main --config=configs/detect.py:recipe=coco,variant=H --config.init=DIR \
+        --config.data.train=coco:instances_train2017.json:train2017 \
+        --config.data.test=coco:instances_val2017.json:val2017
+    python -m florence_jax.main --config=configs/detect.py:protocol=eval --config.init=DIR --config.data.test=my_folder
+    python -m florence_jax.main --config=configs/detect.py:protocol=check --config.data.test=my_folder
+
+Data with boxes: coco:FILE.json:IMAGES, voc:FOLDER, boxes:FILE.csv, a folder that holds one of these, records of the
+FLOD builder, scenes:SPLIT; see docs/detection.md. `--config.init` is the workdir of a run (the default is that of
+configs/pretrain.py) or a folder written by florence_jax.tools.import_torch. Results are in WORKDIR/result.json,
+detections_NAME.json (COCO's result file) and report.html.
+
+Arguments: protocol = train | eval (a trained detector on config.data.test) | check (a report of a data set);
+recipe = coco | objects365 (the paper's figures where it gives some, DyHead's where not; never run here); without one
+batch, epochs and learning rate follow the number of images; variant = size of the towers, for a preflight without
+weights; res = longer side of the pictures in pixels; runlocal.
+
+A preflight (florence_jax.tools.aot_compile) needs neither weights nor data: --config.init= and variant=NAME.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from florence_jax.config_files import parse_arg
+from florence_jax.errors import UserError
+from florence_jax.train.defaults import common, detector_overrides, model_overrides
+
+PROTOCOLS = ("train", "eval", "check")
+# (height, width) of the buckets of a recipe. COCO: longer side 2,500 (paper), shorter 1,500 as in 800 x 1,333.
+# Objects365: longer side 1,333 (paper), shorter 800. Both at the next multiples of 128.
+RECIPES = {
+    "coco": ((1536, 2560), (1536, 2048), (1536, 1536), (2048, 1536), (2560, 1536)),
+    "objects365": ((896, 1408), (896, 1152), (896, 896), (1152, 896), (1408, 896)),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The configuration for an argument string such as 'recipe=coco,variant=H'."""
+    given = parse_arg(arg, protocol="train", recipe="", variant="", res=0, runlocal=False)
+    for name, value, known in (("protocol", given.protocol, PROTOCOLS), ("recipe", given.recipe, ("", *RECIPES))):
+        if value not in known:
+            raise UserError(f"unknown {name} {value!r}; known: {', '.join(filter(None, known))}")
+    trains = given.protocol == "train"
+    config = common("runs/detect" if trains else f"runs/detect_{given.protocol}")
+    config.task, config.protocol = "detect", given.protocol
+    config.mode = "train" if trains else "eval"
+    config.init = "runs/pretrain/checkpoints" if trains else "runs/detect" if given.protocol == "eval" else ""
+    config.model = {"variant": given.variant, "overrides": model_overrides()}  # as config.init says
+    config.detector = {
+        "variant": "",  # tiny | dyhead | glip_l; '': the folder's, else tiny on towers ti and dyhead on larger ones
+        "overrides": detector_overrides(),
+        "res": given.res,  # longer side of the pictures, of which the buckets are made; 0: 128 for scenes, else 256
+        "sizes": (),  # (height, width) of each bucket, multiples of 128; (): by res
+        "scales": (1.0,),  # multi-scale training: every picture at each of these shares of its bucket
+        "most_boxes": 100,  # of a picture in training; what is more is counted, and ignored
+        "tower_lr": 0.1,  # learning rate of the image tower over the detector's; 0: frozen
+    }
+    config.detections = {
+        "threshold": 0.05,  # least score of a class
+        "per_level": 1000,  # pairs of place and class that go on, of each level
+        "iou": 0.6,  # above it the worse of two boxes of a class is dropped
+        "most": 100,  # boxes of a picture
+        "scales": (1.0,),  # multi-scale testing, shares of the bucket; at most 1
+        "flip": False,  # also in a mirror
+    }
+    config.data.train = "scenes:train" if trains else ""
+    config.data.test = ""  # several joined by '|'; '': `holdout` of the images of data.train; of scenes held-out ones
+    config.holdout = 0.2  # share of the images that are kept for testing, where no such images are named
+    config.data.train_ops = "decode|flip(0.5)|lsj({height}, {width}, low=0.5, high=1.5)|pad_image({height}, {width})"
+    config.data.eval_ops = "decode|resize_fit({height}, {width})|pad_image({height}, {width})"
+    config.text = {"tokenizer": ""}
+    config.batch_size = config_dict.placeholder(int)  # None, here and below: by the number of images
+    config.epochs = config_dict.placeholder(int)
+    config.total_steps = 0  # above 0 it overrides epochs
+    config.eval.every, config.eval.batch_size = 0, 16
+    config.optim.learning_rate = config_dict.placeholder(float)
+    config.optim.warmup_steps = config_dict.placeholder(int)  # at most a tenth of the steps
+    config.optim.layer_decay = 1.0  # learning rate of each layer of the tower over that of the one above it
+    config.optim.weight_decay, config.optim.b2 = 0.05, 0.999
+    if given.recipe:
+        _published(config, given.recipe)
+    if given.runlocal:
+        _runlocal(config)
+    return config
+
+
+def _published(config: ConfigDict, recipe: str) -> None:
+    """AdamW 1e-4, decay .05, batch 32, 12 epochs, steps at 2/3 and 8/9 (DyHead); sizes and multi-scale (the paper)."""
+    config.workdir += f"_{recipe}"
+    config.detector.variant, config.detector.sizes = "dyhead", RECIPES[recipe]
+    config.detector.tower_lr = 1.0
+    config.data.train_ops = "decode|flip(0.5)|resize_fit({height}, {width})|pad_image({height}, {width})"
+    config.batch_size, config.epochs = 32, 12
+    config.optim.learning_rate, config.optim.warmup_steps = 1e-4, 1000
+    config.optim.schedule, config.optim.step_at, config.optim.step_factor = "steps", (2 / 3, 8 / 9), 0.1
+    if recipe == "coco":
+        config.detector.scales = (0.5, 0.75, 1.0)
+        config.detections.scales, config.detections.flip = (0.5, 0.75, 1.0), True
+
+
+def _runlocal(config: ConfigDict) -> None:
+    """Two minutes."""
+    config.detector.overrides.width, config.detector.overrides.blocks = 16, 1
+    config.detector.sizes, config.detector.scales = ((128, 256),), (1.0, 0.5)
+    config.batch_size, config.data.workers, config.eval.batch_size = 8, 0, 8
+    config.total_steps, config.log.every = 2, 1
+    config.workdir += "_runlocal"

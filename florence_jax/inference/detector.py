@@ -1,0 +1,209 @@
+"""Boxes in pictures, by a trained detector: for `Florence.detect` and for `florence_jax.predict`."""
+
+import argparse
+import dataclasses
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from florence_jax.data.buckets import Bucket, nearest_sizes
+from florence_jax.data.ops.geometry import boxes_to_source
+from florence_jax.data.ops.image import Decode
+from florence_jax.data.records import BadRecord, Record, Source
+from florence_jax.errors import UserError
+from florence_jax.evaluators.predictor import Predictor
+from florence_jax.inference.base import Answerer, Found
+from florence_jax.params.sharding import make_mesh
+from florence_jax.pictures import draw_boxes, open_picture, picture_frame, picture_uri
+from florence_jax.tasks.detector import Detector
+from florence_jax.tasks.encoder import Encoder
+
+THRESHOLD = 0.3  # least score of a box that is told
+# By class, in turn.
+COLOURS = ("#d1495b", "#2e6f95", "#3a7d44", "#8f5aa8", "#b3661a", "#00798c", "#a8325e", "#5b6c1f")
+FILE_SIDE, PAGE_SIDE = 1024, 320  # longer side, in pixels, of a picture with its boxes: as a file, on the page
+
+
+@dataclasses.dataclass(frozen=True)
+class Boxes:
+    """What was found in a picture, best first.
+
+    Attributes:
+      index: row of the picture in its source. key: its name. size: (width, height) in pixels, upright.
+      boxes: float32 (n, 4), x1 y1 x2 y2 in pixels of the upright picture, within it.
+      scores: float32 (n,). labels: int32 (n,), numbers of classes.
+    """
+
+    index: int
+    key: str
+    size: tuple[int, int]
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+
+class BoxFinder:
+    """A trained detector on all devices of this process.
+
+    Args:
+      init: folder of the weights.
+      precision: compute dtype.
+      batch_size: most pictures a call of the model.
+
+    Raises:
+      UserError: for a folder without a detector.
+    """
+
+    def __init__(self, init: str, precision: str = "float32", batch_size: int = 16):
+        self.detector = Detector(Encoder(init, precision=precision))
+        self._mesh, self._batch_size = make_mesh(-1, 1), batch_size
+        self._params = self.detector.load_on(self._mesh)
+        part = self.detector.part
+        self._sizes = [(height, width) for height, width in part["sizes"]]
+        self._ops = f"{part['eval_ops']}|keep(image, valid, key, warp)"
+        self._predictors: dict[int, Predictor] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes."""
+        return self.detector.classes
+
+    def boxes(self, source: Source, threshold: float, top: int, on_corrupt: str = "skip") -> Iterator[Boxes]:
+        """What is found in each readable record, in order.
+
+        Args:
+          source: of pictures.
+          threshold: least score, from 0 to 1. top: most boxes of a picture.
+          on_corrupt: 'skip' or 'error'.
+
+        Raises:
+          UserError: for another threshold or top; with 'error', for a picture that cannot be read.
+        """
+        if not 0 <= threshold <= 1:
+            raise UserError(f"threshold={threshold} must be a score from 0 to 1")
+        if top < 1:
+            raise UserError(f"top={top} must be at least 1")
+        buckets, shapes = self._buckets(source)
+        host = ("key", "warp")
+        rows = self._predictor(len(source)).rows(
+            self._params, source, self._ops, {}, host=host, buckets=buckets, on_corrupt=on_corrupt
+        )
+        for row in rows:
+            height, width = (int(side) for side in shapes[row["index"]])
+            chosen = np.flatnonzero((row["labels"] >= 0) & (row["scores"] >= threshold))[:top]
+            boxes = boxes_to_source(row["boxes"][chosen], row["warp"]).clip(0, (width, height, width, height))
+            found = boxes.astype(np.float32), row["scores"][chosen], row["labels"][chosen]
+            yield Boxes(row["index"], row["key"], (width, height), *found)
+
+    def _predictor(self, count: int) -> Predictor:
+        """For batches of a power of two, up to the largest: few sizes are compiled."""
+        size = min(self._batch_size, 1 << max(count - 1, 0).bit_length())
+        if size not in self._predictors:
+            self._predictors[size] = Predictor(self.detector.detect, self._mesh, size)
+        return self._predictors[size]
+
+    def _buckets(self, source: Source) -> tuple[tuple[Bucket, ...], np.ndarray]:
+        """The rows of each size, and int32 (N, 2), height and width of every picture, 0 where it cannot be read."""
+        shapes = np.array([upright_shape(source, index) for index in range(len(source))], np.int32)
+        chosen = nearest_sizes(np.maximum(shapes, 1), self._sizes)
+        buckets = (Bucket(np.flatnonzero(chosen == place), size) for place, size in enumerate(self._sizes))
+        return tuple(bucket for bucket in buckets if len(bucket.rows)), shapes
+
+
+def upright_shape(source: Source, index: int) -> tuple[int, int]:
+    """Height and width in pixels of a record's picture, whose pixels are not decoded; (0, 0) for one without."""
+    try:
+        image = source[index]["image"]
+        if isinstance(image, np.ndarray):
+            return image.shape[0], image.shape[1]
+        with open_picture(image) as opened:
+            width, height = picture_frame(opened).size
+            return height, width
+    except Exception:  # PIL's readers raise a dozen unrelated types; op 'decode' tells which picture it is, and why
+        return 0, 0
+
+
+class DetectorAnswerer(Answerer):
+    """See `inference.base.Answerer`: a line for each box, perhaps none for a picture.
+
+    Args:
+      finder: the detector.
+      threshold, top: see `BoxFinder.boxes`.
+    """
+
+    columns = ("x1", "y1", "x2", "y2", "class", "score")
+
+    def __init__(self, finder: BoxFinder, threshold: float = THRESHOLD, top: int = 100):
+        self.finder, self.threshold, self.top = finder, threshold, top
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Adds the options of detection."""
+        parser.add_argument("--threshold", type=float, default=THRESHOLD, help="score from which on a box is told")
+        parser.add_argument("--top", type=int, default=100, help="most boxes of a picture")
+
+    @classmethod
+    def open(cls, init: str, args: argparse.Namespace) -> "DetectorAnswerer":
+        """Loads the weights."""
+        return cls(BoxFinder(init, batch_size=args.batch_size), args.threshold, args.top)
+
+    def answers(self, source: Source) -> Iterator[Found]:
+        """Of every readable record, in order."""
+        for found in self.finder.boxes(source, self.threshold, self.top):
+            names = [self.finder.names[label] for label in found.labels]
+            rows = [
+                dict(zip(self.columns, (*box, name, score), strict=True))
+                for box, name, score in zip(
+                    found.boxes.round(2).tolist(), names, found.scores.round(4).tolist(), strict=True
+                )
+            ]
+            counts = {name: names.count(name) for name in dict.fromkeys(names)}
+            text = ", ".join(f"{count} {name}" if count > 1 else name for name, count in counts.items())
+            yield Found(found.index, found.key, rows, text or "nothing", found)
+
+    def picture(self, record: Record, found: Found) -> str:
+        """The picture with its boxes."""
+        drawn = self._drawn(record, found, PAGE_SIDE)
+        return "" if drawn is None else picture_uri(drawn)
+
+    def picture_file(self, record: Record, found: Found) -> bytes | None:
+        """The picture with its boxes, a JPEG."""
+        drawn = self._drawn(record, found, min(FILE_SIDE, max(PAGE_SIDE, *found.details.size)))
+        if drawn is None:
+            return None
+        file = io.BytesIO()
+        drawn.save(file, "JPEG", quality=90)
+        return file.getvalue()
+
+    def _drawn(self, record: Record, found: Found, side: int) -> Image.Image | None:
+        """None for a picture that cannot be read."""
+        try:
+            image = np.asarray(Decode()(record, np.random.default_rng(0))["image"])
+        except BadRecord:
+            return None
+        boxes, labels, names = found.details.boxes, found.details.labels, self.finder.names
+        texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, found.details.scores, strict=True)]
+        colours = [COLOURS[label % len(COLOURS)] for label in labels]
+        return draw_boxes(image, boxes.tolist(), texts, colours, side=side)
+
+    def files(self, answers: Sequence[Found]) -> Mapping[str, bytes]:
+        """detections.json: images, categories and boxes (annotations with a score) as COCO has them."""
+        ids = self.finder.detector.part.get("category_ids") or range(1, len(self.finder.names) + 1)
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for number, answer in enumerate(answers, 1):
+            found: Boxes = answer.details
+            width, height = found.size
+            images.append({"id": number, "file_name": found.key, "width": width, "height": height})
+            sides = np.concatenate([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], 1).astype(np.float64)
+            lines = zip(sides.round(2).tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+            for box, score, label in lines:
+                annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": ids[label], "bbox": box}
+                annotations.append(annotation | {"area": box[2] * box[3], "iscrowd": 0, "score": round(score, 5)})
+        categories = [{"id": number, "name": name} for number, name in zip(ids, self.finder.names, strict=True)]
+        content = {"images": images, "categories": categories, "annotations": annotations}
+        return {"detections.json": json.dumps(content).encode()}

@@ -1,0 +1,300 @@
+"""Detection: model, loss and boxes joined for the loop; a trained detector on other data; a report of a data set."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from florence_jax.data.buckets import make_buckets
+from florence_jax.data.pipeline import TrainData
+from florence_jax.data.records import Source, Subset
+from florence_jax.data.sources.boxes import BoxSource
+from florence_jax.data.sources.detection import open_boxes
+from florence_jax.errors import UserError
+from florence_jax.evaluators.base import Chart, Evaluator
+from florence_jax.evaluators.box_check import BoxCheck
+from florence_jax.evaluators.coco import CocoEvaluator
+from florence_jax.evaluators.coco_scores import need_pycocotools
+from florence_jax.losses.detection import detection_loss
+from florence_jax.models.anchors import level_shapes
+from florence_jax.models.base import Params
+from florence_jax.models.detector import detector_flops
+from florence_jax.params.layer_decay import layer_decay_rules
+from florence_jax.params.rules import Policy, frozen_paths, lr_multipliers
+from florence_jax.params.weights import make_description
+from florence_jax.tasks.base import Suite, Task, make_identity, make_plan, model_identity
+from florence_jax.tasks.detection_sizes import bucket_sizes, scaled_sizes
+from florence_jax.tasks.detector import DETECTOR, Detector, Options
+from florence_jax.tasks.encoder import open_encoder
+from florence_jax.tasks.recipe import detection_recipe
+
+SCENES = "scenes:"
+SCENES_SIDE, OWN_SIDE = 128, 256  # shorter side of the buckets where nobody says any
+EPOCH_OF_SCENES = 1000
+SCENES_TEST = ("held_out", "new_style")  # splits to test on where nobody names any
+# What no loss of a detector reaches. It stays as it was, so that the folder can still be asked for other things.
+UNREACHED = r"(text|text_projection|image_projection)/.*|logit_scale|logit_bias|image/norm/.*"
+NAMELESS = tuple(f"class {number}" for number in range(80))  # of a detector that is only compiled
+
+
+class DetectionSuite(Suite):
+    """A trained detector, that of `config.init`, on `config.data.test`.
+
+    Attributes:
+      train_source: None where nothing is trained. test_sources: by the names of their evaluators.
+      detector: see there. sizes: (height, width) of the buckets.
+
+    Raises:
+      UserError: for weights without a detector, data that are not there, sizes that do not fit.
+    """
+
+    name = "detect"
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.train_source: BoxSource | None = None
+        self.test_sources: dict[str, BoxSource] = {}
+        self._open_sources()
+        given, encoder = config.detector, open_encoder(config)
+        classes: Sequence[str] = getattr(self.train_source, "class_names", () if config.init else NAMELESS)
+        options = Options(**{name: config.detections[name] for name in Options._fields})
+        self.detector = Detector(encoder, given.variant, classes, given.overrides, options)
+        by_data = SCENES_SIDE if f"{config.data.train}{config.data.test}".startswith(SCENES) else OWN_SIDE
+        known = () if given.res else self.detector.part.get("sizes", ())
+        multiple = self.detector.config.multiple
+        self.sizes = bucket_sizes(given.sizes or known, given.res or by_data, multiple)
+
+    def _open_sources(self) -> None:
+        """Those of `config.data`."""
+        if not self.config.data.test:
+            raise UserError("no images to evaluate on: give --config.data.test=DATA")
+        self._open_tests(self.config.data.test.split("|"))
+
+    def _open_tests(self, specs: Sequence[str]) -> None:
+        for spec in specs:
+            name = spec.split(":")[1] if spec.startswith(SCENES) else "test"
+            if name in self.test_sources:
+                name += str(len(self.test_sources) + 1)
+            self.test_sources[name] = open_boxes(spec.strip())
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """See `Suite`."""
+        resolved = {"detector.variant": self.detector.variant, "detector.sizes": [list(size) for size in self.sizes]}
+        resolved |= {f"detector.{name}": value for name, value in sorted(self.detector.overrides.items())}
+        given = make_identity(self.config, "protocol", "init", "data.train", "data.test", "data.eval_ops")
+        classes = {"classes": list(self.detector.classes)}
+        return given | resolved | classes | model_identity(self.detector.encoder.model)
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """See `Suite`. The towers are those that came, in their own mode; the detector's part says what is its own."""
+        sizes = [list(size) for size in self.sizes]
+        own = self.detector.describe() | {"sizes": sizes, "eval_ops": self.config.data.eval_ops}
+        if self.train_source is not None:
+            own["category_ids"] = list(getattr(self.train_source, "category_ids", ()))
+        return make_description(
+            self.name,
+            {"towers": self.detector.encoder.towers_part(), DETECTOR: own},
+            tokenizer=self.detector.encoder.tokenizer_spec,
+            source={"init": self.config.init, "data": self.config.data.train},
+        )
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """See `Suite`."""
+        return () if self.train_source is None else (self.train_source,)
+
+    def load(self, mesh: Mesh) -> Params:
+        """The trained detector of `config.init`."""
+        return self.detector.load_on(mesh, self.config.mesh.sharding_rules)
+
+    def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
+        """COCO's numbers on each of the test sets."""
+        ops, batch = self.config.data.eval_ops, self.config.eval.batch_size
+        classes, detect = self.detector.classes, self.detector.detect
+        train = [] if self.train_source is None else [self.train_source]
+        on_corrupt = self.config.data.on_corrupt
+        return [
+            CocoEvaluator(
+                source, ops, make_buckets([source], self.sizes), detect, mesh, batch, classes, name, train, on_corrupt
+            )
+            for name, source in self.test_sources.items()
+        ]
+
+
+class Detect(DetectionSuite, Task):
+    """Training of a detector on the towers of `config.init`, or of a trained one further.
+
+    Raises:
+      UserError: as `DetectionSuite`; for too few images to hold any out.
+    """
+
+    charts = (
+        Chart("losses", {"classes": "class_loss", "boxes": "box_loss", "centerness": "centerness_loss"}),
+        Chart("positions that learn a box", {"": "positives"}),
+    )
+
+    def __init__(self, config: ConfigDict):
+        super().__init__(config)
+        self._groups = scaled_sizes(self.sizes, config.detector.scales, self.detector.config.multiple)
+        examples = None if self.train_source is None else len(self.train_source)
+        if config.data.train.startswith(SCENES):  # which are endless: an epoch is what is said here
+            examples = EPOCH_OF_SCENES
+        recipe = detection_recipe(examples, self.detector.config.width, config.batch_size)
+        self.plan = make_plan(config, examples, recipe)
+        tower, counts = self.detector.encoder.model.config, len(self.detector.classes)
+        flops = [detector_flops(tower, self.detector.config, counts, *size) for group in self._groups for size in group]
+        times = 3.0 if self.trains_tower else 1.0
+        self.flops_per_example = sum(times * one["image"] + 3.0 * one["detector"] for one in flops) / len(flops)
+
+    def _open_sources(self) -> None:
+        data = self.config.data
+        if data.train:
+            self.train_source = open_boxes(data.train)
+        if data.test:
+            self._open_tests(data.test.split("|"))
+        elif data.train.startswith(SCENES):
+            options = ":".join(["", *data.train.split(":")[3:]])
+            self._open_tests([f"{SCENES}{split}:{options}" for split in SCENES_TEST])
+        elif self.train_source is not None:
+            self._hold_out(self.train_source)
+
+    def _hold_out(self, source: BoxSource) -> None:
+        """Takes a random share of the images, at least one, from those to train on."""
+        share, count = self.config.holdout, len(source)
+        if not 0 < share < 1:
+            raise UserError(f"config.holdout={share} must be above 0 and below 1, or give --config.data.test=DATA")
+        if count < 2:
+            raise UserError(f"{source.name}: one image cannot be trained and tested on; give --config.data.test=DATA")
+        held = np.sort(np.random.default_rng(self.config.seed).permutation(count)[: max(round(share * count), 1)])
+        rest = np.setdiff1d(np.arange(count), held)
+        self.train_source = Subset(source, rest, f"{source.name} (train)")
+        self.test_sources["test"] = Subset(source, held, f"{source.name} (held out)")
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """See `Suite`. The seed draws the images that are held out."""
+        options = make_identity(self.config, "holdout", "seed", "data.train_ops", "detector.most_boxes")
+        return {**super().identity, **options, "detector.scales": list(self.config.detector.scales)}
+
+    # -- model ------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """What the loss does not reach is frozen; the image tower has its own rate, which falls towards the input."""
+        shapes, optim = jax.eval_shape(self.init, jax.random.key(0)), self.config.optim
+        rate = self.config.detector.tower_lr
+
+        def times(factor: float | tuple[float, ...]) -> float | tuple[float, ...]:
+            return tuple(rate * one for one in factor) if isinstance(factor, tuple) else rate * factor
+
+        layers = layer_decay_rules({"image": shapes["image"]}, optim.layer_decay)
+        tower = ((pattern, times(factor)) for pattern, factor in layers if pattern.startswith("image/"))
+        return Policy(lr=((UNREACHED, 0.0), *tower))
+
+    @functools.cached_property
+    def trains_tower(self) -> bool:
+        """Whether anything of the image tower but the norms of its maps is trained."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        frozen = frozen_paths(lr_multipliers(self.config.optim.lr_rules, shapes, self.policy))
+        stages = jax.tree_util.tree_leaves_with_path(shapes["image"])
+        names = (f"image/{jax.tree_util.keystr(path, simple=True, separator='/')}" for path, _ in stages)
+        return any(name.startswith("image/stage") and name not in frozen for name in names)
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters."""
+        return self.detector.init(key)
+
+    def start(self, params: Params) -> Params:
+        """The folder's towers, and its detector where it holds one."""
+        return self.detector.load(params)
+
+    def loss(
+        self, params: Params, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `detection_loss`; "boxes_cut" is the number of objects that the batch had no room for."""
+        outputs = self.detector.outputs(params, batch, self.trains_tower, key)
+        levels = tuple(height * width for height, width in level_shapes(*batch["image"].shape[1:3]))
+        loss, metrics = detection_loss(outputs, batch, levels)
+        return loss, metrics | {"boxes_cut": batch["boxes_cut"].sum().astype(jnp.float32)}
+
+    # -- data -------------------------------------------------------------------------------------------------------
+
+    @property
+    def batches(self) -> tuple[Mapping[str, jax.ShapeDtypeStruct], ...]:
+        """One shape for each bucket of each scale."""
+        rows, most = self.plan.batch_size, self.config.detector.most_boxes
+        of = jax.ShapeDtypeStruct
+        common = {
+            "valid": of((rows, 2), jnp.int32),
+            "boxes": of((rows, most, 4), jnp.float32),
+            "class_ids": of((rows, most), jnp.int32),
+            "objects": of((rows, most), jnp.bool_),
+            "ignore": of((rows, most), jnp.bool_),
+            "boxes_cut": of((rows,), jnp.int32),
+            "corrupt": of((rows,), jnp.int32),
+            "padded": of((rows,), jnp.float32),
+        }
+        sizes = [size for group in self._groups for size in group]
+        return tuple({"image": of((rows, *size, 3), jnp.uint8), **common} for size in sizes)
+
+    def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
+        """As for a trained detector. Without pycocotools it is trained, and scored another time."""
+        try:
+            need_pycocotools()
+        except UserError as error:
+            logging.warning("what is trained is not scored: %s; then --config.mode=eval", error)
+            return []
+        return super().evaluators(mesh)
+
+    def train_data(self) -> TrainData:
+        """Images with their boxes, by the shape of the images; each once for every scale."""
+        if self.train_source is None:
+            raise UserError("nothing to train on: give --config.data.train=DATA")
+        sources = [self.train_source]
+        pad = f"pad_boxes({self.config.detector.most_boxes})"
+        ops = f"{self.config.data.train_ops}|{pad}|keep(image, valid, boxes, class_ids, objects, ignore, boxes_cut)"
+        buckets = [bucket for group in self._groups for bucket in make_buckets(sources, group)]
+        return TrainData(sources, None, ops, {}, tuple(buckets))
+
+
+class BoxCheckSuite(Suite):
+    """A report of the data of `config.data.test`, without weights.
+
+    Raises:
+      UserError: for no data, or data that cannot be read at all.
+    """
+
+    name = "detect"
+
+    def __init__(self, config: ConfigDict):
+        if not (spec := config.data.test or config.data.train):
+            raise UserError("no data to check: give --config.data.test=DATA")
+        self.config, self._evaluator = config, BoxCheck(open_boxes(spec, check=True))
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """See `Suite`."""
+        return make_identity(self.config, "protocol", "data.train", "data.test")
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """See `Suite`: there is no model."""
+        return make_description(self.name, {})
+
+    def load(self, mesh: Mesh) -> Params:
+        """Nothing."""
+        del mesh
+        return {}
+
+    def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
+        """The report."""
+        del mesh
+        return [self._evaluator]
