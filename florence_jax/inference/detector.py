@@ -22,14 +22,14 @@ from florence_jax.pictures import draw_boxes, open_picture, picture_frame, pictu
 from florence_jax.tasks.detector import Detector
 from florence_jax.tasks.encoder import Encoder
 
-THRESHOLD = 0.3  # least score of a box that is told
+TOLD_FROM = 0.3  # least score of a box that is told
 # By class, in turn.
-COLOURS = ("#d1495b", "#2e6f95", "#3a7d44", "#8f5aa8", "#b3661a", "#00798c", "#a8325e", "#5b6c1f")
+CLASS_COLOURS = ("#d1495b", "#2e6f95", "#3a7d44", "#8f5aa8", "#b3661a", "#00798c", "#a8325e", "#5b6c1f")
 FILE_SIDE, PAGE_SIDE = 1024, 320  # longer side, in pixels, of a picture with its boxes: as a file, on the page
 
 
 @dataclasses.dataclass(frozen=True)
-class Boxes:
+class PictureBoxes:
     """What was found in a picture, best first.
 
     Attributes:
@@ -72,7 +72,7 @@ class BoxFinder:
         """Of the classes."""
         return self.detector.classes
 
-    def boxes(self, source: Source, threshold: float, top: int, on_corrupt: str = "skip") -> Iterator[Boxes]:
+    def boxes(self, source: Source, threshold: float, top: int, on_corrupt: str = "skip") -> Iterator[PictureBoxes]:
         """What is found in each readable record, in order.
 
         Args:
@@ -97,7 +97,7 @@ class BoxFinder:
             chosen = np.flatnonzero((row["labels"] >= 0) & (row["scores"] >= threshold))[:top]
             boxes = boxes_to_source(row["boxes"][chosen], row["warp"]).clip(0, (width, height, width, height))
             found = boxes.astype(np.float32), row["scores"][chosen], row["labels"][chosen]
-            yield Boxes(row["index"], row["key"], (width, height), *found)
+            yield PictureBoxes(row["index"], row["key"], (width, height), *found)
 
     def _predictor(self, count: int) -> Predictor:
         """For batches of a power of two, up to the largest: few sizes are compiled."""
@@ -137,13 +137,13 @@ class DetectorAnswerer(Answerer):
 
     columns = ("x1", "y1", "x2", "y2", "class", "score")
 
-    def __init__(self, finder: BoxFinder, threshold: float = THRESHOLD, top: int = 100):
+    def __init__(self, finder: BoxFinder, threshold: float = TOLD_FROM, top: int = 100):
         self.finder, self.threshold, self.top = finder, threshold, top
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Adds the options of detection."""
-        parser.add_argument("--threshold", type=float, default=THRESHOLD, help="score from which on a box is told")
+        parser.add_argument("--threshold", type=float, default=TOLD_FROM, help="score from which on a box is told")
         parser.add_argument("--top", type=int, default=100, help="most boxes of a picture")
 
     @classmethod
@@ -187,7 +187,7 @@ class DetectorAnswerer(Answerer):
             return None
         boxes, labels, names = found.details.boxes, found.details.labels, self.finder.names
         texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, found.details.scores, strict=True)]
-        colours = [COLOURS[label % len(COLOURS)] for label in labels]
+        colours = [CLASS_COLOURS[label % len(CLASS_COLOURS)] for label in labels]
         return draw_boxes(image, boxes.tolist(), texts, colours, side=side)
 
     def files(self, answers: Sequence[Found]) -> Mapping[str, bytes]:
@@ -196,7 +196,7 @@ class DetectorAnswerer(Answerer):
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for number, answer in enumerate(answers, 1):
-            found: Boxes = answer.details
+            found: PictureBoxes = answer.details
             width, height = found.size
             images.append({"id": number, "file_name": found.key, "width": width, "height": height})
             sides = np.concatenate([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], 1).astype(np.float64)

@@ -27,7 +27,7 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.metrics import softmax
 from florence_jax.evaluators.predictor import Embedder, Predictor
 from florence_jax.evaluators.zero_shot import class_embeddings
-from florence_jax.inference.detector import THRESHOLD, BoxFinder
+from florence_jax.inference.detector import TOLD_FROM, BoxFinder
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks.encoder import Encoder
 
@@ -216,7 +216,7 @@ class Florence:
         """
         return [best_classes(row, self.classes, top) for row in self.probabilities(images)]
 
-    def detect(self, images: Sequence[Picture], threshold: float = THRESHOLD, top: int = 100) -> list[dict[str, Any]]:
+    def detect(self, images: Sequence[Picture], threshold: float = TOLD_FROM, top: int = 100) -> list[dict[str, Any]]:
         """Objects in pictures, by the detector that the folder holds (configs/detect.py).
 
         Args:

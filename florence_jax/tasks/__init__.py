@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 
 from florence_jax.errors import UserError
 from florence_jax.tasks.base import Suite, Task
+from florence_jax.tasks.box_check import BoxCheckSuite
 from florence_jax.tasks.classify import FewShotSuite, HeadSuite, ProbeSuite, ZeroShotSuite
-from florence_jax.tasks.detect import BoxCheckSuite, Detect, DetectionSuite
+from florence_jax.tasks.detect import Detect, DetectionSuite
 from florence_jax.tasks.finetune import FineTuneLinear, FineTuneUniCL
 from florence_jax.tasks.pretrain import Pretrain
 from florence_jax.tasks.retrieve import FineTuneRetrieval, RetrievalSuite

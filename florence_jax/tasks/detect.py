@@ -1,4 +1,4 @@
-"""Detection: model, loss and boxes joined for the loop; a trained detector on other data; a report of a data set."""
+"""Detection: model, loss and boxes joined for the loop; a trained detector on other data."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,6 @@ from florence_jax.data.sources.boxes import BoxSource
 from florence_jax.data.sources.detection import open_boxes
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
-from florence_jax.evaluators.box_check import BoxCheck
 from florence_jax.evaluators.coco import CocoEvaluator
 from florence_jax.evaluators.coco_scores import need_pycocotools
 from florence_jax.losses.detection import detection_loss
@@ -263,38 +262,3 @@ class Detect(DetectionSuite, Task):
         ops = f"{self.config.data.train_ops}|{pad}|keep(image, valid, boxes, class_ids, objects, ignore, boxes_cut)"
         buckets = [bucket for group in self._groups for bucket in make_buckets(sources, group)]
         return TrainData(sources, None, ops, {}, tuple(buckets))
-
-
-class BoxCheckSuite(Suite):
-    """A report of the data of `config.data.test`, without weights.
-
-    Raises:
-      UserError: for no data, or data that cannot be read at all.
-    """
-
-    name = "detect"
-
-    def __init__(self, config: ConfigDict):
-        if not (spec := config.data.test or config.data.train):
-            raise UserError("no data to check: give --config.data.test=DATA")
-        self.config, self._evaluator = config, BoxCheck(open_boxes(spec, check=True))
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """See `Suite`."""
-        return make_identity(self.config, "protocol", "data.train", "data.test")
-
-    @property
-    def description(self) -> Mapping[str, Any]:
-        """See `Suite`: there is no model."""
-        return make_description(self.name, {})
-
-    def load(self, mesh: Mesh) -> Params:
-        """Nothing."""
-        del mesh
-        return {}
-
-    def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
-        """The report."""
-        del mesh
-        return [self._evaluator]

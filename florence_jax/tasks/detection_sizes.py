@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from florence_jax.errors import UserError
 
-Size = tuple[int, int]
+BucketSize = tuple[int, int]
 LONG = 1.5  # longer over shorter side of the buckets that are not square, where nobody names any
 
 
-def bucket_sizes(given: Sequence[Sequence[int]], short: int, multiple: int) -> list[Size]:
+def bucket_sizes(given: Sequence[Sequence[int]], short: int, multiple: int) -> list[BucketSize]:
     """(height, width) of the buckets: those that are given, else a square one of side `short` and two longer ones.
 
     Raises:
@@ -30,7 +30,7 @@ def bucket_sizes(given: Sequence[Sequence[int]], short: int, multiple: int) -> l
     return sizes
 
 
-def scaled_sizes(sizes: Sequence[Size], scales: Sequence[float], multiple: int) -> list[list[Size]]:
+def scaled_sizes(sizes: Sequence[BucketSize], scales: Sequence[float], multiple: int) -> list[list[BucketSize]]:
     """The buckets of each scale of multi-scale training, the largest first; none is there twice.
 
     Raises:
@@ -38,7 +38,7 @@ def scaled_sizes(sizes: Sequence[Size], scales: Sequence[float], multiple: int) 
     """
     if not scales or min(scales) <= 0:
         raise UserError(f"config.detector.scales={tuple(scales)} must be shares, above 0, of the buckets' sizes")
-    seen: set[Size] = set()
+    seen: set[BucketSize] = set()
     groups = []
     for scale in sorted(scales, reverse=True):
         group = {(_on_grid(height * scale, multiple), _on_grid(width * scale, multiple)) for height, width in sizes}
