@@ -206,6 +206,13 @@ def test_data_prints_one_line(capsys, workers):
         assert result[name] > 0
 
 
+def test_boxes_print_one_line(capsys):
+    arguments = "boxes --image_size 80x60 --bucket 64x48 --boxes 3 --batch 4 --records 8 --images 8 --rounds 1"
+    code, result = run(capsys, arguments.split())
+    assert code == 0 and min(result["ratio"], result["cpu_ratio"], result["image_ops_ratio"]) > 0
+    assert result["bucket"] == "64x48" and result["pipeline_images_per_s"] > 0
+
+
 def test_records_of_the_benchmark_are_pictures_and_texts(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file": "a.png", "text": "x", "box": 1.5}\n')
@@ -267,6 +274,8 @@ def test_ratio_report():
         ["devices", "--counts", "1,x"],
         ["devices", "--counts", "64"],
         ["data", "--image_size", "big"],
+        ["boxes", "--bucket", "own"],
+        ["boxes", "--data", "scenes:train:4"],
         ["detect", "--parts", "conv,all"],
         ["detect", "--maps", "2x32x48"],
         ["data", "--source", "nowhere"],

@@ -5,6 +5,7 @@
     python -m florence_jax.tools.bench remat             # memory and time of every recomputation policy
     python -m florence_jax.tools.bench devices           # a step over 1, 2, 4, 8 (simulated) devices, fixed local batch
     python -m florence_jax.tools.bench data              # images a second of the input pipeline; beside bare decoding
+    python -m florence_jax.tools.bench boxes             # the same of a detector's input, with boxes
     python -m florence_jax.tools.bench detect            # the detector: deformable convolution, steps by size of image
     python -m florence_jax.tools.bench start             # bytes and seconds before the first step, by size of the data
     python -m florence_jax.tools.bench curate            # images a second of curation's hash stage, and its join
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "remat": ("florence_jax.tools.bench.remat", "memory and time of a training step by recomputation policy"),
     "devices": ("florence_jax.tools.bench.devices", "a training step by number of devices, at a fixed batch on each"),
     "data": ("florence_jax.tools.bench.data", "images a second of the input pipeline, compared with bare decoding"),
+    "boxes": ("florence_jax.tools.bench.boxes", "images a second of a detector's input, compared with bare decoding"),
     "detect": ("florence_jax.tools.bench.detect", "the detector: its deformable convolution, steps by size of image"),
     "start": ("florence_jax.tools.bench.start", "bytes read and seconds before the first step, by size of the data"),
     "curate": ("florence_jax.tools.bench.curate", "images a second of curation's hash stage, cost of its join"),

@@ -44,6 +44,7 @@ from florence_jax.tasks.pretrain import Pretrain
 from florence_jax.tools.bench import timing
 from florence_jax.train.loop import open_stream
 
+Seconds = Sequence[tuple[float, float]]
 JPEG_QUALITY = 90
 NOISE = 14.0  # grey levels: 500x375 then takes 70 to 80 kB, within the range of ImageNet pictures of that size
 
@@ -128,6 +129,13 @@ def time_pictures(records: Sequence[dict[str, Any]], args: argparse.Namespace) -
             decode.append(timing.time_loop(decode_image, images, args.images))
             image_ops.append(timing.time_loop(augment, images, args.images))
             pipeline.append(time_pipeline(open_stream(config, task, task.train_data()), args))
+    return speed_report(decode, image_ops, pipeline, images, args.workers)
+
+
+def speed_report(
+    decode: Seconds, image_ops: Seconds, pipeline: Seconds, images: Sequence[bytes], workers: int
+) -> dict[str, Any]:
+    """The keys of the module's docstring, of seconds and processor seconds an image in each round."""
     decode_wall, decode_cpu = np.median(decode, axis=0)
     image_ops_wall, image_ops_cpu = np.median(image_ops, axis=0)
     pipeline_wall, pipeline_cpu = np.median(pipeline, axis=0)
@@ -135,9 +143,9 @@ def time_pictures(records: Sequence[dict[str, Any]], args: argparse.Namespace) -
         "decode_images_per_s": 1 / decode_wall,
         "image_ops_images_per_s": 1 / image_ops_wall,
         "pipeline_images_per_s": 1 / pipeline_wall,
-        "ratio": decode_wall / pipeline_wall / max(args.workers, 1),
-        "cpu_ratio": None if args.workers else decode_cpu / pipeline_cpu,
-        "image_ops_ratio": None if args.workers else image_ops_cpu / pipeline_cpu,
+        "ratio": decode_wall / pipeline_wall / max(workers, 1),
+        "cpu_ratio": None if workers else decode_cpu / pipeline_cpu,
+        "image_ops_ratio": None if workers else image_ops_cpu / pipeline_cpu,
         "kilobytes_per_image": sum(map(len, images)) / len(images) / 1000,
     }
     return {name: value and timing.round_significant(value, 4) for name, value in report.items()}
