@@ -15,7 +15,7 @@ from florence_jax.data.pipeline import eval_stream
 from florence_jax.data.records import BadRecord, sample_of
 from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
-from florence_jax.data.sources.detection import open_boxes
+from florence_jax.data.sources.detection import box_parts, open_boxes
 from florence_jax.errors import UserError
 
 VOC = """<annotation><folder>x</folder><filename>{name}</filename><source><database>{database}</database></source>
@@ -115,6 +115,7 @@ def test_roboflow_exports_as_they_come(tmp_path):
     assert len(source) == 4 and source.class_names == ("ant", "bee", "cat") and source.category_ids == (1, 4, 7)
     assert "stands above the others (Roboflow's class 0): 1" in source.summary["says"]
     assert source.problems.counts == {"root_class": 1} and source[0]["key"] == "0.png"
+    assert box_parts(str(tmp_path)) == {"train", "test"} and box_parts(str(tmp_path / "valid")) == frozenset()
     assert len(open_boxes(str(tmp_path), "test")) == 3 and len(open_boxes(str(tmp_path / "valid"))) == 2
     with pytest.raises(UserError, match="boxes in several files, test/_ann.*train/_ann.*: name one, such as coco:"):
         open_boxes(str(tmp_path))
@@ -285,6 +286,7 @@ def test_voc(tmp_path):
     assert list(rows(train)) == ["JPEGImages/0.png", "JPEGImages/2.png"]
     assert train.problems.counts["no_annotation"] == 1 and "2 .xml of ImageSets/Main/train.txt" in train.summary["says"]
     assert rows(open_boxes(str(tmp_path), "train")) == rows(train)
+    assert box_parts(str(tmp_path)) == {"train", "test"} and box_parts(f"voc:{tmp_path}") == frozenset()
     assert list(rows(open_boxes(str(tmp_path), "test"))) == ["JPEGImages/1.png"]
     with pytest.raises(UserError, match=r"no .*ImageSets/Main/test.txt; splits there: train, val"):
         open_boxes(f"voc:{tmp_path}:test")

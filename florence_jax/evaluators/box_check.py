@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -68,8 +69,20 @@ class BoxCheck(Evaluator):
             decoded=len(decoded),
         )
         counts = self._problems.counts
+        if jax.process_index() == 0:
+            print("\n".join(f"{self.name}: {line}" for line in self._lines()), flush=True)
         found = self._statistics.totals() | {"problems": float(sum(counts.values()))}
         return found | {f"problems/{kind}": float(counts[kind]) for kind in MISTAKES if counts[kind]}
+
+    def _lines(self) -> Iterator[str]:
+        """A line for each kind of mistake, with the place of the first."""
+        for kind, mistake in MISTAKES.items():
+            if count := self._problems.counts[kind]:
+                flaw = next(flaw for flaw in self._problems if flaw.kind == kind)
+                place = " ".join(filter(None, (flaw.where, flaw.detail and f"({flaw.detail})")))
+                yield f"{count:,} {mistake.what} ({mistake.done})" + (f": {place}" if place else "")
+        if not self._problems.counts:
+            yield "no mistake was found"
 
     def _read(self, keys: Sequence[str], sizes: np.ndarray, rows: np.ndarray) -> None:
         """Decodes pictures; counts those that cannot be, and those of another size than their record says."""

@@ -15,7 +15,7 @@ from florence_jax.data.buckets import make_buckets
 from florence_jax.data.pipeline import TrainData
 from florence_jax.data.records import Source, Subset
 from florence_jax.data.sources.boxes import BoxSource
-from florence_jax.data.sources.detection import open_boxes
+from florence_jax.data.sources.detection import box_parts, open_boxes
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.coco import CocoEvaluator
@@ -80,7 +80,7 @@ class DetectionSuite(Suite):
             name = spec.split(":")[1] if spec.startswith(SCENES) else "test"
             if name in self.test_sources:
                 name += str(len(self.test_sources) + 1)
-            self.test_sources[name] = open_boxes(spec.strip())
+            self.test_sources[name] = open_boxes(spec.strip(), "test")
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -156,12 +156,14 @@ class Detect(DetectionSuite, Task):
     def _open_sources(self) -> None:
         data = self.config.data
         if data.train:
-            self.train_source = open_boxes(data.train)
+            self.train_source = open_boxes(data.train, "train")
         if data.test:
             self._open_tests(data.test.split("|"))
         elif data.train.startswith(SCENES):
             options = ":".join(["", *data.train.split(":")[3:]])
             self._open_tests([f"{SCENES}{split}:{options}" for split in SCENES_TEST])
+        elif "test" in box_parts(data.train):
+            self._open_tests([data.train])
         elif self.train_source is not None:
             self._hold_out(self.train_source)
 

@@ -270,6 +270,16 @@ def _open_folder(folder: str, split: str, check: bool) -> FileBoxSource:
     return source
 
 
+def box_parts(spec: str) -> frozenset[str]:
+    """Which of 'train' and 'test' a folder keeps apart, as `open_boxes` takes them; () for any other source."""
+    if spec.partition(":")[0] in BOX_KINDS or array_record_paths(spec) or not epath.Path(spec).is_dir():
+        return frozenset()
+    listing = list_pictures(spec)
+    kind, names = next(((kind, names) for kind, names in _candidates(listing) if names), ("", []))
+    parts = {_part_of(name) for name in (kind == ".xml" and _voc_splits(listing)) or names}
+    return frozenset(name for name, known in (("train", {"train"}), ("test", {"test", "val"})) if parts & known)
+
+
 def _candidates(listing: Listing) -> Iterator[tuple[str, list[str]]]:
     """Kinds of files and those that may hold boxes: by their names, else by what is in them; the best kind first."""
     jsons = [name for name in sorted(listing.texts) if name.lower().endswith(".json")]
