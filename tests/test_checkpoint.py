@@ -1,6 +1,7 @@
 """Checkpoints: round trip, another mesh, partial restore, and mismatches named in full."""
 
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -212,3 +213,23 @@ def test_lazy_arrays_are_read_one_by_one(tmp_path):
         restored = checkpoints.restore({"params": like})["params"]
     jax.tree.map(np.testing.assert_array_equal, restored, {f"p{i}": np.full((2, 3), i) for i in range(3)})
     assert order == [0, 1, 2, 0, 1, 2]  # for the checksums, and to be written
+
+
+def test_a_save_that_fails_is_one_message(tmp_path, capfd, caplog):
+    """Without the tracebacks of Orbax's threads. The array is read for its checksum, but not when it is written."""
+    asked = []
+
+    def read():
+        asked.append(1)
+        if len(asked) > 1:
+            raise ValueError('writing "a/0": "/x/y": Failed to write: No space left on device [os_error_code=\'28\']')
+        return np.zeros(3, np.float32)
+
+    checkpoints = Checkpoints(str(tmp_path))
+    told = f"saving a checkpoint to {tmp_path} failed: No space left on device; free space"
+    with pytest.raises(UserError, match=re.escape(told)):
+        checkpoints.save(1, {"params": {"a": LazyArray((3,), read), "b": jnp.zeros(3)}})
+        checkpoints.wait()
+    checkpoints.close()
+    assert "Traceback" not in "".join(capfd.readouterr()) and not [r for r in caplog.records if r.exc_info]
+    assert checkpoints.latest_step() is None

@@ -48,6 +48,14 @@ HANDLERS = ocp.type_handlers.create_type_handler_registry(
 )
 
 
+ORBAX = str(epath.Path(ocp.__file__).parent)
+
+
+def _is_told(record: python_logging.LogRecord) -> bool:
+    """Whether a message is shown: not the tracebacks that each of Orbax's threads logs of what is raised here too."""
+    return not (record.exc_info and record.pathname.startswith(ORBAX))
+
+
 class UnreadableCheckpoint(UserError):
     """A checkpoint that is truncated or corrupt."""
 
@@ -86,6 +94,7 @@ class Checkpoints:
             save_interval_steps=0 if read_only else 1,  # other values get a warning in read-only mode
             cleanup_tmp_directories=not read_only,
         )
+        logging.get_absl_logger().addFilter(_is_told)  # once, however often
         verbosity = logging.get_verbosity()
         try:
             if read_only:
@@ -113,20 +122,24 @@ class Checkpoints:
         try:
             if step not in self._manager.all_steps():
                 state = dict(state)
-                self._manager.save(step, args=ocp.args.PyTreeSave(state | {DIGEST: _all_digests(state)}))
+                with _quiet_failure():
+                    self._manager.save(step, args=ocp.args.PyTreeSave(state | {DIGEST: _all_digests(state)}))
         except (OSError, ValueError) as error:
             raise self._save_failed(error) from error
 
     def wait(self) -> None:
         """Blocks until every started save is complete; raises `UserError` if one failed."""
         try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+            with _quiet_failure():
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
         except (OSError, ValueError) as error:
             raise self._save_failed(error) from error
 
     def _save_failed(self, error: Exception) -> UserError:
-        first = str(error).split("\n", 1)[0]
+        # TensorStore puts the system's reason at the end of names of arrays and files.
+        reason = re.search(r": ([^:]+) \[os_error_code=", str(error))
+        first = reason[1] if reason else str(error).split("\n", 1)[0]
         return UserError(
             f"saving a checkpoint to {self.directory} failed: {first}; free space or fix the permissions and run the "
             "same command again: it resumes from the last complete checkpoint"
@@ -268,7 +281,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _quiet_failure() -> Iterator[None]:
-    """Where one array cannot be read, the reads of all others that Orbax has begun end in tracebacks: left out."""
+    """Where an array cannot be read or saved, what Orbax has begun with all others ends in tracebacks: left out."""
     hook, logger = sys.unraisablehook, python_logging.getLogger("asyncio")
     level = logger.level
     sys.unraisablehook = lambda unraisable: logging.debug("%s", unraisable.exc_value)
