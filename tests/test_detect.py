@@ -1,0 +1,276 @@
+"""configs/detect.py: trained, killed and resumed, evaluated, preflighted, used from its folder alone."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_images import run_main, tiny_checkpoint
+from two_processes import run_job
+
+from configs.detect import get_config
+from florence_jax.data.sources.catalog import open_source
+from florence_jax.errors import UserError
+from florence_jax.inference import Florence
+from florence_jax.params.sharding import make_mesh
+from florence_jax.predict import main as predict
+from florence_jax.tasks import create_suite, create_task
+from florence_jax.tasks.detection_sizes import bucket_sizes, scaled_sizes
+from florence_jax.tasks.detector import Detector, mirrored, scaled
+from florence_jax.tasks.encoder import Encoder
+from florence_jax.tools.aot_compile import topologies
+from florence_jax.tools.aot_compile.__main__ import preflight
+from florence_jax.train.loop import open_stream
+from florence_jax.train.metrics import read_metrics
+
+TESTS = Path(__file__).parent
+STEPS, SAVED, KILLED = 8, 3, 6
+SIZES = ((128, 128), (128, 256))  # of two scales
+CHANGES = {
+    "data.train": "scenes:train:24",
+    "data.test": "scenes:held_out:8",
+    "detector.tower_lr": 0.0,
+    "total_steps": STEPS,
+    "checkpoint.every": SAVED,
+}
+CONFIG = "--config=configs/detect.py:runlocal"
+FLAGS = [CONFIG, *(f"--config.{name}={value}" for name, value in CHANGES.items())]
+# The command, killed by -9 before the batch of a step.
+KILLED_RUN = f"""
+import itertools, os, runpy, signal
+from florence_jax.train import loop
+steps, inner = itertools.count(1), loop.to_global
+def to_global(*args):
+    if next(steps) == {KILLED}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return inner(*args)
+loop.to_global = to_global
+runpy.run_module("florence_jax.main", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    """Checkpoints of a tiny pretraining with four stages."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("towers"), depths=(2, 2, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def trained(towers, tmp_path_factory):
+    """Workdir of a run."""
+    workdir = tmp_path_factory.mktemp("detect") / "run"
+    assert run_main(*FLAGS, f"--config.init={towers}", f"--workdir={workdir}") == 0
+    return workdir
+
+
+def changed_config(**changes):
+    config = get_config("runlocal")
+    config.update_from_flattened_dict(CHANGES | changes)
+    return config
+
+
+def params_of(workdir):
+    return jax.device_get(Detector(Encoder(str(workdir))).load_on(make_mesh(-1, 1)))
+
+
+def lines_of(workdir):
+    return [{k: v for k, v in line.items() if "perf/" not in k} for line in read_metrics(workdir / "metrics.jsonl")]
+
+
+def test_batches_have_the_shapes_that_are_announced(towers):
+    config = changed_config(init=towers)
+    task = create_task(config)
+    with open_stream(config, task, task.train_data()) as stream:
+        batches = [batch for batch, _ in zip(stream, range(6), strict=False)]
+    announced = [{name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()} for shapes in task.batches]
+    assert all({name: (x.shape, x.dtype) for name, x in batch.items()} in announced for batch in batches)
+    assert {batch["image"].shape[1:3] for batch in batches} == set(SIZES)
+    assert sum(int(batch["objects"].sum()) for batch in batches) > 48
+
+
+def test_it_trains_the_detector_and_no_more(trained, towers):
+    lines = [line for line in lines_of(trained) if "train/loss" in line]
+    assert len(lines) == STEPS and all(np.isfinite(line["train/loss"]) for line in lines)
+    detector = Detector(Encoder(towers), "tiny", ["a"] * 8, {"width": 16, "blocks": 1})
+    start = jax.device_get(detector.load(jax.jit(detector.init)(jax.random.key(0))))
+    end = params_of(trained)
+    new = {name: end["image"].pop(name) for name in [f"norm{stage}" for stage in (1, 2, 3)]}
+    for name in new:
+        start["image"].pop(name)
+    for name in ("image", "text", "image_projection", "text_projection", "logit_scale"):
+        jax.tree.map(np.testing.assert_array_equal, end[name], start[name])
+    assert all((leaf != 1).any() for leaf in [norm["scale"] for norm in new.values()])
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), end["detector"], start["detector"])
+    assert all(jax.tree.leaves(moved))
+
+
+def test_killed_it_goes_on_bit_for_bit(trained, towers, tmp_path, capsys):
+    arguments = [*FLAGS, f"--config.init={towers}", f"--workdir={tmp_path / 'run'}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(TESTS.parent)}
+    command = [sys.executable, "-c", KILLED_RUN, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=TESTS.parent)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert run_main(*arguments) == 0
+    assert f"resuming {tmp_path / 'run'} at step" in capsys.readouterr().out
+    assert lines_of(tmp_path / "run") == lines_of(trained)
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "run"), params_of(trained))
+
+
+def test_the_evaluation_leaves_cocos_files_and_a_page(trained):
+    result = json.loads((trained / "result.json").read_text())
+    truth = json.loads((trained / "test_ground_truth.json").read_text())
+    assert {"eval/test/AP", "eval/test/AP50", "eval/test/agnostic_AP50"} <= set(result)
+    assert len(truth["images"]) == result["eval/test/images"] == 8
+    found = json.loads((trained / "test_predictions.json").read_text())
+    assert {box["image_id"] for box in found} <= {image["id"] for image in truth["images"]}
+    assert "average precision" in (trained / "report.html").read_text()
+
+
+def test_a_trained_detector_is_evaluated_elsewhere(trained, tmp_path):
+    flags = ["--config=configs/detect.py:protocol=eval,runlocal", "--config.data.test=scenes:held_out:8"]
+    assert run_main(*flags, f"--config.init={trained}", f"--workdir={tmp_path}") == 0
+    for name in ("test_predictions.json", "test_ground_truth.json"):
+        assert (tmp_path / name).read_text() == (trained / name).read_text()
+
+
+def test_the_folder_alone_detects_and_classifies(trained, towers):
+    model = Florence(trained)
+    source = open_source("scenes:held_out:3")
+    pictures = [source[i]["image"] for i in range(3)]
+    found = model.detect(pictures, threshold=0.0, top=7)
+    for one, picture in zip(found, pictures, strict=True):
+        assert one["boxes"].shape == (7, 4) and one["boxes"].dtype == np.float32
+        height, width = picture.shape[:2]
+        assert (one["boxes"] >= 0).all() and (one["boxes"] <= [width, height, width, height]).all()
+        assert (np.diff(one["scores"]) <= 0).all() and len(one["names"]) == 7
+        assert [source.class_names[label] for label in one["labels"]] == one["names"]
+    assert not any(len(one["boxes"]) for one in model.detect(pictures, threshold=1.0))
+    names = ["cat", "dog", "tree"]  # the towers are frozen, and of one size
+    np.testing.assert_allclose(
+        model.classify(pictures, names, ["{}"]), Florence(towers).classify(pictures, names, ["{}"]), atol=1e-5
+    )
+    with pytest.raises(UserError, match="holds no detector: train one with"):
+        Florence(towers).detect(pictures)
+    for wrong in ({"threshold": 2.0}, {"top": 0}):
+        with pytest.raises(UserError, match="must be"):
+            model.detect(pictures, **wrong)
+
+
+def test_predict_reads_every_kind_of_picture(trained, tmp_path, capsys):
+    images = tmp_path / "in"
+    images.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8)
+    Image.fromarray(noise).save(images / "colour.png")
+    Image.fromarray(noise[..., 0]).save(images / "grey.png")
+    Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(images / "sixteen.png")
+    Image.fromarray(noise).convert("P").save(images / "palette.png")
+    Image.fromarray(noise[:1, :1]).save(images / "pixel.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(noise).save(images / "turned.jpg", exif=turned)
+    (images / "broken.png").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    assert predict([f"--init={trained}", f"--input={images}", f"--out={out}", "--threshold=0", "--top=3"]) == 0
+    assert "6 pictures, 1 not read" in capsys.readouterr().out
+    coco = json.loads((out / "detections.json").read_text())
+    sizes = {image["file_name"]: (image["width"], image["height"]) for image in coco["images"]}
+    assert sizes["turned.jpg"] == (48, 80) and sizes["grey.png"] == (80, 48) and sizes["pixel.png"] == (1, 1)
+    by_image = {image["id"]: sizes[image["file_name"]] for image in coco["images"]}
+    for box in coco["annotations"]:
+        x, y, width, height = box["bbox"]
+        assert x >= 0 and y >= 0 and x + width <= by_image[box["image_id"]][0] + 0.02
+        assert y + height <= by_image[box["image_id"]][1] + 0.02
+    assert [category["name"] for category in coco["categories"]] == list(open_source("scenes:train:1").class_names)
+    with (out / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(coco["annotations"]) and list(rows[0])[1:] == ["x1", "y1", "x2", "y2", "class", "score"]
+    assert len(list((out / "pictures").iterdir())) == 6 and "not read" in (out / "report.html").read_text().lower()
+
+
+def test_other_classes_begin_anew_and_known_ones_go_on(trained):
+    encoder = Encoder(str(trained))
+    known = encoder.description.parts["detector"]["classes"]
+    detector = Detector(encoder, classes=["unknown", known[5], known[0]])
+    fresh = jax.jit(detector.init)(jax.random.key(1))
+    loaded, saved = detector.load(fresh), params_of(trained)["detector"]["class_logits"]
+    for name, leaf in loaded["detector"]["class_logits"].items():
+        np.testing.assert_array_equal(leaf[..., 1:], saved[name][..., [5, 0]])
+        np.testing.assert_array_equal(leaf[..., 0], fresh["detector"]["class_logits"][name][..., 0])
+
+
+def test_preflight_compiles_every_bucket():
+    changes = {"init": "", "data.train": "", "data.test": "", "model.variant": "ti", "model.overrides.image_width": 8}
+    config = changed_config(**changes)
+    found = preflight(config.lock(), topologies.find("v5e:2x4"), 0.5, devices=jax.devices(), bucket=0)
+    assert found["fits"] and found["task"] == "detect" and found["variant"] == "ti, tiny"
+    assert {tuple(shapes["image"].shape[1:3]) for shapes in create_task(config).batches} == set(SIZES)
+
+
+def test_sizes_of_batches():
+    assert bucket_sizes((), 128, 128) == [(128, 128), (128, 256), (256, 128)]
+    assert bucket_sizes((), 800, 32) == [(800, 800), (800, 1216), (1216, 800)]
+    groups = scaled_sizes([(256, 256), (256, 512)], (0.5, 1.0, 0.6), 128)
+    assert groups == [[(256, 256), (256, 512)], [(256, 384)], [(128, 128), (128, 256)]]
+    with pytest.raises(UserError, match=r"\(128, 200\) must be multiples of 128.*\(128, 256\)"):
+        bucket_sizes(((128, 200),), 128, 128)
+    for scales in ((), (0.0,)):
+        with pytest.raises(UserError, match="must be shares, above 0"):
+            scaled_sizes([(128, 128)], scales, 128)
+
+
+def test_views_of_a_picture():
+    image = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8))
+    valid = jnp.array([[8, 8], [4, 6]])
+    turned = np.asarray(mirrored(image, valid))
+    np.testing.assert_array_equal(turned[0], image[0, :, ::-1])
+    np.testing.assert_array_equal(turned[1, :, :6], image[1, :, :6][:, ::-1])
+    np.testing.assert_array_equal(turned[1, :, 6:], image[1, :, 6:])
+    small, sizes = scaled(image, valid, 0.5, 8)
+    assert small.shape == (2, 8, 8, 3) and small.dtype == jnp.uint8
+    np.testing.assert_array_equal(sizes, [[4, 4], [2, 3]])
+    assert not np.asarray(small)[:, 4:].any()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"detector.sizes": ((100, 128),)}, "must be multiples of 128"),
+        ({"detector.variant": "huge"}, "unknown detector 'huge'"),
+        ({"data.train": "", "data.test": "scenes:held_out:8"}, "holds no detector"),
+        ({"holdout": 1.5, "data.test": "", "data.train": "{folder}"}, "config.holdout=1.5"),
+        ({"data.train": "nowhere"}, "'nowhere' does not exist"),
+    ],
+)
+def test_mistakes_are_told(changes, message, towers, tmp_path):
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "boxes.csv").write_text("image,x1,y1,x2,y2,name\na.png,1,1,5,5,dog\n")
+    changes = {
+        name: value.format(folder=tmp_path) if isinstance(value, str) else value for name, value in changes.items()
+    }
+    with pytest.raises(UserError, match=message):
+        create_suite(changed_config(init=towers, **changes))
+
+
+def test_a_batch_that_the_devices_do_not_divide(towers, tmp_path, capsys):
+    flags = [*FLAGS, f"--config.init={towers}", f"--workdir={tmp_path / 'run'}", "--config.batch_size=6"]
+    assert run_main(*flags) == 2
+    assert "config.batch_size=6 does not divide by the 8 devices" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(trained, towers, tmp_path):
+    command = [*FLAGS, f"--config.init={towers}", f"--workdir={tmp_path / 'run'}"]
+    run_job(tmp_path, 2, [command], devices=4)
+    both, alone = lines_of(tmp_path / "run"), lines_of(trained)
+    assert [line["step"] for line in both] == [line["step"] for line in alone]
+    for ours, theirs in zip(both, alone, strict=True):
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
