@@ -20,11 +20,13 @@ from configs.detect import get_config
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 from florence_jax.inference import Florence
+from florence_jax.models.anchors import level_shapes
+from florence_jax.models.detector import DetectorConfig
 from florence_jax.params.sharding import make_mesh
 from florence_jax.predict import main as predict
 from florence_jax.tasks import create_suite, create_task
 from florence_jax.tasks.detection_sizes import bucket_sizes, scaled_sizes
-from florence_jax.tasks.detector import Detector, mirrored, scaled
+from florence_jax.tasks.detector import Detector, Options, mirrored, scaled
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.tools.aot_compile import topologies
 from florence_jax.tools.aot_compile.__main__ import preflight
@@ -237,6 +239,35 @@ def test_views_of_a_picture():
     assert small.shape == (2, 8, 8, 3) and small.dtype == jnp.uint8
     np.testing.assert_array_equal(sizes, [[4, 4], [2, 3]])
     assert not np.asarray(small)[:, 4:].any()
+
+
+def test_views_agree_about_one_object():
+    """A stand-in for the network, which finds the one bright rectangle at the first anchor."""
+    image, valid = np.zeros((2, 128, 256, 3), np.uint8), jnp.array([[128, 256], [96, 120]])
+    true = np.array([[200, 20, 240, 100], [8, 16, 40, 88]])
+    for picture, (x1, y1, x2, y2) in zip(image, true, strict=True):
+        picture[y1:y2, x1:x2] = 255
+
+    def outputs(params, batch):
+        bright = batch["image"][..., 0] > 128
+        sides = [bright.any(axis) for axis in (1, 2)]  # columns, rows
+        first, last = ([f(side) for side in sides] for f in (lambda s: s.argmax(1), lambda s: s[:, ::-1].argmax(1)))
+        ends = [side.shape[1] - place for side, place in zip(sides, last, strict=True)]
+        count = sum(height * width for height, width in level_shapes(*bright.shape[1:]))
+        box = jnp.stack([*first, *ends], 1).astype(jnp.float32)
+        return {
+            "detector/logits": jnp.full((2, count, 3), -9.0).at[:, 0, 1].set(9.0),
+            "detector/centerness": jnp.full((2, count), 9.0),
+            "detector/boxes": jnp.repeat(box[:, None], count, 1),
+            "detector/inside": jnp.ones((2, count), bool),
+        }
+
+    detector = object.__new__(Detector)
+    detector.options, detector.config = Options(scales=(1.0, 0.5), flip=True, most=5), DetectorConfig()
+    detector.outputs = outputs
+    found = jax.device_get(jax.jit(detector.detect)(None, {"image": jnp.asarray(image), "valid": valid}))
+    assert found["labels"].tolist() == 2 * [[1, -1, -1, -1, -1]]
+    np.testing.assert_array_equal(found["boxes"][:, 0], true)
 
 
 @pytest.mark.parametrize(

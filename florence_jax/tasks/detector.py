@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from florence_jax.errors import UserError
 from florence_jax.models.anchors import level_shapes
-from florence_jax.models.detections import detections, merge
+from florence_jax.models.detections import candidates, merge
 from florence_jax.models.detector import build_detector, resolve_detector
 from florence_jax.params.rules import Rules
 from florence_jax.params.sharding import params_like, place, whole_like
@@ -24,7 +24,7 @@ FRESH = ((r"detector/.*", "new"), (MAP_NORMS, "new"))
 
 
 class Options(NamedTuple):
-    """Which detections are given, see `models.detections.detections`, and how many views a picture has.
+    """Which detections are given, see `models.detections`, and how many views a picture has.
 
     Attributes:
       threshold: least score. per_level: pairs of place and class that go on. iou: of boxes of which one is dropped.
@@ -152,25 +152,24 @@ class Detector:
         return self.model.apply(params, inputs, train, None if key is None else {"drop_path": key})
 
     def detect(self, params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """What is found in each picture, as `models.detections.detections` gives it, of all views together."""
+        """What is found in each picture, as `models.detections.merge` gives it, of all views together."""
         options, views = self.options, []
         for scale in options.scales:
             view = scaled(batch["image"], batch["valid"], scale, self.config.multiple)
             for flip in (False, True)[: 1 + options.flip]:
                 seen = mirrored(*view) if flip else view[0]
-                found = self._detect_once(params, seen, view[1])
+                found = self._candidates(params, seen, view[1])
                 boxes = found["boxes"]
                 if flip:
                     width = view[1][:, None, 1].astype(boxes.dtype)
                     boxes = jnp.stack([width - boxes[..., 2], boxes[..., 1], width - boxes[..., 0], boxes[..., 3]], -1)
                 views.append(found | {"boxes": boxes / scale})
-        return views[0] if len(views) == 1 else merge(views, iou=options.iou, most=options.most)
+        return merge(views, options.iou, options.most)
 
-    def _detect_once(self, params: Any, image: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
-        out, options = self.outputs(params, {"image": image, "valid": valid}), self.options
+    def _candidates(self, params: Any, image: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+        out = self.outputs(params, {"image": image, "valid": valid})
         levels = [height * width for height, width in level_shapes(*image.shape[1:3])]
-        chosen = {name: getattr(options, name) for name in ("threshold", "per_level", "iou", "most")}
-        return detections(out, valid, tuple(levels), **chosen)
+        return candidates(out, valid, levels, self.options.threshold, self.options.per_level)
 
 
 def scaled(image: jax.Array, valid: jax.Array, scale: float, multiple: int) -> tuple[jax.Array, jax.Array]:
