@@ -4,11 +4,13 @@ import contextlib
 import importlib.util
 import io
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from coco_tools import NAMES, OPS, DrawnBoxes, answers_like, detect, told, truth_of
+from two_processes import run_job
 
 from florence_jax.data.buckets import make_buckets
 from florence_jax.errors import UserError
@@ -237,7 +239,19 @@ def test_pictures_of_several_shapes_of_batches(scored):
     assert results == pytest.approx(scored[1], abs=1e-3)
 
 
-def test_one_process_or_more_batches_the_same_numbers(scored):
+def test_two_processes_give_the_numbers_and_the_file_of_one(tmp_path):
+    source = DrawnBoxes(unreadable=[5])
+    alone = evaluator_of(source, on_corrupt="skip")
+    results = alone.run(told(source, answers_like(source, 0.08, false=2, wrong=0.2)))
+    printed = run_job(tmp_path, 2, str(tmp_path), program=str(Path(__file__).with_name("coco_job.py")))
+    assert "self-check" in printed[0] and "self-check" not in printed[1]
+    for process in ("0", "1"):
+        assert json.loads((tmp_path / process / "result.json").read_text()) == results
+        for name, content in alone.files().items():
+            assert (tmp_path / process / name).read_bytes() == content
+
+
+def test_batches_of_another_size_on_one_device_give_the_same_numbers(scored):
     source = DrawnBoxes()
     evaluator = CocoEvaluator(source, OPS, (), detect, make_mesh(1, 1, jax.devices()[:1]), 2, NAMES)
     assert evaluator.run(told(source, answers_like(source, 0.08, false=2, wrong=0.2))) == scored[1]

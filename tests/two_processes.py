@@ -12,10 +12,11 @@ import jax
 ROOT = Path(__file__).parents[1]
 
 
-def run_job(folder, count, commands, devices=1, timeout=600):
+def run_job(folder, count, commands, devices=1, timeout=600, program=__file__):
     """Runs `florence_jax.main` commands (lists of arguments) one after the other in `count` processes.
 
-    Each process has `devices` simulated devices. Returns what each printed; fails where one of them failed.
+    Each process has `devices` simulated devices. Returns what each printed; fails where one of them failed. Another
+    `program` calls `join` with the first four of its arguments, and takes the commands as it likes.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -24,7 +25,7 @@ def run_job(folder, count, commands, devices=1, timeout=600):
     processes = []
     for i, log in enumerate(logs):
         with log.open("w") as file:
-            arguments = [sys.executable, __file__, json.dumps([i, count, devices, port, commands])]
+            arguments = [sys.executable, program, json.dumps([i, count, devices, port, commands])]
             environment = os.environ | {"PYTHONPATH": str(ROOT)}
             processes.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=file, stderr=file))
     try:
@@ -36,12 +37,17 @@ def run_job(folder, count, commands, devices=1, timeout=600):
     return [log.read_text() for log in logs]
 
 
-def main(index, count, devices, port, commands):
-    """One process."""
+def join(index, count, devices, port):
+    """Makes this process one of the job."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
+
+
+def main(index, count, devices, port, commands):
+    """One process."""
+    join(index, count, devices, port)
     from tiny_images import run_main  # after joining: it must not touch the devices before
 
     for command in commands:
