@@ -111,6 +111,14 @@ def test_classes_out_of_balance_are_compared_with_the_larger_one(caplog):
     assert "majority_share" not in yes_no(48, 14)[1]  # as two drawn by chance are
 
 
+@pytest.mark.parametrize("count,said", [(4, "too few images to tell any result from chance (0.500)"), (40, "")])
+def test_of_too_few_images_no_result_is_told_from_chance(count, said):
+    source, labels = ArraySource("x", np.zeros((count, 4, 4, 3), np.uint8), ["-"] * count), np.arange(count) % 2
+    metrics = ClassificationMetrics("zs", source, ["a", "b"], "top1")
+    assert metrics([np.eye(2)[labels]], labels, np.arange(count), map(str, labels))["top1"] == 1.0
+    assert ("zs: top1 1.000: these are " + said in metrics.report[0]) == bool(said)
+
+
 def test_two_classes_have_precision_recall_and_a_threshold():
     metrics, results, labels, called = yes_no(31, 5)
     wanted = precision_recall_fscore_support(labels, called, average="binary")[:3]
