@@ -66,8 +66,8 @@ class DetectorConfig:
                 raise UserError(f"detector {name}={value!r}: must be {of}")
 
 
-# tiny is ours, for a laptop's CPU; dyhead is Dai et al.'s, glip_l that of GLIP-L (Li et al. 2021), whose weights were
-# trained with garbled offsets of the coarser level.
+# tiny is ours, for a laptop's CPU; dyhead is Dai et al.'s, glip_l has the sizes of GLIP-L (Li et al. 2021). The weights
+# that they published also need coarse='flat' and padding='published'.
 DETECTORS = {
     "tiny": DetectorConfig(width=64, blocks=2),
     "dyhead": DetectorConfig(),
