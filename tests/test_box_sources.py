@@ -56,7 +56,7 @@ def test_coco(tmp_path):
     assert [row["key"] for row in source.metadata()] == [f"{i}.png" for i in range(5)]
     assert len(sample_of(source, 3)) == 3 and "image" not in next(source.metadata())
     says = source.summary["says"]
-    assert says.endswith("annotations.json: 5 pictures, 10 boxes of 3 classes (ant, bee, cat)")
+    assert says.endswith("annotations.json: 5 pictures, 10 boxes of 3 classes (ant, bee, cat; their ids: 1, 4, 7)")
     named = open_source(f"coco:{tmp_path}/annotations.json:{tmp_path}")
     assert rows(named) == rows(source) == rows(open_boxes(f"{tmp_path}/annotations.json"))
     again = pickle.loads(pickle.dumps(source))

@@ -28,6 +28,7 @@ class BoxTable:
       problems: met so far.
       parents: names of classes that stand above others.
       sides: whether the set writes x, y, width, height.
+      numbered: whether the ids of classes are the set's own.
       left_out: names of pictures that were dropped.
     """
 
@@ -47,6 +48,7 @@ class BoxTable:
     problems: Problems
     parents: frozenset[str] = frozenset()
     sides: bool = False
+    numbered: bool = False
     left_out: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, kind: str, mask: np.ndarray) -> None:

@@ -172,6 +172,7 @@ def read_own_coco(path: str, problems: Problems) -> BoxTable:
         problems=problems,
         parents=frozenset(columns.parents),
         sides=True,
+        numbered=True,
     )
     _drop_shared_ids(table, np.array(columns.image_ids, np.int64))
     return table

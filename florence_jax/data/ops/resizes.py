@@ -191,7 +191,7 @@ class LargeScaleJitter(GeometricOp):
       height, width: pixels.
       low, high: range of the factor, uniform.
       interpolation: 'bilinear', as detectors have it, or 'bicubic'.
-      visible, field: see `GeometricOp`.
+      visible, field: see `GeometricOp`; of a box with less than a quarter in view nobody knows what it is.
     """
 
     random = True
@@ -203,7 +203,7 @@ class LargeScaleJitter(GeometricOp):
         low: float = 0.1,
         high: float = 2.0,
         interpolation: str = "bilinear",
-        visible: float = 0.0,
+        visible: float = 0.25,
         field: str = "image",
     ):
         super().__init__(field, visible)

@@ -50,6 +50,8 @@ class BoxColumns:
         self.offsets = np.concatenate([[0], np.cumsum(np.bincount(box_image, minlength=pictures))]).astype(np.int64)
         self.boxes, self.class_ids = boxes[order].astype(np.float32), class_ids[order].astype(np.int32)
         self.crowd, self.areas = crowd[order].astype(bool), areas[order].astype(np.float32)
+        for column in (self.offsets, self.boxes, self.class_ids, self.crowd, self.areas):
+            column.flags.writeable = False  # records have views of them
 
     def of(self, picture: int) -> Record:
         """The fields of a record about boxes."""

@@ -185,7 +185,9 @@ def _source(spec: str, table: BoxTable, folder: str, text: str) -> FileBoxSource
 def _summary(spec: str, table: BoxTable, folder: str, text: str, columns: BoxColumns) -> dict[str, Any]:
     without = int((np.diff(columns.offsets) == 0).sum())
     crowds = int(columns.crowd.sum())
-    says = _found(spec, text, len(table.files), len(columns.boxes), table.class_names, crowds, without)
+    # The file's own numbers of the classes, where it has such: class k of the detector has the k-th of them.
+    ids = f"; their ids: {some(map(str, table.category_ids))}" if table.numbered else ""
+    says = _found(spec, text, len(table.files), len(columns.boxes), table.class_names, ids, crowds, without)
     says += table.problems.said()
     if empty := [flaw.where for flaw in table.problems if flaw.kind == "no_boxes"]:
         says += f"; without boxes: {some(empty)}"
@@ -204,8 +206,10 @@ def _summary(spec: str, table: BoxTable, folder: str, text: str, columns: BoxCol
     }
 
 
-def _found(spec: str, text: str, pictures: int, boxes: int, names: Sequence[str], crowds: int, without: int) -> str:
-    classes = f"{len(names):,} class{'es' * (len(names) != 1)} ({some(names)})"
+def _found(
+    spec: str, text: str, pictures: int, boxes: int, names: Sequence[str], ids: str, crowds: int, without: int
+) -> str:
+    classes = f"{len(names):,} class{'es' * (len(names) != 1)} ({some(names)}{ids})"
     says = f"{shown(spec)}: {text}: {_counted(pictures, 'picture')}, {_counted(boxes, 'box', 'es')} of {classes}"
     says += f", {crowds:,} of them crowds" if crowds else ""
     return says + (f"; {_counted(without, 'picture')} without boxes" if without else "")
