@@ -85,7 +85,7 @@ def test_parse():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("decode|blur", "unknown op 'blur'; known: affine, caption"),
+        ("decode|blur", "unknown op 'blur'; known: affine, box_crop, caption"),
         ("decode||flip", "cannot parse"),
         ("rrc(", "cannot parse"),
         ("decode+flip", "is not an op"),
@@ -126,7 +126,8 @@ def test_every_op_can_be_pickled_and_leaves_its_input_alone():
     specs = (
         "decode resize(8) resize_exact(8,9) resize_long(8) shrink(2) center_crop(8) crop(8,pad=2) pad_image(30) rrc(8) "
         "flip(1) affine(9,shift=0.1) jitter(0.5,0.5,0.5,0.1) gray(1) normalise caption(caption=1,tags=1,tags_joined=1) "
-        "label prompt tokenize texts('caption=1','tags=1') keep(image,text)"
+        "label prompt tokenize texts('caption=1','tags=1') keep(image,text) resize_short(8) resize_fit(8) lsj(8) "
+        "box_crop(0.5) pad_boxes(4)"
     ).split()
     own = {name for name, kind in OPS.items() if kind.__module__.startswith("florence_jax.")}  # not of other tests
     assert {spec.split("(")[0] for spec in specs} == own - {"class_label", "class_prompt"}  # in test_classes
@@ -134,6 +135,7 @@ def test_every_op_can_be_pickled_and_leaves_its_input_alone():
         (op,) = parse_ops(spec, CONTEXT)
         image = encode(noise()) if spec == "decode" else noise()
         example = {"key": "k", "image": image, "caption": "red fox", "tags": ["x", "y"], "text": np.zeros(4, np.int32)}
+        example |= {"boxes": [[1, 2, 9, 9]], "class_ids": [0]} if "box" in spec else {}
         before = pickle.dumps(example)
         if isinstance(image, np.ndarray):
             image.flags.writeable = False
