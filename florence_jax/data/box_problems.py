@@ -41,8 +41,8 @@ MISTAKES = {
     "huge": Mistake("pictures with a side of more than 10,000 pixels", "kept; slow to read"),
     "crowded": Mistake("pictures with more than 1,000 boxes", "kept; what a batch has no room for is ignored"),
     # items
-    "bad_image": Mistake("pictures without an id or a file name", LEFT_OUT),
-    "bad_box": Mistake("boxes that are not four numbers", LEFT_OUT),
+    "bad_image": Mistake("pictures without a usable id or a file name", LEFT_OUT),
+    "bad_box": Mistake("boxes that are not four numbers, or lack the id of a picture or a class", LEFT_OUT),
     "bad_category": Mistake("classes without an id", LEFT_OUT),
     # boxes
     "not_finite": Mistake("boxes with NaN or infinity", LEFT_OUT),

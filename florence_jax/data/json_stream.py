@@ -43,6 +43,8 @@ class _JsonText:
         """What an error says, and at which character of the file."""
         if isinstance(error, json.JSONDecodeError):
             return f"{error.msg.removesuffix(' at')} at character {self._before + error.pos:,}"
+        if isinstance(error, UnicodeDecodeError):
+            return f"{error.reason} for UTF-8: save it as UTF-8"
         return f"{error} at character {self._before + self._at:,}"
 
     def peek(self) -> str:
