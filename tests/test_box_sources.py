@@ -286,7 +286,9 @@ def test_voc(tmp_path):
     assert list(rows(train)) == ["JPEGImages/0.png", "JPEGImages/2.png"]
     assert train.problems.counts["no_annotation"] == 1 and "2 .xml of ImageSets/Main/train.txt" in train.summary["says"]
     assert rows(open_boxes(str(tmp_path), "train")) == rows(train)
-    assert box_parts(str(tmp_path)) == {"train", "test"} and box_parts(f"voc:{tmp_path}") == frozenset()
+    assert box_parts(str(tmp_path)) == {"train", "test"} and box_parts(f"voc:{tmp_path}") == frozenset() == box_parts(
+        ""
+    )
     assert list(rows(open_boxes(str(tmp_path), "test"))) == ["JPEGImages/1.png"]
     with pytest.raises(UserError, match=r"no .*ImageSets/Main/test.txt; splits there: train, val"):
         open_boxes(f"voc:{tmp_path}:test")

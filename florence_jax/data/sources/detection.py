@@ -44,14 +44,14 @@ def open_boxes(spec: str, split: str = "", check: bool = False) -> BoxSource:
     Raises:
       UserError: if there is nothing of that name, it cannot be read, or has no boxes.
     """
-    kind, colon, rest = spec.partition(":")
+    kind, colon, _ = spec.partition(":")
     if colon and kind in BOX_KINDS:
         return BOX_KINDS[kind](spec, check)
-    if paths := array_record_paths(spec):
+    if spec and (paths := array_record_paths(spec)):
         return _open_records(paths, spec)
-    if epath.Path(spec).is_dir():
+    if spec and epath.Path(spec).is_dir():
         return _open_folder(spec, split, check)
-    if not epath.Path(spec).exists():
+    if not spec or not epath.Path(spec).exists():
         kinds = ", ".join(f"{name}:" for name in BOX_KINDS)
         raise UserError(f"data source {spec!r} does not exist; use {kinds} or an existing path")
     if spec.lower().endswith(".json"):
@@ -276,7 +276,7 @@ def _open_folder(folder: str, split: str, check: bool) -> FileBoxSource:
 
 def box_parts(spec: str) -> frozenset[str]:
     """Which of 'train' and 'test' a folder keeps apart, as `open_boxes` takes them; () for any other source."""
-    if spec.partition(":")[0] in BOX_KINDS or array_record_paths(spec) or not epath.Path(spec).is_dir():
+    if not spec or spec.partition(":")[0] in BOX_KINDS or array_record_paths(spec) or not epath.Path(spec).is_dir():
         return frozenset()
     listing = list_pictures(spec)
     kind, names = next(((kind, names) for kind, names in _candidates(listing) if names), ("", []))
