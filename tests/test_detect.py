@@ -216,6 +216,14 @@ def test_preflight_compiles_every_bucket():
     assert {tuple(shapes["image"].shape[1:3]) for shapes in create_task(config).batches} == set(SIZES)
 
 
+def test_a_run_on_scenes_is_of_their_backgrounds():
+    changes = {"init": "", "model.variant": "ti", "data.test": "scenes:held_out:2:groups:64:noise"}
+    noise = create_task(changed_config(**changes, **{"data.train": "scenes:train:4:groups:64:noise"}))
+    assert noise.identity["backgrounds"] == ["noise"]
+    files = create_task(changed_config(**changes | {"data.test": "", "data.train": ""}))
+    assert "backgrounds" not in files.identity
+
+
 def test_sizes_of_batches():
     assert bucket_sizes((), 128, 128) == [(128, 128), (128, 256), (256, 128)]
     assert bucket_sizes((), 800, 32) == [(800, 800), (800, 1216), (1216, 800)]

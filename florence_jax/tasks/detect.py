@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from florence_jax.data.buckets import make_buckets
 from florence_jax.data.pipeline import TrainData
-from florence_jax.data.records import Source, Subset
+from florence_jax.data.records import Source, Subset, summary_of
 from florence_jax.data.sources.boxes import BoxSource
 from florence_jax.data.sources.detection import box_parts, open_boxes
 from florence_jax.errors import UserError
@@ -88,7 +88,10 @@ class DetectionSuite(Suite):
         resolved = {"detector.variant": self.detector.variant, "detector.sizes": [list(size) for size in self.sizes]}
         resolved |= {f"detector.{name}": value for name, value in sorted(self.detector.overrides.items())}
         given = make_identity(self.config, "protocol", "init", "data.train", "data.test", "data.eval_ops")
-        classes = {"classes": list(self.detector.classes)}
+        opened = [source for source in (self.train_source, *self.test_sources.values()) if source is not None]
+        # Of scenes: a package that is installed in between would change them.
+        grounds = {found["backgrounds"] for found in map(summary_of, opened) if "backgrounds" in found}
+        classes = {"classes": list(self.detector.classes)} | ({"backgrounds": sorted(grounds)} if grounds else {})
         return given | resolved | classes | model_identity(self.detector.encoder.model)
 
     @property
@@ -162,7 +165,7 @@ class Detect(DetectionSuite, Task):
         elif data.train.startswith(SCENES):
             options = ":".join(["", *data.train.split(":")[3:]])
             self._open_tests([f"{SCENES}{split}:{options}" for split in SCENES_TEST])
-        elif "test" in box_parts(data.train):
+        elif data.train and "test" in box_parts(data.train):
             self._open_tests([data.train])
         elif self.train_source is not None:
             self._hold_out(self.train_source)
