@@ -1,9 +1,12 @@
-"""Runs one configuration with several settings and several seeds, and prints the results side by side.
+r"""Runs one configuration with several settings and several seeds, and prints the results side by side.
 
     python -m florence_jax.tools.compare --seeds=0,1,2                                # the laptop run and its spread
     python -m florence_jax.tools.compare --seeds=0,1,2 --vary=loss=unicl,clip         # UniCL against plain CLIP targets
     python -m florence_jax.tools.compare --config=configs/pretrain.py:runlocal --vary=optim.weight_decay=0.1,0.3
-    python -m florence_jax.tools.compare --case="small: batch_size=64" --case="large: batch_size=256 epochs=40"
+    python -m florence_jax.tools.compare --config=configs/detect.py --workdir=runs/compare_detect \
+        --case="pretrained: init=runs/pretrain/checkpoints" \
+        --case="frozen random encoder: init= model.variant=ti detector.tower_lr=0" \
+        --case="all random: init= model.variant=ti detector.tower_lr=1"
 
 `--vary` gives one setting several values; each `--case` is a name and, after the ':', any number of settings.
 Each run is `python -m florence_jax.main` in a folder of its own below --workdir, so that an interrupted comparison
