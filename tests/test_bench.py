@@ -1,11 +1,13 @@
 """Benchmarks: one JSON line with the promised keys, and the PyTorch yardstick computes what our tower computes."""
 
 import argparse
+import functools
 import importlib
 import io
 import json
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -16,10 +18,11 @@ from PIL import Image
 
 from florence_jax.errors import UserError
 from florence_jax.models import florence
+from florence_jax.models.detector import DETECTORS, DetectorConfig
 from florence_jax.models.sizes import VARIANTS, resolve_config
 from florence_jax.params.rules import match_rules
 from florence_jax.tools.bench import __main__ as bench
-from florence_jax.tools.bench import data, deform_conv, devices, grad_cache, step, timing, timm_swin, torch_swin
+from florence_jax.tools.bench import data, deform_conv, detect, devices, grad_cache, step, timing, timm_swin, torch_swin
 from florence_jax.train.optim import DECAY_RULES
 
 needs_torch = pytest.mark.skipif(not torch_swin.available(), reason="PyTorch is not installed (pip install torch)")
@@ -250,6 +253,38 @@ def test_forms_of_the_deformable_convolution_are_timed(capsys):
         assert (row["ratio"] is None) == (row["torchvision_ms"] is None)
 
 
+def test_the_detectors_steps_are_timed_by_size_of_picture(capsys, monkeypatch):
+    """Its functions are traced, not compiled, which takes most of a minute."""
+    monkeypatch.setitem(VARIANTS, "tiny", dict(VARIANTS["ti"], image_width=16, text_layers=1, window=4))
+    monkeypatch.setitem(DETECTORS, "small", DetectorConfig(width=16, blocks=1))
+    shapes = []
+
+    class Traced:
+        peak_bytes = 2**20
+
+        def __init__(self, function, argument, *_):
+            shapes.append(jax.eval_shape(function, argument))
+
+        def __call__(self):
+            time.sleep(0.001)
+
+    monkeypatch.setattr(step, "TimedStep", Traced)
+    monkeypatch.setattr(detect, "TimedFunction", Traced)
+    zeros = functools.partial(jax.tree.map, lambda leaf: np.zeros(leaf.shape, leaf.dtype))
+    monkeypatch.setattr(jax, "jit", lambda function: lambda *args: zeros(jax.eval_shape(function, *args)))
+    options = "--variant=tiny --detector=small --classes=2 --batch=1 --sides=100 --remat_side=100 --rounds=1"
+    code, report = run(capsys, ["detect", "--parts=step,inference", *options.split()])
+    whole, tower, found, maps, boxes = shapes
+    assert whole.shape == tower.shape == () and len(maps) == 3 and found == boxes
+    assert found["boxes"].shape == (1, 100, 4)
+    assert code == 0 and "conv" not in report and "remat" not in report
+    for part in ("step", "inference"):
+        row = report[part]["100"]
+        assert (row["canvas"], row["peak_bytes"], row["bytes_per_pixel"]) == (128, 2**20, 64)
+        assert row["images_per_s"] == pytest.approx(1e3 / row["ms"], rel=1e-2) and row["head_share"] < 1
+    assert report["inference"]["100"]["suppression_share"] > 0
+
+
 def test_deformable_convolutions_that_disagree_are_an_error():
     with pytest.raises(RuntimeError, match="disagree: packed"):
         deform_conv.check([np.ones(3)], {"packed": [np.array([1, 1, 1.01])]})
@@ -278,6 +313,7 @@ def test_ratio_report():
         ["boxes", "--data", "scenes:train:4"],
         ["detect", "--parts", "conv,all"],
         ["detect", "--maps", "2x32x48"],
+        ["detect", "--sides", "320px"],
         ["data", "--source", "nowhere"],
         ["start", "--records", "0"],
         ["start", "--batch", "3"],

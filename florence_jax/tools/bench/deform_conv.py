@@ -49,10 +49,10 @@ def measure_forms(maps: MapSize, rounds: int) -> dict[str, Any]:
         check(results["naive"], {"torchvision": rival()})
     times = timing.interleaved(contestants, rounds)
     for form in CONV_FORMS:
-        forms[form]["ms"] = _ms(times[form])
+        forms[form]["ms"] = timing.milliseconds(times[form])
     report: dict[str, Any] = {"forms": forms, "torchvision_ms": None, "ratio": None}
     if rival is not None:
-        report |= {"torchvision_ms": _ms(times["torchvision"])}
+        report |= {"torchvision_ms": timing.milliseconds(times["torchvision"])}
         report |= timing.ratio_report(times["auto"], times["torchvision"])
     return report | {
         "naive_ratio": timing.ratio_report(times["auto"], times["naive"])["ratio"],
@@ -117,7 +117,3 @@ def _forward_backward(form: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 def _wait(compiled: Callable[..., Any], arrays: tuple[jax.Array, ...]) -> None:
     jax.block_until_ready(compiled(*arrays))
-
-
-def _ms(seconds: list[float]) -> float:
-    return timing.round_significant(1e3 * timing.median(seconds), 4)

@@ -37,6 +37,11 @@ def median(values: list[float]) -> float:
     return round_significant(statistics.median(values))
 
 
+def milliseconds(seconds: list[float]) -> float:
+    """The median of seconds, in milliseconds, to four significant digits."""
+    return round_significant(1e3 * statistics.median(seconds), 4)
+
+
 def round_significant(value: float, digits: int = 5) -> float:
     """`value` rounded to significant digits, for reports."""
     return float(f"{value:.{digits}g}")
