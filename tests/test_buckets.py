@@ -125,6 +125,10 @@ def test_records_in_no_bucket_are_counted(data, caplog):
     part = data.buckets[0]
     take(train_stream(data._replace(buckets=(part,)), batch_size=4, seed=0), 1)
     assert f"{420 - len(part.rows)} of 420 records are in no bucket and are not used" in caplog.text
+    caplog.clear()
+    several = (*data.buckets, *(bucket._replace(size=(16, 16)) for bucket in data.buckets[1:]))
+    take(train_stream(data._replace(buckets=several), batch_size=4, seed=0), 1)
+    assert "in no bucket" not in caplog.text  # each record counts once, also in buckets of several scales
 
 
 def test_a_bad_record_is_replaced_within_its_bucket():

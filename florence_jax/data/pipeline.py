@@ -350,11 +350,13 @@ def _bucket_parts(data: TrainData, weights: Sequence[float], seed: int) -> list[
         seeds = np.random.SeedSequence(seed).generate_state(len(data.sources))
         return [_Part(list(data.sources), list(weights), seeds, ops[0], 1.0)]
     starts = starts_of(data.sources)
-    used = np.zeros(len(data.sources), np.int64)  # records of each source in any bucket
+    used = np.zeros(len(data.sources), np.int64)  # rows of each source in all buckets
+    anywhere = np.zeros(starts[-1], bool)  # a record may be in several, of other scales
     for bucket in data.buckets:
-        used += _rows_by_source(bucket, starts)[1]
-    if left := int(starts[-1] - used.sum()):
-        logging.warning("%d of %d records are in no bucket and are not used", left, starts[-1])
+        rows, counts = _rows_by_source(bucket, starts)
+        used, anywhere[rows] = used + counts, True
+    if left := len(anywhere) - int(anywhere.sum()):
+        logging.warning("%d of %d records are in no bucket and are not used", left, len(anywhere))
     parts = []
     for k, bucket in enumerate(data.buckets):
         rows, counts = _rows_by_source(bucket, starts)
