@@ -17,7 +17,7 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.coco import CocoEvaluator
 from florence_jax.evaluators.coco_baseline import mean_box_scores, mean_boxes
 from florence_jax.evaluators.coco_files import FoundBoxes, found_boxes, match_classes
-from florence_jax.evaluators.coco_scores import COCO_METRICS, absent_words, coco_scores
+from florence_jax.evaluators.coco_scores import COCO_METRICS, absent_words, coco_scores, one_of_each
 from florence_jax.params.sharding import make_mesh
 
 pycocotools_coco = pytest.importorskip("pycocotools.coco")
@@ -28,11 +28,11 @@ def evaluator_of(source, names=NAMES, **options):
     return CocoEvaluator(source, OPS, (), detect, make_mesh(-1, 1), 8, names, **options)
 
 
-def plain(folder, name="test"):
-    """COCOeval.stats of the files of an evaluation, as anybody computes them."""
+def plain(folder, rows=None, name="test"):
+    """COCOeval.stats of the files of an evaluation, or of some rows of its result file, as anybody computes them."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = pycocotools_coco.COCO(str(folder / f"ground_truth_{name}.json"))
-        found = truth.loadRes(str(folder / f"detections_{name}.json"))
+        found = truth.loadRes(str(folder / f"detections_{name}.json") if rows is None else rows)
         result = pycocotools_eval.COCOeval(truth, found, "bbox")
         result.evaluate()
         result.accumulate()
@@ -59,6 +59,25 @@ def test_plain_pycocotools_gives_the_numbers_to_the_last_bit(scored):
     assert {name: value for name, value in stats.items() if value >= 0} == {
         name: results[name] for name in COCO_METRICS if name in results
     }
+
+
+def test_where_classes_do_not_count_a_thing_is_found_once():
+    image = np.array([0, 0, 0, 1], np.int32)
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 5], [0, 0, 10, 10]], np.float64)
+    found = FoundBoxes(image, np.array([0, 1, 1, 1], np.int32), boxes, np.array([0.5, 0.9, 0.7, 0.2]))
+    kept = one_of_each(found)  # the first is of IoU .9 with the better second, the third of .56
+    assert kept.scores.tolist() == [0.9, 0.7, 0.2]
+    assert not len(one_of_each(found.subset(np.zeros(4, bool))).scores)
+
+
+def test_without_regard_to_classes_as_pycocotools(scored):
+    _, results, folder = scored
+    rows = json.loads((folder / "detections_test.json").read_text())
+    columns = ([row[name] for row in rows] for name in ("image_id", "category_id", "bbox", "score"))
+    image, labels, boxes, scores = (np.array(column) for column in columns)
+    kept = one_of_each(FoundBoxes(image, labels, boxes, scores))
+    chosen = {(int(i), float(s)) for i, s in zip(kept.image, kept.scores, strict=True)}
+    result = plain(folder, [row for row in rows if (row["image_id"], row["score"]) in chosen])
     result.params.useCats = 0
     with contextlib.redirect_stdout(io.StringIO()):
         result.evaluate()

@@ -35,7 +35,7 @@ METRIC_MEANINGS = {
     "ARs": "with 100, of small boxes",
     "ARm": "of medium boxes",
     "ARl": "of large boxes",
-    AGNOSTIC: "AP50 whatever the classes",
+    AGNOSTIC: "AP50 whatever the classes, a thing's boxes of several classes counted once",
 }
 FALSE_MEANINGS = (
     "a box of its class lies there (IoU .5), but another has found it",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from florence_jax.boxes import iou
 from florence_jax.errors import UserError
 from florence_jax.evaluators.coco_files import FoundBoxes, GroundTruth
 
@@ -16,6 +17,7 @@ AREAS = {"s": "small", "m": "medium", "l": "large"}  # endings of metrics
 # Those of COCOeval.summarize, in its order.
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 AGNOSTIC = "agnostic_AP50"
+ONE_THING = 0.6  # IoU above which two boxes of different classes say the same, where classes do not count
 ALL_SIZES = {"areaRng": [[0, 1e10]], "areaRngLbl": ["all"]}  # parameters of COCOeval that leave sizes aside
 
 
@@ -43,7 +45,7 @@ def need_pycocotools() -> None:
 
 
 def coco_scores(truth: GroundTruth, found: FoundBoxes, by_size: bool = True) -> CocoScores:
-    """The numbers that pycocotools prints of the two files; AGNOSTIC is its AP50 with `useCats=0`.
+    """The numbers that pycocotools prints of the two files; AGNOSTIC is its AP50 with `useCats=0` of `one_of_each`.
 
     Without `by_size` those of small, medium and large boxes are left out: a quarter of the time.
     """
@@ -58,11 +60,29 @@ def coco_scores(truth: GroundTruth, found: FoundBoxes, by_size: bool = True) -> 
         with silent():
             result.summarize()
         values = dict(zip(COCO_METRICS, result.stats.tolist(), strict=True))
-        values[AGNOSTIC] = agnostic_ap50(data)
+        values[AGNOSTIC] = agnostic_ap50(coco_data(truth, one_of_each(found)))
         order = {category_id: k for k, category_id in enumerate(truth.category_ids)}
         numbers = result.eval["precision"][:, :, :, 0, -1]
         precision[:, :, [order[i] for i in result.params.catIds]] = np.where(numbers < 0, np.nan, numbers)
     return CocoScores({name: value for name, value in values.items() if value >= 0}, precision)
+
+
+def one_of_each(found: FoundBoxes) -> FoundBoxes:
+    """What was found without the boxes that a better one of any class covers: greedy non-maximum suppression.
+
+    A detector that is not sure of the class of a thing gives a box of each: where classes do not count they are one.
+    """
+    order = np.lexsort((-found.scores, found.image))
+    corners = np.concatenate([found.boxes[:, :2], found.boxes[:, :2] + found.boxes[:, 2:]], axis=1)
+    kept: list[np.ndarray] = [np.zeros(0, np.int64)]
+    for rows in np.split(order, np.flatnonzero(np.diff(found.image[order])) + 1):
+        same = iou(corners[rows, None], corners[None, rows]) > ONE_THING
+        alive = np.ones(len(rows), bool)
+        for place in range(len(rows)):
+            if alive[place]:
+                alive[place + 1 :] &= ~same[place, place + 1 :]
+        kept.append(rows[alive])
+    return found.subset(np.sort(np.concatenate(kept)))
 
 
 def agnostic_ap50(data: tuple[Any, Any]) -> float:
