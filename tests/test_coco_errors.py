@@ -140,6 +140,7 @@ def test_the_page():
 def test_the_page_of_a_detector_that_finds_nothing_and_of_no_boxes():
     source, truth, found = many()
     page = report_of(source, truth, found.subset(np.zeros(0, int)))
+    assert "mean boxes" not in page
     assert "Nothing was found, or there was nothing to find" in page
     empty = dataclasses.replace(truth, crowd=np.ones_like(truth.crowd))
     page = report_of(source, empty, found)

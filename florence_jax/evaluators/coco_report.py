@@ -96,8 +96,9 @@ def _notes(notes: Sequence[str]) -> str:
 
 
 def _metrics(scores: CocoScores, chance: Mapping[str, float]) -> str:
+    """The table; beside the numbers those of the mean boxes, where they are known."""
     rows = [
-        (metric, scores.values[metric], chance.get(metric, ""), meaning)
+        (metric, scores.values[metric], *([chance.get(metric, "")] if chance else []), meaning)
         for metric, meaning in METRIC_MEANINGS.items()
         if metric in scores.values
     ]
@@ -109,7 +110,7 @@ def _metrics(scores: CocoScores, chance: Mapping[str, float]) -> str:
             f"training set, with the class's share of all boxes as its score ({TRAINING_PICTURES} pictures of the "
             "training set at most were looked at).</p>"
         )
-    return table_html(("metric", "value", "mean boxes", "meaning"), rows) + below
+    return table_html(("metric", "value", *(["mean boxes"] if chance else []), "meaning"), rows) + below
 
 
 def _curves(scores: CocoScores) -> str:
