@@ -57,19 +57,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "most_boxes": 100,  # of a picture in training; what is more is counted, and ignored
         "tower_lr": 0.1,  # learning rate of the image tower over the detector's; 0: frozen
     }
-    config.detections = {
-        "threshold": 0.05,  # least score of a class
-        "per_level": 1000,  # pairs of place and class that go on, of each level
-        "iou": 0.6,  # above it the worse of two boxes of a class is dropped
-        "most": 100,  # boxes of a picture
-        "scales": (1.0,),  # multi-scale testing, shares of the bucket; at most 1
-        "flip": False,  # also in a mirror
+    config.detections = {  # None: as the folder's detector was trained to, else what is said here
+        "threshold": config_dict.placeholder(float),  # least score of a class: .05
+        "per_level": config_dict.placeholder(int),  # pairs of place and class that go on, of each level: 1,000
+        "iou": config_dict.placeholder(float),  # above it the worse of two boxes of a class is dropped: .6
+        "most": config_dict.placeholder(int),  # boxes of a picture: 100
+        "scales": config_dict.placeholder(tuple),  # multi-scale testing, shares of the bucket, at most 1: (1.0,)
+        "flip": config_dict.placeholder(bool),  # also in a mirror: False
     }
     config.data.train = "scenes:train" if trains else ""
     config.data.test = ""  # several joined by '|'; '': `holdout` of the images of data.train; of scenes held-out ones
     config.holdout = 0.2  # share of the images that are kept for testing, where no such images are named
     config.data.train_ops = "decode|flip(0.5)|lsj({height}, {width}, low=0.5, high=1.5)|pad_image({height}, {width})"
-    config.data.eval_ops = "decode|resize_fit({height}, {width})|pad_image({height}, {width})"
+    config.data.eval_ops = ""  # '': the folder's detector's, else the whole picture, as large as its bucket
     config.text = {"tokenizer": ""}
     config.batch_size = config_dict.placeholder(int)  # None, here and below: by the number of images
     config.epochs = config_dict.placeholder(int)

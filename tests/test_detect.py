@@ -34,12 +34,13 @@ from florence_jax.train.loop import open_stream
 from florence_jax.train.metrics import read_metrics
 
 TESTS = Path(__file__).parent
-STEPS, SAVED, KILLED = 8, 3, 6
+STEPS, SAVED, KILLED = 8, 2, 6  # a save waits for the one before it
 SIZES = ((128, 128), (128, 256))  # of two scales
 CHANGES = {
     "data.train": "scenes:train:24",
     "data.test": "scenes:held_out:8",
     "detector.tower_lr": 0.0,
+    "detections.threshold": 0.0,  # it learns too little for more
     "total_steps": STEPS,
     "checkpoint.every": SAVED,
 }
@@ -87,11 +88,12 @@ def lines_of(workdir):
     return [{k: v for k, v in line.items() if "perf/" not in k} for line in read_metrics(workdir / "metrics.jsonl")]
 
 
-def test_batches_have_the_shapes_that_are_announced(towers):
+def test_batches_have_the_shapes_that_are_announced(towers, caplog):
     config = changed_config(init=towers)
     task = create_task(config)
     with open_stream(config, task, task.train_data()) as stream:
         batches = [batch for batch, _ in zip(stream, range(6), strict=False)]
+    assert "in no bucket" not in caplog.text  # each record is in one of each scale
     announced = [{name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()} for shapes in task.batches]
     assert all({name: (x.shape, x.dtype) for name, x in batch.items()} in announced for batch in batches)
     assert {batch["image"].shape[1:3] for batch in batches} == set(SIZES)
@@ -128,10 +130,10 @@ def test_killed_it_goes_on_bit_for_bit(trained, towers, tmp_path, capsys):
 
 def test_the_evaluation_leaves_cocos_files_and_a_page(trained):
     result = json.loads((trained / "result.json").read_text())
-    truth = json.loads((trained / "test_ground_truth.json").read_text())
-    assert {"eval/test/AP", "eval/test/AP50", "eval/test/agnostic_AP50"} <= set(result)
-    assert len(truth["images"]) == result["eval/test/images"] == 8
-    found = json.loads((trained / "test_predictions.json").read_text())
+    truth = json.loads((trained / "ground_truth_held_out.json").read_text())
+    assert {"eval/held_out/AP", "eval/held_out/AP50", "eval/held_out/agnostic_AP50"} <= set(result)
+    assert len(truth["images"]) == result["eval/held_out/images"] == 8
+    found = json.loads((trained / "detections_held_out.json").read_text())
     assert {box["image_id"] for box in found} <= {image["id"] for image in truth["images"]}
     assert "average precision" in (trained / "report.html").read_text()
 
@@ -139,7 +141,7 @@ def test_the_evaluation_leaves_cocos_files_and_a_page(trained):
 def test_a_trained_detector_is_evaluated_elsewhere(trained, tmp_path):
     flags = ["--config=configs/detect.py:protocol=eval,runlocal", "--config.data.test=scenes:held_out:8"]
     assert run_main(*flags, f"--config.init={trained}", f"--workdir={tmp_path}") == 0
-    for name in ("test_predictions.json", "test_ground_truth.json"):
+    for name in ("detections_held_out.json", "ground_truth_held_out.json"):
         assert (tmp_path / name).read_text() == (trained / name).read_text()
 
 
@@ -201,13 +203,15 @@ def test_other_classes_begin_anew_and_known_ones_go_on(trained):
     encoder = Encoder(str(trained))
     known = encoder.description.parts["detector"]["classes"]
     detector = Detector(encoder, classes=["unknown", known[5], known[0]])
-    fresh = jax.jit(detector.init)(jax.random.key(1))
+    shapes = jax.eval_shape(detector.init, jax.random.key(0))
+    fresh = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.5), shapes)
     loaded, saved = detector.load(fresh), params_of(trained)["detector"]["class_logits"]
     for name, leaf in loaded["detector"]["class_logits"].items():
         np.testing.assert_array_equal(leaf[..., 1:], saved[name][..., [5, 0]])
-        np.testing.assert_array_equal(leaf[..., 0], fresh["detector"]["class_logits"][name][..., 0])
+        assert (np.asarray(leaf)[..., 0] == 0.5).all()
 
 
+@pytest.mark.slow
 def test_preflight_compiles_every_bucket():
     changes = {"init": "", "data.train": "", "data.test": "", "model.variant": "ti", "model.overrides.image_width": 8}
     config = changed_config(**changes)

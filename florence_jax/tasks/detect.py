@@ -29,10 +29,11 @@ from florence_jax.params.rules import Policy, frozen_paths, lr_multipliers
 from florence_jax.params.weights import make_description
 from florence_jax.tasks.base import Suite, Task, make_identity, make_plan, model_identity
 from florence_jax.tasks.detection_sizes import bucket_sizes, scaled_sizes
-from florence_jax.tasks.detector import DETECTOR, Detector, Options
+from florence_jax.tasks.detector import DETECTOR, Detector
 from florence_jax.tasks.encoder import open_encoder
 from florence_jax.tasks.recipe import detection_recipe
 
+EVAL_OPS = "decode|resize_fit({height}, {width})|pad_image({height}, {width})"
 SCENES = "scenes:"
 SCENES_SIDE, OWN_SIDE = 128, 256  # shorter side of the buckets where nobody says any
 EPOCH_OF_SCENES = 1000
@@ -47,7 +48,7 @@ class DetectionSuite(Suite):
 
     Attributes:
       train_source: None where nothing is trained. test_sources: by the names of their evaluators.
-      detector: see there. sizes: (height, width) of the buckets.
+      detector: see there. sizes: (height, width) of the buckets. eval_ops: of pictures that are looked at.
 
     Raises:
       UserError: for weights without a detector, data that are not there, sizes that do not fit.
@@ -62,11 +63,12 @@ class DetectionSuite(Suite):
         self._open_sources()
         given, encoder = config.detector, open_encoder(config)
         classes: Sequence[str] = getattr(self.train_source, "class_names", () if config.init else NAMELESS)
-        options = Options(**{name: config.detections[name] for name in Options._fields})
-        self.detector = Detector(encoder, given.variant, classes, given.overrides, options)
+        self.detector = Detector(encoder, given.variant, classes, given.overrides, config.detections)
+        part = {} if config.data.train else self.detector.part  # other data may want other sizes
         by_data = SCENES_SIDE if f"{config.data.train}{config.data.test}".startswith(SCENES) else OWN_SIDE
-        known = () if given.res else self.detector.part.get("sizes", ())
+        known = () if given.res else part.get("sizes", ())
         multiple = self.detector.config.multiple
+        self.eval_ops = config.data.eval_ops or part.get("eval_ops", EVAL_OPS)
         self.sizes = bucket_sizes(given.sizes or known, given.res or by_data, multiple)
 
     def _open_sources(self) -> None:
@@ -87,18 +89,19 @@ class DetectionSuite(Suite):
         """See `Suite`."""
         resolved = {"detector.variant": self.detector.variant, "detector.sizes": [list(size) for size in self.sizes]}
         resolved |= {f"detector.{name}": value for name, value in sorted(self.detector.overrides.items())}
-        given = make_identity(self.config, "protocol", "init", "data.train", "data.test", "data.eval_ops")
+        given = make_identity(self.config, "protocol", "init", "data.train", "data.test")
         opened = [source for source in (self.train_source, *self.test_sources.values()) if source is not None]
         # Of scenes: a package that is installed in between would change them.
         grounds = {found["backgrounds"] for found in map(summary_of, opened) if "backgrounds" in found}
-        classes = {"classes": list(self.detector.classes)} | ({"backgrounds": sorted(grounds)} if grounds else {})
+        classes: dict[str, Any] = {"classes": list(self.detector.classes), "data.eval_ops": self.eval_ops}
+        classes |= {"backgrounds": sorted(grounds)} if grounds else {}
         return given | resolved | classes | model_identity(self.detector.encoder.model)
 
     @property
     def description(self) -> Mapping[str, Any]:
         """See `Suite`. The towers are those that came, in their own mode; the detector's part says what is its own."""
         sizes = [list(size) for size in self.sizes]
-        own = self.detector.describe() | {"sizes": sizes, "eval_ops": self.config.data.eval_ops}
+        own = self.detector.describe() | {"sizes": sizes, "eval_ops": self.eval_ops}
         if self.train_source is not None:
             own["category_ids"] = list(getattr(self.train_source, "category_ids", ()))
         return make_description(
@@ -119,7 +122,7 @@ class DetectionSuite(Suite):
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
         """COCO's numbers on each of the test sets."""
-        ops, batch = self.config.data.eval_ops, self.config.eval.batch_size
+        ops, batch = self.eval_ops, self.config.eval.batch_size
         classes, detect = self.detector.classes, self.detector.detect
         train = [] if self.train_source is None else [self.train_source]
         on_corrupt = self.config.data.on_corrupt

@@ -49,7 +49,7 @@ class Detector:
       variant: of the detector, a key of `models.detector.DETECTORS`; '' for the folder's, or a choice by the tower.
       classes: their names, in the order of the logits; () for the folder's.
       overrides: fields of the detector's sizes on top of the folder's; None leaves one alone.
-      options: of `detect`; None for the folder's.
+      options: fields of `Options` on top of the folder's; None leaves one alone.
 
     Attributes:
       encoder. model: `Model`. variant, overrides, config: of the detector. classes: names. options.
@@ -65,7 +65,7 @@ class Detector:
         variant: str = "",
         classes: Sequence[str] = (),
         overrides: Mapping[str, Any] | None = None,
-        options: Options | None = None,
+        options: Mapping[str, Any] | None = None,
     ):
         self.part: dict[str, Any] = encoder.description.parts.get(DETECTOR, {})
         self.encoder, self.trained = encoder, bool(self.part)
@@ -80,7 +80,10 @@ class Detector:
         given = {name: value for name, value in (overrides or {}).items() if value is not None}
         known = dict(self.part["overrides"]) if self.variant == self.part.get("variant") else {}
         self.overrides = known | given
-        self.options = options or Options(**self.part.get("options", {}))
+        chosen = {name: value for name, value in (options or {}).items() if value is not None}
+        self.options = Options(**self.part.get("options", {}) | chosen)
+        if not self.options.scales or not all(0 < scale <= 1 for scale in self.options.scales):
+            raise UserError(f"config.detections.scales={self.options.scales} must be above 0 and at most 1")
         self.config = resolve_detector(self.variant, **self.overrides)
         self.model = build_detector(encoder.model.config, self.variant, len(self.classes), **self.overrides)
 
