@@ -33,7 +33,7 @@ from florence_jax.tasks.detector import DETECTOR, Detector
 from florence_jax.tasks.encoder import open_encoder
 from florence_jax.tasks.recipe import detection_recipe
 
-EVAL_OPS = "decode|resize_fit({height}, {width})|pad_image({height}, {width})"
+WHOLE_PICTURE = "decode|resize_fit({height}, {width})|pad_image({height}, {width})"
 SCENES = "scenes:"
 SCENES_SIDE, OWN_SIDE = 128, 256  # shorter side of the buckets where nobody says any
 EPOCH_OF_SCENES = 1000
@@ -68,7 +68,7 @@ class DetectionSuite(Suite):
         by_data = SCENES_SIDE if f"{config.data.train}{config.data.test}".startswith(SCENES) else OWN_SIDE
         known = () if given.res else part.get("sizes", ())
         multiple = self.detector.config.multiple
-        self.eval_ops = config.data.eval_ops or part.get("eval_ops", EVAL_OPS)
+        self.eval_ops = config.data.eval_ops or part.get("eval_ops", WHOLE_PICTURE)
         self.sizes = bucket_sizes(given.sizes or known, given.res or by_data, multiple)
 
     def _open_sources(self) -> None:
