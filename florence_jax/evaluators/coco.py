@@ -39,7 +39,8 @@ class CocoEvaluator(Evaluator):
     """Average precision of a detector on a source with boxes.
 
     Results: those of pycocotools, AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, without those of
-    which the test set has no boxes; 'agnostic_AP50', AP50 whatever the classes; 'AP/NAME' of at most 20 classes;
+    which the test set has no boxes; 'agnostic_AP50', AP50 whatever the classes of boxes (see
+    `coco_scores.one_of_each`); 'AP/NAME' of at most 20 classes;
     'images', 'skipped' ones if any, 'boxes' and 'crowds'. A class that the detector does not know counts with AP 0.
 
     Args:
