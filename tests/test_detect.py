@@ -3,10 +3,13 @@
 import csv
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +31,14 @@ from florence_jax.tasks import create_suite, create_task
 from florence_jax.tasks.detection_sizes import bucket_sizes, scaled_sizes
 from florence_jax.tasks.detector import Detector, Options, mirrored, scaled
 from florence_jax.tasks.encoder import Encoder
+from florence_jax.tools import build_scenes
 from florence_jax.tools.aot_compile import topologies
 from florence_jax.tools.aot_compile.__main__ import preflight
 from florence_jax.train.loop import open_stream
 from florence_jax.train.metrics import read_metrics
 
 TESTS = Path(__file__).parent
+NOTEBOOK = TESTS.parent / "docs" / "detection_colab.ipynb"
 STEPS, SAVED, KILLED = 8, 2, 6  # a save waits for the one before it
 SIZES = ((128, 128), (128, 256))  # of two scales
 CHANGES = {
@@ -317,3 +322,38 @@ def test_two_processes_give_the_numbers_of_one(trained, towers, tmp_path):
     for ours, theirs in zip(both, alone, strict=True):
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+
+
+# -- the notebook -----------------------------------------------------------------------------------------------------
+
+
+def notebook_cells():
+    """Of each cell with code the commands that it starts, [module, options], and the rest of it."""
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        lines = "".join(cell["source"]).splitlines()
+        if cell["cell_type"] == "code":
+            commands = [shlex.split(line.removeprefix("!python -m ")) for line in lines if line.startswith("!")]
+            yield commands, "\n".join(line for line in lines if not line.startswith("!"))
+
+
+def test_the_cells_of_the_notebook_work_on_a_runs_folder(trained, tmp_path, monkeypatch):
+    """What they train is there already; scenes are written, boxes found and drawn."""
+    shutil.copytree(trained, tmp_path / "runs" / "detect")
+    for run in ("detect", "detect_check"):
+        (tmp_path / "runs" / run).mkdir(exist_ok=True)
+        (tmp_path / "runs" / run / "report.html").write_text(f"<p>{run}</p>")
+    monkeypatch.chdir(tmp_path)
+    shown, started, scope = [], [], {}
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(HTML=str, display=shown.append))
+    for commands, python in list(notebook_cells())[1:]:
+        for module, *options in commands:
+            started.append((module, options))
+            if module.endswith("build_scenes"):
+                assert build_scenes.main([*options, "--train=2", "--held_out=3", "--side=64"]) == 0
+        python = python.replace("threshold=0.3", "threshold=0.0")
+        exec(compile(python, "detection_colab.ipynb", "exec"), scope)
+    assert [module for module, _ in started] == ["florence_jax.tools.build_scenes", *["florence_jax.main"] * 3]
+    assert "--config.data.train=$DATA" in started[-1][1] and scope["DATA"] == "scenes/train"
+    assert shown[:2] == ["<p>detect_check</p>", "<p>detect</p>"] and len(shown) == 2 + 3
+    with Image.open("scenes/held_out/held_out-000000.png") as first:
+        assert shown[2].height * first.width == shown[2].width * first.height
