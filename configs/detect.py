@@ -16,7 +16,7 @@ detections_NAME.json (COCO's result file) and report.html.
 Arguments: protocol = train | eval (a trained detector on config.data.test) | check (a report of a data set);
 recipe = coco | objects365 (the paper's figures where it gives some, DyHead's where not; never run here); without one
 batch, epochs and learning rate follow the number of images; variant = size of the towers, for a preflight without
-weights; res = longer side of the pictures in pixels; runlocal.
+weights; res = shorter side of the buckets in pixels; runlocal.
 
 A preflight (florence_jax.tools.aot_compile) needs neither weights nor data: --config.init= and variant=NAME.
 """
@@ -51,10 +51,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.detector = {
         "variant": "",  # tiny | dyhead | glip_l; '': the folder's, else tiny on towers ti and dyhead on larger ones
         "overrides": detector_overrides(),
-        "res": given.res,  # longer side of the pictures, of which the buckets are made; 0: 128 for scenes, else 256
+        "res": given.res,  # shorter side, of which the buckets are made; 0: 128 for scenes, else 256
         "sizes": (),  # (height, width) of each bucket, multiples of 128; (): by res
         "scales": (1.0,),  # multi-scale training: every picture at each of these shares of its bucket
         "most_boxes": 100,  # of a picture in training; what is more is counted, and ignored
+        "crowd": "ignore",  # what crowds and groups are in training: ignore | background (as the references have it)
         "tower_lr": 0.1,  # learning rate of the image tower over the detector's; 0: frozen
     }
     config.detections = {  # None: as the folder's detector was trained to, else what is said here

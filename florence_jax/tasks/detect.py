@@ -188,7 +188,9 @@ class Detect(DetectionSuite, Task):
     @property
     def identity(self) -> Mapping[str, Any]:
         """See `Suite`. The seed draws the images that are held out."""
-        options = make_identity(self.config, "holdout", "seed", "data.train_ops", "detector.most_boxes")
+        options = make_identity(
+            self.config, "holdout", "seed", "data.train_ops", "detector.most_boxes", "detector.crowd"
+        )
         return {**super().identity, **options, "detector.scales": list(self.config.detector.scales)}
 
     # -- model ------------------------------------------------------------------------------------------------------
@@ -266,7 +268,8 @@ class Detect(DetectionSuite, Task):
         if self.train_source is None:
             raise UserError("nothing to train on: give --config.data.train=DATA")
         sources = [self.train_source]
-        pad = f"pad_boxes({self.config.detector.most_boxes})"
+        given = self.config.detector
+        pad = f"pad_boxes({given.most_boxes}, crowd={given.crowd})"
         ops = f"{self.config.data.train_ops}|{pad}|keep(image, valid, boxes, class_ids, objects, ignore, boxes_cut)"
         buckets = [bucket for group in self._groups for bucket in make_buckets(sources, group)]
         return TrainData(sources, None, ops, {}, tuple(buckets))
