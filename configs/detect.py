@@ -56,7 +56,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "scales": (1.0,),  # multi-scale training: every picture at each of these shares of its bucket
         "most_boxes": 100,  # of a picture in training; what is more is counted, and ignored
         "crowd": "ignore",  # what crowds and groups are in training: ignore | background (as the references have it)
-        "tower_lr": 0.1,  # learning rate of the image tower over the detector's; 0: frozen
+        "tower_lr": 1.0,  # learning rate of the image tower over the detector's; 0: frozen
     }
     config.detections = {  # None: as the folder's detector was trained to, else what is said here
         "threshold": config_dict.placeholder(float),  # least score of a class: .05
@@ -69,7 +69,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.train = "scenes:train" if trains else ""
     config.data.test = ""  # several joined by '|'; '': `holdout` of the images of data.train; of scenes held-out ones
     config.holdout = 0.2  # share of the images that are kept for testing, where no such images are named
-    config.data.train_ops = "decode|flip(0.5)|lsj({height}, {width}, low=0.5, high=1.5)|pad_image({height}, {width})"
+    config.data.train_ops = "decode|flip(0.5)|lsj({height}, {width}, low=0.8, high=1.25)|pad_image({height}, {width})"
     config.data.eval_ops = ""  # '': the folder's detector's, else the whole picture, as large as its bucket
     config.text = {"tokenizer": ""}
     config.batch_size = config_dict.placeholder(int)  # None, here and below: by the number of images
@@ -91,7 +91,6 @@ def _published(config: ConfigDict, recipe: str) -> None:
     """AdamW 1e-4, decay .05, batch 32, 12 epochs, steps at 2/3 and 8/9 (DyHead); sizes and multi-scale (the paper)."""
     config.workdir += f"_{recipe}"
     config.detector.variant, config.detector.sizes = "dyhead", RECIPES[recipe]
-    config.detector.tower_lr = 1.0
     config.data.train_ops = "decode|flip(0.5)|resize_fit({height}, {width})|pad_image({height}, {width})"
     config.batch_size, config.epochs = 32, 12
     config.optim.learning_rate, config.optim.warmup_steps = 1e-4, 1000

@@ -121,6 +121,7 @@ def test_it_trains_the_detector_and_no_more(trained, towers):
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_bit_for_bit(trained, towers, tmp_path, capsys):
     arguments = [*FLAGS, f"--config.init={towers}", f"--workdir={tmp_path / 'run'}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(TESTS.parent)}

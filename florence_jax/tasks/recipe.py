@@ -40,7 +40,7 @@ DYHEAD = RunDefaults(batch_size=32, epochs=12, learning_rate=1e-4, warmup_steps=
 MANY_BOXED = 20_000  # images with boxes, from which on its recipe is taken
 DETECTION_STEPS = 1000
 DETECTION_BATCH = 16
-DETECTION_RATE = 1e-3  # of that batch and a detector of 64 channels
+DETECTION_RATE = 6e-4  # of that batch and a detector of 64 channels
 DETECTION_WARMUP = 100
 
 

@@ -6,7 +6,7 @@ r"""Runs one configuration with several settings and several seeds, and prints t
     python -m florence_jax.tools.compare --config=configs/detect.py --workdir=runs/compare_detect \
         --case="pretrained: init=runs/pretrain/checkpoints" \
         --case="frozen random encoder: init= model.variant=ti detector.tower_lr=0" \
-        --case="all random: init= model.variant=ti detector.tower_lr=1"
+        --case="all random: init= model.variant=ti"
 
 `--vary` gives one setting several values; each `--case` is a name and, after the ':', any number of settings.
 Each run is `python -m florence_jax.main` in a folder of its own below --workdir, so that an interrupted comparison
