@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.detector = {
         "variant": "",  # tiny | dyhead | glip_l; '': the folder's, else tiny on towers ti and dyhead on larger ones
         "overrides": detector_overrides(),
-        "res": given.res,  # shorter side, of which the buckets are made; 0: 128 for scenes, else 256
+        "res": given.res,  # shorter side, of which the buckets are made; 0: 256, of scenes one of 128 x 128
         "sizes": (),  # (height, width) of each bucket, multiples of 128; (): by res
         "scales": (1.0,),  # multi-scale training: every picture at each of these shares of its bucket
         "most_boxes": 100,  # of a picture in training; what is more is counted, and ignored

@@ -35,7 +35,8 @@ from florence_jax.tasks.recipe import detection_recipe
 
 WHOLE_PICTURE = "decode|resize_fit({height}, {width})|pad_image({height}, {width})"
 SCENES = "scenes:"
-SCENES_SIDE, OWN_SIDE = 128, 256  # shorter side of the buckets where nobody says any
+SCENES_SIZES = ((128, 128),)  # of scenes, where nobody says any: one, as each is compiled
+OWN_SIDE = 256  # of other pictures: shorter side of the buckets
 EPOCH_OF_SCENES = 1000
 SCENES_TEST = ("held_out", "new_style")  # splits to test on where nobody names any
 # What no loss of a detector reaches. It stays as it was, so that the folder can still be asked for other things.
@@ -65,11 +66,11 @@ class DetectionSuite(Suite):
         classes: Sequence[str] = getattr(self.train_source, "class_names", () if config.init else NAMELESS)
         self.detector = Detector(encoder, given.variant, classes, given.overrides, config.detections)
         part = {} if config.data.train else self.detector.part  # other data may want other sizes
-        by_data = SCENES_SIDE if f"{config.data.train}{config.data.test}".startswith(SCENES) else OWN_SIDE
-        known = () if given.res else part.get("sizes", ())
+        scenes = f"{config.data.train}{config.data.test}".startswith(SCENES)
+        known = () if given.res else part.get("sizes", SCENES_SIZES if scenes else ())
         multiple = self.detector.config.multiple
         self.eval_ops = config.data.eval_ops or part.get("eval_ops", WHOLE_PICTURE)
-        self.sizes = bucket_sizes(given.sizes or known, given.res or by_data, multiple)
+        self.sizes = bucket_sizes(given.sizes or known, given.res or OWN_SIDE, multiple)
 
     def _open_sources(self) -> None:
         """Those of `config.data`."""
