@@ -50,7 +50,8 @@ CHANGES = {
     "checkpoint.every": SAVED,
 }
 CONFIG = "--config=configs/detect.py:runlocal"
-FLAGS = [CONFIG, *(f"--config.{name}={value}" for name, value in CHANGES.items())]
+SEVERAL = [CONFIG, *(f"--config.{name}={value}" for name, value in CHANGES.items())]
+FLAGS = [*SEVERAL, "--config.detector.sizes=((128, 128),)", "--config.detector.scales=(1.0,)"]  # of one size: quick
 # The command, killed by -9 before the batch of a step.
 KILLED_RUN = f"""
 import itertools, os, runpy, signal
@@ -122,16 +123,19 @@ def test_it_trains_the_detector_and_no_more(trained, towers):
 
 
 @pytest.mark.slow
-def test_killed_it_goes_on_bit_for_bit(trained, towers, tmp_path, capsys):
-    arguments = [*FLAGS, f"--config.init={towers}", f"--workdir={tmp_path / 'run'}"]
+def test_killed_it_goes_on_bit_for_bit(towers, tmp_path, capsys):
+    """Batches of several sizes go on as well."""
+    arguments = [*SEVERAL, f"--config.init={towers}", f"--workdir={tmp_path / 'run'}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(TESTS.parent)}
     command = [sys.executable, "-c", KILLED_RUN, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=TESTS.parent)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert run_main(*arguments) == 0
     assert f"resuming {tmp_path / 'run'} at step" in capsys.readouterr().out
-    assert lines_of(tmp_path / "run") == lines_of(trained)
-    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "run"), params_of(trained))
+    whole = tmp_path / "whole"
+    assert run_main(*arguments[:-1], f"--workdir={whole}") == 0
+    assert lines_of(tmp_path / "run") == lines_of(whole)
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "run"), params_of(whole))
 
 
 def test_the_evaluation_leaves_cocos_files_and_a_page(trained):
@@ -145,7 +149,7 @@ def test_the_evaluation_leaves_cocos_files_and_a_page(trained):
 
 
 def test_a_trained_detector_is_evaluated_elsewhere(trained, tmp_path):
-    flags = ["--config=configs/detect.py:protocol=eval,runlocal", "--config.data.test=scenes:held_out:8"]
+    flags = ["--config=configs/detect.py:protocol=eval,runlocal", "--config.data.test=scenes:held_out:8", *FLAGS[-2:]]
     assert run_main(*flags, f"--config.init={trained}", f"--workdir={tmp_path}") == 0
     for name in ("detections_held_out.json", "ground_truth_held_out.json"):
         assert (tmp_path / name).read_text() == (trained / name).read_text()
