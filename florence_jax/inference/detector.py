@@ -155,11 +155,11 @@ class DetectorAnswerer(Answerer):
         """Of every readable record, in order."""
         for found in self.finder.boxes(source, self.threshold, self.top):
             names = [self.finder.names[label] for label in found.labels]
+            # As doubles: a rounded float32 has a dozen digits more.
+            boxes, scores = found.boxes.astype(np.float64).round(2), found.scores.astype(np.float64).round(4)
             rows = [
                 dict(zip(self.columns, (*box, name, score), strict=True))
-                for box, name, score in zip(
-                    found.boxes.round(2).tolist(), names, found.scores.round(4).tolist(), strict=True
-                )
+                for box, name, score in zip(boxes.tolist(), names, scores.tolist(), strict=True)
             ]
             counts = {name: names.count(name) for name in dict.fromkeys(names)}
             text = ", ".join(f"{count} {name}" if count > 1 else name for name, count in counts.items())
