@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from florence_jax.boxes import box_areas, iou
 from florence_jax.models import detections as module
-from florence_jax.models.detections import candidates, detections, merge, suppress
+from florence_jax.models.detections import candidates, merge, suppress
 
 SIZES = (48, 12, 3, 1, 1)  # anchors of the levels
 CLASSES = 4
@@ -121,7 +121,7 @@ def test_detections_equal_loops(per_level, most):
     chosen = (
         find(outputs, valid) if per_level == 20 else jax.jit(functools.partial(candidates, **settings))(outputs, valid)
     )
-    out = jax.jit(functools.partial(detections, **settings, iou=0.5, most=most))(outputs, valid)
+    out = jax.jit(functools.partial(suppress, iou=0.5, most=most))(chosen)
     chosen, out = jax.device_get((chosen, out))
     limit = np.tile(valid[:, ::-1], 2)[:, None]
     assert (out["boxes"] >= 0).all() and (out["boxes"] <= limit).all()
@@ -161,7 +161,7 @@ def test_views_of_a_picture_are_one_answer():
 
 def test_devices_keep_their_own_pictures():
     outputs, valid = random_outputs(np.random.default_rng(1), 8)
-    function = jax.jit(functools.partial(detections, level_sizes=SIZES, per_level=20))
+    function = jax.jit(lambda *args: suppress(candidates(*args, level_sizes=SIZES, per_level=20)))
     sharding = NamedSharding(Mesh(np.array(jax.devices()), "data"), PartitionSpec("data"))
     args = jax.device_put((outputs, valid), sharding)
     compiled = function.lower(*args).compile()
@@ -173,4 +173,4 @@ def test_devices_keep_their_own_pictures():
 def test_levels_that_do_not_fit_are_refused():
     outputs, valid = random_outputs(np.random.default_rng(0), 1)
     with pytest.raises(ValueError, match=r"levels of \(3, 4\) anchors are not 65"):
-        detections(outputs, valid, (3, 4))
+        candidates(outputs, valid, (3, 4))

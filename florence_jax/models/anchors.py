@@ -35,14 +35,6 @@ def anchors(height: int, width: int) -> np.ndarray:
     return np.concatenate(levels).astype(np.float32)
 
 
-def encode_boxes(anchors: jax.Array, boxes: jax.Array) -> jax.Array:
-    """Deltas that `decode_boxes` turns into `boxes`: (..., 4), of the rank of its arguments; all sides above 0."""
-    centres, sides = _centres_and_sides(anchors)
-    box_centres, box_sides = _centres_and_sides(boxes)
-    moved, scaled = (box_centres - centres) / sides, jnp.log(box_sides / sides)
-    return jnp.concatenate([CENTRE_WEIGHT * moved, SIDE_WEIGHT * scaled], -1)
-
-
 def decode_boxes(anchors: jax.Array, deltas: jax.Array) -> jax.Array:
     """Boxes (..., 4) float32 of deltas (..., 4) from anchors of the same rank, at most 62.5 times as wide or high.
 

@@ -20,27 +20,6 @@ from florence_jax.boxes import iou as overlap
 BOXES_AT_ONCE = 256  # candidates that are compared with each other at once
 
 
-def detections(
-    outputs: Mapping[str, jax.Array],
-    valid: jax.Array,
-    level_sizes: Sequence[int],
-    threshold: float = 0.05,
-    per_level: int = 1000,
-    iou: float = 0.6,
-    most: int = 100,
-) -> dict[str, jax.Array]:
-    """The best boxes of each picture, best first.
-
-    Args:
-      outputs, valid, level_sizes, threshold, per_level: see `candidates`.
-      iou, most: see `suppress`.
-
-    Returns:
-      As `suppress`: "boxes" (B, most, 4) in pixels of the picture, "scores" and "labels" (B, most).
-    """
-    return suppress(candidates(outputs, valid, level_sizes, threshold, per_level), iou, most)
-
-
 def candidates(
     outputs: Mapping[str, jax.Array],
     valid: jax.Array,

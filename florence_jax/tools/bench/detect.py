@@ -33,7 +33,7 @@ from florence_jax.errors import UserError
 from florence_jax.losses.detection import detection_loss
 from florence_jax.models.anchors import level_shapes
 from florence_jax.models.base import Model
-from florence_jax.models.detections import detections
+from florence_jax.models.detections import candidates, suppress
 from florence_jax.models.detector import DETECTORS, STAGES, build_detector, resolve_detector
 from florence_jax.models.layers import REMATS
 from florence_jax.models.sizes import VARIANTS, resolve_config
@@ -217,7 +217,7 @@ def find_boxes(model: Model, batch: dict[str, jax.Array], params: Any) -> dict[s
 
 def boxes_of(batch: dict[str, jax.Array], outputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Outputs to boxes."""
-    return detections(outputs, batch["image_valid"], level_sizes(batch))
+    return suppress(candidates(outputs, batch["image_valid"], level_sizes(batch)))
 
 
 def with_candidates(params: dict[str, Any]) -> dict[str, Any]:
