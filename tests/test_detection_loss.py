@@ -184,6 +184,8 @@ def loss_by_loops(outputs, batch, sizes):
                 continue
             for label, p in enumerate(sigmoid(outputs["detector/logits"][row, anchor].astype(np.float64))):
                 right = index >= 0 and batch["class_ids"][row, index] == label
+                if not right and not batch["judged"][row, label]:
+                    continue
                 sums["class"] -= 0.25 * (1 - p) ** 2 * np.log(p) if right else 0.75 * p**2 * np.log(1 - p)
             if index >= 0:
                 left, top, right, bottom = x - boxes[index, 0], y - boxes[index, 1], *(boxes[index, 2:] - (x, y))
@@ -197,9 +199,14 @@ def loss_by_loops(outputs, batch, sizes):
     return sums
 
 
-def test_loss_equals_loops():
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_loss_equals_loops(share):
+    """Where people judged all classes of each picture, and where some."""
     outputs, batch, sizes = example()
-    sums = loss_by_loops(outputs, batch, sizes)
+    judged = np.random.default_rng(2).random((len(batch["boxes"]), CLASSES)) < share
+    sums = loss_by_loops(outputs, batch | {"judged": judged}, sizes)
+    if share < 1:
+        batch["judged"] = judged
     (loss, metrics), _ = loss_and_gradients(sizes)(*split(outputs), batch)
     expected = {
         "class_loss": sums["class"] / sums["positives"],
@@ -234,6 +241,27 @@ def test_what_is_ignored_or_padding_has_no_gradient():
         "boxes": np.where((batch["objects"] | batch["ignore"])[..., None], batch["boxes"], np.float32(33))
     }
     assert float(loss_and_gradients(sizes)(learnt, others, filled)[0][0]) == float(loss)
+
+
+def test_what_nobody_judged_has_no_gradient():
+    outputs, batch, sizes = example()
+    judged = np.random.default_rng(2).random((len(batch["boxes"]), CLASSES)) < 0.4
+    learnt, others = split(outputs)
+    gradient_of = loss_and_gradients(sizes)
+    (loss, metrics), gradients = jax.device_get(gradient_of(learnt, others, batch | {"judged": judged}))
+    everything = np.ones_like(judged)
+    (whole, all_metrics), all_gradients = jax.device_get(gradient_of(learnt, others, batch))
+    (same, _), same_gradients = jax.device_get(gradient_of(learnt, others, batch | {"judged": everything}))
+    assert same == whole and all((same_gradients[name] == all_gradients[name]).all() for name in same_gradients)
+    matched = assign(others["detector/anchors"], sizes, batch["boxes"], batch["objects"], others["detector/inside"])[0]
+    own = np.take_along_axis(batch["class_ids"], np.maximum(matched, 0), 1)[..., None] == np.arange(CLASSES)
+    own &= (matched >= 0)[..., None]
+    assert (own & ~judged[:, None]).any() and judged.any(1).mean() < 1
+    kept, by_class = own | judged[:, None], gradients["detector/logits"]
+    np.testing.assert_array_equal(by_class, np.where(kept, all_gradients["detector/logits"], 0))
+    for name in ("positives", "objects_without_anchor", "box_loss", "centerness_loss"):
+        assert metrics[name] == all_metrics[name]
+    assert metrics["class_loss"] < all_metrics["class_loss"]
 
 
 def test_without_boxes_all_is_background():
@@ -286,6 +314,7 @@ def test_parts_of_a_batch_add_up_whatever_their_shapes():
 
 def test_any_number_of_devices_gives_the_same():
     outputs, batch, sizes = example(height=32, width=64, room=3, seed=1)
+    batch["judged"] = np.random.default_rng(2).random((len(batch["boxes"]), CLASSES)) < 0.7
     learnt, others = split(outputs)
     anchors = others.pop("detector/anchors")
     function = jax.value_and_grad(

@@ -6,6 +6,9 @@ boxes (Rezatofighi et al. 2019), weighted by the centerness. All in float32, box
 
 With B pictures of N anchors on all levels, of which the first `level_sizes[0]` are of the first level and so on, and
 room for M boxes a picture, memory grows with B * (N + M), not with N * M.
+
+Unknown is not absent: where several sets are trained on together, nobody looked for the classes of the others, and an
+anchor is background for those classes only that people judged in its picture.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,14 +46,17 @@ def loss_sums(
 ) -> dict[str, jax.Array]:
     """What `loss_of_sums` needs of a batch: numerators and denominators, which of two batches add up.
 
-    An anchor that answers for no box is background for all classes, unless its centre lies in a box to be ignored.
+    An anchor that answers for no box is background for all classes that are judged in its picture, unless its centre
+    lies in a box to be ignored; one that answers for a box is background for the others of them. Its own class counts
+    in any case. What is no background for a class and not of it costs nothing there, whatever its logit.
 
     Args:
       outputs: of the detector, of K classes: "detector/logits" float (B, N, K), "detector/centerness" float (B, N),
         logits; "detector/boxes" float (B, N, 4), decoded; "detector/inside" bool (B, N), False for an anchor that
         takes no part; "detector/anchors" float (N, 4).
       batch: "boxes" float (B, M, 4), "class_ids" int (B, M), "objects" and "ignore" bool (B, M), both False for
-        padding.
+        padding; perhaps "judged" bool (B, K): the classes that people looked for in the picture, everywhere; without
+        it all of them.
       level_sizes: anchors of each level; their sum is N.
 
     Raises:
@@ -67,11 +73,11 @@ def loss_sums(
     centred = centerness(centres[None], goals)
     weights = jnp.where(positive, centred, 0)
     classes = jnp.where(positive, jnp.take_along_axis(batch["class_ids"], chosen, axis=1), -1)
-    judged = inside & (positive | ~_covered(centres, boxes, batch["ignore"]))
+    counted = inside & (positive | ~_covered(centres, boxes, batch["ignore"]))
     entropy = optax.sigmoid_binary_cross_entropy(outputs["detector/centerness"].astype(jnp.float32), centred)
     apart = 1 - giou(outputs["detector/boxes"].astype(jnp.float32), goals)
     return {
-        "class": _class_sum(outputs["detector/logits"], classes, judged),
+        "class": _class_sum(outputs["detector/logits"], classes, counted, batch.get("judged")),
         "centerness": jnp.where(positive, entropy, 0).sum(),
         "box": (weights * apart).sum(),
         "weight": weights.sum(),
@@ -110,9 +116,12 @@ def focal_loss(logits: jax.Array, classes: jax.Array) -> jax.Array:
 
 
 @jax.checkpoint  # of all that is as large as the logits only they are kept for the backward pass
-def _class_sum(logits: jax.Array, classes: jax.Array, judged: jax.Array) -> jax.Array:
-    """Sum of the focal losses of the anchors that `judged` bool (B, N) names."""
-    return jnp.where(judged[..., None], focal_loss(logits, classes), 0).sum()
+def _class_sum(logits: jax.Array, classes: jax.Array, counted: jax.Array, judged: jax.Array | None) -> jax.Array:
+    """Sum of the focal losses of the anchors that `counted` bool (B, N) names: of `judged` (B, K) and own classes."""
+    counts = counted[..., None]
+    if judged is not None:
+        counts = counts & (judged[:, None] | jax.nn.one_hot(classes, logits.shape[-1], dtype=bool))
+    return jnp.where(counts, focal_loss(logits, classes), 0).sum()
 
 
 def centerness(points: jax.Array, boxes: jax.Array) -> jax.Array:
