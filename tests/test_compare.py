@@ -33,7 +33,10 @@ def test_runs_every_setting_with_every_seed_and_prints_the_spread(tmp_path, call
     assert calls == [("unicl", "0", "3"), ("clip", "0", "3"), ("unicl", "2", "3"), ("clip", "2", "3")]
     header, row = capsys.readouterr().out.splitlines()[1:]
     assert header.split() == ["metric", "loss=unicl", "loss=clip"]
-    assert row.split()[1:] == ["0.600", "(0.500", "to", "0.700)", "0.350", "(0.250", "to", "0.450)"]
+    assert row.split()[1:] == "0.600 ± 0.141 (0.500 to 0.700) 0.350 ± 0.141 (0.250 to 0.450)".split()
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["loss=clip"]["eval/x"] == {"mean": 0.35, "deviation": pytest.approx(0.02**0.5), "values": [0.25, 0.45]}
+    assert "0.600 ± 0.141 (0.500 to 0.700)" in (tmp_path / "report.html").read_text()
 
 
 def test_cases_hold_several_settings(tmp_path, calls, capsys):
@@ -41,7 +44,7 @@ def test_cases_hold_several_settings(tmp_path, calls, capsys):
     assert compare.main(["--seeds=0,1", *cases, f"--workdir={tmp_path}"]) == 0
     assert calls == [("unicl", "0", "3"), ("clip", "0", "4"), ("unicl", "1", "3"), ("clip", "1", "4")]
     assert capsys.readouterr().out.splitlines()[1].split()[1:] == ["one", "loss", "other"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
         f"{case}_seed{seed}" for case in ("one_loss", "other") for seed in (0, 1)
     ]
     claimed = json.loads((tmp_path / "other_seed1" / "compare.json").read_text())
@@ -65,8 +68,8 @@ def test_a_folder_of_other_runs_is_left_alone(tmp_path, calls, capsys, other):
 def test_table_of_runs_with_different_metrics():
     text = compare.comparison_table({"a": [{"eval/x": 0.5, "step": 1}], "b": [{"eval/y": 0.25}, {"eval/y": None}]})
     assert [line.split() for line in text.splitlines()[1:]] == [
-        ["eval/x", "0.500", "(0.500", "to", "0.500)", "-"],
-        ["eval/y", "-", "0.250", "(0.250", "to", "0.250)"],
+        ["eval/x", "0.500", "-"],
+        ["eval/y", "-", "0.250"],
     ]
 
 

@@ -11,7 +11,8 @@ r"""Runs one configuration with several settings and several seeds, and prints t
 `--vary` gives one setting several values; each `--case` is a name and, after the ':', any number of settings.
 Each run is `python -m florence_jax.main` in a folder of its own below --workdir, so that an interrupted comparison
 continues where it was, and a finished run is not repeated; `compare.json` there says what the run was started with, and
-another comparison does not take the folder. The table has mean and lowest to highest over the seeds.
+another comparison does not take the folder. The table has mean, deviation and lowest to highest over the seeds; it is
+also in WORKDIR/report.html, and the numbers are in WORKDIR/result.json.
 """
 
 import argparse
@@ -28,7 +29,8 @@ import numpy as np
 
 from florence_jax.command_line import enter, exit_code
 from florence_jax.errors import UserError
-from florence_jax.files import with_home, write_text
+from florence_jax.files import with_home, write_json, write_text
+from florence_jax.page import markup, table_html, write_page
 
 SETTINGS_FILE = "compare.json"
 
@@ -143,21 +145,54 @@ def train_run(workdir: Path, settings: Mapping[str, Any]) -> dict[str, float | N
     return json.loads((workdir / "result.json").read_text())
 
 
-def comparison_table(results: Mapping[str, Sequence[Mapping[str, float | None]]]) -> str:
-    """One column for each setting: 'mean (lowest to highest)' over its runs, '-' where none has the metric."""
+def metric_names(results: Mapping[str, Sequence[Mapping[str, float | None]]]) -> list[str]:
+    """The names of all results of evaluations, each once, in the order in which the runs have them."""
     every = [name for runs in results.values() for run in runs for name in run if name.startswith("eval/")]
-    metrics = list(dict.fromkeys(every))
+    return list(dict.fromkeys(every))
+
+
+def values_of(runs: Sequence[Mapping[str, float | None]], metric: str) -> list[float]:
+    """The values of a metric in the runs that have it."""
+    return [value for run in runs if (value := run.get(metric)) is not None]
+
+
+def comparison_table(results: Mapping[str, Sequence[Mapping[str, float | None]]]) -> str:
+    """A column for each setting: 'mean ± deviation (lowest to highest)' over its runs, '-' for none."""
+    metrics = metric_names(results)
     width = max(map(len, metrics), default=6)
-    columns = [max(len(label), 22) for label in results]
+    columns = [max(len(label), 30) for label in results]
     lines = [f"{'metric':<{width}}" + "".join(f"  {label:>{w}}" for label, w in zip(results, columns, strict=True))]
     for metric in metrics:
-        cells = [_cell([run[metric] for run in runs if run.get(metric) is not None]) for runs in results.values()]
+        cells = [_cell(values_of(runs, metric)) for runs in results.values()]
         lines.append(f"{metric:<{width}}" + "".join(f"  {c:>{w}}" for c, w in zip(cells, columns, strict=True)))
     return "\n".join(lines)
 
 
 def _cell(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "-"
+    if not values:
+        return "-"
+    mean, spread = mean_and_deviation(values)
+    return f"{mean:.3f}" + (f" ± {spread:.3f} ({min(values):.3f} to {max(values):.3f})" if spread is not None else "")
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean, and standard deviation by the number of values less one; None where there are too few."""
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return float(np.mean(values)) if values else None, spread
+
+
+def write_comparison(workdir: Path, what: str, results: Mapping[str, Sequence[Mapping[str, float | None]]]) -> None:
+    """result.json, {column: {metric: {"mean", "deviation", "values"}}}, and report.html, the table."""
+    content: dict[str, Any] = {}
+    for label, runs in results.items():
+        for metric in metric_names({label: runs}):
+            values = values_of(runs, metric)
+            mean, spread = mean_and_deviation(values)
+            content.setdefault(label, {})[metric] = {"mean": mean, "deviation": spread, "values": values}
+    write_json(workdir / "result.json", content)
+    rows = [(name, *(_cell(values_of(runs, name)) for runs in results.values())) for name in metric_names(results)]
+    body = f"<p>{markup(what)}</p>{table_html(('metric', *results), rows)}"
+    write_page(workdir / "report.html", "Comparison", body)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,7 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         results: dict[str, list[dict[str, float | None]]] = {}
         for label, workdir, settings in runs:
             results.setdefault(label, []).append(train_run(workdir, settings))
-        print(f"{args.config}, seeds {args.seeds}: mean (lowest to highest)\n{comparison_table(results)}")
+        what = f"{args.config}, seeds {args.seeds}: mean ± deviation (lowest to highest)"
+        write_comparison(Path(args.workdir), what, results)
+        print(f"{what}\n{comparison_table(results)}")
 
     return exit_code(work)
 
