@@ -28,10 +28,9 @@ from detection_files import (
 from PIL import Image, ImageOps
 
 from florence_jax.curation.detection import __main__ as detection
-from florence_jax.curation.detection.images import file_paths
 from florence_jax.curation.detection.sheet import SET_COLOURS, _drawn
 from florence_jax.curation.detection.write import shard_digest
-from florence_jax.data.annotations import SourceSpec
+from florence_jax.data.annotations import SourceSpec, file_paths
 from florence_jax.data.box_frames import turn_boxes
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError

@@ -29,6 +29,7 @@ PAGES = {
     "openimages": "https://storage.googleapis.com/openimages/web/download.html",
     "imagenet": "https://www.image-net.org/download.php",
 }
+PROBES = 1000  # files looked for to learn how many leading folders of the names are on disk
 IdPairs = tuple[np.ndarray, np.ndarray]
 
 
@@ -145,11 +146,37 @@ def need_file(spec: SourceSpec, *candidates: str) -> str:
     raise UserError(f"{spec.kind} needs the file {' or '.join(candidates)}; get it from {PAGES[spec.kind]}")
 
 
+def file_paths(spec: SourceSpec, files: Sequence[str]) -> list[str]:
+    """Paths of the files, whose names may begin with folders that the user's copy lacks ('images/v1/patch8/x.jpg').
+
+    Raises:
+      UserError: if none of the first files is in the folder.
+    """
+    most = max(name.count("/") for name in files)
+    for name in files[:PROBES]:
+        parts = name.split("/")
+        for skip in range(len(parts)):
+            if epath.Path(os.path.join(spec.images, *parts[skip:])).exists():
+                # Counted from the end: names of one set may differ in depth.
+                keep = len(parts) - skip if skip else most + 1
+                return [os.path.join(spec.images, *name.split("/")[-keep:]) for name in files]
+    raise UserError(
+        f"{spec.label}: no image in {spec.images}, for example no {os.path.join(spec.images, files[0])}; "
+        f"give the folder of the images of {PAGES[spec.kind]}"
+    )
+
+
 # -- COCO, LVIS, Objects365 -------------------------------------------------------------------------------------------
 
 
 class CocoColumns:
-    """The sections of a COCO-like file; an instance takes items one by one, and refuses what it cannot read."""
+    """The sections of a COCO-like file; an instance takes items one by one, and refuses what it cannot read.
+
+    Attributes:
+      needed: sections without which a file is none.
+    """
+
+    needed: tuple[str, ...] = ("images", "categories")
 
     def __init__(self, spec: SourceSpec):
         self.spec = spec
@@ -177,7 +204,7 @@ class CocoColumns:
                     detail = f"has no {error}" if isinstance(error, KeyError) else f"is not valid ({error})"
                     self.refuse(section, counts[section], detail, error)
             counts[section] += 1
-        for section in ("images", "categories"):
+        for section in self.needed:
             if not counts[section]:
                 raise UserError(self.without(section, list(counts)))
 

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from florence_jax.pictures import Frame
+
 ASPECT_TOLERANCE = 0.01
 MIN_SIDE = 1.0  # pixels; a thinner box has nothing to learn from
 REASONS = ("ok", "not_finite", "zero_area", "outside", "thin")
@@ -75,6 +77,28 @@ def turn_boxes(boxes: np.ndarray, raw: np.ndarray, orientation: int) -> np.ndarr
     if orientation in (7, 8):
         x1, x2 = width - x2, width - x1
     return np.stack([y1, x1, y2, x2], 1)
+
+
+# A picture that is turned back is turned by this orientation.
+TURNED_BACK = {5: 5, 6: 8, 7: 7, 8: 6}
+
+
+def boxes_as_stated(boxes: np.ndarray, stated: tuple[int, int], frame: Frame) -> np.ndarray:
+    """Boxes (n, 4) of the picture as shown -> pixels of the size that a list states: what `boxes_in_picture` undoes.
+
+    Where it states the stored pixels of a turned picture they are turned back, where it states another size scaled.
+
+    Args:
+      boxes: x1 y1 x2 y2.
+      stated: width and height; below 1 where the list states none: then the boxes stay as they are.
+      frame: of the picture's file.
+    """
+    if min(stated) < 1 or stated == frame.size:
+        return boxes
+    if stated == frame.raw:
+        size = np.broadcast_to(np.array(frame.size), (len(boxes), 2))
+        return turn_boxes(boxes, size, TURNED_BACK[frame.orientation])
+    return boxes * np.tile(np.array(stated) / np.array(frame.size), 2)
 
 
 def clean_boxes(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

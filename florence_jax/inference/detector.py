@@ -10,15 +10,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from florence_jax.data.box_frames import boxes_as_stated
 from florence_jax.data.buckets import Bucket, nearest_sizes
 from florence_jax.data.ops.geometry import boxes_to_source
 from florence_jax.data.ops.image import Decode
 from florence_jax.data.records import BadRecord, Record, Source
+from florence_jax.data.sources.image_list import ImageList
+from florence_jax.data.sources.picture_files import some
 from florence_jax.errors import UserError
+from florence_jax.evaluators.coco_files import json_bytes, match_classes
 from florence_jax.evaluators.predictor import Predictor
 from florence_jax.inference.base import Answerer, Found
 from florence_jax.params.sharding import make_mesh
-from florence_jax.pictures import draw_boxes, open_picture, picture_frame, picture_uri
+from florence_jax.pictures import Frame, draw_boxes, open_picture, picture_frame, picture_uri
 from florence_jax.tasks.detector import Detector
 from florence_jax.tasks.encoder import Encoder
 
@@ -33,17 +37,22 @@ class PictureBoxes:
     """What was found in a picture, best first.
 
     Attributes:
-      index: row of the picture in its source. key: its name. size: (width, height) in pixels, upright.
+      index: row of the picture in its source. key: its name. frame: of its file.
       boxes: float32 (n, 4), x1 y1 x2 y2 in pixels of the upright picture, within it.
       scores: float32 (n,). labels: int32 (n,), numbers of classes.
     """
 
     index: int
     key: str
-    size: tuple[int, int]
+    frame: Frame
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels, upright."""
+        return self.frame.size
 
 
 class BoxFinder:
@@ -87,17 +96,17 @@ class BoxFinder:
             raise UserError(f"threshold={threshold} must be a score from 0 to 1")
         if top < 1:
             raise UserError(f"top={top} must be at least 1")
-        buckets, shapes = self._buckets(source)
+        buckets, frames = self._buckets(source)
         host = ("key", "warp")
         rows = self._predictor(len(source)).rows(
             self._params, source, self._ops, {}, host=host, buckets=buckets, on_corrupt=on_corrupt
         )
         for row in rows:
-            height, width = (int(side) for side in shapes[row["index"]])
+            width, height = (frame := frames[row["index"]]).size
             chosen = np.flatnonzero((row["labels"] >= 0) & (row["scores"] >= threshold))[:top]
             boxes = boxes_to_source(row["boxes"][chosen], row["warp"]).clip(0, (width, height, width, height))
             found = boxes.astype(np.float32), row["scores"][chosen], row["labels"][chosen]
-            yield PictureBoxes(row["index"], row["key"], (width, height), *found)
+            yield PictureBoxes(row["index"], row["key"], frame, *found)
 
     def _predictor(self, count: int) -> Predictor:
         """For batches of a power of two, up to the largest: few sizes are compiled."""
@@ -106,25 +115,25 @@ class BoxFinder:
             self._predictors[size] = Predictor(self.detector.detect, self._mesh, size)
         return self._predictors[size]
 
-    def _buckets(self, source: Source) -> tuple[tuple[Bucket, ...], np.ndarray]:
-        """The rows of each size, and int32 (N, 2), height and width of every picture, 0 where it cannot be read."""
-        shapes = np.array([upright_shape(source, index) for index in range(len(source))], np.int32)
-        chosen = nearest_sizes(np.maximum(shapes, 1), self._sizes)
+    def _buckets(self, source: Source) -> tuple[tuple[Bucket, ...], list[Frame]]:
+        """The rows of each size, and the frame of every picture."""
+        frames = [upright_frame(source, index) for index in range(len(source))]
+        chosen = nearest_sizes(np.maximum([frame.size[::-1] for frame in frames], 1), self._sizes)
         buckets = (Bucket(np.flatnonzero(chosen == place), size) for place, size in enumerate(self._sizes))
-        return tuple(bucket for bucket in buckets if len(bucket.rows)), shapes
+        return tuple(bucket for bucket in buckets if len(bucket.rows)), frames
 
 
-def upright_shape(source: Source, index: int) -> tuple[int, int]:
-    """Height and width in pixels of a record's picture, whose pixels are not decoded; (0, 0) for one without."""
+def upright_frame(source: Source, index: int) -> Frame:
+    """The frame of a record's picture, whose pixels are not decoded; of sides 0 for one that cannot be read."""
     try:
         image = source[index]["image"]
         if isinstance(image, np.ndarray):
-            return image.shape[0], image.shape[1]
+            height, width = image.shape[:2]
+            return Frame((width, height), (width, height), 1)
         with open_picture(image) as opened:
-            width, height = picture_frame(opened).size
-            return height, width
+            return picture_frame(opened)
     except Exception:  # PIL's readers raise a dozen unrelated types; op 'decode' tells which picture it is, and why
-        return 0, 0
+        return Frame((0, 0), (0, 0), 1)
 
 
 class DetectorAnswerer(Answerer):
@@ -139,6 +148,7 @@ class DetectorAnswerer(Answerer):
 
     def __init__(self, finder: BoxFinder, threshold: float = TOLD_FROM, top: int = 100):
         self.finder, self.threshold, self.top = finder, threshold, top
+        self._list: ImageList | None = None  # that the pictures are of, if any
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +163,7 @@ class DetectorAnswerer(Answerer):
 
     def answers(self, source: Source) -> Iterator[Found]:
         """Of every readable record, in order."""
+        self._list = source if isinstance(source, ImageList) else None
         for found in self.finder.boxes(source, self.threshold, self.top):
             names = [self.finder.names[label] for label in found.labels]
             # As doubles: a rounded float32 has a dozen digits more.
@@ -191,8 +202,11 @@ class DetectorAnswerer(Answerer):
         return draw_boxes(image, boxes.tolist(), texts, colours, side=side)
 
     def files(self, answers: Sequence[Found]) -> Mapping[str, bytes]:
-        """detections.json: images, categories and boxes (annotations with a score) as COCO has them."""
-        ids = self.finder.detector.part.get("category_ids") or range(1, len(self.finder.names) + 1)
+        """detections.json: images, categories and boxes (annotations with a score) as COCO has them.
+
+        Of the pictures of a list also what `list_results` gives.
+        """
+        ids = list(self.finder.detector.part.get("category_ids") or range(1, len(self.finder.names) + 1))
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for number, answer in enumerate(answers, 1):
@@ -206,4 +220,39 @@ class DetectorAnswerer(Answerer):
                 annotations.append(annotation | {"area": box[2] * box[3], "iscrowd": 0, "score": round(score, 5)})
         categories = [{"id": number, "name": name} for number, name in zip(ids, self.finder.names, strict=True)]
         content = {"images": images, "categories": categories, "annotations": annotations}
-        return {"detections.json": json.dumps(content).encode()}
+        listed = {} if self._list is None else list_results(self._list, answers, self.finder.names, ids)
+        return {"detections.json": json.dumps(content).encode(), **listed}
+
+
+def list_results(
+    source: ImageList, answers: Sequence[Found], names: Sequence[str], ids: Sequence[Any]
+) -> dict[str, bytes]:
+    """Two files about the pictures of a list, by its ids and in the pixels that it states.
+
+    results.json: COCO's results, as servers take them, and `curation.detection` as --teacher. image_info.json: the list
+    with the classes of these results, for its --imagenet.
+
+    Args:
+      source: the list. Where it names classes, the results have their ids, and others are left out.
+      answers: about its pictures. names, ids: of the detector's classes.
+
+    Raises:
+      UserError: where the list names classes, and the detector knows none of them.
+    """
+    wanted, numbers = (source.class_names, source.category_ids) if source.class_names else (tuple(names), tuple(ids))
+    place = match_classes(names, wanted)
+    if (place < 0).all():
+        raise UserError(f"{source.name} names none of the detector's classes, such as {names[0]}, but {some(wanted)}")
+    if others := [name for name, found in zip(names, place.tolist(), strict=True) if found < 0]:
+        print(f"results.json is without {len(others)} classes that the list does not name: {some(others)}", flush=True)
+    results: list[dict[str, Any]] = []
+    for answer in answers:
+        found: PictureBoxes = answer.details
+        width, height = source.sizes[found.index].tolist()
+        boxes = boxes_as_stated(found.boxes.astype(np.float64), (width, height), found.frame)
+        sides = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).round(2)
+        for box, score, label in zip(sides.tolist(), found.scores.tolist(), place[found.labels].tolist(), strict=True):
+            if label >= 0:
+                about = {"image_id": source.image_ids[found.index], "category_id": numbers[label]}
+                results.append(about | {"bbox": box, "score": round(score, 5)})
+    return {"results.json": json_bytes(iter(results)), "image_info.json": source.list_json(wanted, numbers)}

@@ -33,7 +33,7 @@ from etils import epath
 
 from florence_jax.command_line import enter, exit_code
 from florence_jax.curation.detection.boxes import ACROSS_IOU, WITHIN_IOU
-from florence_jax.curation.detection.images import file_paths, image_facts
+from florence_jax.curation.detection.images import image_facts
 from florence_jax.curation.detection.join import Merged, find_leaks, join_rows, refuse_leaks
 from florence_jax.curation.detection.labels import RULES, LabelSpace, csv_text, read_rules
 from florence_jax.curation.detection.pseudo import (
@@ -46,7 +46,15 @@ from florence_jax.curation.detection.pseudo import (
 )
 from florence_jax.curation.detection.sheet import write_detection_sheet
 from florence_jax.curation.detection.write import prepare_folder, shards, write_records
-from florence_jax.data.annotations import FORMATS, SPLITS, Annotations, SourceSpec, parse_spec, read_annotations
+from florence_jax.data.annotations import (
+    FORMATS,
+    SPLITS,
+    Annotations,
+    SourceSpec,
+    file_paths,
+    parse_spec,
+    read_annotations,
+)
 from florence_jax.errors import UserError
 from florence_jax.files import with_home, write_text
 

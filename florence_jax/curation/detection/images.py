@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import io
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -14,14 +13,11 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from florence_jax.data.annotations import PAGES, SourceSpec
-from florence_jax.errors import UserError
 from florence_jax.pictures import picture_frame
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
 STATUSES = ("ok", "missing", "corrupt")
-PROBES = 1000  # files looked for to learn how many leading folders of the names are on disk
 WINDOW = 64  # files read ahead
 
 
@@ -49,26 +45,6 @@ class ImageFacts:
 def image_digest(data: bytes) -> bytes:
     """The identity of a file's bytes: the first 16 bytes of their sha256."""
     return hashlib.sha256(data).digest()[:16]
-
-
-def file_paths(spec: SourceSpec, files: Sequence[str]) -> list[str]:
-    """Paths of the files, whose names may begin with folders that the user's copy lacks ('images/v1/patch8/x.jpg').
-
-    Raises:
-      UserError: if none of the first files is in the folder.
-    """
-    most = max(name.count("/") for name in files)
-    for name in files[:PROBES]:
-        parts = name.split("/")
-        for skip in range(len(parts)):
-            if epath.Path(os.path.join(spec.images, *parts[skip:])).exists():
-                # Counted from the end: names of one set may differ in depth.
-                keep = len(parts) - skip if skip else most + 1
-                return [os.path.join(spec.images, *name.split("/")[-keep:]) for name in files]
-    raise UserError(
-        f"{spec.label}: no image in {spec.images}, for example no {os.path.join(spec.images, files[0])}; "
-        f"give the folder of the images of {PAGES[spec.kind]}"
-    )
 
 
 def ordered_map(function: Callable[[_T], _U], items: Iterable[_T], workers: int) -> Iterator[_U]:

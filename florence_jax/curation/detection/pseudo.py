@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from etils import epath
 
-from florence_jax.curation.detection.images import file_paths
-from florence_jax.data.annotations import Annotations, Category, SourceSpec, read_coco_like
+from florence_jax.data.annotations import Annotations, Category, SourceSpec, file_paths, read_coco_like
+from florence_jax.data.box_frames import boxes_as_stated
 from florence_jax.data.json_stream import json_items
 from florence_jax.data.ops.image import Decode
 from florence_jax.data.records import BadRecord
 from florence_jax.errors import UserError
 from florence_jax.files import replacing
+from florence_jax.pictures import open_picture, picture_frame
 
 THRESHOLD = 0.5
 TEACHER_BATCH = 8
@@ -187,23 +188,26 @@ def run_teacher(spec: SourceSpec, teacher: Teacher, path: str, batch: int = TEAC
 
 def _detect(table: Annotations, rows: range, teacher: Teacher, paths: Sequence[str]) -> Iterator[dict]:
     decode, rng = Decode(), np.random.default_rng(0)  # decoding draws nothing
-    images, kept = [], []
+    images, kept, frames = [], [], []
     for row in rows:
         try:
-            images.append(decode({"key": table.ids[row], "image": epath.Path(paths[row]).read_bytes()}, rng)["image"])
+            data = epath.Path(paths[row]).read_bytes()
+            images.append(decode({"key": table.ids[row], "image": data}, rng)["image"])
             kept.append(row)
+            with open_picture(data) as opened:
+                frames.append(picture_frame(opened))
         except (OSError, BadRecord):
             continue  # the build meets the file again and counts it
     results = list(teacher(images)) if images else []
     if len(results) != len(images):
         raise UserError(f"the teacher gave {len(results)} results for {len(images)} images")
-    for row, image, result in zip(kept, images, results, strict=True):
+    for row, frame, result in zip(kept, frames, results, strict=True):
         boxes = np.asarray(result["boxes"], np.float64).reshape(-1, 4)
         scores, classes = np.asarray(result["scores"]), np.asarray(result["category_ids"])
         if not len(boxes) == len(scores) == len(classes):
             raise UserError(f"the teacher gave {len(boxes)} boxes, {len(scores)} scores, {len(classes)} categories")
-        width, height = table.sizes[row]
-        boxes = boxes * np.tile([width / image.shape[1], height / image.shape[0]], 2)  # results are in annotated pixels
+        width, height = table.sizes[row].tolist()
+        boxes = boxes_as_stated(boxes, (width, height), frame)  # results are in annotated pixels
         for (x1, y1, x2, y2), score, category in zip(boxes.tolist(), scores.tolist(), classes.tolist(), strict=True):
             yield {
                 "image_id": table.numbers[row],

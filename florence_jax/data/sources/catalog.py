@@ -16,6 +16,7 @@ from florence_jax.data.sources.array_record import ArrayRecordSource, array_reco
 from florence_jax.data.sources.detection import BOX_KINDS
 from florence_jax.data.sources.embedded import open_emoji
 from florence_jax.data.sources.folder import FolderSource, open_folder, open_table
+from florence_jax.data.sources.image_list import ImageList
 from florence_jax.data.sources.karpathy import open_karpathy
 from florence_jax.data.sources.picture_files import is_picture, list_pictures
 from florence_jax.data.sources.tables import PARQUET, TABLE_SUFFIXES, curation_command
@@ -36,7 +37,7 @@ def open_source(spec: str) -> Source:
         folder of images with a table called captions or metadata (columns file and caption, or file_name and text),
         with a .txt or .json beside each, or else with one sub-folder a class.
         Boxes: 'coco:FILE.json:IMAGES', 'voc:FOLDER:SPLIT', 'boxes:FILE.csv:IMAGES', and 'scenes:SPLIT', see
-        `detection.open_boxes`.
+        `detection.open_boxes`. Pictures to look at: 'images:FILE.json:IMAGES', see `ImageList`.
 
     Raises:
       UserError: if it does not exist, is empty, lacks a column, is of an unknown kind, or must be curated first.
@@ -120,6 +121,7 @@ KINDS: dict[str, Callable[[str], Source]] = {
     "emoji": open_emoji,
     "tfds": open_tfds,
     "karpathy": open_karpathy,
+    "images": ImageList,
     **BOX_KINDS,
 }
 
