@@ -5,6 +5,8 @@
     python -m florence_jax.main --config=configs/detect.py:recipe=coco,variant=H --config.init=DIR \
         --config.data.train=coco:instances_train2017.json:train2017 \
         --config.data.test=coco:instances_val2017.json:val2017
+    python -m florence_jax.main --config=configs/detect.py:protocol=fewshot,shots=5 --config.init=DIR \
+        --config.data.train=my_folder/train --config.data.test=my_folder/test
     python -m florence_jax.main --config=configs/detect.py:protocol=eval --config.init=DIR --config.data.test=my_folder
     python -m florence_jax.main --config=configs/detect.py:protocol=check --config.data.test=my_folder
 
@@ -13,8 +15,10 @@ FLOD builder, scenes:SPLIT; see docs/detection.md. `--config.init` is the workdi
 configs/pretrain.py) or a folder written by florence_jax.tools.import_torch. Results are in WORKDIR/result.json,
 detections_NAME.json (COCO's result file) and report.html.
 
-Arguments: protocol = train | eval (a trained detector on config.data.test) | check (a report of a data set);
-recipe = coco | objects365 (the paper's figures where it gives some, DyHead's where not; never run here); without one
+Arguments: protocol = train | fewshot (on few pictures of each class, shots = 5 of them, drawn by --config.seed) |
+eval (a trained detector on config.data.test) | check (a report of a data set);
+recipe = coco | objects365 | flod (the paper's figures where it gives some, DyHead's where not; never run here; flod
+trains the detector alone, on records of the FLOD builder or sets joined by '|'); without one
 batch, epochs and learning rate follow the number of images; variant = size of the towers, for a preflight without
 weights; res = shorter side of the buckets in pixels; runlocal.
 
@@ -27,26 +31,28 @@ from florence_jax.config_files import parse_arg
 from florence_jax.errors import UserError
 from florence_jax.train.defaults import common, detector_overrides, model_overrides
 
-PROTOCOLS = ("train", "eval", "check")
+PROTOCOLS = ("train", "fewshot", "eval", "check")
 # (height, width) of the buckets of a recipe. COCO: longer side 2,500 (paper), shorter 1,500 as in 800 x 1,333.
 # Objects365: longer side 1,333 (paper), shorter 800. Both at the next multiples of 128.
 RECIPES = {
     "coco": ((1536, 2560), (1536, 2048), (1536, 1536), (2048, 1536), (2560, 1536)),
     "objects365": ((896, 1408), (896, 1152), (896, 896), (1152, 896), (1408, 896)),
 }
+RECIPES["flod"] = RECIPES["objects365"]  # the paper does not say; by far most of its boxes are of such sets
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration for an argument string such as 'recipe=coco,variant=H'."""
-    given = parse_arg(arg, protocol="train", recipe="", variant="", res=0, runlocal=False)
+    given = parse_arg(arg, protocol="train", recipe="", shots=5, variant="", res=0, runlocal=False)
     for name, value, known in (("protocol", given.protocol, PROTOCOLS), ("recipe", given.recipe, ("", *RECIPES))):
         if value not in known:
             raise UserError(f"unknown {name} {value!r}; known: {', '.join(filter(None, known))}")
-    trains = given.protocol == "train"
-    config = common("runs/detect" if trains else f"runs/detect_{given.protocol}")
+    trains = given.protocol in ("train", "fewshot")
+    config = common("runs/detect" if given.protocol == "train" else f"runs/detect_{given.protocol}")
     config.task, config.protocol = "detect", given.protocol
     config.mode = "train" if trains else "eval"
-    config.init = "runs/pretrain/checkpoints" if trains else "runs/detect" if given.protocol == "eval" else ""
+    inits = {"train": "runs/pretrain/checkpoints", "fewshot": "runs/detect", "eval": "runs/detect"}
+    config.init = inits.get(given.protocol, "")
     config.model = {"variant": given.variant, "overrides": model_overrides()}  # as config.init says
     config.detector = {
         "variant": "",  # tiny | dyhead | glip_l; '': the folder's, else tiny on towers ti and dyhead on larger ones
@@ -66,8 +72,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "scales": config_dict.placeholder(tuple),  # multi-scale testing, shares of the bucket, at most 1: (1.0,)
         "flip": config_dict.placeholder(bool),  # also in a mirror: False
     }
+    config.keep_zero_shot = ()  # also evaluate (1 - a) first + a trained weights for each a (WiSE-FT), e.g. (0.5,)
+    config.forgetting = {  # of a detector that is trained further
+        "source": "",  # data whose AP is watched, before and after; of the classes that both detectors know; '': none
+        "threshold": 0.05,  # a larger fall is warned of
+    }
     config.data.train = "scenes:train" if trains else ""
     config.data.test = ""  # several joined by '|'; '': `holdout` of the images of data.train; of scenes held-out ones
+    config.shots = given.shots  # protocol fewshot: pictures of each class to train on; 0: all
     config.holdout = 0.2  # share of the images that are kept for testing, where no such images are named
     config.data.train_ops = "decode|flip(0.5)|lsj({height}, {width}, low=0.8, high=1.25)|pad_image({height}, {width})"
     config.data.eval_ops = ""  # '': the folder's detector's, else the whole picture, as large as its bucket
@@ -95,6 +107,10 @@ def _published(config: ConfigDict, recipe: str) -> None:
     config.batch_size, config.epochs = 32, 12
     config.optim.learning_rate, config.optim.warmup_steps = 1e-4, 1000
     config.optim.schedule, config.optim.step_at, config.optim.step_factor = "steps", (2 / 3, 8 / 9), 0.1
+    if recipe == "flod":  # pretraining of the detector: 12 epochs, batch 128 (paper), on a frozen encoder
+        config.batch_size, config.detector.tower_lr = 128, 0.0
+        config.optim.learning_rate = 2e-4  # with the root of the batch, as Adam's noise wants it
+        config.data.train = ""
     if recipe == "coco":
         config.detector.scales = (0.5, 0.75, 1.0)
         config.detections.scales, config.detections.flip = (0.5, 0.75, 1.0), True

@@ -155,6 +155,24 @@ def test_a_trained_detector_is_evaluated_elsewhere(trained, tmp_path):
         assert (tmp_path / name).read_text() == (trained / name).read_text()
 
 
+def test_few_shots_beside_the_first_detector_and_mixed_with_it(trained, tmp_path, capsys):
+    """A picture a class of another style, on a detector that knows the classes; the encoder stays as it is."""
+    flags = ["--config=configs/detect.py:protocol=fewshot,shots=1,runlocal", "--config.data.train=scenes:new_style:24"]
+    flags += ["--config.data.test=scenes:held_out:8", *FLAGS[3:], f"--config.init={trained}", f"--workdir={tmp_path}"]
+    assert run_main(*flags, "--config.keep_zero_shot=(0.0,)") == 0  # the compiled programs are those of `trained`
+    assert "; 1 shots of each class, seed 0: " in capsys.readouterr().out
+    result, before = (json.loads((place / "result.json").read_text()) for place in (tmp_path, trained))
+    assert result["eval/held_out/start_AP"] == before["eval/held_out/AP"]  # what the first weights scored
+    # Mixed with nothing of the trained weights they are the first ones.
+    assert result["eval/held_out_wise0/AP"] == before["eval/held_out/AP"]
+    assert "before this training, by the detector of" in (tmp_path / "report.html").read_text()
+    start, end = params_of(trained), params_of(tmp_path)
+    for stage in (1, 2, 3):  # of the maps: the detector's
+        start["image"].pop(f"norm{stage}"), end["image"].pop(f"norm{stage}")
+    jax.tree.map(np.testing.assert_array_equal, start["image"], end["image"])
+    assert (start["detector"]["class_logits"]["kernel"] != end["detector"]["class_logits"]["kernel"]).any()
+
+
 def test_the_folder_alone_detects_and_classifies(trained, towers):
     model = Florence(trained)
     source = open_source("scenes:held_out:3")
@@ -299,6 +317,8 @@ def test_views_agree_about_one_object():
         ({"detector.variant": "huge"}, "unknown detector 'huge'"),
         ({"data.train": "", "data.test": "scenes:held_out:8"}, "holds no detector"),
         ({"holdout": 1.5, "data.test": "", "data.train": "{folder}"}, "config.holdout=1.5"),
+        ({"keep_zero_shot": (0.5,)}, "compare with a first detector: give one with --config.init=DIR"),
+        ({"keep_zero_shot": (1.5,)}, "shares of the trained weights"),
         ({"data.train": "nowhere"}, "'nowhere' does not exist"),
     ],
 )

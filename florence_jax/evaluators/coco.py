@@ -38,6 +38,9 @@ HOST = ("truth", "warp")  # fields that stay on the host
 class CocoEvaluator(Evaluator):
     """Average precision of a detector on a source with boxes.
 
+    Attributes:
+      metric: the headline, AP.
+
     Results: those of pycocotools, AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, without those of
     which the test set has no boxes; 'agnostic_AP50', AP50 whatever the classes of boxes (see
     `coco_scores.one_of_each`); 'AP/NAME' of at most 20 classes;
@@ -73,7 +76,7 @@ class CocoEvaluator(Evaluator):
         on_corrupt: str = "error",
     ):
         need_pycocotools()
-        self.name = name
+        self.name, self.metric = name, "AP"
         self.charts = (Chart(f"{name}: average precision", {"AP": "AP", "AP50": "AP50", "classes aside": AGNOSTIC}),)
         self._source, self._buckets, self._train, self._on_corrupt = source, buckets, tuple(train), on_corrupt
         self._ops = f"{ops}|keep(image, valid, {', '.join(HOST)})"

@@ -3,7 +3,7 @@
 import html
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from absl import logging
@@ -13,6 +13,16 @@ from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.classification import Classification
 
 NOT_BEATEN = "Fine-tuning does not beat the probe"
+
+
+class WithHeadline(Evaluator, Protocol):
+    """An evaluator with a headline.
+
+    Attributes:
+      metric: that of its results that counts.
+    """
+
+    metric: str
 
 
 class Validation(Evaluator):
@@ -94,6 +104,57 @@ def _compared(name: str, metric: str, tuned: float, probe: float, images: int) -
     )
 
 
+class BesideStart(Evaluator):
+    """What trained weights score, and what the first ones scored on the same pictures.
+
+    Results: the evaluator's, and 'start_<metric>'. For a set that the first weights were not trained on that is their
+    zero-shot result.
+
+    Args:
+      evaluator: of the trained weights.
+      initial: called with them, gives the first ones on the same devices; evaluated once.
+      what: the first weights, for the report: 'the detector of DIR'.
+    """
+
+    def __init__(self, evaluator: WithHeadline, initial: Callable[[Any], Any], what: str):
+        self.name, self.charts = evaluator.name, evaluator.charts
+        self._evaluator, self._initial, self._what = evaluator, initial, what
+        self._before: float | None = None
+        self._now = 0.0
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """Of the evaluator."""
+        return self._evaluator.sources
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """Of the evaluator, and the same for the first weights."""
+        chance, metric = dict(self._evaluator.chance), self._evaluator.metric
+        return chance | ({f"start_{metric}": chance[metric]} if metric in chance else {})
+
+    def run(self, params: Any) -> dict[str, float]:
+        """See the class."""
+        metric = self._evaluator.metric
+        if self._before is None:
+            self._before = self._evaluator.run(self._initial(params))[metric]
+        results = self._evaluator.run(params)
+        self._now = results[metric]
+        return results | {f"start_{metric}": self._before}
+
+    def report(self) -> list[str]:
+        """Both numbers, then the evaluator's."""
+        if self._before is None:
+            return []
+        said = f"{self.name}: {self._evaluator.metric} {self._before:.3f} before this training, by {self._what}, "
+        said += f"{self._now:.3f} after it"
+        return [f"<p>{html.escape(said)}.</p>", *self._evaluator.report()]
+
+    def files(self) -> Mapping[str, bytes]:
+        """Of the evaluator."""
+        return self._evaluator.files()
+
+
 class Interpolated(Evaluator):
     """Weight-space ensembling (WiSE-FT, Wortsman et al. 2022): evaluates (1 - alpha) initial + alpha fine-tuned.
 
@@ -131,21 +192,28 @@ def interpolate(start: Any, end: Any, alpha: float) -> Any:
 
 
 class Forgetting(Evaluator):
-    """Zero-shot accuracy on another set before and after fine-tuning: warns where it dropped.
+    """Zero-shot results on another set before and after fine-tuning: warns where they dropped.
 
     Results: 'before', 'now' and 'drop' of the inner evaluator's metric.
 
     Args:
-      evaluator: zero-shot classification on a set that is not fine-tuned on.
+      evaluator: on a set that is not fine-tuned on.
       initial: as for `Interpolated`; evaluated once.
       threshold: drop above which it warns.
+      mixing: the option that evaluates interpolated weights, for the warning.
     """
 
-    charts = (Chart("zero-shot accuracy on the watched set", {"before": "before", "now": "now"}),)
-
-    def __init__(self, evaluator: Classification, initial: Callable[[Any], Any], threshold: float):
+    def __init__(
+        self,
+        evaluator: WithHeadline,
+        initial: Callable[[Any], Any],
+        threshold: float,
+        mixing: str = "config.wise_ft",
+    ):
         self.name = evaluator.name
-        self._evaluator, self._initial, self._threshold = evaluator, initial, threshold
+        title = f"zero-shot {evaluator.metric} on the watched set"
+        self.charts = (Chart(title, {"before": "before", "now": "now"}),)
+        self._evaluator, self._initial, self._threshold, self._mixing = evaluator, initial, threshold, mixing
         self._before: float | None = None
         self._warning, self._warned = "", False
 
@@ -167,7 +235,7 @@ class Forgetting(Evaluator):
             self._warning = (
                 f"{self.name}: zero-shot {metric} fell from {self._before:.3f} to {now:.3f}, more than "
                 f"{self._threshold:g}: fine-tuning forgets. Lower the learning rate or the number of epochs, lower "
-                "config.optim.layer_decay, or interpolate with the initial weights (config.wise_ft)"
+                f"config.optim.layer_decay, or interpolate with the initial weights ({self._mixing})"
             )
             if not self._warned:
                 logging.warning("%s", self._warning)

@@ -11,6 +11,7 @@ from florence_jax.tasks.base import Suite, Task
 from florence_jax.tasks.box_check import BoxCheckSuite
 from florence_jax.tasks.classify import FewShotSuite, HeadSuite, ProbeSuite, ZeroShotSuite
 from florence_jax.tasks.detect import Detect, DetectionSuite
+from florence_jax.tasks.few_shot_detection import FewShotDetect
 from florence_jax.tasks.finetune import FineTuneLinear, FineTuneUniCL
 from florence_jax.tasks.pretrain import Pretrain
 from florence_jax.tasks.retrieve import FineTuneRetrieval, RetrievalSuite
@@ -46,7 +47,7 @@ TASKS: dict[str, Registered] = {
         CLASSIFIER,
     ),
     "detect": Registered(
-        {"train": Detect, "eval": DetectionSuite, "check": BoxCheckSuite},
+        {"train": Detect, "fewshot": FewShotDetect, "eval": DetectionSuite, "check": BoxCheckSuite},
         "florence_jax.inference.detector:DetectorAnswerer",
     ),
     "retrieve": Registered({"zeroshot": RetrievalSuite, "finetune": FineTuneRetrieval}, CLASSIFIER),

@@ -20,6 +20,7 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.coco import CocoEvaluator
 from florence_jax.evaluators.coco_scores import need_pycocotools
+from florence_jax.evaluators.finetuning import BesideStart, Forgetting, Interpolated
 from florence_jax.losses.detection import detection_loss
 from florence_jax.models.anchors import level_shapes
 from florence_jax.models.base import Params
@@ -123,25 +124,31 @@ class DetectionSuite(Suite):
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
         """COCO's numbers on each of the test sets."""
-        ops, batch = self.eval_ops, self.config.eval.batch_size
+        return self.scored(mesh)
+
+    def scored(self, mesh: Mesh) -> list[CocoEvaluator]:
+        """COCO's numbers on each of the test sets."""
+        return [self.coco(name, source, mesh) for name, source in self.test_sources.items()]
+
+    def coco(self, name: str, source: BoxSource, mesh: Mesh) -> CocoEvaluator:
+        """COCO's numbers on a source."""
+        ops, batch, on_corrupt = self.eval_ops, self.config.eval.batch_size, self.config.data.on_corrupt
         classes, detect = self.detector.classes, self.detector.detect
-        train = [] if self.train_source is None else [self.train_source]
-        on_corrupt = self.config.data.on_corrupt
-        return [
-            CocoEvaluator(
-                source, ops, make_buckets([source], self.sizes), detect, mesh, batch, classes, name, train, on_corrupt
-            )
-            for name, source in self.test_sources.items()
-        ]
+        train, buckets = [] if self.train_source is None else [self.train_source], make_buckets([source], self.sizes)
+        return CocoEvaluator(source, ops, buckets, detect, mesh, batch, classes, name, train, on_corrupt)
 
 
 class Detect(DetectionSuite, Task):
     """Training of a detector on the towers of `config.init`, or of a trained one further.
 
+    Attributes:
+      recipe: see `tasks.recipe`: what is taken where the configuration leaves it open.
+
     Raises:
       UserError: as `DetectionSuite`; for too few images to hold any out.
     """
 
+    recipe = staticmethod(detection_recipe)
     charts = (
         Chart("losses", {"classes": "class_loss", "boxes": "box_loss", "centerness": "centerness_loss"}),
         Chart("positions that learn a box", {"": "positives"}),
@@ -149,16 +156,29 @@ class Detect(DetectionSuite, Task):
 
     def __init__(self, config: ConfigDict):
         super().__init__(config)
+        if not all(0 <= share < 1 for share in config.keep_zero_shot):
+            raise UserError(
+                f"config.keep_zero_shot={config.keep_zero_shot}: shares of the trained weights from 0 to below 1"
+            )
+        if not self.detector.trained and (config.keep_zero_shot or config.forgetting.source):
+            raise UserError(
+                "config.keep_zero_shot and config.forgetting compare with a first detector: give one with "
+                f"--config.init=DIR; {config.init or 'no folder'} holds none"
+            )
         self._groups = scaled_sizes(self.sizes, config.detector.scales, self.detector.config.multiple)
-        examples = None if self.train_source is None else len(self.train_source)
-        if config.data.train.startswith(SCENES):  # which are endless: an epoch is what is said here
-            examples = EPOCH_OF_SCENES
-        recipe = detection_recipe(examples, self.detector.config.width, config.batch_size)
+        examples = self._examples()
+        recipe = self.recipe(examples, self.detector.config.width, config.batch_size)
         self.plan = make_plan(config, examples, recipe)
         tower, counts = self.detector.encoder.model.config, len(self.detector.classes)
         flops = [detector_flops(tower, self.detector.config, counts, *size) for group in self._groups for size in group]
         times = 3.0 if self.trains_tower else 1.0
         self.flops_per_example = sum(times * one["image"] + 3.0 * one["detector"] for one in flops) / len(flops)
+
+    def _examples(self) -> int | None:
+        """Pictures of an epoch. Of scenes, which are endless, what is said here."""
+        if self.train_source is None:
+            return None
+        return EPOCH_OF_SCENES if self.config.data.train.startswith(SCENES) else len(self.train_source)
 
     def _open_sources(self) -> None:
         data = self.config.data
@@ -262,7 +282,27 @@ class Detect(DetectionSuite, Task):
         except UserError as error:
             logging.warning("what is trained is not scored: %s; then --config.mode=eval", error)
             return []
-        return super().evaluators(mesh)
+        return [*self._beside_start(self.scored(mesh)), *self._watched(mesh)]
+
+    def _beside_start(self, evaluators: Sequence[CocoEvaluator]) -> Sequence[Evaluator]:
+        """With what the folder's detector scored before, where it knows classes of the run by name."""
+        if not set(self.detector.part.get("classes", ())) & set(self.detector.classes):
+            return evaluators
+        what = f"the detector of {self.config.init}"
+        return [BesideStart(evaluator, self.start, what) for evaluator in evaluators]
+
+    def _watched(self, mesh: Mesh) -> list[Evaluator]:
+        """What the training costs elsewhere, and weights mixed with the first ones: on the test sets and on that."""
+        config, sources = self.config, dict(self.test_sources)
+        found: list[Evaluator] = []
+        if config.forgetting.source:
+            sources["forgetting"] = open_boxes(config.forgetting.source, "test")
+            watched = self.coco("forgetting", sources["forgetting"], mesh)
+            found.append(Forgetting(watched, self.start, config.forgetting.threshold, "config.keep_zero_shot"))
+        for share in config.keep_zero_shot:
+            for name, source in sources.items():
+                found.append(Interpolated(self.coco(f"{name}_wise{share:g}", source, mesh), self.start, share))
+        return found
 
     def train_data(self) -> TrainData:
         """Images with their boxes, by the shape of the images; each once for every scale."""

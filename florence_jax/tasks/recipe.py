@@ -61,3 +61,26 @@ def detection_recipe(examples: int | None, width: int, batch_size: int | None = 
     epochs = max(round(DETECTION_STEPS * batch / max(examples, 1)), DYHEAD.epochs)
     rate = DETECTION_RATE * math.sqrt(batch / DETECTION_BATCH) * 64 / width
     return RunDefaults(batch, epochs, rate, DETECTION_WARMUP)
+
+
+FEW_SHOT_BATCH, FEW_SHOT_EPOCHS = 8, 100
+FEW_SHOT_STEPS = (200, DETECTION_STEPS)  # at least, at most
+
+
+def few_shot_recipe(examples: int | None, width: int, batch_size: int | None = None) -> RunDefaults:
+    """Of a detector that is adapted on a few images: batches of 8, 100 times each image, but 200 to 1,000 steps.
+
+    The learning rate is that of `detection_recipe`; for larger sets, and where nobody counted the images, all of it is.
+
+    Args:
+      examples: images that are trained on.
+      width: channels of the detector.
+      batch_size: where it is given.
+    """
+    least, most = FEW_SHOT_STEPS
+    batch = batch_size or FEW_SHOT_BATCH
+    if examples is None or FEW_SHOT_EPOCHS * examples >= most * batch:
+        return detection_recipe(examples, width, batch_size)
+    steps = max(FEW_SHOT_EPOCHS * examples // batch, least)
+    epochs = -(-steps // max(examples // batch, 1))
+    return detection_recipe(examples, width, batch)._replace(batch_size=batch, epochs=epochs)
