@@ -18,6 +18,7 @@ from florence_jax.data.own_coco import read_own_coco
 from florence_jax.data.records import first_line
 from florence_jax.data.sources.array_record import ArrayRecordSource, array_record_paths
 from florence_jax.data.sources.boxes import BoxColumns, BoxSource, FileBoxSource, RecordBoxSource
+from florence_jax.data.sources.odinw import odinw_part, odinw_parts, odinw_table
 from florence_jax.data.sources.picture_files import Listing, list_pictures, shown, some
 from florence_jax.data.sources.scenes import Scenes
 from florence_jax.errors import UserError
@@ -35,8 +36,9 @@ def open_boxes(spec: str, split: str = "", check: bool = False) -> BoxSource:
 
     Args:
       spec: 'coco:FILE.json[:IMAGES]'; 'voc:FOLDER[:SPLIT]', SPLIT a file of ImageSets/Main; 'boxes:FILE.csv[:IMAGES]';
-        'scenes:SPLIT', see `Scenes`; ArrayRecord files with boxes; or a folder of pictures with annotations.json
-        (COCO's form; also instances_*.json, _annotations.coco.json), boxes.csv, or an .xml for each picture.
+        'scenes:SPLIT', see `Scenes`; 'odinw:FOLDER:SET', see `odinw_part`; ArrayRecord files with boxes; or a folder of
+        pictures with annotations.json (COCO's form; also instances_*.json, _annotations.coco.json), boxes.csv, or an
+        .xml for each picture.
       split: 'train' or 'test': which part of a folder that has several (train, valid and test of Roboflow's exports,
         ImageSets/Main of VOC); '' for all, or the only one.
       check: what cannot be trained on (no boxes, boxes in another form) is among the problems instead of an error.
@@ -45,6 +47,8 @@ def open_boxes(spec: str, split: str = "", check: bool = False) -> BoxSource:
       UserError: if there is nothing of that name, it cannot be read, or has no boxes.
     """
     kind, colon, _ = spec.partition(":")
+    if colon and kind == "odinw":
+        return open_odinw(spec, check, split)
     if colon and kind in BOX_KINDS:
         return BOX_KINDS[kind](spec, check)
     if spec and (paths := array_record_paths(spec)):
@@ -86,6 +90,12 @@ def _open_file(spec: str, file: str, images: str = "", check: bool = False) -> F
     is_table = spec.startswith("boxes:") or file.lower().endswith((".csv", ".tsv"))
     table = (read_box_table if is_table else read_own_coco)(file, Problems())
     return _finish(spec, table, images or os.path.dirname(file) or ".", os.path.basename(file), check)
+
+
+def open_odinw(spec: str, check: bool = False, split: str = "") -> FileBoxSource:
+    """'odinw:FOLDER:SET[:PART[:glip]]', see `odinw_part`."""
+    part = odinw_part(spec, split)
+    return _finish(spec, odinw_table(part), part.images, os.path.basename(part.path), check)
 
 
 def open_voc(spec: str, check: bool = False) -> FileBoxSource:
@@ -276,6 +286,8 @@ def _open_folder(folder: str, split: str, check: bool) -> FileBoxSource:
 
 def box_parts(spec: str) -> frozenset[str]:
     """Which of 'train' and 'test' a folder keeps apart, as `open_boxes` takes them; () for any other source."""
+    if spec.startswith("odinw:"):
+        return odinw_parts(spec)
     if not spec or spec.partition(":")[0] in BOX_KINDS or array_record_paths(spec) or not epath.Path(spec).is_dir():
         return frozenset()
     listing = list_pictures(spec)
@@ -357,4 +369,5 @@ BOX_KINDS: dict[str, Callable[..., BoxSource]] = {
     "voc": open_voc,
     "boxes": open_box_table,
     "scenes": Scenes,
+    "odinw": open_odinw,
 }
