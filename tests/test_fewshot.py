@@ -1,5 +1,7 @@
 """Episodes, their training against plain SGD, both modes, and the layouts of the benchmark's four sets."""
 
+import csv
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 from florence_jax.data.records import BadRecord
 from florence_jax.data.sources.labelled import open_labelled
 from florence_jax.errors import UserError
-from florence_jax.evaluators.fewshot import EpisodeSampler, FewShot, flip_pair
+from florence_jax.evaluators.fewshot import EpisodeAnswers, EpisodeSampler, FewShot, flip_pair
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.solvers.adapt import Recipe, adapt_and_classify, embed_cached
 from florence_jax.params.sharding import make_mesh
@@ -114,13 +116,32 @@ def test_digits_from_features(params):
     assert evaluator.chance == {"5shot_accuracy": 0.2, "20shot_accuracy": 0.2}
     page = evaluator.report()[0]
     assert "16 episodes of 5 classes" in page and "<polyline" in page and page.count("<img") == 25
+    check_predictions(evaluator, results)
     assert few_shot("head", lanes=8).run(params)["5shot_accuracy"] == results["5shot_accuracy"]
+
+
+def check_predictions(evaluator, results):
+    """Every query of every episode has a line, from which the results follow."""
+    rows = list(csv.DictReader(evaluator.files()["predictions.csv"].decode().splitlines()))
+    assert list(rows[0]) == ["file", "label", "prediction", "score", "shots", "episode"]
+    assert len(rows) == 2 * 16 * 75 and len({(row["shots"], row["episode"], row["file"]) for row in rows}) == len(rows)
+    data = open_labelled("digits")
+    label_of = {record["key"]: data.names[k] for record, k in zip(data.source.metadata(), data.labels, strict=True)}
+    for shots in (5, 20):
+        of = [row for row in rows if row["shots"] == str(shots)]
+        right = np.mean([row["prediction"] == row["label"] for row in of])
+        assert right == pytest.approx(results[f"{shots}shot_accuracy"])
+        for number in (0, 15):
+            episode = [row for row in of if row["episode"] == str(number)]
+            classes = {row["label"] for row in episode}
+            assert len(classes) == 5 and {row["prediction"] for row in episode} <= classes
+    assert all(label_of[row["file"]] == row["label"] and 0.2 <= float(row["score"]) <= 1 for row in rows)
 
 
 def test_interval_is_of_the_mean(params, monkeypatch):
     evaluator = few_shot("head")
     shares = np.linspace(0.5, 0.9, 16)
-    monkeypatch.setattr(evaluator, "_accuracies", lambda *a: shares)
+    monkeypatch.setattr(evaluator, "_ask", lambda *a: EpisodeAnswers(np.zeros((16, 5)), np.zeros((16, 5)), shares))
     results = evaluator.run(params)
     assert results["5shot_accuracy"] == pytest.approx(0.7)
     assert results["5shot_ci95"] == pytest.approx(1.96 * shares.std() / np.sqrt(16))

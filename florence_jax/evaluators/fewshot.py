@@ -7,7 +7,7 @@ import functools
 import html
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +21,10 @@ from florence_jax.data.records import BadRecord, record_thumbnail
 from florence_jax.data.sources.labelled import Labelled
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Evaluator
+from florence_jax.evaluators.classification import PREDICTIONS_FILE
 from florence_jax.evaluators.predictor import COMPILED, Embedder, Predict
 from florence_jax.evaluators.solvers.adapt import Recipe, adapt_and_classify, embed_cached, embed_images
+from florence_jax.files import csv_bytes
 from florence_jax.page import GridCell, curve, matches_html
 from florence_jax.params.sharding import batch_sharding, place, replicated
 
@@ -31,6 +33,7 @@ HEAD_LANES = 64
 BACKBONE_LANES = 8  # on a device; more of them are hardly faster, on a CPU not at all
 LANES_BYTES = 2**31  # on a device: parameters, velocities and gradients of all lanes
 PICTURES = 5  # of each class in the report
+PREDICTION_COLUMNS = ("file", "label", "prediction", "score", "shots", "episode")  # of predictions.csv
 READERS = 8  # threads that decode images
 RECIPE = Recipe()
 
@@ -41,6 +44,20 @@ class Episode(NamedTuple):
     classes: np.ndarray
     support: np.ndarray
     query: np.ndarray
+
+
+class EpisodeAnswers(NamedTuple):
+    """What was answered about the queries of E episodes, each with Q of them, in the order of `Episode.query`.
+
+    Attributes:
+      called: int (E, Q), the best of the episode's classes, by its place among them.
+      scores: float (E, Q), its probability among them.
+      right: float64 (E,), share of right answers.
+    """
+
+    called: np.ndarray
+    scores: np.ndarray
+    right: np.ndarray
 
 
 class EpisodeSampler:
@@ -151,21 +168,24 @@ class FewShot(Evaluator):
         self._wanted_lanes, self._epochs, self._backbone = lanes, recipe.epochs, backbone
         self._run = self._compiled(embed_images(features) if features and mode == "backbone" else None, recipe, ways)
         self._report: list[str] = []
+        self._answers: dict[int, EpisodeAnswers] = {}
 
     def _compiled(self, embed: Any, recipe: Recipe, ways: int) -> Any:
-        """jit of (params, table, batch) -> (lanes,) shares of right queries, and (lanes,) numbers of the episodes."""
+        """jit of (params, table, batch) -> (lanes, Q) classes and scores of the queries, (lanes,) episodes' numbers."""
 
-        def episode(params: Any, table: Any, support: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+        def episode(
+            params: Any, table: Any, support: jax.Array, query: jax.Array, key: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
             if table is not None:
                 support, query = table[support], table[query]
             scores = adapt_and_classify(embed or embed_cached, params, support, query, key, recipe, ways)
-            return (scores.argmax(1) == jnp.repeat(jnp.arange(ways), len(query) // ways)).mean()
+            return scores.argmax(1), jax.nn.softmax(scores).max(1)
 
         lanes = jax.vmap(episode, in_axes=(None, None, 0, 0, 0))
 
-        def run(params: Any, table: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def run(params: Any, table: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
             keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(self._seed)))(batch["number"])
-            return lanes(params, table, batch["support"], batch["query"], keys), batch["number"]
+            return *lanes(params, table, batch["support"], batch["query"], keys), batch["number"]
 
         return jax.jit(run, out_shardings=replicated(self._embedder.mesh))
 
@@ -184,7 +204,8 @@ class FewShot(Evaluator):
         self._lanes = self._choose_lanes(params)
         results = {}
         for shots, sampler in self._samplers.items():
-            right = self._accuracies(params, table, sampler, f"{self.name}, {shots} shots")
+            self._answers[shots] = self._ask(params, table, sampler, f"{self.name}, {shots} shots")
+            right = self._answers[shots].right
             results[f"{shots}shot_accuracy"] = float(right.mean())
             results[f"{shots}shot_ci95"] = float(1.96 * right.std() / np.sqrt(len(right)))
         self._report = [self._page(results)]
@@ -193,6 +214,25 @@ class FewShot(Evaluator):
     def report(self) -> list[str]:
         """A table: shots, accuracy, interval; their curve; pictures of the first episode."""
         return self._report
+
+    def files(self) -> dict[str, bytes]:
+        """predictions.csv: each query of each episode, for each number of shots.
+
+        A picture is asked about in many episodes, each of which has a few of the classes and learns from pictures of
+        its own, so that it has a line, with another score, in each.
+        """
+        keys = [record["key"] for record in self._data.source.metadata()]
+        return {PREDICTIONS_FILE: csv_bytes(PREDICTION_COLUMNS, self._lines(keys))}
+
+    def _lines(self, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
+        names = self._data.names
+        for shots, found in self._answers.items():
+            for number in range(self._episodes):
+                classes, _, query = self._samplers[shots](number)
+                called, labels = classes[found.called[number]], np.repeat(classes, query.shape[1])
+                columns = (query.ravel(), labels, called, found.scores[number])
+                for row, label, answer, score in zip(*(column.tolist() for column in columns), strict=True):
+                    yield keys[row], names[label], names[answer], f"{score:.6f}", str(shots), str(number)
 
     def _choose_lanes(self, params: Any) -> int:
         """Episodes at once: batches of equal size, as far as it is a multiple of the devices."""
@@ -210,8 +250,8 @@ class FewShot(Evaluator):
         pairs = out["embedding"].astype(np.float32).reshape(len(out["embedding"]), 2, -1)
         return place(pairs, replicated(self._embedder.mesh))
 
-    def _accuracies(self, params: Any, table: jax.Array | None, sampler: EpisodeSampler, what: str) -> np.ndarray:
-        """Share of right answers of each episode: (episodes,)."""
+    def _ask(self, params: Any, table: jax.Array | None, sampler: EpisodeSampler, what: str) -> EpisodeAnswers:
+        """Trains on each episode and asks about its queries."""
         sharding, found, began = batch_sharding(self._embedder.mesh), [], 0.0
         starts, started = range(0, self._episodes, self._lanes), time.perf_counter()
         hidden = not sys.stderr.isatty() or jax.process_index() > 0
@@ -227,9 +267,12 @@ class FewShot(Evaluator):
             rate = count / (time.perf_counter() - since)
             speed = f"{rate:.2f} episodes/s, {rate * self._images_an_episode(sampler):.0f} img/s{note}"
             print(f"{what}: {self._episodes} episodes, {speed}", flush=True)
-        right, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
+        called, scores, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
         # In the order of the numbers, whatever the order of the hosts' devices in the mesh; the rest is padding.
-        return right[np.argsort(numbers)][: self._episodes].astype(np.float64)
+        order = np.argsort(numbers)[: self._episodes]
+        called, ways = called[order], len(sampler(0).classes)
+        right = (called == np.repeat(np.arange(ways), called.shape[1] // ways)[None]).mean(1)
+        return EpisodeAnswers(called, scores[order], right)
 
     def _images_an_episode(self, sampler: EpisodeSampler) -> int:
         """How many go through the head: each example in every epoch, each query and its mirror image once."""
