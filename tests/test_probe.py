@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression as Theirs
 from florence_jax.data.records import ArraySource
 from florence_jax.data.sources.labelled import Labelled, open_labelled
 from florence_jax.errors import UserError
-from florence_jax.evaluators.metrics import roc_auc
+from florence_jax.evaluators.metrics import roc_auc, softmax
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.probe import LinearProbe, grid_c, judged, search_c, split_validation
 from florence_jax.evaluators.solvers.logistic import Fits, LogisticRegression, objective, sklearn_weights
@@ -148,6 +148,22 @@ def test_search_takes_the_smallest_that_the_images_cannot_tell_from_the_best():
     assert search_c(judge)[0] == pytest.approx(1.0)  # the smallest tried of those
     assert search_c(lambda cs: judge(cs, gained=6, lost=0))[0] == pytest.approx(100.0)
     assert search_c(judge)[1][grid_c(64)] == pytest.approx(0.89)
+
+
+def test_of_few_images_c_is_chosen_by_cross_entropy():
+    """By what is right of four held-out images the smallest C would be as good, whose answers are all 1/4."""
+    digits = open_labelled("digits:train")
+    rows = np.concatenate([np.flatnonzero(digits.labels == k)[:5] for k in range(4)])
+    images = np.stack([digits.source[int(i)]["image"] for i in rows])
+    data = Labelled(ArraySource("few", images, ["-"] * 20), digits.labels[rows], digits.names[:4])
+    probe = LinearProbe("few", data, data, "decode", Embedder({"image": pixels}, None, ALONE, 20))
+    found = probe.fit(16.0)
+    c = found.chosen.cs[0]
+    assert found.tried[1e-6] == found.tried[c] == 1.0
+    assert 2 * found.entropies[c] < found.entropies[1e-6] == pytest.approx(np.log(4), abs=0.1)
+    features = images.reshape(20, -1).astype(np.float32) / 16
+    sure = softmax(found.final.scores(0, features))
+    assert (sure.argmax(1) == data.labels).all() and sure.max(1).mean() > 0.6
 
 
 def test_hold_out_is_stratified_and_repeatable():

@@ -22,6 +22,25 @@ def sigmoid(scores: np.ndarray) -> np.ndarray:
     return np.where(scores >= 0, 1, powers) / (1 + powers)
 
 
+def log_likelihoods(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """float64 (n,): of each image the log probability of what is right, minus its cross entropy.
+
+    With several classes an image it is the mean over the classes that are judged; images without any are left out.
+
+    Args:
+      scores: float (N, K), logits.
+      labels: int (N,), or int8 (N, K) of 1, 0 and -1 (not judged).
+    """
+    wide = scores.astype(np.float64)
+    if labels.ndim == 1:
+        own = wide[np.arange(len(wide)), labels]
+        return own - np.logaddexp.reduce(wide, axis=1)
+    judged = labels >= 0
+    each = np.where(judged, -np.logaddexp(0, np.where(labels > 0, -wide, wide)), 0)
+    there = judged.any(1)
+    return each[there].sum(1) / judged[there].sum(1)
+
+
 class Answers(NamedTuple):
     """What a classifier answered; N images, K classes.
 

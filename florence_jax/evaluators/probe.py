@@ -3,7 +3,9 @@
 C is searched among 97 values, 8 a decade from 1e-6 to 1e6, on a part of the training set that is held out: first every
 other decade, then halving the distance to the neighbours of the best. Of the values tried the smallest is taken whose
 difference to the best is within one standard error: a small validation part cannot tell them apart, and where CLIP
-takes the best of them it may end at an extreme. With this C the regression is fitted again on all of the training set.
+takes the best of them it may end at an extreme. Fewer than 30 images cannot tell even extremes apart by what is right
+of them: there C is chosen by their cross entropy, by the same rule. With this C the regression is fitted again on all
+of the training set.
 CLIP takes the features before the projection. For several classes an image (VOC) there is one regression of each class
 against the rest, all with the same C.
 """
@@ -22,7 +24,7 @@ from florence_jax.data.sources.labelled import Labelled
 from florence_jax.errors import UserError, require
 from florence_jax.evaluators.base import Evaluator
 from florence_jax.evaluators.classification import ClassificationMetrics
-from florence_jax.evaluators.metrics import average_precisions, class_targets
+from florence_jax.evaluators.metrics import average_precisions, class_targets, log_likelihoods
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.solvers.logistic import Fits, LogisticRegression, objective, sklearn_weights
 from florence_jax.page import curve
@@ -30,6 +32,7 @@ from florence_jax.page import curve
 STEPS_PER_DECADE, DECADES = 8, 6
 COARSE = 2 * STEPS_PER_DECADE
 VALIDATION = 0.2
+FEW = 30  # held-out images, below which C is chosen by their cross entropy
 SKLEARN_TOLERANCE = 1e-7
 PROBE_HINT = "that --config.init is of a trained model and that the labels are those of the images"
 
@@ -43,8 +46,8 @@ def search_c(judge: Callable[[Sequence[float]], Sequence[np.ndarray]]) -> tuple[
     """CLIP's search: C = 1e-6, 1e-4, ..., 1e6, then the neighbours of the best at ever smaller distances.
 
     Args:
-      judge: values of C -> for each what the same images score, see `judged`; called five times, with 7 and then at
-        most 2 values.
+      judge: values of C -> for each what the same images score, see `judged` and `metrics.log_likelihoods`; called
+        five times, with 7 and then at most 2 values.
 
     Returns:
       The smallest C that is as good as the best: the mean difference of what the images score is at most its standard
@@ -118,11 +121,13 @@ class Fitted(NamedTuple):
       chosen: one fit, of the part that C was chosen on, without the images that it was chosen by.
       final: one fit with the same C, of all of them.
       tried: C -> validation result.
+      entropies: C -> mean cross entropy of the images that C was chosen on, where it was chosen by that; else empty.
     """
 
     chosen: Fits
     final: Fits
     tried: Mapping[float, float]
+    entropies: Mapping[float, float]
 
 
 class _Rows(NamedTuple):
@@ -213,7 +218,7 @@ class LinearProbe(Evaluator):
     def _measure(self, fitted: Fitted, test: Mapping[str, np.ndarray]) -> dict[str, float]:
         scores, labels = fitted.final.scores(0, test["embedding"]), self._test.labels[test["index"]]
         c = float(fitted.final.cs[0])
-        self._sweep = [self._curve(fitted.tried, c)]
+        self._sweep = [self._curve(fitted, c)]
         results = self._metrics([scores], labels, test["index"], test["key"], PROBE_HINT)
         return results | {f"validation_{self._metric}": fitted.tried[c], "log10_c": float(np.log10(c))}
 
@@ -228,9 +233,10 @@ class LinearProbe(Evaluator):
         return _Rows(train, held, (features, labels))
 
     def _fit(self, rows: "_Rows") -> Fitted:
-        c, tried, near = self._search(*rows.train, *rows.held)
+        c, chosen_by, tried, near = self._search(*rows.train, *rows.held)
         final = self._regression(*rows.all).fit([c], start=near)
-        return Fitted(near.take(np.flatnonzero(near.cs == c)[:1]), final, tried)
+        entropies = {x: -value for x, value in chosen_by.items()} if len(rows.held[0]) < FEW else {}
+        return Fitted(near.take(np.flatnonzero(near.cs == c)[:1]), final, tried, entropies)
 
     def report(self) -> list[str]:
         """The curve of validation results over C, then as `ClassificationMetrics`."""
@@ -255,10 +261,11 @@ class LinearProbe(Evaluator):
 
     def _search(
         self, features: np.ndarray, labels: np.ndarray, held: np.ndarray, held_labels: np.ndarray
-    ) -> tuple[float, dict[float, float], Fits]:
-        """The best C, the results of all tried, and the fits, for the last fit to start from."""
+    ) -> tuple[float, dict[float, float], dict[float, float], Fits]:
+        """The best C, of all tried what it was chosen by and the metric, and the fits, for the last to start from."""
         regression = self._regression(features, labels)
         known: list[Fits] = []
+        metric: dict[float, float] = {}
         main = jax.process_index() == 0
         began = time.perf_counter()
         with tqdm(desc=f"{self.name}: C", unit="fit", leave=False, disable=not (main and sys.stderr.isatty())) as bar:
@@ -267,13 +274,19 @@ class LinearProbe(Evaluator):
                 fits = regression.fit(cs, start=Fits.join(known) if known else None)
                 known.append(fits)
                 bar.update(len(cs))
-                return [judged(self._metric, fits.scores(i, held), held_labels) for i in range(len(cs))]
+                scores = [fits.scores(i, held) for i in range(len(cs))]
+                values = [judged(self._metric, found, held_labels) for found in scores]
+                metric.update(zip(cs, (float(value.mean()) for value in values), strict=True))
+                return values if len(held) >= FEW else [log_likelihoods(found, held_labels) for found in scores]
 
-            c, tried = search_c(judge)
+            c, chosen_by = search_c(judge)
         if main:
-            shape = f"{features.shape[0]} x {features.shape[1]} features"
-            print(f"{self.name}: {len(tried)} values of C on {shape}, {time.perf_counter() - began:.1f} s", flush=True)
-        return c, tried, Fits.join(known)
+            shape, by = f"{features.shape[0]} x {features.shape[1]} features", ""
+            if len(held) < FEW:
+                by = f", chosen by the cross entropy of {len(held)} images, too few for their {self._metric}"
+            took = f"{time.perf_counter() - began:.1f} s"
+            print(f"{self.name}: {len(metric)} values of C on {shape}, {took}{by}", flush=True)
+        return c, chosen_by, {x: metric[x] for x in sorted(metric)}, Fits.join(known)
 
     def _sklearn(
         self, ours: Fits, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]
@@ -295,8 +308,9 @@ class LinearProbe(Evaluator):
             "sklearn_objective_diff": objective(*data, ours.weights[0][:, there], ours.bias[0][there], c) / least - 1,
         }
 
-    def _curve(self, tried: Mapping[float, float], c: float) -> str:
+    def _curve(self, fitted: Fitted, c: float) -> str:
         name, metric = html.escape(self.name), html.escape(self._metric)
-        line = curve(f"validation {metric} over log10 C", [np.log10(x) for x in tried], {"": list(tried.values())})
-        chosen = f"C = {c:.4g}, the smallest of {len(tried)} tried that is as good as the best"
+        shown, what = (fitted.entropies, "cross entropy") if fitted.entropies else (fitted.tried, metric)
+        line = curve(f"validation {what} over log10 C", [np.log10(x) for x in shown], {"": list(shown.values())})
+        chosen = f"C = {c:.4g}, the smallest of {len(shown)} tried that is as good as the best by {what}"
         return f"<h2>{name}: linear probe</h2><p>{chosen}.</p>{line}"
