@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.metrics import f1_score, precision_recall_fscore_support, roc_auc_score
+from sklearn.metrics import f1_score, log_loss, precision_recall_fscore_support, roc_auc_score
 
 from florence_jax.data.records import ArraySource
 from florence_jax.evaluators.classification import ClassificationMetrics
@@ -14,6 +14,7 @@ from florence_jax.evaluators.classification_report import confusion_html
 from florence_jax.evaluators.metrics import (
     answers,
     confusion_matrix,
+    log_likelihoods,
     mean_per_class,
     roc_auc,
     sigmoid,
@@ -80,6 +81,43 @@ def test_probabilities():
     np.testing.assert_allclose(softmax(scores), np.exp(scores) / np.exp(scores).sum(1, keepdims=True))
     np.testing.assert_allclose(sigmoid(scores), 1 / (1 + np.exp(-scores)))
     assert sigmoid(np.array([-1e4, 1e4])).tolist() == [0, 1]  # without a warning
+
+
+def test_log_likelihoods_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    scores, labels = (2 * rng.normal(size=(20, 3))).astype(np.float32), rng.integers(0, 3, 20)
+    each = [-log_loss([k], softmax(row)[None], labels=[0, 1, 2]) for row, k in zip(scores, labels, strict=True)]
+    np.testing.assert_allclose(log_likelihoods(scores, labels), each, rtol=1e-4)
+    assert log_likelihoods(scores * 1e4, scores.argmin(1)).max() < -1e3  # where the probability is 0
+    several = np.array([[1, 0, -1], [-1, -1, -1], [0, 0, 1]], np.int8)
+    found = log_likelihoods(scores[:3], several)
+    p = sigmoid(scores[:3].astype(np.float64))
+    by_hand = [np.log(p[0, 0] * (1 - p[0, 1])) / 2, np.log((1 - p[2, 0]) * (1 - p[2, 1]) * p[2, 2]) / 3]
+    np.testing.assert_allclose(found, by_hand, rtol=1e-6)
+
+
+def test_several_classes_an_image_are_shown_with_their_scores():
+    """Six images, of which the first is told best, the second worst; of the last nothing is judged."""
+    names = [f"class {k}" for k in range(7)]
+    labels = np.zeros((6, 7), np.int8)
+    labels[range(5), [0, 1, 2, 3, 4]] = 1
+    labels[0, 1], labels[3, 6], labels[5] = 1, -1, -1
+    scores = np.where(labels > 0, 1.0, -1.0) + 0.01 * np.arange(7)[None]
+    scores[0, :2], scores[1] = 4, np.arange(7.0)[::-1]
+    scores[1, 1] = -5
+    scores[3, 6] = 3
+    source = ArraySource("x", np.zeros((6, 4, 4, 3), np.uint8), ["-"] * 6)
+    metrics = ClassificationMetrics("many", source, names, "voc_map", multi=True)
+    metrics([scores], labels, np.arange(6), [f"{i}.jpg" for i in range(6)])
+    page = "".join(metrics.report)
+    best, worst, others = (page.index(f"many: {what}") for what in ("told best", "told worst", "random images"))
+    assert page.index("many: classes") < best < worst < others and page.count("<img") == 6
+    first, last = page[best:worst], page[worst:others]
+    assert first.index("class 0, class 1") < first.index('cell right"><div>class 0</div><div class="soft">0.98')
+    assert last.index('cell query"><img') < last.index("<div>class 1</div>") < last.index('cell wrong"><div>class 0<')
+    # The class that is there stands behind the five of the highest scores.
+    assert 'cell right"><div>class 1</div><div class="soft">0.01' in last
+    assert "0.95, not judged" in page and "<div>none</div>" in page[others:]
 
 
 def test_confusion_of_many_classes_is_a_picture():

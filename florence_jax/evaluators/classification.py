@@ -12,7 +12,13 @@ from florence_jax.data.classes import ClassIndex
 from florence_jax.data.records import Source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
-from florence_jax.evaluators.classification_report import classes_table, confusion_html, examples_html, two_classes_html
+from florence_jax.evaluators.classification_report import (
+    classes_table,
+    confusion_html,
+    examples_html,
+    several_html,
+    two_classes_html,
+)
 from florence_jax.evaluators.metrics import (
     METRIC_NAMES,
     TOP,
@@ -109,7 +115,8 @@ class ClassificationMetrics:
     Attributes:
       chance: what guessing scores, by the names of the results, after the first call.
       report: HTML fragments about the last call: the warning if the headline is near chance, or near what the largest
-        class alone gives; two classes; the confusion matrix, accuracy by class, right and wrong images.
+        class alone gives; two classes; the confusion matrix, accuracy by class, right and wrong images, or of several
+        classes an image those that are told best and worst.
     """
 
     def __init__(
@@ -159,8 +166,9 @@ class ClassificationMetrics:
         if self.metric == "voc_map":
             judged["voc_map"] = self._ranking(scores, labels)
         if self._multi:
-            best = scores.argmax(1)
-            self._predicted = Predicted(keys, labels, best, self._readable(scores)[np.arange(len(best)), best])
+            best, shown = scores.argmax(1), self._readable(scores)
+            self._predicted = Predicted(keys, labels, best, shown[np.arange(len(best)), best])
+            self.report.append(several_html(self.name, self._source, shown, labels, index, self._names))
         else:
             given = answers(score_chunks, labels, self._readable)
             self._predicted = Predicted(keys, labels, given.top[:, 0], given.scores[:, 0])

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from florence_jax.data.records import Source, record_thumbnail
-from florence_jax.evaluators.metrics import Answers, TwoClasses
+from florence_jax.evaluators.metrics import TOP, Answers, TwoClasses
 from florence_jax.page import GridCell, matches_html
 from florence_jax.pictures import data_uri
 
@@ -90,6 +90,55 @@ def examples_html(
             lines.append((query, [GridCell(names[k], None, bool(k == right), f"{score:.2f}") for k, score in shown]))
         body += matches_html(f"{title}: {what} answers", lines)
     return body
+
+
+def several_html(
+    title: str,
+    source: Source,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    index: np.ndarray,
+    names: Sequence[str],
+    rows: int = EXAMPLE_ROWS,
+) -> str:
+    """Images with several classes each: those that are told best and worst, and random ones, `rows` of each.
+
+    An image is told the better the further its lowest right class stands above its highest wrong one. Beside each are
+    the classes with the highest scores, and the right ones that are not among them.
+
+    Args:
+      title: of the section. source: the images.
+      scores: float (N, K), as people read them. labels: int8 (N, K) of 1, 0 and -1 (not judged).
+      index: (N,), rows of the source. names: of the classes.
+    """
+    right, wrong = labels > 0, labels == 0
+    lowest, highest = np.where(right, scores, np.inf).min(1), np.where(wrong, scores, -np.inf).max(1)
+    told = np.flatnonzero(right.any(1) & wrong.any(1))
+    told = told[np.argsort((highest - lowest)[told], kind="stable")]
+    half = len(told) // 2
+    best, worst = told[: min(rows, len(told) - half)], told[::-1][: min(rows, half)]
+    others = np.setdiff1d(np.arange(len(labels)), np.concatenate([best, worst]))
+    drawn = np.sort(np.random.default_rng(0).permutation(others)[:rows])
+    body = ""
+    for what, chosen in (("told best", best), ("told worst", worst), ("random images", drawn)):
+        if len(chosen):
+            lines = [_told(source, scores[i], labels[i], int(index[i]), names) for i in chosen]
+            body += matches_html(f"{title}: {what}", lines)
+    return body
+
+
+def _told(
+    source: Source, scores: np.ndarray, labels: np.ndarray, row: int, names: Sequence[str]
+) -> tuple[GridCell, list[GridCell]]:
+    """An image with its classes, (K,) scores and labels, for `matches_html`."""
+    order = np.argsort(-scores, kind="stable").tolist()
+    missed = [k for k in order[TOP:] if labels[k] > 0][:TOP]
+    said = ", ".join(names[k] for k in np.flatnonzero(labels > 0).tolist()) or "none"
+    cells = [
+        GridCell(names[k], None, bool(labels[k] > 0), f"{scores[k]:.2f}" + ("" if labels[k] >= 0 else ", not judged"))
+        for k in [*order[:TOP], *missed]
+    ]
+    return GridCell(said, record_thumbnail(source, row) or None, True), cells
 
 
 def two_classes_html(title: str, names: Sequence[str], found: TwoClasses) -> str:
