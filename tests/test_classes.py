@@ -70,6 +70,9 @@ def test_templates_of_every_set():
     voc = template_set("voc/2007")
     assert choose_templates("", "voc2007") == choose_templates("voc2007", "") == voc == ("a photo of a {}.",)
     assert choose_templates("", "no such set") == template_set("default")
+    trained = ("my {}.",)  # what the weights were fine-tuned with, unless the set has its own or others are given
+    assert choose_templates("", "no such set", trained) == trained
+    assert choose_templates("", "voc2007", trained) == choose_templates("voc2007", "", trained) == voc
     assert choose_templates("food101", "mnist") == template_set("food101")
 
 

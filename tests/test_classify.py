@@ -259,7 +259,7 @@ def test_zero_shot_on_twenty_images(zero_shot):
 def test_fine_tuning_with_the_unicl_loss(weights, pictures, tmp_path, capsys):
     options = ["--config.epochs=3", "--config.total_steps=0", "--config.optim.learning_rate=0.01"]
     options += ["--config.optim.layer_decay=0.8", "--config.optim.ema_decay=0.5", "--config.wise_ft=(0.5,)"]
-    options += ["--config.forgetting.source=emoji:new_names"]
+    options += ["--config.forgetting.source=emoji:new_names", "--config.templates=stl10"]
     assert classify("finetune_unicl", tmp_path / "run", weights, pictures, *options) == 0
     found = result(tmp_path / "run")
     # A fifth of each class is held out, and of the rest again; a batch is no larger than what is left, twelve images,
@@ -277,6 +277,7 @@ def test_fine_tuning_with_the_unicl_loss(weights, pictures, tmp_path, capsys):
         found["eval/forgetting/before"] - found["eval/forgetting/now"]
     )
     assert "eval/test_wise0.5/top1" in found
+    assert describe(str(tmp_path / "run")).templates == ("a photo of a {}.", "a photo of the {}.")
     assert {file.name for file in (tmp_path / "run").glob("*.csv")} == {"predictions.csv", "wise0.5_predictions.csv"}
     assert classify("finetune_unicl", tmp_path / "run", weights, pictures, *options) == 0
     assert "is finished: step 3 of 3" in capsys.readouterr().out

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from florence_jax.data.prompts import TEMPLATES
+from florence_jax.data.records import ListSource
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 from florence_jax.inference.florence import Florence
@@ -67,6 +69,19 @@ def test_classification_is_the_softmax_of_scaled_cosines(model, pictures):
     classes /= np.linalg.norm(classes, axis=1, keepdims=True)
     logits = np.exp(model.params["logit_scale"]) * model.embed_images(files) @ classes.T
     np.testing.assert_allclose(model.classify(files, NAMES, ("{}.", "not {}")), jax.nn.softmax(logits), atol=1e-5)
+
+
+def test_prompts_are_those_of_the_fine_tuning_unless_others_are_given(model, pictures, monkeypatch):
+    files, source = [f"{pictures}/red_things/0.png"], ListSource("one", [f"{pictures}/red_things/0.png"])
+    given, plain = model.classify(files, NAMES, ("no {}!",)), model.classify(files, NAMES)
+    assert np.abs(given - plain).max() > 1e-3
+    monkeypatch.setattr(model.encoder, "description", model.encoder.description._replace(templates=("no {}!",)))
+    np.testing.assert_allclose(model.classify(files, NAMES), given, atol=1e-6)
+    np.testing.assert_allclose(model.classify(files, NAMES, TEMPLATES), plain, atol=1e-6)
+    ((_, _, found),) = model.each_probability(source, NAMES)
+    np.testing.assert_allclose(found, given[0], atol=1e-5)
+    ((_, _, found),) = model.each_probability(source, NAMES, TEMPLATES)
+    np.testing.assert_allclose(found, plain[0], atol=1e-5)
 
 
 def test_few_sizes_are_compiled(model):

@@ -34,12 +34,14 @@ def test_a_description_is_read_as_it_was_written_and_brings_its_tokenizer(tmp_pa
         (vocabulary.parent / name).write_text(name)
     parts = {"towers": TOWERS, "head": {"features": "pooled", "entries": ["head"]}}
     names, source = [("cat", "kitty"), ("dog",)], {"init": "x"}
-    given = make_description("classify", parts, tokenizer=str(vocabulary), classes=names, source=source)
+    given = make_description(
+        "classify", parts, tokenizer=str(vocabulary), classes=names, source=source, templates=("a {}.", "{}!")
+    )
     write_description(str(folder), given)
     for init in (folder, folder.parent):
         found = describe(str(init))
         assert found.task == "classify" and found.classes == ("cat", "dog") and found.source == source
-        assert found.names == tuple(names)
+        assert found.names == tuple(names) and found.templates == ("a {}.", "{}!")
         assert found.entries == ("image", "text", "head") and found.parts["head"]["features"] == "pooled"
         assert found.parts["towers"]["overrides"] == {"depths": [2, 2]}  # None: not given
         assert found.tokenizer == str(folder / "vocab.json")
@@ -50,7 +52,12 @@ def test_a_description_is_read_as_it_was_written_and_brings_its_tokenizer(tmp_pa
 @pytest.mark.parametrize("tokenizer", ["", "sentencepiece", "gone.model"])
 def test_a_tokenizer_without_a_file_is_named(tokenizer, tmp_path):
     write_description(str(tmp_path), make_description("pretrain", {"towers": TOWERS}, tokenizer=tokenizer))
-    assert describe(str(tmp_path)).tokenizer == tokenizer and [path.name for path in tmp_path.iterdir()] == [MODEL_FILE]
+    found = describe(str(tmp_path))
+    assert (
+        found.tokenizer == tokenizer
+        and found.templates == ()
+        and [path.name for path in tmp_path.iterdir()] == [MODEL_FILE]
+    )
 
 
 @pytest.mark.parametrize(

@@ -281,14 +281,18 @@ def _join(labels: Sequence[str], given: ClassNames, source: str, spec: str) -> t
     )
 
 
-def choose_templates(spec: str, dataset: str) -> tuple[str, ...]:
+def choose_templates(spec: str, dataset: str = "", trained: Sequence[str] = ()) -> tuple[str, ...]:
     """Prompt templates: a set's name, a file with one template a line, or '' for those of `dataset`, else the default.
+
+    `trained`, where there are any, are those that the weights were fine-tuned with, which come before the default.
 
     Raises:
       UserError: for an unknown set or a file without templates.
     """
     if not spec:
-        return template_set(dataset if dataset in TEMPLATE_SETS else "default")
+        if dataset in TEMPLATE_SETS:
+            return template_set(dataset)
+        return tuple(trained) or template_set("default")
     if spec.replace("/", "") in TEMPLATE_SETS or not epath.Path(spec).exists():
         return template_set(spec)  # or says which sets there are
     lines = [line.strip() for line in epath.Path(spec).read_text().splitlines() if line.strip()]

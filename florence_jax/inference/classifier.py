@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from florence_jax.data.classes import load_class_names, shipped_class_names
+from florence_jax.data.classes import choose_templates, load_class_names, shipped_class_names
 from florence_jax.data.records import Record, Source
 from florence_jax.errors import UserError
 from florence_jax.inference.base import Answerer, Found
@@ -22,6 +22,7 @@ class Classifier(Answerer):
       model: the weights.
       names: those of each class, for zero-shot; () for the classes that the weights were trained for.
       top: classes of each picture in the tables.
+      templates: for the prompts of the names, see `Florence.classify`; None for its default.
 
     Raises:
       UserError: for weights that were not trained for classes, where no names are given.
@@ -29,7 +30,13 @@ class Classifier(Answerer):
 
     columns = ("class", "probability", "rank")
 
-    def __init__(self, model: Florence, names: Sequence[Sequence[str]] = (), top: int = 1):
+    def __init__(
+        self,
+        model: Florence,
+        names: Sequence[Sequence[str]] = (),
+        top: int = 1,
+        templates: Sequence[str] | None = None,
+    ):
         if top < 1:
             raise UserError(f"--top={top} must be at least 1")
         if not names and not model.classes:
@@ -37,7 +44,7 @@ class Classifier(Answerer):
                 f"the weights in {model.encoder.description.folder} were not trained for classes: name some with "
                 "--names=cat,dog or --names=FILE, a name a line (zero-shot)"
             )
-        self.model, self.top = model, top
+        self.model, self.top, self.templates = model, top, templates
         self.names = tuple(given[0] for given in names) or model.classes
         by_name = bool(names) or model.encoder.head is None
         self._prompted = (tuple(names) or model.encoder.description.names) if by_name else ()
@@ -46,6 +53,12 @@ class Classifier(Answerer):
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Adds the options of classification."""
         parser.add_argument("--names", default="", help="classes: NAME,NAME,... or a file, a line each: NAME | SYNONYM")
+        parser.add_argument(
+            "--templates",
+            default="",
+            help="prompts of the names: a file, a line each with {} for the name, or a set's name, such as food101; "
+            "default: those of the fine-tuning, else CLIP's",
+        )
         parser.add_argument("--top", type=int, default=1, help="classes of each picture in the tables")
         parser.add_argument("--res", type=int, default=None, help="image size in pixels; default: the weights' own")
         parser.add_argument("--tokenizer", default="", help="default: the one that the weights were trained with")
@@ -54,11 +67,12 @@ class Classifier(Answerer):
     def open(cls, init: str, args: argparse.Namespace) -> "Classifier":
         """Loads the weights of the folder `init`."""
         model = Florence(init, args.res, args.tokenizer, batch_size=args.batch_size)
-        return cls(model, read_names(args.names), args.top)
+        templates = choose_templates(args.templates) if args.templates else None
+        return cls(model, read_names(args.names), args.top, templates)
 
     def answers(self, source: Source) -> Iterator[Found]:
         """Of every readable record, in order."""
-        for index, key, row in self.model.each_probability(source, self._prompted):
+        for index, key, row in self.model.each_probability(source, self._prompted, self.templates):
             best = best_classes(row, self.names, max(self.top, SHOWN_CLASSES))
             rows: list[dict[str, Any]] = [
                 {"class": name, "probability": round(value, 6), "rank": rank}

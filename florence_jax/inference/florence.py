@@ -127,7 +127,10 @@ class Florence:
         return self._embedder("text", len(texts)).texts(self.params, list(texts))
 
     def classify(
-        self, images: Sequence[Picture], names: Sequence[str | Sequence[str]], templates: Sequence[str] = TEMPLATES
+        self,
+        images: Sequence[Picture],
+        names: Sequence[str | Sequence[str]],
+        templates: Sequence[str] | None = None,
     ) -> np.ndarray:
         """Zero-shot classification: the probabilities of K classes given by name.
 
@@ -137,7 +140,8 @@ class Florence:
         Args:
           images: N pictures as for `embed_images`.
           names: K names, such as "golden retriever"; or several that mean the same, such as ("sofa", "couch").
-          templates: prompts with one '{}' each; by default the 80 of CLIP and one more.
+          templates: prompts with one '{}' each; by default those that the weights were fine-tuned with, else the 80 of
+            CLIP and one more.
 
         Returns:
           float32 (N, K), rows sum to 1.
@@ -147,10 +151,12 @@ class Florence:
         """
         return softmax(self.embed_images(images) @ self._class_vectors(names, templates))
 
-    def _class_vectors(self, names: Sequence[str | Sequence[str]], templates: Sequence[str] = TEMPLATES) -> np.ndarray:
+    def _class_vectors(self, names: Sequence[str | Sequence[str]], templates: Sequence[str] | None) -> np.ndarray:
         """float32 (D, K): what the vectors of pictures are multiplied with to give the logits of classes."""
         _check_list(names, "names")
         self._check_text()
+        if templates is None:
+            templates = self.encoder.description.templates or TEMPLATES
         prompts = len(templates) * sum(1 if isinstance(given, str) else len(given) for given in names)
         embedder = self._embedder("text", prompts)
         classes = class_embeddings(embedder, self.params, names, templates)
@@ -181,7 +187,10 @@ class Florence:
         return self.encoder.known_head.probabilities(logits)
 
     def each_probability(
-        self, source: Source, names: Sequence[str | Sequence[str]] = ()
+        self,
+        source: Source,
+        names: Sequence[str | Sequence[str]] = (),
+        templates: Sequence[str] | None = None,
     ) -> Iterator[tuple[int, str, np.ndarray]]:
         """As `probabilities`, or `classify` where names are given, of a source of any length.
 
@@ -191,7 +200,7 @@ class Florence:
         Raises:
           UserError: as those.
         """
-        vectors = self._class_vectors(names) if names else None
+        vectors = self._class_vectors(names, templates) if names else None
         function = self.encoder.predict["logits" if vectors is None else "image"]
         size = min(self._batch_size, 1 << max(len(source) - 1, 0).bit_length())
         predictor = Predictor(lambda params, batch: {"out": function(params, batch)}, self._mesh, size)

@@ -36,6 +36,7 @@ class Description(NamedTuple):
       tokenizer: as for `data.tokenizers.load_tokenizer`; '' where the folder does not say.
       names: one or more of each class, in the order of a head's outputs; () where it has none.
       source: where the weights come from, for people.
+      templates: prompts with one '{}' each that the names were put into in training; () where that was not done.
     """
 
     folder: str
@@ -44,6 +45,7 @@ class Description(NamedTuple):
     tokenizer: str
     names: tuple[tuple[str, ...], ...]
     source: dict[str, Any]
+    templates: tuple[str, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -63,6 +65,7 @@ def make_description(
     tokenizer: str = "",
     classes: Sequence[str | Sequence[str]] = (),
     source: Mapping[str, Any] | None = None,
+    templates: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The content of a `model.json`, for `write_description`; arguments as the attributes of `Description`.
 
@@ -84,6 +87,7 @@ def make_description(
             given if isinstance(given, str) else given[0] if len(given) == 1 else [*given] for given in classes
         ],
         "source": dict(source or {}),
+        **({"templates": [*templates]} if templates else {}),
     }
 
 
@@ -192,6 +196,7 @@ def describe(init: str) -> Description:
             str(folder / tokenizer["file"]) if tokenizer["file"] else tokenizer["given"],
             tuple(tuple(_names(given)) for given in content["classes"]),
             content["source"],
+            tuple(content.get("templates", ())),
         )
         _ = found.entries
     except FileNotFoundError as error:

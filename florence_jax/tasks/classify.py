@@ -47,7 +47,7 @@ class ClassificationSuite(Suite):
 
     Attributes:
       train_source, test_source: labelled images; None where the configuration names none.
-      classes: of the images.
+      classes: of the images. templates: for the prompts of their names.
 
     Raises:
       UserError: for missing weights, an unknown source, class name, template, metric or option.
@@ -56,6 +56,7 @@ class ClassificationSuite(Suite):
     name = "classify"
     needs_text = False  # of the weights
     learns = True  # from images of `data.train`
+    prompted = False  # whether the weights learn prompts of the class names
 
     def __init__(self, config: ConfigDict):
         self.config = config
@@ -89,7 +90,7 @@ class ClassificationSuite(Suite):
         self.classes = self._open_classes(names)
         if self.train_source is not None and self.classes is not None and not test:
             self.train_source, self.test_source = hold_out(self.train_source, self.classes, config.holdout, config.seed)
-        self.templates = choose_templates(config.templates, dataset)
+        self.templates = choose_templates(config.templates, dataset, self.encoder.description.templates)
         multi = self.classes is not None and self.classes.multi
         self.metric = config.metric or ("voc_map" if multi else METRICS.get(dataset, "top1"))
         res = str(self.encoder.model.config.res)
@@ -128,6 +129,7 @@ class ClassificationSuite(Suite):
             tokenizer=self.encoder.tokenizer_spec,
             classes=self.classes.names if self.classes is not None else (),
             source={"init": self.config.init, "data": self.config.data.train},
+            templates=self.templates if self.prompted else (),
         )
 
     @property

@@ -196,7 +196,7 @@ class FineTuneUniCL(FineTune):
       UserError: as `ClassificationSuite`; for data with several classes an image.
     """
 
-    needs_text = True
+    needs_text = prompted = True
     charts = (*IN_BATCH, LOGIT_SCALE)
 
     def __init__(self, config: ConfigDict):
