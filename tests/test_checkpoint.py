@@ -1,13 +1,16 @@
 """Checkpoints: round trip, another mesh, partial restore, and mismatches named in full."""
 
+import asyncio
 import os
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 
 from florence_jax.errors import UserError
@@ -213,6 +216,33 @@ def test_lazy_arrays_are_read_one_by_one(tmp_path):
         restored = checkpoints.restore({"params": like})["params"]
     jax.tree.map(np.testing.assert_array_equal, restored, {f"p{i}": np.full((2, 3), i) for i in range(3)})
     assert order == [0, 1, 2, 0, 1, 2]  # for the checksums, and to be written
+
+
+def test_writes_that_end_after_their_save_has_failed_say_nothing(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_value))
+    Checkpoints(str(tmp_path)).close()
+    promise, write = tensorstore.Promise.new()
+
+    async def begin():
+        waiting = asyncio.ensure_future(wait())
+        await asyncio.sleep(0)
+        return waiting
+
+    async def wait():
+        await write
+
+    loop = asyncio.new_event_loop()
+    waiting = loop.run_until_complete(begin())
+    loop.close()
+    promise.set_result(None)  # TensorStore calls into the closed loop
+    write.result()
+    assert not told
+    broken, other = tensorstore.Promise.new()
+    other.add_done_callback(lambda future: 1 / 0)
+    broken.set_result(None)
+    assert [type(error) for error in told] == [ZeroDivisionError]
+    waiting._log_destroy_pending = False
 
 
 def test_a_save_that_fails_is_one_message(tmp_path, capfd, caplog):

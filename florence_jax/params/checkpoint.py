@@ -12,7 +12,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -56,6 +56,22 @@ def _is_told(record: python_logging.LogRecord) -> bool:
     return not (record.exc_info and record.pathname.startswith(ORBAX))
 
 
+class _WithoutLateWrites:
+    """An unraisable hook that leaves out what TensorStore says of the writes of a save that has failed already.
+
+    Orbax raises the first failure and closes the event loop of that thread. The writes that were under way then are
+    finished later, at any time, and each finds the loop closed.
+    """
+
+    def __init__(self, hook: Callable[[Any], object]):
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed" and unraisable.object is None):
+            self._hook(unraisable)
+
+
 class UnreadableCheckpoint(UserError):
     """A checkpoint that is truncated or corrupt."""
 
@@ -95,6 +111,8 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         logging.get_absl_logger().addFilter(_is_told)  # once, however often
+        if not isinstance(sys.unraisablehook, _WithoutLateWrites):
+            sys.unraisablehook = _WithoutLateWrites(sys.unraisablehook)
         verbosity = logging.get_verbosity()
         try:
             if read_only:
