@@ -139,7 +139,7 @@ class BatchMaker:
                 if len(self._bad) < BAD_TOLD and bad.key not in self._bad:
                     self._bad[bad.key] = bad
                     more = "; more are only counted" if len(self._bad) == BAD_TOLD else ""
-                    logging.warning("%s: skipped %s%s", self._sources[source].name, bad, more)
+                    logging.warning("%s: cannot be used: %s%s", self._sources[source].name, bad, more)
                 last = bad
             near = bad_count < NEIGHBOURS_TRIED
             i = start + ((i + 1 - start) % count if near else int(rng.integers(count)))
