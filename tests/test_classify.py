@@ -358,6 +358,7 @@ def test_few_shot_episodes_on_twenty_images(weights, pictures, tmp_path):
     options = ["ways=3", "shots=(2,)", "queries=2", "episodes=8"]
     assert classify("fewshot", tmp_path / "run", weights, pictures, *(f"--config.fewshot.{o}" for o in options)) == 0
     found = result(tmp_path / "run")
+    assert len((tmp_path / "run" / "predictions.csv").read_text().splitlines()) == 1 + 8 * 3 * 2
     assert found["eval/fewshot/2shot_accuracy"] > 1 / 3 and found["eval/fewshot/2shot_ci95"] >= 0
 
 
