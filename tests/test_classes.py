@@ -24,10 +24,10 @@ from florence_jax.data.sources.tfds import TfdsSource
 from florence_jax.errors import UserError
 
 COUNTS = {
-    "caltech101": 102, "cars196": 196, "cifar10": 10, "cifar100": 100, "country211": 211, "dtd": 47, "eurosat": 10,
-    "fer2013": 7, "fgvc_aircraft": 100, "food101": 101, "gtsrb": 43, "hateful_memes": 2, "imagenet2012": 1000,
-    "kitti": 4, "mnist": 10, "oxford_flowers102": 102, "oxford_iiit_pet": 37, "patch_camelyon": 2, "rendered_sst2": 2,
-    "resisc45": 45, "stl10": 10, "sun397": 397, "ucf101": 101, "voc2007": 20,
+    "caltech101": 102, "cars196": 196, "cifar10": 10, "cifar100": 100, "coco": 80, "country211": 211, "dtd": 47,
+    "eurosat": 10, "fer2013": 7, "fgvc_aircraft": 100, "food101": 101, "gtsrb": 43, "hateful_memes": 2,
+    "imagenet2012": 1000, "kitti": 4, "mnist": 10, "objects365": 365, "oxford_flowers102": 102, "oxford_iiit_pet": 37,
+    "patch_camelyon": 2, "rendered_sst2": 2, "resisc45": 45, "stl10": 10, "sun397": 397, "ucf101": 101, "voc2007": 20,
 }  # fmt: skip
 # Specification: CLIP's numbers of templates for the paper's sets and ELEVATER's.
 TEMPLATES = {
@@ -55,6 +55,8 @@ def test_names_that_are_known_from_elsewhere():
     assert dict(zip(imagenet.labels, imagenet.names, strict=True))["n01440764"] == ("tench",)
     assert load_class_names("cifar100").labels[99] == "worm"
     assert load_class_names("fer2013").names[1] == ("disgusted",)
+    boxes = [load_class_names(name).labels for name in ("coco", "objects365")]  # by their numbers of categories
+    assert (boxes[0][0], boxes[0][79], boxes[1][52], boxes[1][308]) == ("person", "toothbrush", "Bakset", "Formula 1")
     signs = load_class_names("gtsrb").names  # CLIP's
     assert (signs[0], signs[14]) == (("red and white circle 20 kph speed limit",), ("stop",))
     assert signs[6] == ("end / de-restriction of 80 kph speed limit",)
