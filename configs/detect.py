@@ -71,6 +71,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "most": config_dict.placeholder(int),  # boxes of a picture: 100
         "scales": config_dict.placeholder(tuple),  # multi-scale testing, shares of the bucket, at most 1: (1.0,)
         "flip": config_dict.placeholder(bool),  # also in a mirror: False
+        "root": config_dict.placeholder(bool),  # scores as their square roots, as ATSS's and GLIP's are: False
     }
     config.keep_zero_shot = ()  # also evaluate (1 - a) first + a trained weights for each a (WiSE-FT), e.g. (0.5,)
     config.forgetting = {  # of a detector that is trained further

@@ -303,11 +303,12 @@ def test_views_agree_about_one_object():
         }
 
     detector = object.__new__(Detector)
-    detector.options, detector.config = Options(scales=(1.0, 0.5), flip=True, most=5), DetectorConfig()
+    detector.options, detector.config = Options(scales=(1.0, 0.5), flip=True, most=5, root=True), DetectorConfig()
     detector.outputs = outputs
     found = jax.device_get(jax.jit(detector.detect)(None, {"image": jnp.asarray(image), "valid": valid}))
     assert found["labels"].tolist() == 2 * [[1, -1, -1, -1, -1]]
     np.testing.assert_array_equal(found["boxes"][:, 0], true)
+    np.testing.assert_allclose(found["scores"][:, 0], 1 / (1 + np.exp(-9)), rtol=1e-6)  # the root of its square
 
 
 @pytest.mark.parametrize(

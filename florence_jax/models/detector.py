@@ -43,6 +43,8 @@ class DetectorConfig:
         zeros, everywhere: in attention, convolutions, averages and GroupNorm, as anchors and as background.
       multiple: of height and width of a batch, in pixels. 128: each level is half the one before. 32 (weights of GLIP):
         the two coarsest are halves rounded up.
+      relu_p7: whether the coarsest level is made of the positive part of the one before it, as in DyHead and GLIP, or
+        of all of it, as in mmdetection.
 
     Raises:
       UserError: for another choice, or sizes that do not fit together.
@@ -53,6 +55,7 @@ class DetectorConfig:
     coarse: str = "upfirst"
     padding: str = "masked"
     multiple: int = 128
+    relu_p7: bool = True
 
     def __post_init__(self) -> None:
         for name, known in dict(coarse=COARSE_MODES, padding=PADDINGS, multiple=MULTIPLES).items():
@@ -82,6 +85,7 @@ class Pyramid(nn.Module):
     """
 
     width: int
+    relu_p7: bool = True
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -96,8 +100,9 @@ class Pyramid(nn.Module):
             added = zero_outside(lateral, valids[i])
             output = Conv(self.width, dtype=self.dtype, name=f"output{i + 3}")(added)
             levels.insert(0, zero_outside(output, valids[i]))
-        for name, activation in (("p6", lambda x: x), ("p7", jax.nn.relu)):
-            coarser = Conv(self.width, stride=2, dtype=self.dtype, name=name)(activation(levels[-1]))
+        for name, positive in (("p6", False), ("p7", self.relu_p7)):
+            finer = jax.nn.relu(levels[-1]) if positive else levels[-1]
+            coarser = Conv(self.width, stride=2, dtype=self.dtype, name=name)(finer)
             levels.append(zero_outside(coarser, valids[len(levels)]))
         return tuple(levels)
 
@@ -151,7 +156,7 @@ class DyHeadDetector(nn.Module):
         else:
             valids = (*valids, conv_size(valids[-1], 3, 2, 1))
             valids = (*valids, conv_size(valids[-1], 3, 2, 1))
-        levels = Pyramid(self.config.width, self.dtype, name="pyramid")(maps, valids)
+        levels = Pyramid(self.config.width, self.config.relu_p7, self.dtype, name="pyramid")(maps, valids)
         x = jnp.concatenate([level.reshape(batch, -1, level.shape[-1]) for level in self._blocks(levels, valids)], 1)
         counts = np.array([math.prod(shape) for shape in shapes])
         deltas = LevelScales(name="scales")(Prediction(4, name="box_deltas")(x), counts)

@@ -31,6 +31,7 @@ class Options(NamedTuple):
       most: of a picture.
       scales: multi-scale testing: shares of the size of the bucket, each at most 1; what they give is put together.
       flip: each also as in a mirror.
+      root: scores are told as their square roots, as ATSS's and GLIP's are; their order is the same.
     """
 
     threshold: float = 0.05
@@ -39,6 +40,7 @@ class Options(NamedTuple):
     most: int = 100
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
+    root: bool = False
 
 
 class Detector:
@@ -167,7 +169,8 @@ class Detector:
                     width = view[1][:, None, 1].astype(boxes.dtype)
                     boxes = jnp.stack([width - boxes[..., 2], boxes[..., 1], width - boxes[..., 0], boxes[..., 3]], -1)
                 views.append(found | {"boxes": boxes / scale})
-        return merge(views, options.iou, options.most)
+        found = merge(views, options.iou, options.most)
+        return found | {"scores": jnp.sqrt(found["scores"])} if options.root else found
 
     def _candidates(self, params: Any, image: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
         out = self.outputs(params, {"image": image, "valid": valid})
