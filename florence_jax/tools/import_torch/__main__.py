@@ -4,13 +4,15 @@
     python -m florence_jax.tools.import_torch --from=unicl --file=yfcc14m.pth --out=DIR --res=384
     python -m florence_jax.tools.import_torch --from=clip --file=ViT-B-32.pt --out=DIR
     python -m florence_jax.tools.import_torch --from=openclip --file=open_clip_model.safetensors --out=DIR
+    python -m florence_jax.tools.import_torch --from=dyhead --file=dyhead_swint_atss_fpn_2x_ms.pth --out=DIR
 
 Sizes are read from the tensors' shapes. What they do not show, the activation and the heads of a ViT, is read from
 open_clip_config.json, config.json and preprocessor_config.json beside the file, or known by the file's name; else
 --set activation=quick_gelu, --set 'heads=(12,)' and --set text_heads=8 say it. `--res` adapts the weights to other
-images: bias tables (also with `--window`; default res / 32) and position embeddings are interpolated. The folder goes
-to `--config.init`; its model.json names the variant and the options that rebuild the model, and how pictures are made
-for it. A tensor is read when it is written, so that the memory is a few times that of the largest.
+images: bias tables (also with `--window`; default res / 32) and position embeddings are interpolated. A detector's
+classes are COCO's or Objects365's, by their number, or those of `--set classes=FILE`. The folder goes to
+`--config.init`; its model.json names the variant and the options that rebuild the model, and how pictures are made for
+it. A tensor is read when it is written, so that the memory is a few times that of the largest.
 """
 
 import argparse
@@ -54,13 +56,16 @@ def run(args: argparse.Namespace) -> None:
         found = convert(state, family, file=file, options=parse_options(args.set), res=args.res, window=args.window)
     except UserError as error:
         raise UserError(f"{file.name}: {error}") from error
-    variant, overrides = family.describe(found.config)
     source = {"from": args.family, "file": file.name, "dropped": found.dropped}
-    part = {"variant": variant, "overrides": overrides, "entries": list(found.params), "evaluation": found.evaluation}
-    save_pretrained(args.out, found.params, make_description("import", {family.part: part}, source=source))
+    parts = family.parts(found.config, list(found.params), found.evaluation)
+    save_pretrained(args.out, found.params, make_description("import", parts, source=source))
     count = sum(leaf.size for leaf in jax.tree.leaves(found.params))
-    given = " ".join(f"{name}={value}" for name, value in overrides.items()) or "no options"
-    print(f"{args.out}: variant {variant}, {given}; {count / 1e6:.2f} M parameters from {len(state)} tensors")
+    told = "; ".join(
+        f"{'' if name == 'towers' else f'{name}: '}variant {part['variant']}, "
+        + (" ".join(f"{option}={value}" for option, value in part["overrides"].items()) or "no options")
+        for name, part in parts.items()
+    )
+    print(f"{args.out}: {told}; {count / 1e6:.2f} M parameters from {len(state)} tensors")
     for note in found.notes:
         print(note)
     more = f" and {len(found.dropped) - _SHOWN} more, see model.json" if len(found.dropped) > _SHOWN else ""

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from florence_jax.errors import UserError
-from florence_jax.models.sizes import ModelConfig
 from florence_jax.params.lazy import LazyArray
 from florence_jax.tools.import_torch.family import Family, Shapes, State, Told
 from florence_jax.tools.import_torch.names import Tensor, gather, source_name, to_our_layout, torch_shape
@@ -23,15 +22,15 @@ class Converted(NamedTuple):
     """What a file holds, as this project has it.
 
     Attributes:
-      config: of the model.
+      config: of the model: `ModelConfig`, or what a family of its own kind has.
       params: a nested dict of float32 arrays that are read from the file when they are used, in the layout that the
         model has (with 'swin' only {"image"}).
       dropped: names of the tensors that were left out.
       evaluation: how pictures are made for these weights.
-      notes: sentences for the user: where the tensors were found, and what was known beside them.
+      notes: sentences for the user: where the tensors were found, what was known beside them, what was left out.
     """
 
-    config: ModelConfig
+    config: Any
     params: dict[str, Any]
     dropped: list[str]
     evaluation: dict[str, Any]
@@ -70,16 +69,20 @@ def convert(
     shapes = {name: _shape(name, tensor) for name, tensor in tensors.items()}
     known = [(name, tensor.names[0]) for name, tensor in tensors.items()]
     in_the_file = functools.partial(_in_the_file, known=known)
-    config = family.configure(_sizes(Shapes(shapes, family.name, in_the_file), family, told, dict(options or {})))
+    seen = Shapes(shapes, family.name, in_the_file)
+    config = family.configure(_sizes(seen, family, told, dict(options or {})))
     targets = family.targets(config)
     sources = {source_name(path, family.rules): path for path in targets}
     if len(sources) != len(targets):
         raise AssertionError("two parameters have one source name")  # a mistake in the name tables, not the user's
-    dropped = [name for name in tensors if re.fullmatch(family.dropped, name)]
-    wanted = {name: torch_shape(path, targets[path]) for name, path in sources.items()}
+    dropped, counted = _left_out(tensors, family)
+    missing = {path: shape for path, shape in targets.items() if source_name(path, family.rules) not in tensors}
+    constant, said = _absent(missing, family)
+    wanted = {name: torch_shape(path, targets[path]) for name, path in sources.items() if path not in constant}
     _check(tensors, shapes, wanted, dropped, family.name, in_the_file)
-    arrays = {path: (tensors[name], targets[path]) for name, path in sources.items()}
-    params = _stacked(arrays)
+    arrays = {sources[name]: (tensors[name], targets[sources[name]]) for name in wanted} | constant
+    params = _stacked({path: arrays[path] for path in targets})
+    notes += [*counted, *said, *family.remarks(seen)]
     if changes := family.resolution(config, res, window):
         target = family.changed(config, changes)
         config, params = target, family.resize(params, config, target)
@@ -89,8 +92,31 @@ def convert(
 
 
 def _shape(name: str, tensor: Tensor) -> tuple[int, ...]:
-    """OpenCLIP has an option that makes the scale and the bias of the logits (1,); here they are ()."""
-    return () if name in ("logit_scale", "logit_bias") and tensor.array.size == 1 else tensor.array.shape
+    """As the model has it: a convolution of 1x1 is a matrix; OpenCLIP's scale and bias of the logits may be (1,)."""
+    shape = tensor.array.shape
+    if name in ("logit_scale", "logit_bias") and tensor.array.size == 1:
+        return ()
+    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+
+
+def _left_out(tensors: Collection[str], family: Family) -> tuple[list[str], list[str]]:
+    """Canonical names that are left out, and a sentence about each of `Family.left_out`."""
+    groups = {what: [name for name in tensors if re.fullmatch(pattern, name)] for pattern, what in family.left_out}
+    rest = [name for name in tensors if re.fullmatch(family.dropped, name)]
+    counted = [f"left out: {what}, {len(names)} tensors" for what, names in groups.items() if names]
+    return list(dict.fromkeys([*rest, *(name for names in groups.values() for name in names)])), counted
+
+
+def _absent(missing: Mapping[str, tuple[int, ...]], family: Family) -> tuple[dict[str, Any], list[str]]:
+    """Of our parameters that no tensor is for: those of `Family.absent`, as constants, and a sentence about each."""
+    constant: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+    said: dict[str, None] = {}
+    for path, shape in missing.items():
+        for pattern, value, what in family.absent:
+            if re.fullmatch(pattern, path):
+                constant[path] = Tensor((), LazyArray(shape, functools.partial(np.full, shape, value)), False), shape
+                said[f"not in the file: {what}"] = None
+    return constant, list(said)
 
 
 def _sizes(shapes: Shapes, family: Family, told: Told, options: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +194,7 @@ def _in_the_file(name: str, known: Collection[tuple[str, str]]) -> str:
 
 
 def _stacked(arrays: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> dict[str, Any]:
-    """Parameters in the layout of the scan: `stage{i}_pair{j}` as `stage{i}_pairs`, `layer{j}` as `layers`.
+    """Parameters in the layout of the scan: `stage{i}_pair{j}` as `stage{i}_pairs`, `layer{j}` as `layers`, ...
 
     Args:
       arrays: tensor and our shape of each unrolled parameter, by path.
@@ -178,7 +204,7 @@ def _stacked(arrays: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> dict[str, 
         *above, _ = path.split("/")
         for part in above:
             stem = part.rstrip("0123456789")
-            if stem.endswith(("_pair", "layer")):
+            if stem.endswith(("_pair", "layer", "block")):
                 blocks.setdefault(f"{path.split('/')[0]}/{stem}", set()).add(part)
     depth = {stem: len(parts) for stem, parts in blocks.items()}
     groups: dict[str, list[str]] = {}

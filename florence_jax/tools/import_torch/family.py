@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from florence_jax.errors import UserError
+from florence_jax.models.base import Model
 from florence_jax.models.florence import build
 from florence_jax.models.sizes import VARIANTS, ModelConfig, resolve_config
 from florence_jax.params.lazy import LazyArray
@@ -108,7 +109,9 @@ class Family:
       published: (sizes) -> those of the fields that follow from the sizes in published models.
       entries: top-level entries that the file fills; None = all of the model's.
       dropped: pattern of canonical names that are left out.
-      part: of `model.json` that describes these parameters.
+      left_out: (pattern, what) of canonical names that are left out too, and are counted under that name.
+      absent: (pattern, value, what) of paths of our parameters that a file need not have, and what they are then.
+      remarks: (shapes) -> sentences for the user about what the file is not good for.
     """
 
     name: str
@@ -126,30 +129,37 @@ class Family:
     published: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda sizes: {}
     entries: tuple[str, ...] | None = None
     dropped: str = DROPPED
-    part: str = "towers"
+    left_out: tuple[tuple[str, str], ...] = ()
+    absent: tuple[tuple[str, float, str], ...] = ()
+    remarks: Callable[[Shapes], list[str]] = lambda found: []
 
-    def configure(self, sizes: Mapping[str, Any]) -> ModelConfig:
+    def configure(self, sizes: Mapping[str, Any]) -> Any:
         """These sizes, written as the row of `VARIANTS` that needs the fewest options; raises `UserError`."""
-        return _nearest(resolve_config(self.base, **sizes))
+        return nearest(resolve_config(self.base, **sizes))
 
-    def changed(self, config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
+    def changed(self, config: Any, changes: Mapping[str, Any]) -> Any:
         """`config` with other values of some fields; raises `UserError`."""
-        return _nearest(resolve_config(config.variant, **{**_differences(config, config.variant), **changes}))
+        return nearest(resolve_config(config.variant, **{**differences(config, config.variant), **changes}))
 
-    def describe(self, config: ModelConfig) -> tuple[str, dict[str, Any]]:
-        """The row of `VARIANTS` and the options that rebuild the model."""
-        return config.variant, _differences(config, config.variant)
+    def parts(self, config: Any, entries: Sequence[str], evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The parts of `model.json` that rebuild a model with these top-level entries."""
+        variant, options = config.variant, differences(config, config.variant)
+        towers = {"variant": variant, "overrides": options, "entries": [*entries], "evaluation": dict(evaluation)}
+        return {"towers": towers}
 
-    def targets(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def unrolled(self, config: Any) -> Model[ModelConfig]:
+        """The model without scans over its blocks."""
+        return build(config.variant, **differences(config, config.variant), scan=False)
+
+    def targets(self, config: Any) -> dict[str, tuple[int, ...]]:
         """Shapes of the unrolled model's parameters by path, of the entries that the file fills."""
-        variant, options = self.describe(config)
-        shapes = jax.eval_shape(build(variant, **options, scan=False).init, jax.random.key(0))
+        shapes = jax.eval_shape(self.unrolled(config).init, jax.random.key(0))
         kept = {name: tree for name, tree in shapes.items() if self.entries is None or name in self.entries}
         return {path_string(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(kept)[0]}
 
 
-def _differences(config: ModelConfig, variant: str) -> dict[str, Any]:
-    """The options that make `config` of the row `variant`."""
+def differences(config: ModelConfig, variant: str) -> dict[str, Any]:
+    """The options that make a configuration of the towers of the row `variant`."""
     row = resolve_config(variant)
     found = {name: value for name, value in config.items() if name != "variant" and value != row[name]}
     # What the row leaves open follows another field, and would not stay as it is beside a new value of that field.
@@ -159,7 +169,7 @@ def _differences(config: ModelConfig, variant: str) -> dict[str, Any]:
     return found
 
 
-def _nearest(config: ModelConfig) -> ModelConfig:
+def nearest(config: ModelConfig) -> ModelConfig:
     """The same sizes, written as the row of `VARIANTS` that needs the fewest options."""
-    variant = min(VARIANTS, key=lambda name: len(_differences(config, name)))
-    return resolve_config(variant, **_differences(config, variant))
+    variant = min(VARIANTS, key=lambda name: len(differences(config, name)))
+    return resolve_config(variant, **differences(config, variant))

@@ -2,9 +2,10 @@
 
 Canonical names are those of the original releases under the name of our entry: `image.` + Swin's (layers.0.blocks.0...)
 or CLIP's visual tower (conv1, resblocks.0...), `text.` + CLIP's transformer (token_embedding, resblocks.0...), and
-`image_projection`, `text_projection`, `logit_scale`.
+`image_projection`, `text_projection`, `logit_scale`; `detector.` + our own names (block0.offset...).
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -52,8 +53,9 @@ class Tensor(NamedTuple):
 def gather(state: Mapping[str, Any], naming: Callable[[str], str]) -> dict[str, Tensor]:
     """Tensors by canonical name.
 
-    A name may end in '#T', for a matrix that is stored transposed, or in '#0', '#1', ...: parts of a tensor along its
-    first axis, such as separate queries, keys and values. Names that `naming` does not know keep their own.
+    A name may end in '#' and one of `STORED`, for a tensor that is stored in another way, or in '#0', '#1', ...: parts
+    of a tensor along its first axis, such as separate queries, keys and values. Names that `naming` does not know keep
+    their own.
     """
     parts: dict[str, dict[str, list[str]]] = {}
     for name in state:
@@ -63,17 +65,31 @@ def gather(state: Mapping[str, Any], naming: Callable[[str], str]) -> dict[str, 
     for canonical, by_part in parts.items():
         names = tuple(name for part in sorted(by_part) for name in by_part[part])
         clash = any(len(same) > 1 for same in by_part.values()) or ("" in by_part and len(by_part) > 1)
-        found[canonical] = Tensor(names, _joined([state[name] for name in names], transposed="T" in by_part), clash)
+        found[canonical] = Tensor(names, _joined([state[name] for name in names], next(iter(by_part))), clash)
     return found
 
 
-def _joined(arrays: Sequence[Any], transposed: bool) -> LazyArray:
+def _from_unfold(value: np.ndarray) -> np.ndarray:
+    """The 4C inputs of a patch merging, in PyTorch's order of `unfold` (channel, row, column), in Swin's."""
+    return np.ascontiguousarray(value.reshape(*value.shape[:-1], -1, 2, 2).T).reshape(-1, *value.shape[:-1][::-1]).T
+
+
+# How a tensor may be stored otherwise than canonically, and the way back.
+STORED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "T": np.transpose,
+    "unfold": _from_unfold,
+    "bgr": lambda value: value[:, ::-1],  # a convolution of pictures whose channels are blue, green, red
+}
+
+
+def _joined(arrays: Sequence[Any], part: str) -> LazyArray:
     first = np.shape(arrays[0])
-    if len(arrays) > 1 and all(np.shape(array)[1:] == first[1:] and first for array in arrays):
-        shape = (sum(np.shape(array)[0] for array in arrays), *first[1:])
-        return LazyArray(shape, lambda: np.concatenate([np.asarray(array) for array in arrays]))
-    if transposed:
-        return LazyArray(first[::-1], lambda: np.asarray(arrays[0]).T)
+    if part.isdigit() and all(np.shape(array)[1:] == first[1:] for array in arrays):
+        shape = (sum(math.prod(np.shape(array)[:1]) for array in arrays), *first[1:])
+        return LazyArray(shape, lambda: np.concatenate([np.atleast_1d(np.asarray(array)) for array in arrays]))
+    if part in STORED:
+        shape = first[::-1] if part == "T" else first
+        return LazyArray(shape, lambda: STORED[part](np.asarray(arrays[0])))
     return LazyArray(first, lambda: np.asarray(arrays[0]))
 
 

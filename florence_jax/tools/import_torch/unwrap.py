@@ -22,6 +22,12 @@ FOREIGN_NETWORKS = (
         r"\.self_attn\.(q_norm|k_norm)\.|\.resblocks\.\d+\.(ls_1|attn\.ln_q|ln_attn)\b",
         "a ViT with layer scale or norms",
     ),
+    (r"(^|\.)(bottom_up|body|backbone)\.(stem|res2|layer1|conv1)\.", "a detector on a ResNet"),
+    (r"(^|\.)(roi_heads?|proposal_generator|rpn_head)\.", "a two-stage detector"),
+    (
+        r"(^|\.)head\.(cls_tower|cls_subnet)\.|(^|\.)bbox_head\.(cls_convs|retina_cls)\.",
+        "a detector with convolutions of their own before each prediction",
+    ),
 )
 
 
