@@ -18,16 +18,18 @@ from tiny_images import run_main
 from florence_jax.data.buckets import nearest_sizes
 from florence_jax.errors import UserError
 from florence_jax.inference import Florence
+from florence_jax.inference.detector import DetectorAnswerer
 from florence_jax.models.deform_conv import deform_conv
 from florence_jax.models.detector import Pyramid, resolve_detector
 from florence_jax.models.dyhead import DyHeadBlock, DyReLU
 from florence_jax.params.sharding import make_mesh
 from florence_jax.params.weights import describe
+from florence_jax.tasks import answerer_class
 from florence_jax.tasks.detector import Detector
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.tools.import_torch.__main__ import main
 from florence_jax.tools.import_torch.convert import convert
-from florence_jax.tools.import_torch.detectors import COCO_IDS, buckets_for
+from florence_jax.tools.import_torch.detectors import COCO_IDS, DetectorFamily, buckets_for
 from florence_jax.tools.import_torch.families import FAMILIES
 
 WIDTH, CLASSES, WINDOW = 16, 80, 4
@@ -158,6 +160,23 @@ def mmdet_state():
 
 
 STATES = {"dyhead": dyhead_state, "glip": glip_state, "mmdet": mmdet_state}
+block_of = functools.cache(lambda coarse: jax.jit(DyHeadBlock(coarse).apply))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_trace():
+    """The shapes of the model are traced once: no option that differs between the families changes them."""
+    traced, targets = {}, DetectorFamily.targets
+
+    def known(self, config):
+        key = config.tower, len(config.classes), config.variant, config.overrides["width"]
+        if key not in traced:
+            traced[key] = targets(self, config)
+        return traced[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DetectorFamily, "targets", known)
+        yield
 
 
 @functools.cache
@@ -174,7 +193,7 @@ def test_golden_block_through_the_importer(family):
     maps = tuple(np.float32(x).transpose(0, 2, 3, 1) for x in maps)
     canvases = tuple(np.pad(x, ((0, 0), (0, 4 >> i), (0, 8 >> i), (0, 0))) for i, x in enumerate(maps))
     valids = tuple(jnp.array([size]) for size in SIZES)
-    levels = jax.jit(DyHeadBlock(COARSE[family]).apply)({"params": block}, canvases, valids)[0]
+    levels = block_of(COARSE[family])({"params": block}, canvases, valids)[0]
     for got, (height, width), want in zip(levels, SIZES, BLOCK[COARSE[family]], strict=True):
         got = np.asarray(got, np.float64)[:, :height, :width].transpose(0, 3, 1, 2)
         np.testing.assert_allclose(got.ravel()[:2], want[:2], atol=2e-5)
@@ -322,6 +341,7 @@ def folder(tmp_path_factory):
 
 def test_an_imported_folder_holds_a_detector_alone(folder):
     part = describe(folder).parts["detector"]
+    assert answerer_class(describe(folder).task) is DetectorAnswerer  # what florence_jax.predict does with it
     assert part["sizes"] == [[128, 128]] and part["classes"][3] == "thing 3"
     assert part["category_ids"] == [*range(1, CLASSES + 1)]
     encoder = Encoder(folder)
@@ -329,15 +349,16 @@ def test_an_imported_folder_holds_a_detector_alone(folder):
     assert {"image", "detector"} == set(params) and not encoder.has_text
     want = converted("dyhead")[1]
     jax.tree.map(np.testing.assert_array_equal, params, want)
-    with pytest.raises(UserError, match="holds no text tower"):
-        Florence(folder).classify([np.zeros((8, 8, 3), np.uint8)], ["cat", "dog"])
 
 
 @pytest.mark.slow
 def test_an_imported_folder_detects_and_is_evaluated(folder, tmp_path):
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, size, np.uint8) for size in ((48, 64, 3), (90, 40, 3))]
-    found = Florence(folder, batch_size=8).detect(pictures, threshold=0.0, top=5)
+    model = Florence(folder, batch_size=8)
+    with pytest.raises(UserError, match="holds no text tower"):
+        model.classify(pictures, ["cat", "dog"])
+    found = model.detect(pictures, threshold=0.0, top=5)
     assert [len(one["boxes"]) for one in found] == [5, 5]
     lines = ["image,x1,y1,x2,y2,name"]
     for number, (one, picture) in enumerate(zip(found, pictures, strict=True)):

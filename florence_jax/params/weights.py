@@ -29,7 +29,7 @@ class Description(NamedTuple):
 
     Attributes:
       folder: that holds the checkpoints.
-      task: that trained it, such as 'pretrain'; 'import' of converted weights.
+      task: that trained it, such as 'pretrain'; 'import' of converted towers, 'detect' of converted detectors.
       parts: by name ('towers', 'head', 'detector', ...), what is needed to build that part of the model again,
         JSON-able: for the towers "variant" and "overrides" as for `florence.build`. Each has "entries", the top-level
         names of its parameters: 'image', 'text', 'image_projection', ...

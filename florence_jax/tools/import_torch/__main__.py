@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{file.name}: {error}") from error
     source = {"from": args.family, "file": file.name, "dropped": found.dropped}
     parts = family.parts(found.config, list(found.params), found.evaluation)
-    save_pretrained(args.out, found.params, make_description("import", parts, source=source))
+    save_pretrained(args.out, found.params, make_description(family.task, parts, source=source))
     count = sum(leaf.size for leaf in jax.tree.leaves(found.params))
     told = "; ".join(
         f"{'' if name == 'towers' else f'{name}: '}variant {part['variant']}, "

@@ -16,7 +16,7 @@ from florence_jax.models.base import Model
 from florence_jax.models.detector import DETECTORS, DetectorConfig, build_detector, resolve_detector
 from florence_jax.models.sizes import ModelConfig, resolve_config
 from florence_jax.tasks.detector import DETECTOR, Options
-from florence_jax.tools.import_torch.family import DROPPED, Family, Shapes, Told, nearest
+from florence_jax.tools.import_torch.family import DROPPED, Family, Shapes, Told, nearest_variant
 from florence_jax.tools.import_torch.names import Renames
 from florence_jax.tools.import_torch.swin import SWIN_RULES, swin_sizes
 
@@ -67,7 +67,7 @@ class DetectorFamily(Family):
         tower = {name: value for name, value in sizes.items() if name not in (*of_head, *own)}
         variant = min(DETECTORS, key=lambda name: len(_changes(name, given)))
         return DetectorSizes(
-            nearest(resolve_config(self.base, **tower)),
+            nearest_variant(resolve_config(self.base, **tower)),
             variant,
             _changes(variant, given),
             _class_names(sizes.get("classes"), sizes["count"]),
@@ -131,6 +131,7 @@ def detector_family(
         told=_nothing_told,
         evaluation=lambda config, names: {},
         entries=("image", DETECTOR),
+        task="detect",
         dropped=f"{DROPPED}|{dropped}",
         left_out=(*more["left_out"], (r"image\.norm0\..*", OTHER_MAP)),
         absent=(*more["absent"], ("image/norm/scale", 1.0, LAST_NORM), ("image/norm/bias", 0.0, LAST_NORM)),

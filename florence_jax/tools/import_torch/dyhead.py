@@ -46,7 +46,7 @@ def dyhead_naming(names: Collection[str]) -> Callable[[str], str]:
     return functools.partial(rename_all, rules=_RENAMES)
 
 
-DYHEAD = detector_family(
+DYHEAD_FAMILY = detector_family(
     name="dyhead",
     about="DyHead's one-stage detectors on Swin (microsoft/DynamicHead, detectron2's names)",
     naming=dyhead_naming,

@@ -112,6 +112,7 @@ class Family:
       left_out: (pattern, what) of canonical names that are left out too, and are counted under that name.
       absent: (pattern, value, what) of paths of our parameters that a file need not have, and what they are then.
       remarks: (shapes) -> sentences for the user about what the file is not good for.
+      task: in `model.json`, by which `florence_jax.predict` chooses what to do.
     """
 
     name: str
@@ -132,14 +133,15 @@ class Family:
     left_out: tuple[tuple[str, str], ...] = ()
     absent: tuple[tuple[str, float, str], ...] = ()
     remarks: Callable[[Shapes], list[str]] = lambda found: []
+    task: str = "import"
 
     def configure(self, sizes: Mapping[str, Any]) -> Any:
         """These sizes, written as the row of `VARIANTS` that needs the fewest options; raises `UserError`."""
-        return nearest(resolve_config(self.base, **sizes))
+        return nearest_variant(resolve_config(self.base, **sizes))
 
     def changed(self, config: Any, changes: Mapping[str, Any]) -> Any:
         """`config` with other values of some fields; raises `UserError`."""
-        return nearest(resolve_config(config.variant, **{**differences(config, config.variant), **changes}))
+        return nearest_variant(resolve_config(config.variant, **{**differences(config, config.variant), **changes}))
 
     def parts(self, config: Any, entries: Sequence[str], evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The parts of `model.json` that rebuild a model with these top-level entries."""
@@ -169,7 +171,7 @@ def differences(config: ModelConfig, variant: str) -> dict[str, Any]:
     return found
 
 
-def nearest(config: ModelConfig) -> ModelConfig:
+def nearest_variant(config: ModelConfig) -> ModelConfig:
     """The same sizes, written as the row of `VARIANTS` that needs the fewest options."""
     variant = min(VARIANTS, key=lambda name: len(differences(config, name)))
     return resolve_config(variant, **differences(config, variant))

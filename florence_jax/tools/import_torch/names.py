@@ -53,7 +53,7 @@ class Tensor(NamedTuple):
 def gather(state: Mapping[str, Any], naming: Callable[[str], str]) -> dict[str, Tensor]:
     """Tensors by canonical name.
 
-    A name may end in '#' and one of `STORED`, for a tensor that is stored in another way, or in '#0', '#1', ...: parts
+    A name may end in '#' and one of `LAYOUTS`, for a tensor that is stored in another way, or in '#0', '#1', ...: parts
     of a tensor along its first axis, such as separate queries, keys and values. Names that `naming` does not know keep
     their own.
     """
@@ -75,7 +75,7 @@ def _from_unfold(value: np.ndarray) -> np.ndarray:
 
 
 # How a tensor may be stored otherwise than canonically, and the way back.
-STORED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "T": np.transpose,
     "unfold": _from_unfold,
     "bgr": lambda value: value[:, ::-1],  # a convolution of pictures whose channels are blue, green, red
@@ -87,9 +87,9 @@ def _joined(arrays: Sequence[Any], part: str) -> LazyArray:
     if part.isdigit() and all(np.shape(array)[1:] == first[1:] for array in arrays):
         shape = (sum(math.prod(np.shape(array)[:1]) for array in arrays), *first[1:])
         return LazyArray(shape, lambda: np.concatenate([np.atleast_1d(np.asarray(array)) for array in arrays]))
-    if part in STORED:
+    if part in LAYOUTS:
         shape = first[::-1] if part == "T" else first
-        return LazyArray(shape, lambda: STORED[part](np.asarray(arrays[0])))
+        return LazyArray(shape, lambda: LAYOUTS[part](np.asarray(arrays[0])))
     return LazyArray(first, lambda: np.asarray(arrays[0]))
 
 
