@@ -3,11 +3,11 @@
 from florence_jax.tools.import_torch.clip import CLIP, OPENCLIP
 from florence_jax.tools.import_torch.dyhead import DYHEAD_FAMILY
 from florence_jax.tools.import_torch.family import Family
-from florence_jax.tools.import_torch.glip import GLIP
-from florence_jax.tools.import_torch.mmdet import MMDET
+from florence_jax.tools.import_torch.glip import GLIP_FAMILY
+from florence_jax.tools.import_torch.mmdet import MMDET_FAMILY
 from florence_jax.tools.import_torch.swin import SWIN
 from florence_jax.tools.import_torch.unicl import UNICL
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (SWIN, UNICL, CLIP, OPENCLIP, DYHEAD_FAMILY, GLIP, MMDET)
+    family.name: family for family in (SWIN, UNICL, CLIP, OPENCLIP, DYHEAD_FAMILY, GLIP_FAMILY, MMDET_FAMILY)
 }

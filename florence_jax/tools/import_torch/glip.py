@@ -65,7 +65,7 @@ def glip_remarks(found: Shapes) -> list[str]:
     return remarks
 
 
-GLIP = detector_family(
+GLIP_FAMILY = detector_family(
     name="glip",
     about="the visual part of GLIP on Swin (microsoft/GLIP, maskrcnn-benchmark's names)",
     naming=glip_naming,

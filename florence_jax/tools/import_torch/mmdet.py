@@ -44,7 +44,7 @@ def mmdet_naming(names: Collection[str]) -> Callable[[str], str]:
     return functools.partial(rename_all, rules=_RENAMES)
 
 
-MMDET = detector_family(
+MMDET_FAMILY = detector_family(
     name="mmdet",
     about="mmdetection's ATSS with DyHead on Swin",
     naming=mmdet_naming,
