@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs.detect import get_config
 from florence_jax.data.few_shots import choose_shots, class_pictures, few_shots
 from florence_jax.data.sources.boxes import BoxColumns
 from florence_jax.data.sources.detection import open_boxes
@@ -74,6 +75,14 @@ def test_a_source_is_cut_to_them_and_says_so(tmp_path):
 
 def test_a_set_of_crowds_gives_none():
     assert not len(choose_shots(columns_of([[0], [0, 1]], crowds=(0, 1, 2)), 2, 5, 0))
+
+
+def test_configurations_of_few_shots_and_of_the_papers_pretraining():
+    few = get_config("protocol=fewshot,shots=3")
+    assert (few.protocol, few.shots, few.mode, few.init) == ("fewshot", 3, "train", "runs/detect")
+    flod = get_config("recipe=flod")
+    assert (flod.batch_size, flod.epochs, flod.detector.tower_lr, flod.data.train) == (128, 12, 0.0, "")
+    assert flod.detector.sizes == get_config("recipe=objects365").detector.sizes
 
 
 def test_steps_follow_the_number_of_pictures():
