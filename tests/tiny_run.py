@@ -12,6 +12,7 @@ TINY_FLAGS = [
     "--config.checkpoint.every=2",
     "--config.log.every=1",
     "--config.optim.warmup_steps=2",
+    "--config.optim.ema_decay=0.5",
     "--config.batch_size=16",
     "--config.eval.batch_size=64",
     *(f"--config.model.overrides.{name}={value}" for name, value in TINY_MODEL.items()),
@@ -32,6 +33,7 @@ def tiny_config(data, **changes):
     config.model.overrides.update(TINY_MODEL)
     config.total_steps, config.batch_size, config.eval.batch_size = 8, 16, 64
     config.checkpoint.every, config.log.every, config.optim.warmup_steps = 2, 1, 2
+    config.optim.ema_decay = 0.5
     config.data.train = config.eval.source = data
     config.update_from_flattened_dict(changes)
     return config.lock()
