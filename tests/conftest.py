@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 import jax
@@ -30,6 +31,11 @@ jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A test run that was started in the background ignores Ctrl-C and hang-ups, and so would the commands that tests start.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # grain's worker processes read absl flags; outside an absl app they must be marked as parsed.
 if not flags.FLAGS.is_parsed():
