@@ -96,15 +96,11 @@ def largest_differences(got, want):
 
 
 def test_padding_changes_nothing(params):
-    """Alone, beside another picture, and in a larger batch, there by a model whose blocks are not scanned."""
+    """Alone, beside another picture, and in a larger batch."""
     small, full = picture(0, *OWN), picture(1, 128, 128)
     alone, _, beside, filling = map(own, run(build(), params, (128, 128), [small, small], [small, full]))
     assert [level.shape[:2] for level in alone] == [(13, 11), (7, 6), (4, 3), (2, 2), (1, 1)]
-    rest = dict(params["detector"])
-    blocks = rest.pop("blocks")
-    blocks = {f"block{i}": jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(2)}
-    unrolled = build_detector(dataclasses.replace(TOWER, scan=False), "tiny", 3, width=16, blocks=2)
-    larger = list(map(own, run(unrolled, params | {"detector": rest | blocks}, (128, 256), [small, full])))
+    larger = list(map(own, run(build(), params, (128, 256), [small, full])))
     for got, want in ((beside, alone), (larger[0], alone), (larger[1], filling)):
         assert [level.shape for level in got] == [level.shape for level in want]
         assert max(largest_differences(got, want)) < 1e-4

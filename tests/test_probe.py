@@ -44,7 +44,7 @@ def fits(data):
 
 def check_against_sklearn(fits, features, labels):
     for row, c in enumerate(fits.cs):
-        theirs = Theirs(C=c, tol=1e-9, max_iter=10_000).fit(features.astype(np.float64), labels)
+        theirs = Theirs(C=c, tol=1e-9, solver="newton-cholesky").fit(features.astype(np.float64), labels)
         wanted = objective(features, labels, *sklearn_weights(theirs), c)
         ours = objective(features, labels, fits.weights[row], fits.bias[row], c)
         assert ours == pytest.approx(wanted, rel=5e-5)
@@ -211,7 +211,7 @@ def test_several_classes_an_example_are_a_regression_each():
         for k in range(4):
             judged = labels[:, k] >= 0
             data = features[judged].astype(np.float64), labels[judged, k]
-            theirs = Theirs(C=c, tol=1e-9, max_iter=10_000).fit(*data)
+            theirs = Theirs(C=c, tol=1e-9, solver="newton-cholesky").fit(*data)
             np.testing.assert_allclose(fits.weights[row][:, k], theirs.coef_[0], atol=0.02)
             total += objective(*data, *sklearn_weights(theirs), c)
         assert fits.objective[row] == pytest.approx(total, rel=5e-5)
@@ -236,7 +236,7 @@ def test_probe_of_the_digits():
     results = probe.run(16.0)
     assert results["images"] == 797 and probe.chance["top1"] == 0.1
     features = [np.stack([s.source[i]["image"].ravel() / 16 for i in range(len(s.labels))]) for s in (train, test)]
-    theirs = Theirs(C=10 ** results["log10_c"], tol=1e-8, max_iter=10_000).fit(features[0], train.labels)
+    theirs = Theirs(C=10 ** results["log10_c"], tol=1e-8, solver="newton-cholesky").fit(features[0], train.labels)
     assert results["top1"] == pytest.approx(theirs.score(features[1], test.labels), abs=0.0026)
     assert results["top1"] > 0.8 and results["validation_top1"] > 0.85
     page = "".join(probe.report())
