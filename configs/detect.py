@@ -11,7 +11,8 @@
     python -m florence_jax.main --config=configs/detect.py:protocol=check --config.data.test=my_folder
 
 Data with boxes: coco:FILE.json:IMAGES, voc:FOLDER, boxes:FILE.csv, a folder that holds one of these, records of the
-FLOD builder, scenes:SPLIT; see docs/detection.md. `--config.init` is the workdir of a run (the default is that of
+FLOD builder, scenes:SPLIT, lvis:FILE.json:IMAGES, objects365:FILE.json:IMAGES, openimages:FOLDER, vg:FOLDER; see
+docs/detection.md. `--config.init` is the workdir of a run (the default is that of
 configs/pretrain.py) or a folder written by florence_jax.tools.import_torch. Results are in WORKDIR/result.json,
 detections_NAME.json (COCO's result file) and report.html.
 
@@ -62,6 +63,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "scales": (1.0,),  # multi-scale training: every picture at each of these shares of its bucket
         "most_boxes": 100,  # of a picture in training; what is more is counted, and ignored
         "crowd": "ignore",  # what crowds and groups are in training: ignore | background (as the references have it)
+        "unknown": "ignore",  # classes that nobody looked for in a picture: ignore | background (what has no box)
         "tower_lr": 1.0,  # learning rate of the image tower over the detector's; 0: frozen
     }
     config.detections = {  # None: as the folder's detector was trained to, else what is said here
@@ -78,7 +80,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "source": "",  # data whose AP is watched, before and after; of the classes that both detectors know; '': none
         "threshold": 0.05,  # a larger fall is warned of
     }
-    config.data.train = "scenes:train" if trains else ""
+    config.data.train = "scenes:train" if trains else ""  # several joined by '|' are one set
     config.data.test = ""  # several joined by '|'; '': `holdout` of the images of data.train; of scenes held-out ones
     config.shots = given.shots  # protocol fewshot: pictures of each class to train on; 0: all
     config.holdout = 0.2  # share of the images that are kept for testing, where no such images are named

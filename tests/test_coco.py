@@ -12,11 +12,12 @@ import pytest
 from coco_tools import NAMES, OPS, DrawnBoxes, answers_like, detect, told, truth_of
 from two_processes import run_job
 
+from florence_jax.data.box_classes import match_classes
 from florence_jax.data.buckets import make_buckets
 from florence_jax.errors import UserError
 from florence_jax.evaluators.coco import CocoEvaluator
 from florence_jax.evaluators.coco_baseline import mean_box_scores, mean_boxes
-from florence_jax.evaluators.coco_files import FoundBoxes, found_boxes, match_classes
+from florence_jax.evaluators.coco_files import FoundBoxes, found_boxes
 from florence_jax.evaluators.coco_scores import COCO_METRICS, absent_words, coco_scores, one_of_each
 from florence_jax.params.sharding import make_mesh
 

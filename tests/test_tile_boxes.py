@@ -74,3 +74,17 @@ def test_a_folder_of_other_tiles_is_left_alone(folder, tmp_path, capsys):
     assert tile_boxes.main([*options, "--side=64"]) == tile_boxes.main([*options, "--side=3"]) == 2
     told = capsys.readouterr().err
     assert "holds something else" in told and "at least 32 pixels" in told
+
+
+def test_tiles_know_what_was_looked_for(tmp_path):
+    Image.fromarray(np.full((64, 128, 3), 9, np.uint8)).save(tmp_path / "a.png")
+    lists = {"neg_category_ids": [7], "not_exhaustive_category_ids": [8]}
+    image = {"id": 1, "file_name": "a.png", "width": 128, "height": 64} | lists
+    box = {"id": 1, "image_id": 1, "category_id": 5, "bbox": [5, 5, 20, 20]}
+    categories = [{"id": number, "name": f"class {number}"} for number in (5, 7, 8, 9)]
+    (tmp_path / "l.json").write_text(json.dumps({"images": [image], "annotations": [box], "categories": categories}))
+    out = tmp_path / "tiles"
+    assert tile_boxes.main([f"--data=coco:{tmp_path}/l.json", f"--out={out}", "--side=64", "--overlap=0"]) == 0
+    left, right = open_boxes(str(out)).metadata()
+    assert left["negative_ids"].tolist() == [1] and right["negative_ids"].tolist() == [0, 1]
+    assert left["not_exhaustive_ids"].tolist() == right["not_exhaustive_ids"].tolist() == [2]

@@ -31,6 +31,7 @@ PAGES = {
 }
 PROBES = 1000  # files looked for to learn how many leading folders of the names are on disk
 IdPairs = tuple[np.ndarray, np.ndarray]
+NEGATIVE, NOT_EXHAUSTIVE = "neg_category_ids", "not_exhaustive_category_ids"  # of a picture of LVIS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,14 +230,18 @@ class CocoColumns:
         if self.spec.kind == "lvis":
             if not url:  # LVIS 0.5 has names of the year 2014, 'COCO_val2014_000000391895.jpg', for files of 2017
                 name = name[-16:]
-            row = len(self.files)
-            for pairs, field in ((self.negative, "neg"), (self.not_exhaustive, "not_exhaustive")):
-                for category in item[f"{field}_category_ids"]:
-                    pairs.extend((row, category))
+            self.take_lists(item)
         self.image_ids.append(item["id"])
         self.sizes.extend((item["width"], item["height"]))
         self.files.append(name)
         self.official.append(url.split("/")[-2] if url.count("/") > 1 else "")
+
+    def take_lists(self, item: dict) -> None:
+        """Takes the lists of categories of an item of "images" that comes next, as LVIS has them."""
+        row = len(self.files)
+        for pairs, field in ((self.negative, NEGATIVE), (self.not_exhaustive, NOT_EXHAUSTIVE)):
+            for category in item[field]:
+                pairs.extend((row, category))
 
     def take_box(self, item: dict) -> None:
         """Takes an item of "annotations"."""
@@ -277,9 +282,9 @@ def read_coco_like(spec: SourceSpec) -> Annotations:
         crowd=crowd,
         group_of=np.zeros_like(crowd),
         scores=np.full(len(crowd), np.nan, np.float32),
-        negative=_pairs(columns.negative, category_rows),
-        not_exhaustive=_pairs(columns.not_exhaustive, category_rows),
-        positive=_no_pairs(),
+        negative=list_pairs(columns.negative, category_rows),
+        not_exhaustive=list_pairs(columns.not_exhaustive, category_rows),
+        positive=no_pairs(),
         exhaustive=spec.kind != "lvis",
         skipped=skipped,
         numbers=columns.image_ids,
@@ -311,13 +316,15 @@ def rows_by_id(ids: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     return rows
 
 
-def _pairs(flat: array.array, category_rows: Callable[[np.ndarray], np.ndarray]) -> IdPairs:
+def list_pairs(flat: array.array, category_rows: Callable[[np.ndarray], np.ndarray]) -> IdPairs:
+    """The pairs of `CocoColumns.take_lists` whose category is listed, as rows of both."""
     images, categories = np.array(flat, np.int64).reshape(-1, 2).T
     categories = category_rows(categories)
     return images[categories >= 0].astype(np.int32), categories[categories >= 0]
 
 
-def _no_pairs() -> IdPairs:
+def no_pairs() -> IdPairs:
+    """No pairs at all."""
     return np.zeros(0, np.int32), np.zeros(0, np.int32)
 
 
@@ -396,7 +403,7 @@ def read_openimages(spec: SourceSpec) -> Annotations:
         group_of=group_of,
         scores=np.full(len(group_of), np.nan, np.float32),
         negative=negative,
-        not_exhaustive=_no_pairs(),
+        not_exhaustive=no_pairs(),
         positive=positive,
         skipped=skipped,
     )

@@ -96,7 +96,7 @@ def place_files(table: BoxTable, pictures: Sequence[str]) -> None:
     named = itertools.chain(rows, *map(finder.find, table.left_out))
     for name in sorted(set(pictures).difference(named)):
         table.problems.add("unused_file", name)
-    table.box_image = target[table.box_image].astype(np.int32)
+    table.move_pictures(target)
     table.keep_pictures(keep)
 
 
@@ -143,10 +143,10 @@ def place_boxes(table: BoxTable, folder: str) -> None:
     else of `HEADER_SAMPLE`, and of all where one of those has another size than stated.
     """
     stated = (table.sizes > 0).all(1)
-    if missing := int((~stated).sum()):
+    if (missing := int((~stated).sum())) and not table.relative:
         table.problems.add("no_size", table.files[int(np.argmin(stated))], count=missing)
     wanted, frames = _frames(table, folder, stated)
-    sizes = np.where(stated[:, None], table.sizes, frames.size)
+    sizes = np.where(stated[:, None], table.sizes, 0 if table.relative else frames.size)
     swapped = _swapped(table, sizes, frames)
     _add_pictures(table, "swapped", swapped, lambda row: f"says {_by(sizes[row])}, is {_by(frames.size[row])}")
     sizes = np.where(swapped[:, None], frames.size, sizes)
@@ -252,26 +252,41 @@ def drop_bad_boxes(table: BoxTable) -> None:
     same = np.all([column[order][1:] == column[order][:-1] for column in columns], axis=0)
     again = np.zeros(len(clean), bool)
     again[order[1:][same]] = True
-    table.add("same_box", again & (reason == 0))
-    keep = (reason == 0) | thin
+    table.add("repeated_box" if table.drops_repeats else "same_box", again & (reason == 0))
+    keep = ((reason == 0) | thin) & ~(again & table.drops_repeats)
     table.boxes = clean
     table.keep_boxes(keep)
     counts = np.bincount(table.box_image, minlength=len(table.files))
     _add_pictures(table, "crowded", counts > CROWDED, lambda row: f"{counts[row]:,} boxes")
 
 
+def check_lists(table: BoxTable) -> None:
+    """Where a class is said not to be in a picture, and has a box there or not all of its boxes, the boxes win."""
+    if not len(table.negative[0]):
+        return
+    classes = len(table.class_names)
+    absent, partly = (
+        image.astype(np.int64) * classes + which for image, which in (table.negative, table.not_exhaustive)
+    )
+    wrong = np.isin(absent, np.union1d(table.box_image.astype(np.int64) * classes + table.box_class, partly))
+    rows = np.flatnonzero(wrong)
+    room = table.problems.room("denied")
+    for row in rows[:room].tolist():
+        image, which = (int(column[row]) for column in table.negative)
+        table.problems.add("denied", table.files[image], table.class_names[which])
+    if len(rows) > room:
+        table.problems.add("denied", count=len(rows) - room)
+    table.negative = table.negative[0][~wrong], table.negative[1][~wrong]
+
+
 def check_classes(table: BoxTable) -> None:
     """Leaves out the class above the others that Roboflow writes; tells of classes without boxes, and alike names."""
     counts = np.bincount(table.box_class, minlength=len(table.class_names))
     root = [not counts[k] and name in table.parents for k, name in enumerate(table.class_names)]
-    keep = np.flatnonzero(~np.array(root, bool))
     for name in (name for name, is_root in zip(table.class_names, root, strict=True) if is_root):
         table.problems.add("root_class", name)
-    number = np.full(len(root), -1, np.int32)
-    number[keep] = np.arange(len(keep))
-    table.box_class = number[table.box_class]
-    table.class_names = [table.class_names[k] for k in keep.tolist()]
-    table.category_ids = [table.category_ids[k] for k in keep.tolist()]
+    keep = ~np.array(root, bool)
+    table.keep_classes(keep)
     alike: dict[str, str] = {}
     for name, count in zip(table.class_names, counts[keep].tolist(), strict=True):
         other = alike.setdefault(" ".join(name.replace("_", " ").split()).casefold(), name)

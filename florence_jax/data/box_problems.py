@@ -51,6 +51,7 @@ MISTAKES = {
     "thin": Mistake("boxes thinner than a pixel", _KEPT),
     "clipped": Mistake("boxes that reach beyond the picture", "cut at its edge"),
     "same_box": Mistake("boxes with the same place and class as another one", _KEPT),
+    "repeated_box": Mistake("boxes with the very place and class of another one", LEFT_OUT),
     "unknown_image": Mistake("boxes of a picture that is not listed", LEFT_OUT),
     "unknown_category": Mistake("boxes of a class that is not listed", LEFT_OUT),
     "corners": Mistake("files whose boxes look like x1 y1 x2 y2, where x y width height is due", "read so"),
@@ -65,6 +66,12 @@ MISTAKES = {
     "no_name": Mistake("classes without a name", "named by their id"),
     "names_alike": Mistake("classes whose names differ in case or spaces only", _KEPT),
     "text_id": Mistake("ids that are texts, not numbers", _KEPT),
+    "denied": Mistake("classes said not to be in a picture that has boxes of them", "the boxes count"),
+    "unlisted_label": Mistake("labels of pictures or classes that are not listed", NOT_USED),
+    "alias_twice": Mistake("names of a vocabulary that several of its classes have", "the first class counts"),
+    "unknown_alias": Mistake("names of objects that are no class of the vocabulary", LEFT_OUT),
+    "unknown_attribute": Mistake("names of attributes that are not in the vocabulary", LEFT_OUT),
+    "many_attributes": Mistake("attributes of objects that have more than 16", LEFT_OUT),
     "root_class": Mistake("class without boxes that stands above the others (Roboflow's class 0)", LEFT_OUT),
     "no_boxes": Mistake("classes without boxes", _KEPT),
     "one_class": Mistake("only one class", _KEPT),
@@ -73,7 +80,17 @@ MISTAKES = {
 
 
 # What is told in the sentence about a set, beside what is left out and not used.
-CHANGED = ("file_twice", "turned", "rescaled", "swapped", "clipped", "category_id_twice", "category_name_twice")
+CHANGED = (
+    "file_twice",
+    "turned",
+    "rescaled",
+    "swapped",
+    "clipped",
+    "category_id_twice",
+    "category_name_twice",
+    "denied",
+    "alias_twice",
+)
 
 
 class Flaw(NamedTuple):

@@ -2,11 +2,12 @@
 
 import array
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from florence_jax.data.annotations import IdPairs, no_pairs
 from florence_jax.data.box_problems import Problems
 
 
@@ -22,7 +23,7 @@ class BoxTable:
       class_names: K names. category_ids: K ids as the set has them.
       box_image, box_class: int32 (M,), indices.
       boxes: float64 (M, 4), x1 y1 x2 y2, pixels of the stated size; anything that the set says.
-      crowd: bool (M,). areas: float32 (M,), stated areas, NaN where there is none.
+      crowd, group_of: bool (M,). areas: float32 (M,), stated areas, NaN where there is none.
       places: int32 (M,), number of each box in the set; `place` makes a text of it.
       place: such as 'annotations[{}]'.
       problems: met so far.
@@ -30,6 +31,12 @@ class BoxTable:
       sides: whether the set writes x, y, width, height.
       numbered: whether the ids of classes are the set's own.
       left_out: names of pictures that were dropped.
+      exhaustive: whether all classes were looked for in all pictures; then the two below are empty.
+      negative, not_exhaustive: pairs (picture, class): looked for and not there; there, but not all have a box.
+      attributes: pairs (box, attribute). attribute_names: of those.
+      uids: by which other sets know a picture, by its id here.
+      relative: whether boxes are in shares of their pictures, of which the set states no sizes.
+      drops_repeats: whether boxes with the place and class of another one are left out.
     """
 
     name: str
@@ -42,6 +49,7 @@ class BoxTable:
     box_class: np.ndarray
     boxes: np.ndarray
     crowd: np.ndarray
+    group_of: np.ndarray
     areas: np.ndarray
     places: np.ndarray
     place: str
@@ -50,6 +58,14 @@ class BoxTable:
     sides: bool = False
     numbered: bool = False
     left_out: list[str] = dataclasses.field(default_factory=list)
+    exhaustive: bool = True
+    negative: IdPairs = dataclasses.field(default_factory=no_pairs)
+    not_exhaustive: IdPairs = dataclasses.field(default_factory=no_pairs)
+    attributes: IdPairs = dataclasses.field(default_factory=no_pairs)
+    attribute_names: Sequence[str] = ()
+    uids: Mapping[Any, str] = dataclasses.field(default_factory=dict)
+    drops_repeats: bool = False
+    relative: bool = False
 
     def add(self, kind: str, mask: np.ndarray) -> None:
         """Counts the boxes of a mask (M,) as a problem, and keeps the first with their places."""
@@ -64,7 +80,8 @@ class BoxTable:
 
     def keep_boxes(self, mask: np.ndarray) -> None:
         """Drops the other boxes."""
-        for name in ("box_image", "box_class", "boxes", "crowd", "areas", "places"):
+        self.attributes = _renumbered(self.attributes, np.where(mask, np.cumsum(mask) - 1, -1))
+        for name in ("box_image", "box_class", "boxes", "crowd", "group_of", "areas", "places"):
             setattr(self, name, getattr(self, name)[mask])
 
     def keep_pictures(self, mask: np.ndarray) -> None:
@@ -75,7 +92,30 @@ class BoxTable:
         self.files, self.image_ids = [self.files[i] for i in rows], [self.image_ids[i] for i in rows]
         self.sizes = self.sizes[mask]
         self.keep_boxes(mask[self.box_image])
-        self.box_image = number[self.box_image].astype(np.int32)
+        self.move_pictures(np.where(mask, number, -1))
+
+    def move_pictures(self, target: np.ndarray) -> None:
+        """Gives what is of picture i to target[i], int (N,); -1, which no box may have, for nobody."""
+        self.box_image = target[self.box_image].astype(np.int32)
+        self.negative, self.not_exhaustive = (
+            _renumbered(pairs, target) for pairs in (self.negative, self.not_exhaustive)
+        )
+
+    def keep_classes(self, keep: np.ndarray) -> None:
+        """Drops the other classes, which have no boxes; `keep`: bool (K,)."""
+        number = np.where(keep, np.cumsum(keep) - 1, -1)
+        self.box_class = number[self.box_class].astype(np.int32)
+        self.negative, self.not_exhaustive = (
+            _renumbered(pairs[::-1], number)[::-1] for pairs in (self.negative, self.not_exhaustive)
+        )
+        rows = np.flatnonzero(keep).tolist()
+        self.class_names, self.category_ids = [self.class_names[k] for k in rows], [self.category_ids[k] for k in rows]
+
+
+def _renumbered(pairs: IdPairs, number: np.ndarray) -> IdPairs:
+    """The pairs with other first members, without those that have none."""
+    first = number[pairs[0]]
+    return first[first >= 0].astype(np.int32), pairs[1][first >= 0]
 
 
 class TableBuilder:
@@ -121,6 +161,7 @@ class TableBuilder:
             box_class=order[np.array(self._class, np.int32)] if names else np.zeros(0, np.int32),
             boxes=boxes,
             crowd=np.array(self._crowd, bool),
+            group_of=np.zeros(len(boxes), bool),
             areas=np.full(len(boxes), np.nan, np.float32),
             places=np.array(self._places, np.int32),
             place=self.place,

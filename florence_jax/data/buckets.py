@@ -38,7 +38,7 @@ def make_buckets(sources: Sequence[Source], sizes: Sequence[tuple[int, int]]) ->
     """
     if not sizes or len(set(sizes)) < len(sizes) or min(min(size) for size in sizes) < 1:
         raise UserError(f"buckets need different sizes (height, width) of at least 1 pixel, not {list(sizes)}")
-    shapes = np.concatenate([_shapes(source) for source in sources])
+    shapes = np.concatenate([shapes_of(source) for source in sources])
     chosen = np.empty(len(shapes), np.int64)
     for start in range(0, len(shapes), METADATA_ROWS):
         chosen[start : start + METADATA_ROWS] = nearest_sizes(shapes[start : start + METADATA_ROWS], sizes)
@@ -60,7 +60,7 @@ def nearest_sizes(shapes: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.nd
     return np.where(aspect <= aspect.min(1, keepdims=True) + SAME_SIZE, area, np.inf).argmin(1)
 
 
-def _shapes(source: Source) -> np.ndarray:
+def shapes_of(source: Source) -> np.ndarray:
     """float32 (N, 2): height and width of all records, 0 where they have none."""
     if hasattr(source, "shapes"):
         return source.shapes()

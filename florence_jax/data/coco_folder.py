@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from florence_jax.data.annotations import NEGATIVE, NOT_EXHAUSTIVE
 from florence_jax.data.records import Record
 from florence_jax.errors import UserError
 from florence_jax.files import read_json, write_json, write_text
@@ -70,11 +71,17 @@ class CocoFolder:
         folder.mkdir(parents=True)
 
     def add(self, name: str, picture: np.ndarray, record: Record) -> None:
-        """A picture, uint8 (H, W, 3), with the boxes of a record, see `BoxSource`; groups become crowds."""
+        """A picture, uint8 (H, W, 3), with the boxes of a record, see `BoxSource`; groups become crowds.
+
+        A record with "negative_ids" and "not_exhaustive_ids" is written with LVIS's lists.
+        """
         (self._folder / name).write_bytes(stored_png(picture))
         images, annotations = self._content["images"], self._content["annotations"]
         number = len(images)
         images.append({"id": number, "file_name": name, "width": picture.shape[1], "height": picture.shape[0]})
+        if "negative_ids" in record:
+            for field, ids in ((NEGATIVE, "negative_ids"), (NOT_EXHAUSTIVE, "not_exhaustive_ids")):
+                images[-1][field] = [self._ids[k] for k in np.asarray(record[ids]).tolist()]
         crowd = np.asarray(record["iscrowd"]) | np.asarray(record["is_group_of"])
         columns = (
             np.asarray(values).tolist() for values in (record["boxes"], record["class_ids"], crowd, record["areas"])

@@ -4,24 +4,38 @@ import array
 import collections
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from florence_jax.data.annotations import CocoColumns, SourceSpec, rows_by_id
+from florence_jax.data.annotations import (
+    NEGATIVE,
+    NOT_EXHAUSTIVE,
+    CocoColumns,
+    IdPairs,
+    SourceSpec,
+    list_pairs,
+    rows_by_id,
+)
 from florence_jax.data.box_problems import FLAWS_SHOWN, Problems
 from florence_jax.data.box_table import BoxTable, stated_size
+from florence_jax.errors import UserError
 
 # Texts that stand for an id are numbered from here on down.
 TEXT_IDS = -(1 << 62)
 
 
 class OwnColumns(CocoColumns):
-    """The sections of a COCO-like file that people made: mistakes are counted, not refused."""
+    """The sections of a COCO-like file that people made: mistakes are counted, not refused.
 
-    def __init__(self, path: str, problems: Problems):
-        super().__init__(SourceSpec("coco", path, ""))
+    Attributes:
+      has_lists: whether a picture has LVIS's lists of classes that were looked for.
+    """
+
+    def __init__(self, path: str, problems: Problems, kind: str):
+        super().__init__(SourceSpec(kind, path, ""))
+        self.has_lists = False
         self.problems = problems
         self.places, self.areas, self.box_ids = array.array("i"), array.array("f"), array.array("q")
         self.category_ids: list[int] = []
@@ -73,10 +87,15 @@ class OwnColumns(CocoColumns):
         name = item.get("file_name") or item.get("coco_url") or item["file_name"]
         if not isinstance(name, str):
             raise TypeError(f"file_name {name!r}")
+        if self.spec.kind == "lvis" and not item.get("coco_url"):
+            name = name[-16:]  # LVIS 0.5 has names of the year 2014 for files of 2017
+        lists = [[self.number(each) for each in item.get(field, ())] for field in (NEGATIVE, NOT_EXHAUSTIVE)]
         number = self._own_number(item["id"])
+        self.has_lists |= NEGATIVE in item
+        self.take_lists(dict(zip((NEGATIVE, NOT_EXHAUSTIVE), lists, strict=True)))
         self.sizes.extend(stated_size(item.get("width"), item.get("height")))
         self.image_ids.append(number)
-        self.files.append(name.rpartition("/")[2] if "://" in name else name)
+        self.files.append("/".join(name.split("/")[-2:]) if "://" in name else name)
 
     def take_box(self, item: dict) -> None:
         """See `CocoColumns`."""
@@ -128,14 +147,26 @@ def _repeated(values: np.ndarray) -> np.ndarray:
     return ranked[1:][ranked[1:] == ranked[:-1]]
 
 
-def read_own_coco(path: str, problems: Problems) -> BoxTable:
+def read_own_coco(path: str, problems: Problems, kind: str = "coco") -> BoxTable:
     """Reads a file of COCO's kind: images, annotations with bbox (x, y, width, height), categories.
+
+    Pictures with LVIS's "neg_category_ids" and "not_exhaustive_category_ids" make a set of which people looked for some
+    classes only, whatever the kind.
+
+    Args:
+      path: of the file.
+      problems: those met.
+      kind: 'coco', 'lvis', whose pictures must have these lists, or 'objects365', whose file has boxes several times.
 
     Raises:
       UserError: for damaged JSON, or a file without images or categories.
     """
-    columns = OwnColumns(path, problems)
+    columns = OwnColumns(path, problems, kind)
     columns.read()
+    if kind == "lvis" and not columns.has_lists:
+        raise UserError(
+            f"{path}: its images have no {NEGATIVE!r}: is it a file of LVIS? A file of COCO's is coco:{path}"
+        )
     columns.check_box_ids()
     names, category_ids, class_of = _classes(columns, problems)
     boxes = np.array(columns.boxes, np.float64).reshape(-1, 4)
@@ -144,16 +175,9 @@ def read_own_coco(path: str, problems: Problems) -> BoxTable:
     box_image = image_rows(np.array(columns.box_image, np.int64))
     category = category_rows(np.array(columns.box_category, np.int64))
     places = np.array(columns.places, np.int32)
-    for kind, wrong, numbers, what in (
-        ("unknown_image", box_image < 0, columns.box_image, "image_id"),
-        ("unknown_category", (box_image >= 0) & (category < 0), columns.box_category, "category_id"),
-    ):
-        rows = np.flatnonzero(wrong)
-        for row in rows[:FLAWS_SHOWN].tolist():
-            where = columns.files[box_image[row]] if box_image[row] >= 0 else ""
-            problems.add(kind, where, f"annotations[{places[row]}]: {what} {columns.given(numbers[row])}")
-        if len(rows) > FLAWS_SHOWN:
-            problems.add(kind, count=len(rows) - FLAWS_SHOWN)
+    _tell_unknown(columns, "unknown_image", box_image < 0, columns.box_image, box_image)
+    wrong = (box_image >= 0) & (category < 0)
+    _tell_unknown(columns, "unknown_category", wrong, columns.box_category, box_image)
     keep = (box_image >= 0) & (category >= 0)
     table = BoxTable(
         name=path,
@@ -166,6 +190,7 @@ def read_own_coco(path: str, problems: Problems) -> BoxTable:
         box_class=class_of[category[keep]],
         boxes=boxes[keep],
         crowd=np.array(columns.crowd, bool)[keep],
+        group_of=np.zeros(int(keep.sum()), bool),
         areas=np.array(columns.areas, np.float32)[keep],
         places=places[keep],
         place="annotations[{}]",
@@ -173,9 +198,36 @@ def read_own_coco(path: str, problems: Problems) -> BoxTable:
         parents=frozenset(columns.parents),
         sides=True,
         numbered=True,
+        exhaustive=not columns.has_lists,
+        negative=_list_pairs(columns, columns.negative, category_rows, class_of),
+        not_exhaustive=_list_pairs(columns, columns.not_exhaustive, category_rows, class_of),
+        drops_repeats=kind == "objects365",
     )
     _drop_shared_ids(table, np.array(columns.image_ids, np.int64))
     return table
+
+
+def _tell_unknown(
+    columns: OwnColumns, kind: str, wrong: np.ndarray, numbers: Sequence[int], box_image: np.ndarray
+) -> None:
+    """Counts the boxes of a mask, whose picture or class of these numbers is not listed."""
+    rows = np.flatnonzero(wrong)
+    for row in rows[:FLAWS_SHOWN].tolist():
+        where = columns.files[box_image[row]] if box_image[row] >= 0 else ""
+        what = f"{kind.removeprefix('unknown_')}_id {columns.given(numbers[row])}"
+        columns.problems.add(kind, where, f"annotations[{columns.places[row]}]: {what}")
+    if len(rows) > FLAWS_SHOWN:
+        columns.problems.add(kind, count=len(rows) - FLAWS_SHOWN)
+
+
+def _list_pairs(
+    columns: OwnColumns, flat: array.array, category_rows: Callable[[np.ndarray], np.ndarray], class_of: np.ndarray
+) -> IdPairs:
+    """Pairs (picture, class) of LVIS's lists; categories that are not listed are counted."""
+    images, categories = list_pairs(flat, category_rows)
+    if missing := len(flat) // 2 - len(images):
+        columns.problems.add("unlisted_label", columns.spec.annotations, count=missing)
+    return images, class_of[categories]
 
 
 def _classes(columns: OwnColumns, problems: Problems) -> tuple[list[str], list[Any], np.ndarray]:

@@ -110,6 +110,7 @@ class Subset:
         self._source, self._rows = source, np.asarray(rows, np.int64)
         self.class_names: Sequence[str] = tuple(getattr(source, "class_names", ()))
         self.category_ids: Sequence[Any] = tuple(getattr(source, "category_ids", ()))
+        self.class_sets: np.ndarray | None = getattr(source, "class_sets", None)
         self.summary = summary_of(source)
 
     def __len__(self) -> int:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from florence_jax.data.box_classes import match_classes
 from florence_jax.data.buckets import Bucket
 from florence_jax.data.ops.geometry import boxes_to_source
 from florence_jax.data.records import Source
@@ -24,7 +25,6 @@ from florence_jax.evaluators.coco_files import (
     found_boxes,
     json_bytes,
     make_truth,
-    match_classes,
 )
 from florence_jax.evaluators.coco_pictures import Painter
 from florence_jax.evaluators.coco_report import coco_report
@@ -43,7 +43,8 @@ class CocoEvaluator(Evaluator):
 
     Results: those of pycocotools, AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, without those of
     which the test set has no boxes; 'agnostic_AP50', AP50 whatever the classes of boxes (see
-    `coco_scores.one_of_each`); 'AP/NAME' of at most 20 classes;
+    `coco_scores.one_of_each`); 'AP/NAME' of at most 20 classes; of a set in which not every class was looked for
+    'AP300' and 'fixed_AP', see `coco_scores`;
     'images', 'skipped' ones if any, 'boxes' and 'crowds'. A class that the detector does not know counts with AP 0.
 
     Args:

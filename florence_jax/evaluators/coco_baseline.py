@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from florence_jax.data.box_classes import match_classes
 from florence_jax.data.records import Record, sample_of
 from florence_jax.data.sources.boxes import BoxSource
 from florence_jax.evaluators.coco_check import sample_rows
-from florence_jax.evaluators.coco_files import FoundBoxes, GroundTruth, found_boxes, match_classes
+from florence_jax.evaluators.coco_files import FoundBoxes, GroundTruth, found_boxes
 from florence_jax.evaluators.coco_scores import coco_scores
 
 TRAINING_PICTURES = 500  # that the mean boxes are of, at most

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from florence_jax.data.box_classes import NO_CLASSES, class_sets_of, is_exhaustive, judged_classes
 from florence_jax.data.records import BadRecord, BaseSource, Record
 from florence_jax.data.sources.boxes import BoxSource
 from florence_jax.errors import UserError
@@ -31,6 +32,7 @@ class GroundTruth:
       boxes: float64 (M, 4), x, y, width, height.
       crowd: bool (M,), regions of several objects: what is found in them counts neither way.
       areas: float64 (M,), by which a box is small, medium or large: those of the file, of masks in COCO's.
+      judged: bool (N, K), which classes people looked for; what is found of others counts neither way. None: all.
     """
 
     keys: tuple[str, ...]
@@ -43,6 +45,7 @@ class GroundTruth:
     boxes: np.ndarray
     crowd: np.ndarray
     areas: np.ndarray
+    judged: np.ndarray | None = None
 
     def subset(self, rows: np.ndarray) -> "GroundTruth":
         """Of some pictures; `rows` ascending."""
@@ -56,6 +59,7 @@ class GroundTruth:
             image_ids=tuple(self.image_ids[i] for i in rows.tolist()),
             sizes=self.sizes[rows],
             image=place[self.image][chosen],
+            judged=None if self.judged is None else self.judged[rows],
             **columns,
         )
 
@@ -96,15 +100,22 @@ class GroundTruth:
 def make_truth(records: Iterable[Record], source: BoxSource) -> GroundTruth:
     """The boxes of records of a source. Groups ("is_group_of") are crowds.
 
+    Where only some objects of a class have boxes, the rest of the picture is a crowd of it: what is found beside those
+    counts neither way, as LVIS has it.
+
     Raises:
       UserError: for ids of pictures that are not unique or of two kinds.
     """
     keys, image_ids, sizes, parts = [], [], [], []
+    class_sets, judged = None if is_exhaustive(source) else class_sets_of(source), []
     for row, record in enumerate(records):
         keys.append(str(record["key"]))
         image_ids.append(record["image_id"])
         sizes.append((record["width"], record["height"]))
         parts.append(_boxes_of(record, row))
+        if class_sets is not None:
+            judged.append(judged_classes(record, class_sets))
+            judged[-1][np.asarray(record["not_exhaustive_ids"], np.int32)] = True
     _check_ids(source.name, image_ids)
     image, labels, boxes, crowd, areas = map(np.concatenate, zip(*parts, strict=True))
     return GroundTruth(
@@ -118,6 +129,7 @@ def make_truth(records: Iterable[Record], source: BoxSource) -> GroundTruth:
         boxes=boxes,
         crowd=crowd,
         areas=areas,
+        judged=None if class_sets is None else np.stack(judged),
     )
 
 
@@ -127,6 +139,12 @@ def _boxes_of(record: Record, row: int) -> tuple[np.ndarray, ...]:
     boxes[:, 2:] -= boxes[:, :2]
     crowd = np.asarray(record["iscrowd"], bool) | np.asarray(record["is_group_of"], bool)
     labels, areas = np.asarray(record["class_ids"], np.int32), np.asarray(record["areas"], np.float64)
+    partly = np.asarray(record.get("not_exhaustive_ids", NO_CLASSES), np.int32)
+    if len(partly):
+        whole = np.tile([[0.0, 0.0, record["width"], record["height"]]], (len(partly), 1))
+        boxes, labels = np.concatenate([boxes, whole]), np.concatenate([labels, partly])
+        crowd = np.concatenate([crowd, np.ones(len(partly), bool)])
+        areas = np.concatenate([areas, whole[:, 2:].prod(1)])
     return np.full(len(boxes), row, np.int32), labels, boxes, crowd, areas
 
 
@@ -137,7 +155,10 @@ class WithTruth(BaseSource):
     size.
     """
 
-    FIELDS = ("key", "image_id", "width", "height", "boxes", "class_ids", "iscrowd", "is_group_of", "areas")
+    FIELDS = (
+        *("key", "image_id", "width", "height", "boxes", "class_ids", "iscrowd", "is_group_of", "areas"),
+        *("exhaustive", "negative_ids", "not_exhaustive_ids", "set_index"),  # where a record has them
+    )
 
     def __init__(self, source: BoxSource):
         self.name, self._source = source.name, source
@@ -153,7 +174,7 @@ class WithTruth(BaseSource):
         return [record if isinstance(record, BadRecord) else self._with_copy(record) for record in found]
 
     def _with_copy(self, record: Record) -> Record:
-        return record | {"truth": {name: record[name] for name in self.FIELDS}}
+        return record | {"truth": {name: record[name] for name in self.FIELDS if name in record}}
 
 
 def _check_ids(name: str, image_ids: Sequence[Any]) -> None:
@@ -197,6 +218,8 @@ def found_boxes(
 ) -> FoundBoxes:
     """What was found, as it goes into the file: clipped to the pictures, rounded, without what is then empty.
 
+    What is found of classes that nobody looked for in the picture is left out.
+
     Args:
       image, labels: int (D,), as in `FoundBoxes`.
       corners: (D, 4), x1, y1, x2, y2 in pixels of the source pictures.
@@ -207,30 +230,10 @@ def found_boxes(
     boxes = np.concatenate([corners[:, 0], (corners[:, 1] - corners[:, 0]).round(BOX_DIGITS)], axis=1)
     scores = np.asarray(scores, np.float64).round(SCORE_DIGITS)
     found = FoundBoxes(np.asarray(image, np.int32), np.asarray(labels, np.int32), boxes, scores)
-    return found.subset(np.flatnonzero(boxes[:, 2:].min(axis=1, initial=1) > 0))
-
-
-def match_classes(names: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
-    """int32 (len(names),): the place of each name in `wanted`, -1 where it is not there.
-
-    Names are the same where they are to the letter, else where only capitals, '_' and '-' tell them apart, if that is
-    the only such name.
-    """
-    exact = {name: place for place, name in enumerate(wanted)}
-    loose: dict[str, list[int]] = {}
-    for place, name in enumerate(wanted):
-        if name not in names:
-            loose.setdefault(_plain(name), []).append(place)
-    times = Counter(_plain(name) for name in names if name not in exact)
-    found = []
-    for name in names:
-        near = loose.get(_plain(name), [])
-        found.append(exact.get(name, near[0] if len(near) == times[_plain(name)] == 1 else -1))
-    return np.array(found, np.int32).reshape(-1)
-
-
-def _plain(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    there = boxes[:, 2:].min(axis=1, initial=1) > 0
+    if truth.judged is not None:
+        there &= truth.judged[found.image, found.labels]
+    return found.subset(np.flatnonzero(there))
 
 
 def json_bytes(value: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> bytes:

@@ -17,6 +17,8 @@ AREAS = {"s": "small", "m": "medium", "l": "large"}  # endings of metrics
 # Those of COCOeval.summarize, in its order.
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 AGNOSTIC = "agnostic_AP50"
+LVIS_AP, FIXED_AP = "AP300", "fixed_AP"
+LVIS_BOXES, FIXED_BOXES = 300, 10_000  # of a picture; of a class in all pictures
 ONE_THING = 0.6  # IoU above which two boxes of different classes say the same, where classes do not count
 ALL_SIZES = {"areaRng": [[0, 1e10]], "areaRngLbl": ["all"]}  # parameters of COCOeval that leave sizes aside
 
@@ -25,7 +27,8 @@ class CocoScores(NamedTuple):
     """What a test set with K classes scores.
 
     Attributes:
-      values: COCO_METRICS and AGNOSTIC; those of which there are no boxes, such as large ones, are left out.
+      values: COCO_METRICS and AGNOSTIC; those of which there are no boxes, such as large ones, are left out. Of a set
+        in which not every class was looked for also LVIS_AP and FIXED_AP.
       precision: float64 (10, 101, K), at IoU .50, .55, ... .95 and recall 0, .01, ... 1; NaN for classes without boxes.
     """
 
@@ -61,10 +64,28 @@ def coco_scores(truth: GroundTruth, found: FoundBoxes, by_size: bool = True) -> 
             result.summarize()
         values = dict(zip(COCO_METRICS, result.stats.tolist(), strict=True))
         values[AGNOSTIC] = agnostic_ap50(coco_data(truth, one_of_each(found)))
+        if truth.judged is not None:
+            values[LVIS_AP] = _mean_ap(data, LVIS_BOXES)
+            values[FIXED_AP] = _mean_ap(coco_data(truth, best_of_classes(found)), max(len(found.scores), 1))
         order = {category_id: k for k, category_id in enumerate(truth.category_ids)}
         numbers = result.eval["precision"][:, :, :, 0, -1]
         precision[:, :, [order[i] for i in result.params.catIds]] = np.where(numbers < 0, np.nan, numbers)
     return CocoScores({name: value for name, value in values.items() if value >= 0}, precision)
+
+
+def best_of_classes(found: FoundBoxes, most: int = FIXED_BOXES) -> FoundBoxes:
+    """The best boxes of each class in all pictures (Dave et al. 2021, arXiv 2102.01066, "fixed AP")."""
+    order = np.lexsort((-found.scores, found.labels))
+    labels = found.labels[order]
+    place = np.arange(len(order)) - np.searchsorted(labels, labels)
+    return found.subset(np.sort(order[place < most]))
+
+
+def _mean_ap(data: tuple[Any, Any], most: int) -> float:
+    """AP over all IoUs of up to so many boxes of each class a picture; -1 without boxes."""
+    precision = coco_eval(data, maxDets=[most], **ALL_SIZES).eval["precision"]
+    some = precision > -1
+    return float(precision[some].mean()) if some.any() else -1.0
 
 
 def one_of_each(found: FoundBoxes) -> FoundBoxes:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from florence_jax.data.box_classes import match_classes
 from florence_jax.data.box_frames import boxes_as_stated
 from florence_jax.data.buckets import Bucket, nearest_sizes
 from florence_jax.data.ops.geometry import boxes_to_source
@@ -18,7 +19,7 @@ from florence_jax.data.records import BadRecord, Record, Source
 from florence_jax.data.sources.image_list import ImageList
 from florence_jax.data.sources.picture_files import some
 from florence_jax.errors import UserError
-from florence_jax.evaluators.coco_files import json_bytes, match_classes
+from florence_jax.evaluators.coco_files import json_bytes
 from florence_jax.evaluators.predictor import Predictor
 from florence_jax.inference.base import Answerer, Found
 from florence_jax.params.sharding import make_mesh

@@ -11,6 +11,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from florence_jax.data.box_classes import class_sets_of, is_exhaustive
 from florence_jax.data.buckets import make_buckets
 from florence_jax.data.pipeline import TrainData
 from florence_jax.data.records import Source, Subset, summary_of
@@ -38,7 +39,8 @@ WHOLE_PICTURE = "decode|resize_fit({height}, {width})|pad_image({height}, {width
 SCENES = "scenes:"
 SCENES_SIZES = ((128, 128),)  # of scenes, where nobody says any: one, as each is compiled
 OWN_SIDE = 256  # of other pictures: shorter side of the buckets
-EPOCH_OF_SCENES = 1000
+EPOCH_OF_SCENES = 1000  # as they are endless
+UNKNOWN = ("ignore", "background")  # what classes are that nobody looked for in a picture
 SCENES_TEST = ("held_out", "new_style")  # splits to test on where nobody names any
 # What no loss of a detector reaches. It stays as it was, so that the folder can still be asked for other things.
 UNREACHED = r"(text|text_projection|image_projection)/.*|logit_scale|logit_bias|image/norm/.*"
@@ -178,7 +180,8 @@ class Detect(DetectionSuite, Task):
         """Pictures of an epoch. Of scenes, which are endless, what is said here."""
         if self.train_source is None:
             return None
-        return EPOCH_OF_SCENES if self.config.data.train.startswith(SCENES) else len(self.train_source)
+        only_scenes = self.config.data.train.startswith(SCENES) and "|" not in self.config.data.train
+        return EPOCH_OF_SCENES if only_scenes else len(self.train_source)
 
     def _open_sources(self) -> None:
         data = self.config.data
@@ -186,23 +189,23 @@ class Detect(DetectionSuite, Task):
             self.train_source = open_boxes(data.train, "train")
         if data.test:
             self._open_tests(data.test.split("|"))
-        elif data.train.startswith(SCENES):
-            options = ":".join(["", *data.train.split(":")[3:]])
-            self._open_tests([f"{SCENES}{split}:{options}" for split in SCENES_TEST])
-        elif data.train and "test" in box_parts(data.train):
-            self._open_tests([data.train])
+        elif tests := [test for part in data.train.split("|") for test in _tests_of(part.strip())]:
+            self._open_tests(tests)
         elif self.train_source is not None:
             self._hold_out(self.train_source)
 
     def _hold_out(self, source: BoxSource) -> None:
-        """Takes a random share of the images, at least one, from those to train on."""
-        share, count = self.config.holdout, len(source)
+        """Takes a random share of the images, at least one, from those to train on; all records of an image."""
+        same = getattr(source, "same", np.arange(len(source)))
+        images = np.unique(same)
+        share, count = self.config.holdout, len(images)
         if not 0 < share < 1:
             raise UserError(f"config.holdout={share} must be above 0 and below 1, or give --config.data.test=DATA")
         if count < 2:
             raise UserError(f"{source.name}: one image cannot be trained and tested on; give --config.data.test=DATA")
-        held = np.sort(np.random.default_rng(self.config.seed).permutation(count)[: max(round(share * count), 1)])
-        rest = np.setdiff1d(np.arange(count), held)
+        chosen = np.random.default_rng(self.config.seed).permutation(count)[: max(round(share * count), 1)]
+        is_held = np.isin(same, images[chosen])
+        held, rest = np.flatnonzero(is_held), np.flatnonzero(~is_held)
         self.train_source = Subset(source, rest, f"{source.name} (train)")
         self.test_sources["test"] = Subset(source, held, f"{source.name} (held out)")
 
@@ -210,7 +213,13 @@ class Detect(DetectionSuite, Task):
     def identity(self) -> Mapping[str, Any]:
         """See `Suite`. The seed draws the images that are held out."""
         options = make_identity(
-            self.config, "holdout", "seed", "data.train_ops", "detector.most_boxes", "detector.crowd"
+            self.config,
+            "holdout",
+            "seed",
+            "data.train_ops",
+            "detector.most_boxes",
+            "detector.crowd",
+            "detector.unknown",
         )
         return {**super().identity, **options, "detector.scales": list(self.config.detector.scales)}
 
@@ -258,6 +267,14 @@ class Detect(DetectionSuite, Task):
     # -- data -------------------------------------------------------------------------------------------------------
 
     @property
+    def judges(self) -> bool:
+        """Whether batches say of which classes people looked for in each picture, and the loss covers only those."""
+        unknown = self.config.detector.unknown
+        if unknown not in UNKNOWN:
+            raise UserError(f"config.detector.unknown={unknown!r}: choose one of {', '.join(UNKNOWN)}")
+        return self.train_source is not None and unknown == "ignore" and not is_exhaustive(self.train_source)
+
+    @property
     def batches(self) -> tuple[Mapping[str, jax.ShapeDtypeStruct], ...]:
         """One shape for each bucket of each scale."""
         rows, most = self.plan.batch_size, self.config.detector.most_boxes
@@ -272,6 +289,8 @@ class Detect(DetectionSuite, Task):
             "corrupt": of((rows,), jnp.int32),
             "padded": of((rows,), jnp.float32),
         }
+        if self.judges:
+            common["judged"] = of((rows, len(self.detector.classes)), jnp.bool_)
         sizes = [size for group in self._groups for size in group]
         return tuple({"image": of((rows, *size, 3), jnp.uint8), **common} for size in sizes)
 
@@ -310,7 +329,17 @@ class Detect(DetectionSuite, Task):
             raise UserError("nothing to train on: give --config.data.train=DATA")
         sources = [self.train_source]
         given = self.config.detector
-        pad = f"pad_boxes({given.most_boxes}, crowd={given.crowd})"
-        ops = f"{self.config.data.train_ops}|{pad}|keep(image, valid, boxes, class_ids, objects, ignore, boxes_cut)"
+        pad = f"pad_boxes({given.most_boxes}, crowd={given.crowd}, judged={self.judges})"
+        fields = ["image", "valid", "boxes", "class_ids", "objects", "ignore", "boxes_cut", *["judged"] * self.judges]
+        ops = f"{self.config.data.train_ops}|{pad}|keep({', '.join(fields)})"
+        context = {"class_sets": class_sets_of(self.train_source)} if self.judges else {}
         buckets = [bucket for group in self._groups for bucket in make_buckets(sources, group)]
-        return TrainData(sources, None, ops, {}, tuple(buckets))
+        return TrainData(sources, None, ops, context, tuple(buckets))
+
+
+def _tests_of(spec: str) -> list[str]:
+    """The pictures that come with a source to be tested on."""
+    if spec.startswith(SCENES):
+        options = ":".join(["", *spec.split(":")[3:]])
+        return [f"{SCENES}{split}:{options}" for split in SCENES_TEST]
+    return [spec] if "test" in box_parts(spec) else []

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from florence_jax.boxes import box_areas
 from florence_jax.command_line import enter, exit_code
+from florence_jax.data.box_classes import class_sets_of, judged_classes
 from florence_jax.data.coco_folder import CocoFolder, claim_folder
 from florence_jax.data.records import BadRecord, Record
 from florence_jax.data.sources.boxes import BoxSource
@@ -77,6 +78,7 @@ def tile_source(source: BoxSource, out: Path, side: int, overlap: float, visible
     what = f"tiles of {side} pixels of {source.name}"
     folder = CocoFolder(out / "tiles", source.class_names, source.category_ids, what)
     counts: collections.Counter = collections.Counter()
+    known = class_sets_of(source)
     for index in tqdm(range(len(source)), unit=" pictures", disable=None):
         try:
             record = source[index]
@@ -86,12 +88,19 @@ def tile_source(source: BoxSource, out: Path, side: int, overlap: float, visible
             continue
         counts["pictures"] += 1
         for name, tile, boxes in picture_tiles(record, side, overlap, visible):
-            folder.add(name, tile, boxes)
+            folder.add(name, tile, boxes if known.all() else boxes | _lists(record, boxes, known))
             counts["tiles"] += 1
             counts["objects"] += int((~boxes["iscrowd"]).sum())
             counts["cut"] += int(boxes["iscrowd"].sum())
     folder.finish()
     return counts
+
+
+def _lists(record: Record, boxes: Record, class_sets: np.ndarray) -> Record:
+    """Which classes are not in a tile, and of which not all objects have boxes, as far as people looked for them."""
+    absent = judged_classes(record, class_sets)
+    absent[boxes["class_ids"]] = False
+    return {"negative_ids": np.flatnonzero(absent), "not_exhaustive_ids": record["not_exhaustive_ids"]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from florence_jax.data.records import BadRecord
 from florence_jax.errors import UserError
 
 # Fields with one value a box, which go where their boxes go.
-PER_BOX = ("class_ids", "iscrowd", "is_group_of", "scores", "ignore")
+PER_BOX = ("class_ids", "iscrowd", "is_group_of", "scores", "ignore", "attribute_ids")
 
 
 class Warp(Protocol):

@@ -19,7 +19,8 @@ def parse_ops(spec: str, context: Mapping[str, Any]) -> list[Op]:
     Args:
       spec: ops joined by '|', with literal arguments; bare words in arguments are strings. '' is no op at all.
       context: what ops need beside their arguments: "tokenizer" (data.tokenizers.Tokenizer),
-        "templates" (sequence of str, may be empty), "classes" (data.classes.ClassIndex).
+        "templates" (sequence of str, may be empty), "classes" (data.classes.ClassIndex), "class_sets" (bool
+        (S, K), see data.box_classes).
 
     Raises:
       UserError: for a syntax error, an unknown op, a wrong argument, or something that `context` lacks.

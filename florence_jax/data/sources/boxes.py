@@ -1,16 +1,22 @@
 """Sources of pictures with boxes: of a columnar table and the files of a folder, or of records."""
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from florence_jax.data.annotations import IdPairs
+from florence_jax.data.box_classes import NO_CLASSES, ClassLists, Hierarchy
 from florence_jax.data.box_frames import PictureFrames, boxes_in_picture
 from florence_jax.data.box_problems import Problems
 from florence_jax.data.records import BadRecord, BaseSource, Record, Source, evenly, picture_bytes
 from florence_jax.data.sources.array_record import ArrayRecordSource
+from florence_jax.data.visual_genome import MOST_ATTRIBUTES
 from florence_jax.pictures import Frame, open_picture, picture_frame, trouble_of
+
+LOOKED_FOR = ("negative_ids", "not_exhaustive_ids")  # of a record, see `data.box_classes`
 
 
 class BoxSource(Source, Protocol):
@@ -19,6 +25,10 @@ class BoxSource(Source, Protocol):
     A record has "key", "image_id" (as the set has it), "image", "width" and "height" of the upright picture, and of
     its n boxes "boxes" float32 (n, 4), x1 y1 x2 y2 in pixels of the upright picture, "class_ids" int32 (n,), indices
     into `class_names`, "iscrowd" and "is_group_of" bool (n,), and "areas" float32 (n,), by which sizes are told apart.
+
+    Of a set in which people did not look for every class in every picture it has "exhaustive", "negative_ids" and
+    "not_exhaustive_ids", and the source `class_sets`, see `data.box_classes`. Of one with attributes it has also
+    "attribute_ids" int32 (n, 16), indices into `attribute_names`, -1 where there are no more.
 
     Attributes:
       class_names: in the order of class ids.
@@ -30,11 +40,12 @@ class BoxSource(Source, Protocol):
 
 
 class BoxColumns:
-    """The boxes of N pictures, M in all, in the order of the pictures: 26 bytes a box.
+    """The boxes of N pictures, M in all, in the order of the pictures: 27 bytes a box.
 
     Attributes:
       offsets: int64 (N + 1,): picture i has boxes offsets[i] to offsets[i + 1].
-      boxes: float32 (M, 4). class_ids: int32 (M,). crowd: bool (M,). areas: float32 (M,).
+      boxes: float32 (M, 4). class_ids: int32 (M,). crowd, group_of: bool (M,). areas: float32 (M,).
+      attributes: of the M boxes, where there are any.
     """
 
     def __init__(
@@ -45,31 +56,45 @@ class BoxColumns:
         class_ids: np.ndarray,
         crowd: np.ndarray,
         areas: np.ndarray,
+        group_of: np.ndarray | None = None,
+        attributes: IdPairs | None = None,
     ):
         order = np.argsort(box_image, kind="stable")
         self.offsets = np.concatenate([[0], np.cumsum(np.bincount(box_image, minlength=pictures))]).astype(np.int64)
         self.boxes, self.class_ids = boxes[order].astype(np.float32), class_ids[order].astype(np.int32)
         self.crowd, self.areas = crowd[order].astype(bool), areas[order].astype(np.float32)
-        for column in (self.offsets, self.boxes, self.class_ids, self.crowd, self.areas):
+        self.group_of = np.zeros_like(self.crowd) if group_of is None else group_of[order].astype(bool)
+        self.attributes: ClassLists | None = None
+        if attributes is not None:
+            place = np.empty(len(order), np.int64)
+            place[order] = np.arange(len(order))
+            self.attributes = ClassLists(len(order), place[attributes[0]], attributes[1])
+        for column in (self.offsets, self.boxes, self.class_ids, self.crowd, self.group_of, self.areas):
             column.flags.writeable = False  # records have views of them
 
     def of(self, picture: int) -> Record:
         """The fields of a record about boxes."""
         rows = slice(*self.offsets[picture : picture + 2].tolist())
-        crowd = self.crowd[rows]
-        return {
+        fields = {
             "boxes": self.boxes[rows],
             "class_ids": self.class_ids[rows],
-            "iscrowd": crowd,
-            "is_group_of": np.zeros_like(crowd),
+            "iscrowd": self.crowd[rows],
+            "is_group_of": self.group_of[rows],
             "areas": self.areas[rows],
         }
+        return (
+            fields
+            if self.attributes is None
+            else fields | {"attribute_ids": self.attributes.padded(rows, MOST_ATTRIBUTES)}
+        )
 
 
 def read_columns(source: BoxSource) -> tuple[list[str], np.ndarray, BoxColumns]:
-    """Keys, int32 (N, 2) widths and heights, and boxes of all N records; no picture is read."""
+    """Keys, int32 (N, 2) widths and heights, and boxes of all N records; no picture is read. Groups are crowds."""
     if isinstance(source, FileBoxSource):
-        return source.files, source.sizes, source.columns
+        columns = copy.copy(source.columns)
+        columns.crowd = columns.crowd | columns.group_of
+        return source.files, source.sizes, columns
     keys, sizes, parts = [], [], []
     for row, record in enumerate(source.metadata()):
         keys.append(str(record["key"]))
@@ -97,6 +122,10 @@ class FileBoxSource(BaseSource):
       class_names, category_ids: see `BoxSource`.
       summary: what was found, see `FolderSource`.
       problems: what is wrong with the set.
+      looked_for: of a set in which not all classes were looked for the classes that are not in each picture, and those
+        of which only some objects have boxes.
+      attribute_names: of the numbers in `columns.attributes`.
+      uids: by which other sets know a picture, by its image id.
     """
 
     def __init__(
@@ -111,14 +140,23 @@ class FileBoxSource(BaseSource):
         category_ids: Sequence[Any],
         summary: Mapping[str, Any],
         problems: Problems,
+        looked_for: tuple[ClassLists, ClassLists] | None = None,
+        attribute_names: Sequence[str] = (),
+        uids: Mapping[Any, str] | None = None,
     ):
         self.name, self.folder, self.files, self.image_ids = name, folder, list(files), list(image_ids)
         self.sizes, self.columns = np.asarray(sizes, np.int32), columns
         self.class_names, self.category_ids = tuple(class_names), tuple(category_ids)
         self.summary, self.problems = dict(summary), problems
+        self._looked_for, self.attribute_names, self.uids = looked_for, tuple(attribute_names), uids or {}
+        self.class_sets = np.full((1, len(self.class_names)), looked_for is None)
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def shapes(self) -> np.ndarray:
+        """float32 (N, 2): height and width of all pictures, for `make_buckets`."""
+        return self.sizes[:, ::-1].astype(np.float32)
 
     def __getitem__(self, index: int) -> Record:
         record = self._described(index)
@@ -136,7 +174,9 @@ class FileBoxSource(BaseSource):
         width, height = self.sizes[index].tolist()
         key = self.files[index]
         head = {"key": key, "image_id": self.image_ids[index], "width": width, "height": height}
-        return head | self.columns.of(index)
+        lists = (NO_CLASSES, NO_CLASSES) if self._looked_for is None else [each.of(index) for each in self._looked_for]
+        looked_for = {"exhaustive": self._looked_for is None, **dict(zip(LOOKED_FOR, lists, strict=True))}
+        return head | self.columns.of(index) | looked_for
 
     def metadata(self) -> Iterator[Record]:
         """All records in order; no file is touched."""
@@ -165,22 +205,43 @@ def _in_frame(record: Record, frame: Frame) -> Record:
 class RecordBoxSource(BaseSource):
     """Records in ArrayRecord files that have boxes, such as those of `curation.detection`.
 
+    Classes above one that has a box in a picture, such as 'animal' above 'dog', are not exhaustive there; those below
+    one that is not there are not there either. What a record says against its own boxes is left out.
+
     Args:
       records: with "boxes", "class_ids", "width", "height".
       class_names: of their class ids.
       summary: what was found, see `FolderSource`.
+      exhaustive: which classes each of the "sources" of a record looked for in all its pictures; sources that are not
+        named looked for no class so. None: there is no such thing, every class was looked for.
+      parents: of each class the numbers of those right above it; () for none.
     """
 
-    def __init__(self, records: ArrayRecordSource, class_names: Sequence[str], summary: Mapping[str, Any]):
+    def __init__(
+        self,
+        records: ArrayRecordSource,
+        class_names: Sequence[str],
+        summary: Mapping[str, Any],
+        exhaustive: Mapping[str, Sequence[int]] | None = None,
+        parents: Sequence[Sequence[int]] = (),
+    ):
         self.name, self._records = records.name, records
         self.class_names, self.category_ids = tuple(class_names), tuple(range(len(class_names)))
         self.summary, self.problems = dict(summary), Problems()
+        self.class_sets: np.ndarray | None = None
+        self._hierarchy = Hierarchy(parents)
+        self._bits = {name: 1 << bit for bit, name in enumerate(sorted(exhaustive or {}))}
+        if exhaustive is not None:  # a record may have several sources: its part is the set of those
+            self.class_sets = np.zeros((1 << len(exhaustive), len(class_names)), bool)
+            for name, bit in self._bits.items():
+                parts = np.flatnonzero(np.arange(len(self.class_sets)) & bit)
+                self.class_sets[np.ix_(parts, np.asarray(exhaustive[name], np.int64))] = True
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        return _with_arrays(self._records[index])
+        return self._with_arrays(self._records[index])
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
         found = self._records.__getitems__(indices)
@@ -188,17 +249,38 @@ class RecordBoxSource(BaseSource):
 
     def _arrays_or_bad(self, record: Record) -> Record | BadRecord:
         try:
-            return _with_arrays(record)
+            return self._with_arrays(record)
         except BadRecord as bad:
             return bad
 
     def metadata(self) -> Iterator[Record]:
         """All readable records in order, from the side files."""
-        return map(_with_arrays, self._records.metadata())
+        return map(self._with_arrays, self._records.metadata())
 
     def sample(self, count: int) -> list[Record]:
         """See `records.sample_of`; of the side files."""
-        return list(map(_with_arrays, self._records.sample(count)))
+        return list(map(self._with_arrays, self._records.sample(count)))
+
+    def _with_arrays(self, record: Record) -> Record:
+        record = _with_arrays(record)
+        class_ids = record["class_ids"]
+        if len(class_ids) and not 0 <= class_ids.min() <= class_ids.max() < len(self.class_names):
+            raise BadRecord(record["key"], f"class {class_ids.max()} of {len(self.class_names)}")
+        return record if self.class_sets is None else record | self._looked_for(record, self.class_sets)
+
+    def _looked_for(self, record: Record, class_sets: np.ndarray) -> Record:
+        """See `data.box_classes`."""
+        part = sum(self._bits.get(name, 0) for name in set(record.get("sources", ())))
+        boxed = np.unique(record["class_ids"])
+        absent, partly = (np.asarray(record.get(name, ()), np.int32) for name in LOOKED_FOR)
+        if self._hierarchy:
+            partly = np.union1d(partly, self._hierarchy.above(boxed, boxed)[1])
+            absent = np.union1d(absent, self._hierarchy.below(absent, absent)[1])
+        partly = partly[~class_sets[part][partly]]
+        absent = np.setdiff1d(absent, np.union1d(boxed, partly))
+        return {"exhaustive": part > 0, "set_index": np.int32(part)} | dict(
+            zip(LOOKED_FOR, (absent, partly), strict=True)
+        )
 
 
 def _with_arrays(record: Record) -> Record:

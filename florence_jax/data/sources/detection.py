@@ -5,26 +5,27 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-import numpy as np
 from etils import epath
 
-from florence_jax.data.box_cleaning import check_classes, check_form, drop_bad_boxes, place_boxes, place_files
 from florence_jax.data.box_files import TABLE_HEADING, is_box_table, read_box_table, read_voc
-from florence_jax.data.box_problems import LEFT_OUT, Problems
-from florence_jax.data.box_table import BoxTable
+from florence_jax.data.box_problems import Problems
+from florence_jax.data.openimages_boxes import read_openimages_boxes
 from florence_jax.data.own_coco import read_own_coco
 from florence_jax.data.records import first_line
 from florence_jax.data.sources.array_record import ArrayRecordSource, array_record_paths
-from florence_jax.data.sources.boxes import BoxColumns, BoxSource, FileBoxSource, RecordBoxSource
+from florence_jax.data.sources.box_tables import finish_table
+from florence_jax.data.sources.boxes import BoxSource, FileBoxSource, RecordBoxSource
+from florence_jax.data.sources.merged_boxes import MergedBoxSource
 from florence_jax.data.sources.odinw import odinw_part, odinw_parts, odinw_table
 from florence_jax.data.sources.picture_files import Listing, list_pictures, shown, some
 from florence_jax.data.sources.scenes import Scenes
+from florence_jax.data.visual_genome import OBJECTS, find_files, read_visual_genome
 from florence_jax.errors import UserError
 
 COCO_NAMES = ("annotations.json", "_annotations.coco.json", "annotation.json", "labels.json", "coco.json")
 TABLE_NAMES = ("boxes.csv", "annotations.csv", "_annotations.csv", "labels.csv")
+OPENIMAGES_BOXES = "-annotations-bbox.csv"
 LOOKED_INTO, COCO_BYTES = 20, 4096  # files of other names, at most; first bytes of a .json that are looked at
 CLASSES_FILE = "classes.json"  # of the builder in curation.detection
 # Names of the parts of a data set, as sub-folders and in names of files.
@@ -36,9 +37,11 @@ def open_boxes(spec: str, split: str = "", check: bool = False) -> BoxSource:
 
     Args:
       spec: 'coco:FILE.json[:IMAGES]'; 'voc:FOLDER[:SPLIT]', SPLIT a file of ImageSets/Main; 'boxes:FILE.csv[:IMAGES]';
-        'scenes:SPLIT', see `Scenes`; 'odinw:FOLDER:SET', see `odinw_part`; ArrayRecord files with boxes; or a folder of
-        pictures with annotations.json (COCO's form; also instances_*.json, _annotations.coco.json), boxes.csv, or an
-        .xml for each picture.
+        'scenes:SPLIT', see `Scenes`; 'lvis:FILE.json:IMAGES'; 'objects365:FILE.json:IMAGES';
+        'openimages:BOXES.csv:IMAGES' or 'openimages:FOLDER[:SPLIT]'; 'vg:FOLDER[:SPLIT]', Visual Genome, SPLIT a file
+        SPLIT.txt of image ids or names; 'odinw:FOLDER:SET', see `odinw_part`; ArrayRecord files with boxes; or a folder
+        of pictures with annotations.json (COCO's form; also instances_*.json, _annotations.coco.json), boxes.csv, or an
+        .xml for each picture. Several of these, joined by '|', become one, see `MergedBoxSource`.
       split: 'train' or 'test': which part of a folder that has several (train, valid and test of Roboflow's exports,
         ImageSets/Main of VOC); '' for all, or the only one.
       check: what cannot be trained on (no boxes, boxes in another form) is among the problems instead of an error.
@@ -46,6 +49,8 @@ def open_boxes(spec: str, split: str = "", check: bool = False) -> BoxSource:
     Raises:
       UserError: if there is nothing of that name, it cannot be read, or has no boxes.
     """
+    if "|" in spec:
+        return MergedBoxSource(spec, [open_boxes(_unweighted(part), split, check) for part in spec.split("|")])
     kind, colon, _ = spec.partition(":")
     if colon and kind == "odinw":
         return open_odinw(spec, check, split)
@@ -65,6 +70,12 @@ def open_boxes(spec: str, split: str = "", check: bool = False) -> BoxSource:
     raise UserError(f"data source {spec}: use COCO's .json, a .csv with {TABLE_HEADING}, or a folder")
 
 
+def _unweighted(part: str) -> str:
+    if re.search(r"\*[\d.]+$", part.strip()):
+        raise UserError(f"data source {part!r}: sets of boxes are joined picture by picture, without a weight")
+    return part.strip()
+
+
 def _parts(spec: str, form: str) -> list[str]:
     """What follows the kind: one or two paths; a ':' before '//' belongs to a path."""
     parts = re.split(r":(?!//)", spec.partition(":")[2])
@@ -74,8 +85,11 @@ def _parts(spec: str, form: str) -> list[str]:
 
 
 def open_coco(spec: str, check: bool = False) -> FileBoxSource:
-    """'coco:FILE.json:IMAGES', or 'coco:FILE.json' with the pictures beside the file; see `open_boxes`."""
-    return _open_file(spec, *_parts(spec, "coco:FILE.json:IMAGES"), check=check)
+    """'coco:FILE.json:IMAGES', or 'coco:FILE.json' with the pictures beside the file; see `open_boxes`.
+
+    Also lvis: and objects365:, see `read_own_coco`.
+    """
+    return _open_file(spec, *_parts(spec, f"{spec.partition(':')[0]}:FILE.json:IMAGES"), check=check)
 
 
 def open_box_table(spec: str, check: bool = False) -> FileBoxSource:
@@ -88,14 +102,53 @@ def _open_file(spec: str, file: str, images: str = "", check: bool = False) -> F
     if not epath.Path(file).exists() or epath.Path(file).is_dir():
         raise UserError(f"data source {spec}: there is no file {file}")
     is_table = spec.startswith("boxes:") or file.lower().endswith((".csv", ".tsv"))
-    table = (read_box_table if is_table else read_own_coco)(file, Problems())
-    return _finish(spec, table, images or os.path.dirname(file) or ".", os.path.basename(file), check)
+    kind = spec.partition(":")[0]
+    kind = kind if kind in ("lvis", "objects365") else "coco"
+    table = read_box_table(file, Problems()) if is_table else read_own_coco(file, Problems(), kind)
+    return finish_table(spec, table, images or os.path.dirname(file) or ".", os.path.basename(file), check)
+
+
+def open_openimages(spec: str, check: bool = False) -> FileBoxSource:
+    """'openimages:FOLDER[:SPLIT]', with the .csv files and the pictures, or 'openimages:BOXES.csv:IMAGES'."""
+    place, *more = _parts(spec, "openimages:FOLDER, openimages:FOLDER:SPLIT or openimages:BOXES.csv:IMAGES")
+    if not epath.Path(place).is_dir():
+        if not epath.Path(place).exists():
+            raise UserError(f"data source {spec}: there is no {place}")
+        table = read_openimages_boxes(place, Problems())
+        return finish_table(spec, table, more[0] if more else os.path.dirname(place), os.path.basename(place), check)
+    listing = list_pictures(place)
+    ending = f"{more[0] if more else ''}{OPENIMAGES_BOXES}"
+    found = [name for name in listing.annotations if name.endswith(ending)]
+    if len(found) != 1:
+        known = [name for name in listing.annotations if name.endswith(OPENIMAGES_BOXES)]
+        raise UserError(
+            f"data source {spec}: it needs one file *{ending}, there are {some(known) or 'none'}: name its split, "
+            "as in openimages:FOLDER:train, or the file, openimages:BOXES.csv:IMAGES"
+        )
+    table = read_openimages_boxes(os.path.join(place, found[0]), Problems())
+    return finish_table(spec, table, place, found[0], check, listing)
+
+
+def open_visual_genome(spec: str, check: bool = False) -> FileBoxSource:
+    """'vg:FOLDER[:SPLIT]', see `read_visual_genome`; the pictures are anywhere below the folder."""
+    folder, *split = _parts(spec, "vg:FOLDER or vg:FOLDER:SPLIT")
+    if not epath.Path(folder).is_dir():
+        raise UserError(f"data source {spec}: there is no folder {folder}")
+    listing, problems, chosen = list_pictures(folder), Problems(), None
+    if split:
+        path = epath.Path(folder) / f"{split[0]}.txt"
+        if not path.exists():
+            raise UserError(f"data source {spec}: there is no {path} with a picture's id, or its file, a line")
+        names = (line.split()[0].rpartition("/")[2] for line in path.read_text().splitlines() if line.strip())
+        chosen = {int(stem) for name in names if (stem := os.path.splitext(name)[0]).isdecimal()}
+    table = read_visual_genome(find_files(folder, sorted(listing.texts)), folder, problems, chosen)
+    return finish_table(spec, table, folder, OBJECTS + (f", {split[0]}.txt" if split else ""), check, listing)
 
 
 def open_odinw(spec: str, check: bool = False, split: str = "") -> FileBoxSource:
     """'odinw:FOLDER:SET[:PART[:glip]]', see `odinw_part`."""
     part = odinw_part(spec, split)
-    return _finish(spec, odinw_table(part), part.images, os.path.basename(part.path), check)
+    return finish_table(spec, odinw_table(part), part.images, os.path.basename(part.path), check)
 
 
 def open_voc(spec: str, check: bool = False) -> FileBoxSource:
@@ -119,7 +172,7 @@ def _voc(spec: str, listing: Listing, split: str, check: bool) -> FileBoxSource:
         if stem not in stems:
             problems.add("no_annotation", stem, f"in ImageSets/Main/{split}.txt, but it has no .xml")
     text = f"{len(files):,} .xml" + (f" of ImageSets/Main/{split}.txt" if split else "")
-    return _finish(spec, read_voc(folder, files, problems), folder, text, check, listing)
+    return finish_table(spec, read_voc(folder, files, problems), folder, text, check, listing)
 
 
 def _xml_files(listing: Listing) -> list[str]:
@@ -145,90 +198,6 @@ def _voc_splits(listing: Listing) -> set[str]:
     return {name.rpartition("/")[2].removesuffix(".txt") for name in inside}
 
 
-def _finish(
-    spec: str, table: BoxTable, folder: str, text: str, check: bool, listing: Listing | None = None
-) -> FileBoxSource:
-    """The source of a table: looks for the files, cleans the boxes, says what there is."""
-    remote = "://" in folder
-    if not epath.Path(folder).is_dir():
-        raise UserError(f"data source {spec}: there is no folder {folder} of pictures")
-    listing = listing or (Listing(folder) if remote else list_pictures(folder))
-    named = len(table.files)
-    example = table.files[0] if table.files else ""
-    if not remote:  # in a bucket a listing takes long
-        place_files(table, listing.pictures)
-        if named and not table.files:
-            raise UserError(
-                f"data source {spec}: none of its {named:,} pictures is in {folder}, such as {example!r}; "
-                f"there: {listing.sentence()}"
-            )
-    place_boxes(table, folder)
-    check_form(table, check)
-    drop_bad_boxes(table)
-    check_classes(table)
-    if not len(table.boxes):
-        if not check:
-            raise UserError(_no_boxes(spec, table))
-        table.problems.add("nothing", spec)
-    return _source(spec, table, folder, text)
-
-
-def _no_boxes(spec: str, table: BoxTable) -> str:
-    left_out = table.problems.sentence(LEFT_OUT)
-    return (
-        f"data source {spec}: no boxes: {len(table.files):,} pictures, classes: {some(table.class_names) or 'none'}"
-        + (f"; left out: {left_out}" if left_out else "; its annotations are empty")
-    )
-
-
-def _source(spec: str, table: BoxTable, folder: str, text: str) -> FileBoxSource:
-    sides = table.boxes[:, 2:] - table.boxes[:, :2]
-    areas = np.where(np.isnan(table.areas), sides.prod(1), table.areas)
-    columns = BoxColumns(len(table.files), table.box_image, table.boxes, table.box_class, table.crowd, areas)
-    summary = _summary(spec, table, folder, text, columns)
-    names, ids = table.class_names, table.category_ids
-    return FileBoxSource(
-        spec, folder, table.files, table.image_ids, table.sizes, columns, names, ids, summary, table.problems
-    )
-
-
-def _summary(spec: str, table: BoxTable, folder: str, text: str, columns: BoxColumns) -> dict[str, Any]:
-    without = int((np.diff(columns.offsets) == 0).sum())
-    crowds = int(columns.crowd.sum())
-    # The file's own numbers of the classes, where it has such: class k of the detector has the k-th of them.
-    ids = f"; their ids: {some(map(str, table.category_ids))}" if table.numbered else ""
-    says = _found(spec, text, len(table.files), len(columns.boxes), table.class_names, ids, crowds, without)
-    says += table.problems.said()
-    if empty := [flaw.where for flaw in table.problems if flaw.kind == "no_boxes"]:
-        says += f"; without boxes: {some(empty)}"
-    others = {kind: count for kind, count in table.problems.counts.items() if count}
-    return {
-        "folder": folder,
-        "files": None,
-        "pictures": len(table.files),
-        "texts": text,
-        "boxes": len(columns.boxes),
-        "classes": list(table.class_names),
-        "crowds": crowds,
-        "without_boxes": without,
-        "passed_over": others,
-        "says": says,
-    }
-
-
-def _found(
-    spec: str, text: str, pictures: int, boxes: int, names: Sequence[str], ids: str, crowds: int, without: int
-) -> str:
-    classes = f"{len(names):,} class{'es' * (len(names) != 1)} ({some(names)}{ids})"
-    says = f"{shown(spec)}: {text}: {_counted(pictures, 'picture')}, {_counted(boxes, 'box', 'es')} of {classes}"
-    says += f", {crowds:,} of them crowds" if crowds else ""
-    return says + (f"; {_counted(without, 'picture')} without boxes" if without else "")
-
-
-def _counted(count: int, word: str, plural: str = "s") -> str:
-    return f"{count:,} {word}" + plural * (count != 1)
-
-
 # -- records ----------------------------------------------------------------------------------------------------------
 
 
@@ -245,13 +214,24 @@ def _open_records(paths: Sequence[str], spec: str) -> RecordBoxSource:
     if path is None:
         raise UserError(f"data source {spec}: {places[0]}, the names of its classes, is not there, nor {places[1]}")
     try:
-        names = [str(item["text"]) for item in json.loads(epath.Path(path).read_bytes())["classes"]]
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(epath.Path(path).read_bytes())
+        names = [str(item["text"]) for item in content["classes"]]
+        numbers = {name: k for k, name in enumerate(names)}
+        parents = [
+            [numbers[text] for text in item.get("parents", ()) if text in numbers] for item in content["classes"]
+        ]
+        looked_for = content.get("exhaustive")
+        source = RecordBoxSource(records, names, {}, looked_for, parents)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(
             f"{path} does not hold classes as curation.detection writes them ({first_line(error)})"
         ) from error
     says = f"{shown(spec)}: {len(records):,} pictures in records, {len(names):,} classes ({some(names)})"
-    return RecordBoxSource(records, names, {"folder": spec, "pictures": len(records), "texts": "records", "says": says})
+    if looked_for is not None:
+        sets = ", ".join(f"{len(ids):,} in all of {name}" for name, ids in sorted(looked_for.items()))
+        says += f"; classes that were looked for: {sets or 'in no set all'}, else those that a picture names"
+    source.summary |= {"folder": spec, "pictures": len(records), "texts": "records", "says": says}
+    return source
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
@@ -285,7 +265,12 @@ def _open_folder(folder: str, split: str, check: bool) -> FileBoxSource:
 
 
 def box_parts(spec: str) -> frozenset[str]:
-    """Which of 'train' and 'test' a folder keeps apart, as `open_boxes` takes them; () for any other source."""
+    """Which of 'train' and 'test' a folder keeps apart, as `open_boxes` takes them; () for any other source.
+
+    Of several sources that are joined, those that one of them does.
+    """
+    if "|" in spec:
+        return frozenset().union(*(box_parts(part.strip()) for part in spec.split("|")))
     if spec.startswith("odinw:"):
         return odinw_parts(spec)
     if not spec or spec.partition(":")[0] in BOX_KINDS or array_record_paths(spec) or not epath.Path(spec).is_dir():
@@ -369,5 +354,9 @@ BOX_KINDS: dict[str, Callable[..., BoxSource]] = {
     "voc": open_voc,
     "boxes": open_box_table,
     "scenes": Scenes,
+    "lvis": open_coco,
+    "objects365": open_coco,
+    "openimages": open_openimages,
+    "vg": open_visual_genome,
     "odinw": open_odinw,
 }
