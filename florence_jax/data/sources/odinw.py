@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from florence_jax.data.box_classes import match_classes
 from florence_jax.data.box_problems import Problems
 from florence_jax.data.box_table import BoxTable
 from florence_jax.data.own_coco import read_own_coco
@@ -167,8 +168,8 @@ def name_classes(table: BoxTable, known: OdinwSet) -> None:
             f"{table.name} has {len(listed)} classes, {', '.join(listed)[:200]}; the set has {len(known.names)}: "
             f"{', '.join(known.names)[:200]}"
         )
-    places = {_plain(one): place for place, one in enumerate(known.names)}
-    if any(places.get(_plain(one), place) != place for place, one in enumerate(listed[unused:])):
+    places = match_classes(listed[unused:], known.names)
+    if ((places >= 0) & (places != np.arange(len(places)))).any():
         raise UserError(f"{table.name}: its classes are in another order than the set's: {', '.join(listed)[:200]}")
     number = np.full(len(order), -1, np.int32)
     number[order[unused:]] = np.arange(len(known.names))
@@ -178,7 +179,3 @@ def name_classes(table: BoxTable, known: OdinwSet) -> None:
     table.keep_boxes(box_class >= 0)
     table.category_ids = [table.category_ids[k] for k in order[unused:]]
     table.class_names = list(known.names)
-
-
-def _plain(name: str) -> str:
-    return name.casefold().replace("_", " ").replace("-", " ")
