@@ -125,4 +125,6 @@ def _runlocal(config: ConfigDict) -> None:
     config.detector.sizes, config.detector.scales = ((128, 256),), (1.0, 0.5)
     config.batch_size, config.data.workers, config.eval.batch_size = 8, 0, 8
     config.total_steps, config.log.every = 2, 1
+    if config.optim.schedule == "steps":
+        config.optim.step_at = (0.5,)  # two steps have room for one
     config.workdir += "_runlocal"

@@ -83,6 +83,8 @@ def test_configurations_of_few_shots_and_of_the_papers_pretraining():
     flod = get_config("recipe=flod")
     assert (flod.batch_size, flod.epochs, flod.detector.tower_lr, flod.data.train) == (128, 12, 0.0, "")
     assert flod.detector.sizes == get_config("recipe=objects365").detector.sizes
+    smoke = get_config("recipe=flod,runlocal")  # two steps have room for one change of the rate
+    assert (smoke.optim.step_at, smoke.total_steps) == ((0.5,), 2)
 
 
 def test_steps_follow_the_number_of_pictures():
