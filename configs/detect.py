@@ -9,6 +9,9 @@
         --config.data.train=my_folder/train --config.data.test=my_folder/test
     python -m florence_jax.main --config=configs/detect.py:protocol=eval --config.init=DIR --config.data.test=my_folder
     python -m florence_jax.main --config=configs/detect.py:protocol=check --config.data.test=my_folder
+    python -m florence_jax.main --config=configs/detect.py:recipe=proposals   # where things are, whatever their class
+    python -m florence_jax.main --config=configs/detect.py:protocol=zeroshot --config.init=DIR_OF_PROPOSALS \
+        --config.data.test=my_folder                                          # classes by name, never trained on
 
 Data with boxes: coco:FILE.json:IMAGES, voc:FOLDER, boxes:FILE.csv, a folder that holds one of these, records of the
 FLOD builder, scenes:SPLIT, lvis:FILE.json:IMAGES, objects365:FILE.json:IMAGES, openimages:FOLDER, vg:FOLDER; see
@@ -17,9 +20,11 @@ configs/pretrain.py) or a folder written by florence_jax.tools.import_torch. Res
 detections_NAME.json (COCO's result file) and report.html.
 
 Arguments: protocol = train | fewshot (on few pictures of each class, shots = 5 of them, drawn by --config.seed) |
-eval (a trained detector on config.data.test) | check (a report of a data set);
+eval (a trained detector on config.data.test) | check (a report of a data set) | zeroshot (a class-agnostic detector,
+its proposals classified by the names of the classes of config.data.test);
 recipe = coco | objects365 | flod (the paper's figures where it gives some, DyHead's where not; never run here; flod
-trains the detector alone, on records of the FLOD builder or sets joined by '|'); without one
+trains the detector alone, on records of the FLOD builder or sets joined by '|') | proposals (a class-agnostic detector
+on a frozen encoder, for protocol=zeroshot); without one, and of proposals,
 batch, epochs and learning rate follow the number of images; variant = size of the towers, for a preflight without
 weights; res = shorter side of the buckets in pixels; runlocal.
 
@@ -32,7 +37,8 @@ from florence_jax.config_files import parse_arg
 from florence_jax.errors import UserError
 from florence_jax.train.defaults import common, detector_overrides, model_overrides
 
-PROTOCOLS = ("train", "fewshot", "eval", "check")
+PROTOCOLS = ("train", "fewshot", "eval", "check", "zeroshot")
+PROPOSALS = "proposals"  # a recipe without sizes of its own
 # (height, width) of the buckets of a recipe. COCO: longer side 2,500 (paper), shorter 1,500 as in 800 x 1,333.
 # Objects365: longer side 1,333 (paper), shorter 800. Both at the next multiples of 128.
 RECIPES = {
@@ -45,14 +51,16 @@ RECIPES["flod"] = RECIPES["objects365"]  # the paper does not say; by far most o
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration for an argument string such as 'recipe=coco,variant=H'."""
     given = parse_arg(arg, protocol="train", recipe="", shots=5, variant="", res=0, runlocal=False)
-    for name, value, known in (("protocol", given.protocol, PROTOCOLS), ("recipe", given.recipe, ("", *RECIPES))):
+    recipes = ("", *RECIPES, PROPOSALS)
+    for name, value, known in (("protocol", given.protocol, PROTOCOLS), ("recipe", given.recipe, recipes)):
         if value not in known:
             raise UserError(f"unknown {name} {value!r}; known: {', '.join(filter(None, known))}")
     trains = given.protocol in ("train", "fewshot")
     config = common("runs/detect" if given.protocol == "train" else f"runs/detect_{given.protocol}")
     config.task, config.protocol = "detect", given.protocol
     config.mode = "train" if trains else "eval"
-    inits = {"train": "runs/pretrain/checkpoints", "fewshot": "runs/detect", "eval": "runs/detect"}
+    inits = {"train": "runs/pretrain/checkpoints", "zeroshot": "runs/proposals"}
+    inits |= dict.fromkeys(("fewshot", "eval"), "runs/detect")
     config.init = inits.get(given.protocol, "")
     config.model = {"variant": given.variant, "overrides": model_overrides()}  # as config.init says
     config.detector = {
@@ -65,6 +73,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "crowd": "ignore",  # what crowds and groups are in training: ignore | background (as the references have it)
         "unknown": "ignore",  # classes that nobody looked for in a picture: ignore | background (what has no box)
         "tower_lr": 1.0,  # learning rate of the image tower over the detector's; 0: frozen
+        "agnostic": False,  # one class, "object", of all boxes, whatever their classes
     }
     config.detections = {  # None: as the folder's detector was trained to, else what is said here
         "threshold": config_dict.placeholder(float),  # least score of a class: .05
@@ -95,11 +104,39 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optim.warmup_steps = config_dict.placeholder(int)  # at most a tenth of the steps
     config.optim.layer_decay = 1.0  # learning rate of each layer of the tower over that of the one above it
     config.optim.weight_decay, config.optim.b2 = 0.05, 0.999
-    if given.recipe:
+    if given.protocol == "zeroshot":
+        _zero_shot(config)
+    if given.recipe == PROPOSALS:
+        config.workdir, config.init = (
+            at.replace("runs/detect", "runs/proposals") for at in (config.workdir, config.init)
+        )
+        config.detector.agnostic, config.detector.tower_lr = True, 0.0
+    elif given.recipe:
         _published(config, given.recipe)
     if given.runlocal:
         _runlocal(config)
     return config
+
+
+def _zero_shot(config: ConfigDict) -> None:
+    """Classes by name; see docs/detection.md."""
+    for name in ("threshold", "iou", "most"):  # of the proposals: below
+        del config.detections[name]
+    config.zero_shot = {
+        "region": "crops",  # crops, each encoded as a picture | roi, of the map that the detector has seen
+        "margin": 0.1,  # around each box, on each side, as a share of the side
+        "square": True,  # crops are as wide as high; False: squashed
+        "g": 0.5,  # score = objectness^(1-g) x class^g
+        "proposals": 100,  # of a picture,
+        "proposal_iou": 0.9,  # of two that overlap more the worse is dropped
+        "iou": 0.5,  # the same of two boxes of a class, in the end
+        "most": 100,  # boxes of a picture
+        "background": True,  # one more class in the softmax, nothing, of a fixed logit
+        "background_logit": 0.0,
+        "temperature": config_dict.placeholder(float),  # that cosines are divided by; None: as it was trained
+        "names": "",  # a file, a line each: NAME, or NAME OF THE SET = NAME | SYNONYM; '': the test set's own
+        "templates": "",  # of prompts: a set's name or a file; '': CLIP's 80 and the bare name
+    }
 
 
 def _published(config: ConfigDict, recipe: str) -> None:

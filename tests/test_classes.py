@@ -106,6 +106,14 @@ def test_broken_name_files(tmp_path, text, message):
         load_class_names(str(tmp_path / "gone.txt"))
 
 
+def test_an_empty_line_of_a_names_file_is_said(tmp_path, caplog):
+    (tmp_path / "names.txt").write_text("cat\n\n# two more\ndog\n\n\n")
+    assert load_class_names(str(tmp_path / "names.txt")).labels == ("cat", "dog")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"class names {tmp_path / 'names.txt'} line 2 is empty: it names no class"
+    ]
+
+
 def test_data_set_names():
     assert dataset_name("tfds:voc/2007:test") == dataset_name("tfds:voc:test") == "voc2007"
     assert dataset_name("tfds:mnist:3.0.1:test[:10%]") == "mnist"

@@ -11,7 +11,7 @@ from tiny_images import COLOURS, run_main
 
 from florence_jax.errors import UserError
 from florence_jax.inference import Florence
-from florence_jax.inference.classifier import read_names
+from florence_jax.inference.class_names import read_names
 from florence_jax.predict import main
 
 CLASSES = sorted(name.replace("_", " ") for name in COLOURS)

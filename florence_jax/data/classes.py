@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from florence_jax.data.captions import normalise_caption
@@ -82,7 +83,9 @@ def load_class_names(spec: str) -> ClassNames:
 
 def _parse(text: str, where: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     labels, names = [], []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.rstrip().splitlines(), 1):
+        if not line.strip():
+            logging.warning("class names %s line %d is empty: it names no class", where, number)
         if not line.strip() or line.startswith("#"):
             continue
         label, equals, rest = line.partition(" = ")

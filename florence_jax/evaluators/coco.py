@@ -1,5 +1,6 @@
 """A detector scored as COCO does: pycocotools on the very file that is written."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -63,6 +64,8 @@ class CocoEvaluator(Evaluator):
         `self_check`, which is made at once, before anything is trained.
     """
 
+    answers: Mapping[str, bool] = {"": True}  # words that names of boxes begin with -> whether they have classes
+
     def __init__(
         self,
         source: BoxSource,
@@ -84,7 +87,7 @@ class CocoEvaluator(Evaluator):
         self._predictor = Predictor(detect, mesh, batch_size)
         records = list(source.metadata())
         self._stated = make_truth(records, source)  # by the metadata; scored is by what the records say
-        self._class_of = match_classes(class_names, source.class_names)
+        self._class_of = match_classes(class_names, source.class_names)  # -1: the test set does not name it
         self.notes = [
             *_class_notes(self._stated, class_names, self._class_of),
             self_check(source, records, ops, buckets, on_corrupt),
@@ -101,31 +104,42 @@ class CocoEvaluator(Evaluator):
         """See `Evaluator`."""
         return (self._source,)
 
-    @functools.cached_property
+    @property
     def chance(self) -> Mapping[str, float]:
-        """What the mean boxes of the training set score, see `mean_box_scores`."""
+        """What the mean boxes of the training set score."""
+        return self._mean_boxes
+
+    @functools.cached_property
+    def _mean_boxes(self) -> Mapping[str, float]:
+        """See `mean_box_scores`; {} without a training set."""
         return mean_box_scores(self._stated, self._train) if self._train else {}
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
-        self._rows, self._truth, self._found = self._detect(params)
-        self._scores = scores = coco_scores(self._truth, self._found)
-        names = self._truth.class_names
+        self._rows, self._truth, found = self._detect(params)
+        return self._judge(self._truth, found)
+
+    def _judge(self, truth: GroundTruth, found: Mapping[str, FoundBoxes]) -> dict[str, float]:
+        """The results, of what was found by the words of `answers`."""
+        self._found = found[""]
+        self._scores = scores = coco_scores(truth, self._found)
+        names = truth.class_names
         by_class: dict[str, float] = {}
         if len(names) <= CLASSES_IN_RESULTS:
             values = zip(names, scores.class_ap().tolist(), strict=True)
             by_class = {f"AP/{name}": value for name, value in values if not np.isnan(value)}
-        crowds = int(self._truth.crowd.sum())
-        counts = {"boxes": float(len(self._truth.boxes) - crowds), "crowds": float(crowds)}
+        crowds = int(truth.crowd.sum())
+        counts = {"boxes": float(len(truth.boxes) - crowds), "crowds": float(crowds)}
         return scores.values | by_class | image_counts(self._source, self._rows) | counts
 
-    def _detect(self, params: Any) -> tuple[np.ndarray, GroundTruth, FoundBoxes]:
-        """Numbers of the records that could be read, what is true of them, and what was found.
+    def _detect(self, params: Any) -> tuple[np.ndarray, GroundTruth, dict[str, FoundBoxes]]:
+        """Numbers of the records that could be read, what is true of them, and what was found, by `answers`.
 
         They are the same on every process.
         """
         numbers: list[int] = []
-        truth, labels, corners, scores = [], [], [], []
+        truth: list[Any] = []
+        parts: dict[str, list[tuple[np.ndarray, ...]]] = {word: [] for word in self.answers}
         rows = self._predictor.rows(
             params,
             WithTruth(self._source),
@@ -139,23 +153,36 @@ class CocoEvaluator(Evaluator):
         for row in rows:
             numbers.append(row["index"])
             truth.append(row["truth"])
-            there = row["scores"] > 0
-            classes = self._class_of[row["labels"][there]]
-            known = classes >= 0
-            labels.append(classes[known])
-            corners.append(boxes_to_source(row["boxes"][there][known], row["warp"]).astype(np.float32))
-            scores.append(row["scores"][there][known])
+            self._see(row)
+            for word, of_pictures in parts.items():
+                of_pictures.append(self._boxes_of(row, word))
         true = make_truth(truth, self._source)
-        image = np.repeat(np.arange(len(labels), dtype=np.int32), [len(each) for each in labels])
-        found = found_boxes(image, np.concatenate(labels), np.concatenate(corners), np.concatenate(scores), true)
+        found = {}
+        for word, of_pictures in parts.items():
+            image = np.repeat(np.arange(len(truth), dtype=np.int32), [len(each[0]) for each in of_pictures])
+            labels, corners, scores = (np.concatenate(column) for column in zip(*of_pictures, strict=True))
+            seen = true if self.answers[word] else dataclasses.replace(true, judged=None)
+            found[word] = found_boxes(image, labels, corners, scores, seen)
         return np.array(numbers, np.int64), true, found
+
+    def _see(self, row: Mapping[str, Any]) -> None:
+        """Takes from what is given for a picture what else is wanted of it."""
+
+    def _boxes_of(self, row: Mapping[str, Any], word: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Classes of the test set, corners in pixels of the source and scores, of what has such a class."""
+        boxes, scores, labels = (row[f"{word}{name}"] for name in ("boxes", "scores", "labels"))
+        there = scores > 0
+        classes = self._class_of[labels[there]] if self.answers[word] else np.zeros(there.sum(), np.int32)
+        known = classes >= 0
+        corners = boxes_to_source(boxes[there][known], row["warp"]).astype(np.float32)
+        return classes[known], corners, scores[there][known]
 
     def report(self) -> list[str]:
         """See `coco_report`."""
         if self._truth is None or self._found is None or self._scores is None:
             return []
         painter = Painter(self._source, self._rows)
-        return coco_report(self.name, self._truth, self._found, self._scores, self.chance, self.notes, painter)
+        return coco_report(self.name, self._truth, self._found, self._scores, self._mean_boxes, self.notes, painter)
 
     def files(self) -> Mapping[str, bytes]:
         """What was found and what is true, both in COCO's format: pycocotools gives their numbers again."""

@@ -2,13 +2,13 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from florence_jax.data.classes import choose_templates, load_class_names, shipped_class_names
+from florence_jax.data.classes import choose_templates
 from florence_jax.data.records import Record, Source
 from florence_jax.errors import UserError
 from florence_jax.inference.base import Answerer, Found
+from florence_jax.inference.class_names import read_names
 from florence_jax.inference.florence import Florence, best_classes
 from florence_jax.pictures import thumbnail
 
@@ -84,22 +84,3 @@ class Classifier(Answerer):
         """The picture, small."""
         del found
         return thumbnail(record["image"])
-
-
-def read_names(given: str) -> tuple[tuple[str, ...], ...]:
-    """The names of each class: 'cat,dog', or a file of class names or a shipped set, see `data.classes`.
-
-    Raises:
-      UserError: for a file that cannot be read, a name that occurs twice, or none.
-    """
-    if Path(given).is_file() or given.replace("/", "") in shipped_class_names():
-        classes = load_class_names(given).names
-        if len(classes) > 1 or "," not in classes[0][0]:
-            return classes
-        given = classes[0][0]  # all on one line
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise UserError(f"--names={given}: {repeated[0]!r} is there twice")
-    if given and not names:
-        raise UserError(f"--names={given} names no class")
-    return tuple((name,) for name in names)

@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from florence_jax.data.box_classes import match_classes
@@ -15,17 +17,21 @@ from florence_jax.data.box_frames import boxes_as_stated
 from florence_jax.data.buckets import Bucket, nearest_sizes
 from florence_jax.data.ops.geometry import boxes_to_source
 from florence_jax.data.ops.image import Decode
+from florence_jax.data.prompts import TEMPLATES
 from florence_jax.data.records import BadRecord, Record, Source
 from florence_jax.data.sources.image_list import ImageList
 from florence_jax.data.sources.picture_files import some
 from florence_jax.errors import UserError
 from florence_jax.evaluators.coco_files import json_bytes
-from florence_jax.evaluators.predictor import Predictor
+from florence_jax.evaluators.predictor import Embedder, Predictor
+from florence_jax.evaluators.zero_shot_detection import TEXTS_AT_ONCE, class_inputs, name_problems
 from florence_jax.inference.base import Answerer, Found
+from florence_jax.inference.class_names import read_names
 from florence_jax.params.sharding import make_mesh
 from florence_jax.pictures import Frame, draw_boxes, open_picture, picture_frame, picture_uri
 from florence_jax.tasks.detector import Detector
 from florence_jax.tasks.encoder import Encoder
+from florence_jax.tasks.zero_shot_detector import ZeroShotDetector, ZeroShotOptions
 
 TOLD_FROM = 0.3  # least score of a box that is told
 # By class, in turn.
@@ -60,18 +66,14 @@ class BoxFinder:
     """A trained detector on all devices of this process.
 
     Args:
-      init: folder of the weights.
-      precision: compute dtype.
+      detector: of a folder of weights.
       batch_size: most pictures a call of the model.
-
-    Raises:
-      UserError: for a folder without a detector.
     """
 
-    def __init__(self, init: str, precision: str = "float32", batch_size: int = 16):
-        self.detector = Detector(Encoder(init, precision=precision))
+    def __init__(self, detector: Detector, batch_size: int = 16):
+        self.detector = detector
         self._mesh, self._batch_size = make_mesh(-1, 1), batch_size
-        self._params = self.detector.load_on(self._mesh)
+        self._params = self._load()
         part = self.detector.part
         self._sizes = [(height, width) for height, width in part["sizes"]]
         self._ops = f"{part['eval_ops']}|keep(image, valid, key, warp)"
@@ -81,6 +83,22 @@ class BoxFinder:
     def names(self) -> tuple[str, ...]:
         """Of the classes."""
         return self.detector.classes
+
+    @property
+    def category_ids(self) -> Sequence[Any]:
+        """Of the classes, in COCO's files."""
+        return self.detector.part.get("category_ids") or range(1, len(self.names) + 1)
+
+    def _load(self) -> dict[str, Any]:
+        return self.detector.load_on(self._mesh)
+
+    @property
+    def _inputs(self) -> Any:
+        """What `_detect` takes beside a batch."""
+        return self._params
+
+    def _detect(self, inputs: Any, batch: dict[str, jax.Array]) -> Mapping[str, jax.Array]:
+        return self.detector.detect(inputs, batch)
 
     def boxes(self, source: Source, threshold: float, top: int, on_corrupt: str = "skip") -> Iterator[PictureBoxes]:
         """What is found in each readable record, in order.
@@ -100,7 +118,7 @@ class BoxFinder:
         buckets, frames = self._buckets(source)
         host = ("key", "warp")
         rows = self._predictor(len(source)).rows(
-            self._params, source, self._ops, {}, host=host, buckets=buckets, on_corrupt=on_corrupt
+            self._inputs, source, self._ops, {}, host=host, buckets=buckets, on_corrupt=on_corrupt
         )
         for row in rows:
             width, height = (frame := frames[row["index"]]).size
@@ -113,7 +131,7 @@ class BoxFinder:
         """For batches of a power of two, up to the largest: few sizes are compiled."""
         size = min(self._batch_size, 1 << max(count - 1, 0).bit_length())
         if size not in self._predictors:
-            self._predictors[size] = Predictor(self.detector.detect, self._mesh, size)
+            self._predictors[size] = Predictor(self._detect, self._mesh, size)
         return self._predictors[size]
 
     def _buckets(self, source: Source) -> tuple[tuple[Bucket, ...], list[Frame]]:
@@ -137,6 +155,77 @@ def upright_frame(source: Source, index: int) -> Frame:
         return Frame((0, 0), (0, 0), 1)
 
 
+class NamedBoxFinder(BoxFinder):
+    """As `BoxFinder`, of classes that are told by name: `choose` says which.
+
+    Args:
+      encoder: of a folder with a class-agnostic detector and both towers.
+      batch_size: most pictures a call of the model.
+
+    Raises:
+      UserError: for another folder.
+    """
+
+    def __init__(self, encoder: Encoder, batch_size: int = 16):
+        self._zero_shot = ZeroShotDetector(encoder, ZeroShotOptions())
+        super().__init__(self._zero_shot.detector, batch_size)
+        self._names: tuple[tuple[str, ...], ...] = ()
+        self._classes: dict[str, np.ndarray] = {}
+
+    def choose(self, names: Sequence[str | Sequence[str]]) -> None:
+        """Looks for these classes from now on.
+
+        Args:
+          names: of K classes, each a name or several that mean the same.
+
+        Raises:
+          UserError: for no names, an empty one, or one that occurs twice.
+        """
+        groups = check_names(names)
+        if groups == self._names:
+            return
+        tokenizer = self._zero_shot.encoder.tokenizer
+        assert tokenizer is not None, "ZeroShotDetector has checked it"
+        for problem in name_problems(groups, tokenizer):
+            logging.warning("%s", problem)
+        embedder = Embedder({"text": self._zero_shot.encoder.predict["text"]}, tokenizer, self._mesh, TEXTS_AT_ONCE)
+        templates = self._zero_shot.encoder.description.templates or TEMPLATES
+        self._classes, self._names = class_inputs(embedder, self._params["towers"], groups, templates), groups
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The first of each class."""
+        return tuple(group[0] for group in self._names)
+
+    @property
+    def category_ids(self) -> Sequence[Any]:
+        """Of the classes, in COCO's files."""
+        return range(1, len(self._names) + 1)
+
+    @property
+    def _inputs(self) -> Any:
+        return self._params | self._classes
+
+    def _load(self) -> dict[str, Any]:
+        return self._zero_shot.load_on(self._mesh)
+
+    def _detect(self, inputs: Any, batch: dict[str, jax.Array]) -> Mapping[str, jax.Array]:
+        return self._zero_shot.detect(inputs, batch)
+
+
+def check_names(names: Sequence[str | Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    """The names of each class; raises UserError for none, an empty one, or one that occurs twice."""
+    if isinstance(names, str):
+        raise UserError(f"names are given in a list, such as [{names!r}]")
+    groups = tuple((given,) if isinstance(given, str) else tuple(given) for given in names)
+    flat = [name.strip() for group in groups for name in group]
+    if not groups or not all(groups) or not all(flat):
+        raise UserError(f"names={names!r}: name at least one class, and give each a name")
+    if repeated := [name for i, name in enumerate(flat) if name in flat[:i]]:
+        raise UserError(f"names={names!r}: {repeated[0]!r} is there twice")
+    return groups
+
+
 class DetectorAnswerer(Answerer):
     """See `inference.base.Answerer`: a line for each box, perhaps none for a picture.
 
@@ -156,11 +245,18 @@ class DetectorAnswerer(Answerer):
         """Adds the options of detection."""
         parser.add_argument("--threshold", type=float, default=TOLD_FROM, help="score from which on a box is told")
         parser.add_argument("--top", type=int, default=100, help="most boxes of a picture")
+        named = "classes by name, of a class-agnostic detector: NAME,NAME,... or a file, a line each: NAME | SYNONYM"
+        parser.add_argument("--names", default="", help=named)
 
     @classmethod
     def open(cls, init: str, args: argparse.Namespace) -> "DetectorAnswerer":
         """Loads the weights."""
-        return cls(BoxFinder(init, batch_size=args.batch_size), args.threshold, args.top)
+        if not args.names:
+            finder = BoxFinder(Detector(Encoder(init)), args.batch_size)
+        else:
+            finder = named = NamedBoxFinder(Encoder(init), args.batch_size)
+            named.choose(read_names(args.names))
+        return cls(finder, args.threshold, args.top)
 
     def answers(self, source: Source) -> Iterator[Found]:
         """Of every readable record, in order."""
@@ -207,7 +303,7 @@ class DetectorAnswerer(Answerer):
 
         Of the pictures of a list also what `list_results` gives.
         """
-        ids = list(self.finder.detector.part.get("category_ids") or range(1, len(self.finder.names) + 1))
+        ids = list(self.finder.category_ids)
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for number, answer in enumerate(answers, 1):

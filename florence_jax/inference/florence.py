@@ -9,6 +9,7 @@
     probabilities = model.classify(["cat.jpg"], ["cat", "dog", "horse"])
     answers = Florence("runs/mine").predict(["cat.jpg"])  # of weights fine-tuned for classes: [[("cat", .98)]]
     found = Florence("runs/detect").detect(["street.jpg"])  # [{"boxes": ..., "scores": ..., "labels": ..., "names"}]
+    found = Florence("runs/proposals").detect(["street.jpg"], names=["cat", "traffic light"])
 
 `docs/colab.ipynb` does this in a notebook. For evaluations with metrics use `python -m florence_jax.main`.
 """
@@ -27,8 +28,9 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.metrics import softmax
 from florence_jax.evaluators.predictor import Embedder, Predictor
 from florence_jax.evaluators.zero_shot import class_embeddings
-from florence_jax.inference.detector import TOLD_FROM, BoxFinder
+from florence_jax.inference.detector import TOLD_FROM, BoxFinder, NamedBoxFinder
 from florence_jax.params.sharding import make_mesh
+from florence_jax.tasks.detector import Detector
 from florence_jax.tasks.encoder import Encoder
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
@@ -225,36 +227,60 @@ class Florence:
         """
         return [best_classes(row, self.classes, top) for row in self.probabilities(images)]
 
-    def detect(self, images: Sequence[Picture], threshold: float = TOLD_FROM, top: int = 100) -> list[dict[str, Any]]:
+    def detect(
+        self,
+        images: Sequence[Picture],
+        threshold: float = TOLD_FROM,
+        top: int = 100,
+        names: Sequence[str | Sequence[str]] | None = None,
+    ) -> list[dict[str, Any]]:
         """Objects in pictures, by the detector that the folder holds (configs/detect.py).
 
         Args:
           images: N pictures as for `embed_images`; each is looked at whole, at the size that the detector was trained
             with.
           threshold: least score of a box. top: most boxes of a picture.
+          names: classes to look for, as `classify` takes them, which need not have been trained for: of a folder with
+            a class-agnostic detector (recipe=proposals). None: the detector's own.
 
         Returns:
           N dicts, boxes best first: "boxes" float32 (n, 4), x1 y1 x2 y2 in pixels of the upright picture, "scores"
           float32 (n,), "labels" int32 (n,), numbers of classes, "names", n names of classes.
 
         Raises:
-          UserError: as `embed_images`; for a folder without a detector, a threshold outside 0 to 1, a top below 1.
+          UserError: as `embed_images`; for a folder without a detector, a threshold outside 0 to 1, a top below 1,
+            names of a detector with classes of its own, no names, or one twice.
         """
-        source, names = _as_source(images), self._finder.names
+        source, finder = _as_source(images), self._finder
+        if names is not None:
+            finder = self._named_finder
+            self._named_finder.choose(names)
+        told = finder.names
         return [
             {
                 "boxes": found.boxes,
                 "scores": found.scores,
                 "labels": found.labels,
-                "names": [names[label] for label in found.labels],
+                "names": [told[label] for label in found.labels],
             }
-            for found in self._finder.boxes(source, threshold, top, on_corrupt="error")
+            for found in finder.boxes(source, threshold, top, on_corrupt="error")
         ]
 
     @functools.cached_property
     def _finder(self) -> BoxFinder:
         """Loaded when it is first asked."""
-        return BoxFinder(self.encoder.description.folder, self.encoder.model.config.dtype, self._batch_size)
+        return BoxFinder(Detector(self._again()), self._batch_size)
+
+    @functools.cached_property
+    def _named_finder(self) -> NamedBoxFinder:
+        """The same, for classes by name."""
+        return NamedBoxFinder(self._again(), self._batch_size)
+
+    def _again(self) -> Encoder:
+        """The folder's towers as a detector takes them: of their own size."""
+        return Encoder(
+            self.encoder.description.folder, None, self.encoder.tokenizer_spec, self.encoder.model.config.dtype
+        )
 
     def _check_text(self) -> None:
         if not self.encoder.has_text:

@@ -13,7 +13,7 @@ from florence_jax.errors import UserError
 from florence_jax.models.base import Model
 from florence_jax.models.coswin import CoSwin
 from florence_jax.models.flops import forward_flops
-from florence_jax.models.layers import NORMAL, constrain, unit_norm
+from florence_jax.models.layers import NORMAL, LayerNorm, constrain, unit_norm
 from florence_jax.models.sizes import ModelConfig, resolve_config
 from florence_jax.models.text import TextTransformer
 from florence_jax.models.vit import ViT
@@ -95,6 +95,19 @@ class TwoTowers(nn.Module):
             outputs |= {f"text/{name}": value for name, value in text.items()}
             outputs["text/embedding"] = self.text_projection(text["pooled"])
         return outputs
+
+
+def embed_maps(config: ModelConfig, params: Mapping[str, Any], maps: jax.Array) -> jax.Array:
+    """Unit vectors of the joint space, float32 (N, D), as the image tower ends: norm, mean over places, projection.
+
+    Args:
+      config, params: of the towers.
+      maps: (N, h, w, C), parts of the map of the last stage.
+    """
+    norm: Any = LayerNorm()
+    projection: Any = _Projection(config.projection, jnp.dtype(config.dtype))
+    normed = norm.apply({"params": params["image"]["norm"]}, maps)
+    return projection.apply({"params": params["image_projection"]}, normed.mean((1, 2)))
 
 
 def tower_inputs(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:

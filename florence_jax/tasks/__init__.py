@@ -15,6 +15,7 @@ from florence_jax.tasks.few_shot_detection import FewShotDetect
 from florence_jax.tasks.finetune import FineTuneLinear, FineTuneUniCL
 from florence_jax.tasks.pretrain import Pretrain
 from florence_jax.tasks.retrieve import FineTuneRetrieval, RetrievalSuite
+from florence_jax.tasks.zero_shot_detection import ZeroShotDetectionSuite
 
 CLASSIFIER = "florence_jax.inference.classifier:Classifier"
 PRETRAINED = "pretrain"
@@ -47,7 +48,13 @@ TASKS: dict[str, Registered] = {
         CLASSIFIER,
     ),
     "detect": Registered(
-        {"train": Detect, "fewshot": FewShotDetect, "eval": DetectionSuite, "check": BoxCheckSuite},
+        {
+            "train": Detect,
+            "fewshot": FewShotDetect,
+            "zeroshot": ZeroShotDetectionSuite,
+            "eval": DetectionSuite,
+            "check": BoxCheckSuite,
+        },
         "florence_jax.inference.detector:DetectorAnswerer",
     ),
     "retrieve": Registered({"zeroshot": RetrievalSuite, "finetune": FineTuneRetrieval}, CLASSIFIER),

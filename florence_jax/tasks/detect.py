@@ -15,6 +15,7 @@ from florence_jax.data.box_classes import class_sets_of, is_exhaustive
 from florence_jax.data.buckets import make_buckets
 from florence_jax.data.pipeline import TrainData
 from florence_jax.data.records import Source, Subset, summary_of
+from florence_jax.data.sources.agnostic import OBJECT, AgnosticBoxes
 from florence_jax.data.sources.boxes import BoxSource
 from florence_jax.data.sources.detection import box_parts, open_boxes
 from florence_jax.errors import UserError
@@ -50,6 +51,9 @@ NAMELESS = tuple(f"class {number}" for number in range(80))  # of a detector tha
 class DetectionSuite(Suite):
     """A trained detector, that of `config.init`, on `config.data.test`.
 
+    All classes of the data are one where the detector is class-agnostic: as `config.detector.agnostic` says where it is
+    trained, else where the folder's detector knows the class 'object' alone.
+
     Attributes:
       train_source: None where nothing is trained. test_sources: by the names of their evaluators.
       detector: see there. sizes: (height, width) of the buckets. eval_ops: of pictures that are looked at.
@@ -64,16 +68,23 @@ class DetectionSuite(Suite):
         self.config = config
         self.train_source: BoxSource | None = None
         self.test_sources: dict[str, BoxSource] = {}
-        self._open_sources()
         given, encoder = config.detector, open_encoder(config)
-        classes: Sequence[str] = getattr(self.train_source, "class_names", () if config.init else NAMELESS)
+        known = tuple(encoder.description.parts.get(DETECTOR, {}).get("classes", ()))
+        self._agnostic = given.agnostic or (not config.data.train and known == (OBJECT,))
+        self._open_sources()
+        nobodys = () if config.init else (OBJECT,) if given.agnostic else NAMELESS
+        classes: Sequence[str] = getattr(self.train_source, "class_names", nobodys)
         self.detector = Detector(encoder, given.variant, classes, given.overrides, config.detections)
         part = {} if config.data.train else self.detector.part  # other data may want other sizes
         scenes = f"{config.data.train}{config.data.test}".startswith(SCENES)
-        known = () if given.res else part.get("sizes", SCENES_SIZES if scenes else ())
+        usual = () if given.res else part.get("sizes", SCENES_SIZES if scenes else ())
         multiple = self.detector.config.multiple
         self.eval_ops = config.data.eval_ops or part.get("eval_ops", WHOLE_PICTURE)
-        self.sizes = bucket_sizes(given.sizes or known, given.res or OWN_SIDE, multiple)
+        self.sizes = bucket_sizes(given.sizes or usual, given.res or OWN_SIDE, multiple)
+
+    def _open(self, spec: str, split: str) -> BoxSource:
+        source = open_boxes(spec, split)
+        return AgnosticBoxes(source) if self._agnostic else source
 
     def _open_sources(self) -> None:
         """Those of `config.data`."""
@@ -86,7 +97,7 @@ class DetectionSuite(Suite):
             name = spec.split(":")[1] if spec.startswith(SCENES) else "test"
             if name in self.test_sources:
                 name += str(len(self.test_sources) + 1)
-            self.test_sources[name] = open_boxes(spec.strip(), "test")
+            self.test_sources[name] = self._open(spec.strip(), "test")
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -186,7 +197,7 @@ class Detect(DetectionSuite, Task):
     def _open_sources(self) -> None:
         data = self.config.data
         if data.train:
-            self.train_source = open_boxes(data.train, "train")
+            self.train_source = self._open(data.train, "train")
         if data.test:
             self._open_tests(data.test.split("|"))
         elif tests := [test for part in data.train.split("|") for test in _tests_of(part.strip())]:
@@ -315,7 +326,7 @@ class Detect(DetectionSuite, Task):
         config, sources = self.config, dict(self.test_sources)
         found: list[Evaluator] = []
         if config.forgetting.source:
-            sources["forgetting"] = open_boxes(config.forgetting.source, "test")
+            sources["forgetting"] = self._open(config.forgetting.source, "test")
             watched = self.coco("forgetting", sources["forgetting"], mesh)
             found.append(Forgetting(watched, self.start, config.forgetting.threshold, "config.keep_zero_shot"))
         for share in config.keep_zero_shot:

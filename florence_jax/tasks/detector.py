@@ -158,22 +158,28 @@ class Detector:
 
     def detect(self, params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """What is found in each picture, as `models.detections.merge` gives it, of all views together."""
+        return self.look(params, batch)[0]
+
+    def look(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], Mapping[str, jax.Array]]:
+        """As `detect`, and the model's outputs of the first view: the whole picture, at the first of the scales."""
         options, views = self.options, []
+        first: Mapping[str, jax.Array] = {}
         for scale in options.scales:
             view = scaled(batch["image"], batch["valid"], scale, self.config.multiple)
             for flip in (False, True)[: 1 + options.flip]:
                 seen = mirrored(*view) if flip else view[0]
-                found = self._candidates(params, seen, view[1])
+                out = self.outputs(params, {"image": seen, "valid": view[1]})
+                first = first or out
+                found = self._candidates(out, *view)
                 boxes = found["boxes"]
                 if flip:
                     width = view[1][:, None, 1].astype(boxes.dtype)
                     boxes = jnp.stack([width - boxes[..., 2], boxes[..., 1], width - boxes[..., 0], boxes[..., 3]], -1)
                 views.append(found | {"boxes": boxes / scale})
         found = merge(views, options.iou, options.most)
-        return found | {"scores": jnp.sqrt(found["scores"])} if options.root else found
+        return (found | {"scores": jnp.sqrt(found["scores"])} if options.root else found), first
 
-    def _candidates(self, params: Any, image: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
-        out = self.outputs(params, {"image": image, "valid": valid})
+    def _candidates(self, out: Mapping[str, jax.Array], image: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
         levels = [height * width for height, width in level_shapes(*image.shape[1:3])]
         return candidates(out, valid, levels, self.options.threshold, self.options.per_level)
 

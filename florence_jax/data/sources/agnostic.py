@@ -1,0 +1,57 @@
+"""Sets of boxes whose classes are all one: what a class-agnostic detector, of proposals, is trained and scored on."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from florence_jax.data.records import BadRecord, BaseSource, Record, sample_of, summary_of
+from florence_jax.data.sources.boxes import LOOKED_FOR, BoxSource
+
+OBJECT = "object"  # the one class
+NOT_AGNOSTIC = ("exhaustive", *LOOKED_FOR, "set_index")  # fields about classes that people looked for
+
+
+class AgnosticBoxes(BaseSource):
+    """A `BoxSource` in which every box is of the class `OBJECT`.
+
+    Of a set in which not every class was looked for in every picture, what nobody boxed counts as background: with one
+    class there is nothing else that could, whatever `config.detector.unknown` says. Fields about classes that people
+    looked for are left out.
+
+    Args:
+      source: pictures with boxes of any classes.
+    """
+
+    def __init__(self, source: BoxSource):
+        self.name, self._source = source.name, source
+        self.class_names: Sequence[str] = (OBJECT,)
+        self.category_ids: Sequence[Any] = (1,)
+        found = dict(summary_of(source))
+        self.summary = found | {"says": f"{found['says']}; all of them one class, {OBJECT!r}"} if found else {}
+        for name in ("shapes", "same"):  # where the source knows them without its records
+            if hasattr(source, name):
+                setattr(self, name, getattr(source, name))
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        return _agnostic(self._source[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
+        found = self._source.__getitems__(indices)
+        return [record if isinstance(record, BadRecord) else _agnostic(record) for record in found]
+
+    def metadata(self) -> Iterator[Record]:
+        """Of all readable records, in order."""
+        return map(_agnostic, self._source.metadata())
+
+    def sample(self, count: int) -> list[Record]:
+        """See `records.sample_of`."""
+        return list(map(_agnostic, sample_of(self._source, count)))
+
+
+def _agnostic(record: Record) -> Record:
+    kept = {name: value for name, value in record.items() if name not in NOT_AGNOSTIC}
+    return kept | {"class_ids": np.zeros(len(record["boxes"]), np.int32)}

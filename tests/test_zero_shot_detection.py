@@ -1,0 +1,184 @@
+"""configs/detect.py: proposals of a class-agnostic detector, and their classes by name."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from coco_tools import NAMES, OPS, DrawnBoxes, answers_like, detect, told
+from tiny_images import run_main, tiny_checkpoint
+
+from configs.detect import get_config
+from florence_jax.data.sources.agnostic import OBJECT, AgnosticBoxes
+from florence_jax.data.sources.catalog import open_source
+from florence_jax.data.sources.detection import open_boxes
+from florence_jax.data.tokenizers import load_tokenizer
+from florence_jax.errors import UserError
+from florence_jax.evaluators.zero_shot_detection import CHANCES, ZeroShotDetection, class_inputs, name_problems
+from florence_jax.inference import Florence
+from florence_jax.inference.detector import check_names
+from florence_jax.params.sharding import make_mesh
+from florence_jax.predict import main as predict
+from florence_jax.tasks.detect import Detect
+from florence_jax.tasks.detector import Detector
+from florence_jax.tasks.encoder import Encoder
+from florence_jax.tasks.zero_shot_detector import ZeroShotDetector, ZeroShotOptions, check_options
+
+MAP_NORMS = ("norm1", "norm2", "norm3")
+ONE_SIZE = ["--config.detector.sizes=((128, 128),)", "--config.detector.scales=(1.0,)"]
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    """Checkpoints of a tiny pretraining with four stages."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("towers"), depths=(2, 2, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def proposals(towers, tmp_path_factory):
+    """Workdir of a class-agnostic detector, not scored."""
+    workdir = tmp_path_factory.mktemp("proposals") / "run"
+    flags = ["--config=configs/detect.py:recipe=proposals,runlocal", "--config.data.train=scenes:train:16", *ONE_SIZE]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Detect, "evaluators", lambda self, mesh: [])
+        assert run_main(*flags, f"--config.init={towers}", f"--workdir={workdir}") == 0
+    return workdir
+
+
+def test_the_recipe_trains_one_class_on_frozen_towers(proposals, towers):
+    detector = Detector(Encoder(str(proposals)))
+    assert detector.classes == (OBJECT,)
+    end = jax.device_get(detector.load_on(make_mesh(-1, 1)))
+    first = Detector(Encoder(towers), "tiny", (OBJECT,), {"width": 16, "blocks": 1})
+    fresh = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), jax.eval_shape(first.init, jax.random.key(0)))
+    start = jax.device_get(first.load(fresh))
+    for name in ("image", "text", "image_projection", "text_projection", "logit_scale"):
+        if name == "image":
+            new = {norm: (end[name].pop(norm), start[name].pop(norm)) for norm in MAP_NORMS}
+        jax.tree.map(np.testing.assert_array_equal, end[name], start[name])
+    assert len(new) == 3 and any(np.any(leaf) for leaf in jax.tree.leaves(end["detector"]))
+
+
+def test_of_all_classes_one():
+    source = open_boxes("scenes:train:6")
+    agnostic = AgnosticBoxes(source)
+    for one, other in zip(agnostic.metadata(), source.metadata(), strict=True):
+        assert not one["class_ids"].any() and one["class_ids"].shape == np.shape(other["class_ids"])
+        np.testing.assert_array_equal(one["boxes"], other["boxes"])
+    assert any(np.any(record["class_ids"]) for record in source.metadata())
+    assert len(agnostic) == 6 and agnostic.class_names == (OBJECT,) and agnostic.summary["says"].endswith("'object'")
+    assert agnostic[0]["image"].shape == source[0]["image"].shape and len(agnostic.sample(2)) == 2
+
+
+def test_classes_are_named_and_scored_beside_chance(proposals, tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("smileys & emotion = face | smiley\n\nobjects\nfood & drink\nsomething else\n")
+    flags = ["--config=configs/detect.py:protocol=zeroshot,runlocal", "--config.data.test=scenes:new_names:8"]
+    flags += [
+        f"--config.zero_shot.names={names}",
+        "--config.zero_shot.templates=name",
+        "--config.zero_shot.proposals=20",
+    ]
+    assert run_main(*flags, f"--config.init={proposals}", f"--workdir={tmp_path / 'run'}") == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    found = {name.removeprefix("eval/new_names/"): value for name, value in result.items()}
+    assert found["images"] == 8 and 0 <= found["AP50"] <= 1 and found["chance_AP50_deviation"] >= 0
+    assert 0 < found["proposals_AR100"] < 1 and 0 < found["true_boxes_AP50"] <= 0.5  # 3 of 7 are named
+    boxes = json.loads((tmp_path / "run" / "detections_new_names.json").read_text())
+    assert boxes and len({box["category_id"] for box in boxes}) <= 3
+    said = capsys.readouterr()
+    assert "4 classes with boxes that the detector does not know" in said.out
+    assert "what bounds zero-shot detection" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_folder_finds_what_is_named(proposals, towers, tmp_path):
+    source = open_source("scenes:new_names:3")
+    pictures = [source[i]["image"] for i in range(3)]
+    model = Florence(proposals)
+    found = model.detect(pictures, threshold=0.0, top=9, names=["cat", ("lorry", "truck")])
+    assert [len(one["boxes"]) for one in found] == [9, 9, 9]
+    assert {name for one in found for name in one["names"]} <= {"cat", "lorry"}
+    assert {name for one in model.detect(pictures, threshold=0.0) for name in one["names"]} == {OBJECT}
+    np.save(tmp_path / "unused.npy", pictures[0])
+    for wrong, message in (
+        ([], "at least one"),
+        (["cat", "cat"], "'cat' is there twice"),
+        ("cat", r"such as \['cat'\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.detect(pictures, names=wrong)
+    with pytest.raises(UserError, match="holds no detector.*recipe=proposals"):
+        Florence(towers).detect(pictures, names=["cat"])
+    out = tmp_path / "out"
+    assert (
+        predict([f"--init={proposals}", "--input=scenes:new_names:3", f"--out={out}", "--names=cat,traffic light"]) == 0
+    )
+    coco = json.loads((out / "detections.json").read_text())
+    assert [(one["id"], one["name"]) for one in coco["categories"]] == [(1, "cat"), (2, "traffic light")]
+
+
+def test_weights_that_cannot_name_classes():
+    def encoder(classes, has_text=True):
+        described = SimpleNamespace(
+            folder="runs/x", parts={"detector": {"classes": classes}}, source={"init": "runs/p"}
+        )
+        return SimpleNamespace(description=described, has_text=has_text)
+
+    with pytest.raises(UserError, match=r"own 2 classes \(cat, dog\).*recipe=proposals --config.init=runs/p"):
+        ZeroShotDetector(encoder(["cat", "dog"]), ZeroShotOptions())
+    with pytest.raises(UserError, match="no text tower"):
+        ZeroShotDetector(encoder([OBJECT], has_text=False), ZeroShotOptions())
+    for wrong in ({"region": "boxes"}, {"g": 1.5}, {"proposals": 0}, {"margin": -0.1}, {"temperature": 0.0}):
+        with pytest.raises(UserError, match=f"zero_shot.{next(iter(wrong))}"):
+            check_options(ZeroShotOptions(**wrong))
+    given = get_config("protocol=zeroshot").zero_shot.to_dict()
+    assert ZeroShotOptions(**{name: given[name] for name in ZeroShotOptions._fields}) == ZeroShotOptions()
+
+
+class Texts:
+    """Stands for the text tower: each text has an axis of its own."""
+
+    def texts(self, params, texts, what):
+        return np.eye(8, dtype=np.float32)[: len(texts)]
+
+
+def test_names_of_classes():
+    tokenizer = load_tokenizer("sentencepiece", 16)
+    assert not name_problems([("cat", "kitten"), ("dog",)], tokenizer)
+    assert "'cat' and 'Cat'" in name_problems([("cat",), ("dog",), ("Cat",)], tokenizer)[0]
+    inputs = class_inputs(Texts(), None, [("cat",), ("dog", "puppy"), ("bird",)], ("{}",))
+    assert inputs["classes"].shape == (4, 8) and inputs["known"].tolist() == [True, True, True, False]
+    assert check_names(["cat", ("dog", "puppy")]) == (("cat",), ("dog", "puppy"))
+
+
+def test_what_bounds_the_numbers():
+    """Proposals that are the true boxes, of which the classifier knows all; by chance all have the first class."""
+    source = DrawnBoxes()
+    right, wrong = answers_like(source), answers_like(source)
+    chance = [(boxes, scores, np.zeros_like(labels)) for boxes, scores, labels in right]
+    answers = {"": told(source, wrong), "true_": told(source, right), "proposal_": told(source, chance)}
+    answers |= dict.fromkeys(CHANCES, told(source, chance))
+
+    def judge(params, batch):
+        found = {
+            f"{word}{name}": value
+            for word, part in params["told"].items()
+            for name, value in detect(part, batch).items()
+        }
+        marks = {"true_class_ids": batch["class_ids"], "true_objects": batch["objects"]}
+        return found | marks | {"true_best": batch["class_ids"] * 0}
+
+    names = [(name,) for name in NAMES]
+    tokenizer = load_tokenizer("sentencepiece", 16)
+    evaluator = ZeroShotDetection(
+        source, OPS, (), judge, make_mesh(-1, 1), 8, NAMES, names, ("{}",), Texts(), tokenizer
+    )
+    found = evaluator.run({"towers": None, "told": answers})
+    assert found["AP50"] == pytest.approx(1) and found["true_boxes_AP50"] == pytest.approx(1)
+    assert found["proposals_AR100"] == pytest.approx(1) and 0 < found["chance_AP50"] < 0.5
+    labels = np.concatenate([record["class_ids"] for record in source.metadata()])
+    whole = ~np.concatenate([record["iscrowd"] for record in source.metadata()]).astype(bool)
+    assert found["true_boxes_top1"] == pytest.approx((labels[whole] == 0).mean())
+    assert evaluator.chance["AP50"] == found["chance_AP50"]
