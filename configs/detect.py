@@ -72,6 +72,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "most_boxes": 100,  # of a picture in training; what is more is counted, and ignored
         "crowd": "ignore",  # what crowds and groups are in training: ignore | background (as the references have it)
         "unknown": "ignore",  # classes that nobody looked for in a picture: ignore | background (what has no box)
+        "sampled_classes": 512,  # of more classes a step takes its batch's own and others, drawn by frequency^(1/2)
         "tower_lr": 1.0,  # learning rate of the image tower over the detector's; 0: frozen
         "agnostic": False,  # one class, "object", of all boxes, whatever their classes
     }

@@ -18,11 +18,23 @@ from PIL import Image
 
 from florence_jax.errors import UserError
 from florence_jax.models import florence
-from florence_jax.models.detector import DETECTORS, DetectorConfig
+from florence_jax.models.anchors import anchors
+from florence_jax.models.detector import DETECTORS, DetectorConfig, Prediction
 from florence_jax.models.sizes import VARIANTS, resolve_config
 from florence_jax.params.rules import match_rules
 from florence_jax.tools.bench import __main__ as bench
-from florence_jax.tools.bench import data, deform_conv, detect, devices, grad_cache, step, timing, timm_swin, torch_swin
+from florence_jax.tools.bench import (
+    data,
+    deform_conv,
+    detect,
+    devices,
+    grad_cache,
+    step,
+    timing,
+    timm_swin,
+    torch_swin,
+    vocabulary,
+)
 from florence_jax.train.optim import DECAY_RULES
 
 needs_torch = pytest.mark.skipif(not torch_swin.available(), reason="PyTorch is not installed (pip install torch)")
@@ -285,6 +297,41 @@ def test_the_detectors_steps_are_timed_by_size_of_picture(capsys, monkeypatch):
     assert report["inference"]["100"]["suppression_share"] > 0
 
 
+class ClassLayer:
+    """A detector of nothing but its class layer, on features that are parameters."""
+
+    def init(self, key):
+        layer = Prediction(700).init(key, jnp.zeros((1, 1, 8)))["params"]
+        return {"features": jnp.zeros((1, 341, 8)), "detector": {"class_logits": layer}}
+
+    def apply(self, params, inputs, train=False):
+        features, layer = params["features"], params["detector"]["class_logits"]
+        places = jnp.asarray(anchors(128, 128))
+        return {
+            "detector/features": features,
+            "detector/logits": Prediction(700).apply({"params": layer}, features, inputs.get("drawn")),
+            "detector/centerness": features[..., 0],
+            "detector/boxes": features[..., :4] + places[None],
+            "detector/inside": jnp.ones((1, 341), bool),
+            "detector/anchors": places,
+        }
+
+
+def test_memory_of_many_classes(capsys, monkeypatch):
+    monkeypatch.setattr(detect, "make_model", lambda args, remat: ClassLayer())
+    code, report = run(capsys, ["vocabulary", "--parts=loss", "--classes=700", "--sampled=8", "--side=100"])
+    assert code == 0 and (report["canvas"], report["logits_bytes"]) == (128, 4 * 700 * 341)
+    assert report["loss"]["drawn"] < report["loss"]["whole"] / 4 and report["loss"]["whole"] > report["logits_bytes"]
+    found = []
+
+    def traced(function, model, batch):
+        found.append(jax.eval_shape(function, model.init(jax.random.key(0)), batch))
+
+    monkeypatch.setattr(vocabulary, "working_memory", traced)
+    assert run(capsys, ["vocabulary", "--parts=inference", "--classes=700", "--side=100"])[0] == 0
+    assert found[0] == found[1] and found[0]["labels"].shape == (1, 100)
+
+
 def test_deformable_convolutions_that_disagree_are_an_error():
     with pytest.raises(RuntimeError, match="disagree: packed"):
         deform_conv.check([np.ones(3)], {"packed": [np.array([1, 1, 1.01])]})
@@ -314,6 +361,7 @@ def test_ratio_report():
         ["detect", "--parts", "conv,all"],
         ["detect", "--maps", "2x32x48"],
         ["detect", "--sides", "320px"],
+        ["vocabulary", "--classes", "100"],
         ["data", "--source", "nowhere"],
         ["start", "--records", "0"],
         ["start", "--batch", "3"],

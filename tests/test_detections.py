@@ -138,6 +138,25 @@ def test_detections_equal_loops(per_level, most):
     assert (out["scores"][:, min(most, 40) - 1] > 0).any()
 
 
+@pytest.mark.parametrize("at_once,per_level", [(4, 20), (5, 1000), (11, 20)])
+def test_some_classes_after_the_others_are_all_at_once(at_once, per_level, monkeypatch):
+    """Whole numbers, so that sums are exact, and equal scores of several classes and anchors everywhere."""
+    monkeypatch.setattr(module, "CLASSES_AT_ONCE", at_once)
+    classes, rng = 11, np.random.default_rng(per_level)
+    outputs, valid = random_outputs(rng, 8)
+    layer = {"kernel": rng.integers(-1, 2, (4, classes)), "bias": rng.integers(-3, 0, classes)}
+    layer = {name: value.astype(np.float32) for name, value in layer.items()}
+    x = outputs["detector/features"] = rng.integers(-1, 2, (8, sum(SIZES), 4)).astype(np.float32)
+    outputs["detector/logits"] = x @ layer["kernel"] + layer["bias"]
+    found = functools.partial(candidates, level_sizes=SIZES, threshold=0.1, per_level=per_level)
+    whole, parts = (jax.device_get(jax.jit(found)(outputs, valid, layer=given)) for given in (None, layer))
+    assert whole["scores"].shape == parts["scores"].shape and (whole["scores"] > 0).sum() > 150
+    for row in range(8):
+        some, same = whole["scores"][row] > 0, parts["scores"][row] > 0
+        for name, value in whole.items():
+            np.testing.assert_array_equal(parts[name][row][same], value[row][some])
+
+
 def test_nothing_found_is_no_boxes():
     outputs, valid = random_outputs(np.random.default_rng(0), 50)
     outputs["detector/inside"][:25] = False
@@ -159,9 +178,13 @@ def test_views_of_a_picture_are_one_answer():
     ).any()
 
 
-def test_devices_keep_their_own_pictures():
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_devices_keep_their_own_pictures(at_once, monkeypatch):
+    monkeypatch.setattr(module, "CLASSES_AT_ONCE", at_once)
     outputs, valid = random_outputs(np.random.default_rng(1), 8)
-    function = jax.jit(lambda *args: suppress(candidates(*args, level_sizes=SIZES, per_level=20)))
+    outputs["detector/features"] = outputs["detector/logits"]
+    layer = {"kernel": np.eye(CLASSES, dtype=np.float32), "bias": np.zeros(CLASSES, np.float32)} if at_once else None
+    function = jax.jit(lambda *args: suppress(candidates(*args, level_sizes=SIZES, per_level=20, layer=layer)))
     sharding = NamedSharding(Mesh(np.array(jax.devices()), "data"), PartitionSpec("data"))
     args = jax.device_put((outputs, valid), sharding)
     compiled = function.lower(*args).compile()

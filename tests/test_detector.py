@@ -123,6 +123,7 @@ def test_outputs_and_flops():
     got = {name[9:]: (leaf.shape, leaf.dtype.name) for name, leaf in out.items() if name.startswith("detector/")}
     count = sum(height * width for height, width in level_shapes(128, 256))
     assert got == {
+        "features": ((2, count, 64), "bfloat16"),
         "logits": ((2, count, 4), "float32"),
         "centerness": ((2, count), "float32"),
         "deltas": ((2, count, 4), "float32"),

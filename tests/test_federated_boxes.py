@@ -31,6 +31,7 @@ from florence_jax.data.box_classes import (
 )
 from florence_jax.data.buckets import make_buckets
 from florence_jax.data.ops.parse import parse_ops
+from florence_jax.data.sources.boxes import pictures_by_class
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.detection import open_boxes
 from florence_jax.data.sources.merged_boxes import picture_uid
@@ -233,6 +234,8 @@ def test_joined_sets(world):
     records = list(source.metadata())
     assert [record["set_index"].tolist() for record in records] == [0, 0, 0, 1, 1, 2, 2]
     assert judged_names(source, records[0]) == {"person", "dog", "couch", "mouse"}
+    counted = sum(np.isin(np.arange(7), record["class_ids"]).astype(int) for record in records)
+    np.testing.assert_array_equal(pictures_by_class(source), counted)
     lvis = records[3]
     assert lvis["key"] == "2:train2017/000000000001.jpg" and lvis["image_id"] == "2:1"
     assert judged_names(source, lvis) == {"sofa", "bat_(animal)"} and lvis["class_ids"].tolist() == [1, 1]

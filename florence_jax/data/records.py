@@ -103,11 +103,14 @@ class Subset:
 
     Args:
       source: random access. rows: of the source. name: for messages.
+
+    Attributes:
+      whole: that source.
     """
 
     def __init__(self, source: Source, rows: np.ndarray, name: str):
         self.name = name
-        self._source, self._rows = source, np.asarray(rows, np.int64)
+        self.whole, self._rows = source, np.asarray(rows, np.int64)
         self.class_names: Sequence[str] = tuple(getattr(source, "class_names", ()))
         self.category_ids: Sequence[Any] = tuple(getattr(source, "category_ids", ()))
         self.class_sets: np.ndarray | None = getattr(source, "class_sets", None)
@@ -117,20 +120,20 @@ class Subset:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Record:
-        return self._source[int(self._rows[index])]
+        return self.whole[int(self._rows[index])]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
-        return self._source.__getitems__([int(self._rows[i]) for i in indices])
+        return self.whole.__getitems__([int(self._rows[i]) for i in indices])
 
     def metadata(self) -> Iterator[Record]:
         """Of the chosen records, in their order. Raises UserError if the source has unreadable ones."""
         wanted, found, count = set(self._rows.tolist()), {}, 0
-        for i, record in enumerate(self._source.metadata()):
+        for i, record in enumerate(self.whole.metadata()):
             count += 1
             if i in wanted:
                 found[i] = record
-        if count != len(self._source):
-            raise UserError(f"{self.name}: {len(self._source) - count} of {len(self._source)} records cannot be read")
+        if count != len(self.whole):
+            raise UserError(f"{self.name}: {len(self.whole) - count} of {len(self.whole)} records cannot be read")
         return (found[i] for i in self._rows.tolist())
 
 

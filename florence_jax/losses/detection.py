@@ -56,7 +56,8 @@ def loss_sums(
         takes no part; "detector/anchors" float (N, 4).
       batch: "boxes" float (B, M, 4), "class_ids" int (B, M), "objects" and "ignore" bool (B, M), both False for
         padding; perhaps "judged" bool (B, K): the classes that people looked for in the picture, everywhere; without
-        it all of them.
+        it all of them. Perhaps "drawn" int (S,), different classes: the logits, (B, N, S), are of these, and the others
+        cost nothing, see `class_sampling`; "judged" is of all K.
       level_sizes: anchors of each level; their sum is N.
 
     Raises:
@@ -74,10 +75,13 @@ def loss_sums(
     weights = jnp.where(positive, centred, 0)
     classes = jnp.where(positive, jnp.take_along_axis(batch["class_ids"], chosen, axis=1), -1)
     counted = inside & (positive | ~_covered(centres, boxes, batch["ignore"]))
+    judged, drawn = batch.get("judged"), batch.get("drawn")
+    if judged is not None and drawn is not None:
+        judged = judged[:, drawn]
     entropy = optax.sigmoid_binary_cross_entropy(outputs["detector/centerness"].astype(jnp.float32), centred)
     apart = 1 - giou(outputs["detector/boxes"].astype(jnp.float32), goals)
     return {
-        "class": _class_sum(outputs["detector/logits"], classes, counted, batch.get("judged")),
+        "class": _class_sum(outputs["detector/logits"], classes, counted, judged, drawn),
         "centerness": jnp.where(positive, entropy, 0).sum(),
         "box": (weights * apart).sum(),
         "weight": weights.sum(),
@@ -98,30 +102,39 @@ def loss_of_sums(sums: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, ja
     return sum(parts.values(), start=jnp.float32(0)), parts | counts
 
 
-def focal_loss(logits: jax.Array, classes: jax.Array) -> jax.Array:
+def focal_loss(logits: jax.Array, classes: jax.Array, drawn: jax.Array | None = None) -> jax.Array:
     """Focal loss of each class of its own: -a (1-p)^2 ln p for the right one, -(1-a) p^2 ln(1-p) for the others.
 
     Args:
       logits: float (..., K).
       classes: int (...), -1 for none of them.
+      drawn: int (K,), the class that each logit is of; None: in order.
 
     Returns:
       float32 (..., K).
     """
     logits = logits.astype(jnp.float32)
-    right = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
+    right = _is_right(classes, logits.shape[-1], drawn)
     wrongness = jnp.where(right, -logits, logits)  # the probability of the wrong answer is its sigmoid
     weight = jnp.where(right, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
     return weight * jax.nn.sigmoid(wrongness) ** FOCAL_GAMMA * jax.nn.softplus(wrongness)
 
 
+def _is_right(classes: jax.Array, count: int, drawn: jax.Array | None) -> jax.Array:
+    """bool (..., K): which of K classes, `drawn` or in order, those of (...) are."""
+    columns = jnp.arange(count, dtype=jnp.int32) if drawn is None else drawn
+    return classes[..., None] == columns.reshape((1,) * classes.ndim + (count,))
+
+
 @jax.checkpoint  # of all that is as large as the logits only they are kept for the backward pass
-def _class_sum(logits: jax.Array, classes: jax.Array, counted: jax.Array, judged: jax.Array | None) -> jax.Array:
+def _class_sum(
+    logits: jax.Array, classes: jax.Array, counted: jax.Array, judged: jax.Array | None, drawn: jax.Array | None
+) -> jax.Array:
     """Sum of the focal losses of the anchors that `counted` bool (B, N) names: of `judged` (B, K) and own classes."""
     counts = counted[..., None]
     if judged is not None:
-        counts = counts & (judged[:, None] | jax.nn.one_hot(classes, logits.shape[-1], dtype=bool))
-    return jnp.where(counts, focal_loss(logits, classes), 0).sum()
+        counts = counts & (judged[:, None] | _is_right(classes, logits.shape[-1], drawn))
+    return jnp.where(counts, focal_loss(logits, classes, drawn), 0).sum()
 
 
 def centerness(points: jax.Array, boxes: jax.Array) -> jax.Array:

@@ -3,12 +3,13 @@
 As in ATSS (Zhang et al. 2020), whose score is the root of this one, which changes no order. No part is quadratic in the
 candidates, none waits for the host, and over several devices each has its own pictures (`lax.top_k` would gather them).
 
-Of B pictures with N anchors and K classes the largest arrays beside the outputs are float32 (B, 5, per_level, K): a
-picture takes 1.6 MB with 80 classes, 24 MB with 1,203.
+Classes are gone through some at a time. Of B pictures with N anchors and K classes, of which k = min(K, 512) at once,
+the largest arrays beside the outputs are float32 (B, 5, per_level, k), 10 MB a picture, and with more than 512 classes
+(B, N, k).
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +17,12 @@ import jax.numpy as jnp
 
 from florence_jax.boxes import box_areas
 from florence_jax.boxes import iou as overlap
+from florence_jax.models.detector import predict_positions
 
 BOXES_AT_ONCE = 256  # candidates that are compared with each other at once
+CLASSES_AT_ONCE = 512  # whose logits of all anchors are there at once
+
+LevelPairs = tuple[jax.Array, ...]  # of each level: scores, anchors, classes (B, levels, P)
 
 
 def candidates(
@@ -26,6 +31,7 @@ def candidates(
     level_sizes: Sequence[int],
     threshold: float = 0.05,
     per_level: int = 1000,
+    layer: Mapping[str, jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
     """The best pairs of anchor and class of each level; of equal ones those of the first anchors, then classes.
 
@@ -33,13 +39,15 @@ def candidates(
     empty then is none.
 
     Args:
-      outputs: of the detector, of K classes: "detector/logits" float32 (B, N, K), "detector/centerness" float32 (B, N),
-        logits; "detector/boxes" float32 (B, N, 4), decoded; "detector/inside" bool (B, N), False for an anchor that
-        takes no part.
+      outputs: of the detector, of K classes: "detector/logits" float32 (B, N, K), or with `layer` "detector/features"
+        float (B, N, C); "detector/centerness" float32 (B, N), logits; "detector/boxes" float32 (B, N, 4), decoded;
+        "detector/inside" bool (B, N), False for an anchor that takes no part.
       valid: int (B, 2), true height and width of the pictures.
       level_sizes: anchors of each level; their sum is N.
       threshold: probability of the class that a pair exceeds, before the centerness.
       per_level: pairs of a level.
+      layer: "kernel" (C, K) and "bias" (K,) of the classes. The logits are then made of the features, of
+        `CLASSES_AT_ONCE` classes after the others: the same pairs, and no array of N * K.
 
     Returns:
       "boxes" float32 (B, C, 4), "scores" float32 (B, C), 0 for none, and "labels" int32 (B, C), in the order of level,
@@ -48,37 +56,75 @@ def candidates(
     Raises:
       ValueError: if the levels are not all anchors.
     """
-    logits, centred = outputs["detector/logits"], jax.nn.sigmoid(outputs["detector/centerness"])
-    batch, number, classes = logits.shape
+    inside, centred = outputs["detector/inside"], jax.nn.sigmoid(outputs["detector/centerness"])
+    batch, number = centred.shape
     if sum(level_sizes) != number:
         raise ValueError(f"levels of {tuple(level_sizes)} anchors are not {number}")
+    best = functools.partial(
+        _best_pairs, factor=jnp.where(inside, centred, 0), level_sizes=level_sizes, threshold=threshold, most=per_level
+    )
+    if layer is None:
+        pairs = best(outputs["detector/logits"])
+    else:
+        pairs = _over_classes(best, outputs["detector/features"], layer["kernel"], layer["bias"])
+    scores, anchors, labels = (each.reshape(batch, -1) for each in pairs)
+    boxes = jnp.take_along_axis(outputs["detector/boxes"], anchors[..., None], axis=1)
+    boxes = jnp.clip(boxes, 0, jnp.tile(valid[:, None, ::-1], 2).astype(jnp.float32))
+    scores = jnp.where(box_areas(boxes) > 0, scores, 0)
+    return {"boxes": boxes, "scores": scores, "labels": labels}
+
+
+def _best_pairs(
+    logits: jax.Array, factor: jax.Array, level_sizes: Sequence[int], threshold: float, most: int
+) -> LevelPairs:
+    """The best pairs of each level, in the order of anchor, class; `factor` (B, N), 0 where an anchor takes no part."""
+    batch, _, classes = logits.shape
 
     def scores_of(logit: jax.Array, factor: jax.Array) -> jax.Array:
         probability = jax.nn.sigmoid(logit)
         return jnp.where(probability > threshold, probability * factor, 0)
 
     # The best pairs are of the anchors whose best pairs are the best: so many anchors hold them all, ties included.
-    best = jnp.where(outputs["detector/inside"], scores_of(logits.max(-1), centred), 0)
+    best = scores_of(logits.max(-1), factor)
     levels, first = [], 0
     for size in level_sizes:
         levels.append(jnp.pad(best[:, first : first + size], ((0, 0), (0, max(level_sizes) - size))))
         first += size
     by_level = jnp.stack(levels, 1)  # (B, levels, anchors)
-    anchors = _largest(by_level, per_level)
+    anchors = _largest(by_level, most)
     some = jnp.take_along_axis(by_level, anchors, axis=2) > 0
     starts = jnp.cumsum(jnp.array((0, *level_sizes[:-1]), jnp.int32))[None, :, None]
     anchors = jnp.where(some, anchors + starts, 0).reshape(batch, -1)
     chosen = jnp.take_along_axis(logits, anchors[..., None], axis=1)
-    factor = jnp.where(some.reshape(batch, -1), jnp.take_along_axis(centred, anchors, axis=1), 0)
+    factor = jnp.where(some.reshape(batch, -1), jnp.take_along_axis(factor, anchors, axis=1), 0)
     pairs = scores_of(chosen, factor[..., None]).reshape(batch, len(level_sizes), -1)
-    places = _largest(pairs, per_level)
-    scores = jnp.take_along_axis(pairs, places, axis=2).reshape(batch, -1)
-    within = jnp.arange(len(level_sizes), dtype=jnp.int32)[None, :, None] * some.shape[2]
-    anchors = jnp.take_along_axis(anchors, (places // classes + within).reshape(batch, -1), axis=1)
-    boxes = jnp.take_along_axis(outputs["detector/boxes"], anchors[..., None], axis=1)
-    boxes = jnp.clip(boxes, 0, jnp.tile(valid[:, None, ::-1], 2).astype(jnp.float32))
-    scores = jnp.where(box_areas(boxes) > 0, scores, 0)
-    return {"boxes": boxes, "scores": scores, "labels": (places % classes).reshape(batch, -1)}
+    places = _largest(pairs, most)
+    anchors = jnp.take_along_axis(anchors.reshape(some.shape), places // classes, axis=2)
+    return jnp.take_along_axis(pairs, places, axis=2), anchors, places % classes
+
+
+def _over_classes(
+    best: Callable[[jax.Array], LevelPairs], x: jax.Array, kernel: jax.Array, bias: jax.Array
+) -> LevelPairs:
+    """What `best` of all logits is: of some classes after the others, with the best so far."""
+    classes = len(bias)
+    size = min(CLASSES_AT_ONCE, classes)
+
+    def some_more(so_far: LevelPairs, start: jax.Array) -> tuple[LevelPairs, None]:
+        begin = jnp.minimum(start, classes - size)  # the last ones reach back, over classes that were there already
+        part = [jax.lax.dynamic_slice_in_dim(each, begin, size, axis=-1) for each in (kernel, bias)]
+        new = (begin + jnp.arange(size, dtype=jnp.int32) >= start)[None, None]
+        scores, anchors, labels = best(jnp.where(new, predict_positions(x, *part), -jnp.inf))
+        together = zip(so_far, (scores, anchors, labels + begin), strict=True)
+        scores, anchors, labels = (jnp.concatenate(each, axis=2) for each in together)
+        # In the order of anchor, class, so that of equal scores the same go on as of all classes at once.
+        anchors, labels, scores = jax.lax.sort((anchors, labels, scores), num_keys=2)
+        places = _largest(scores, so_far[0].shape[2])
+        return tuple(jnp.take_along_axis(each, places, axis=2) for each in (scores, anchors, labels)), None
+
+    shapes = jax.eval_shape(best, jax.ShapeDtypeStruct((*x.shape[:2], classes), jnp.float32))
+    none = tuple(jnp.zeros(each.shape, each.dtype) for each in shapes)
+    return jax.lax.scan(some_more, none, jnp.arange(0, classes, size, dtype=jnp.int32))[0]
 
 
 def merge(views: Sequence[Mapping[str, jax.Array]], iou: float = 0.6, most: int = 100) -> dict[str, jax.Array]:

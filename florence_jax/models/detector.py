@@ -107,19 +107,26 @@ class Pyramid(nn.Module):
         return tuple(levels)
 
 
-class Prediction(nn.Module):
+def predict_positions(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """A linear layer of each position in float32, from features in any dtype: (B, N, C) -> (B, N, features)."""
+    product = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return constrain(product + bias.reshape(1, 1, -1))
+
+
+class Prediction(nn.Module):
+    """`predict_positions` with learned kernel and bias."""
 
     features: int
     bias: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, N, C) -> float32 (B, N, features)."""
+    def __call__(self, x: jax.Array, columns: jax.Array | None = None) -> jax.Array:
+        """(B, N, C) -> float32 (B, N, features), or (B, N, S) of `columns` int (S,) alone, which differ."""
         kernel = self.param("kernel", nn.initializers.normal(0.01), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.constant(self.bias), (self.features,))
-        product = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-        return constrain(product + bias.reshape(1, 1, -1))
+        if columns is not None:
+            kernel, bias = (each.at[..., columns].get(unique_indices=True) for each in (kernel, bias))
+        return predict_positions(x, kernel, bias)
 
 
 class LevelScales(nn.Module):
@@ -142,13 +149,16 @@ class DyHeadDetector(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, maps: Maps, valids: Maps, size: tuple[int, ...]) -> dict[str, jax.Array]:
+    def __call__(
+        self, maps: Maps, valids: Maps, size: tuple[int, ...], drawn: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
         """Detects.
 
         Args:
           maps: the tower's normed maps of the strides 8, 16, 32.
           valids: int32 (B, 2) of each, the images' own part.
           size: height and width of the batch in pixels.
+          drawn: int32 (S,), the only classes whose logits are wanted; None: all.
         """
         shapes, batch = level_shapes(*size), len(maps[0])
         if self.config.padding == "published":  # all of it takes part
@@ -166,7 +176,8 @@ class DyHeadDetector(nn.Module):
             for shape, valid in zip(shapes, valids, strict=True)
         ]
         return {
-            "logits": Prediction(self.classes, -math.log((1 - PRIOR) / PRIOR), name="class_logits")(x),
+            "features": x,
+            "logits": Prediction(self.classes, -math.log((1 - PRIOR) / PRIOR), name="class_logits")(x, drawn),
             "centerness": Prediction(1, name="centerness")(x)[..., 0],
             "deltas": deltas,
             "boxes": decode_boxes(boxes[None], deltas),
@@ -215,7 +226,7 @@ class DetectorTowers(TwoTowers):
             )
         outputs = super().__call__(batch, train)
         maps, valids = (tuple(outputs[f"image/{name}{i}"] for i in STAGES) for name in ("norm", "valid"))
-        found = self.detector(maps, valids, size)
+        found = self.detector(maps, valids, size, batch.get("drawn"))
         return outputs | {f"detector/{name}": value for name, value in found.items()}
 
 
@@ -257,10 +268,13 @@ def build_detector(config: ModelConfig, variant: str, classes: int, **overrides:
     """A detector on an image tower: parameters {"image", "detector"} and what `florence.build` has beside them.
 
     Its inputs are "image" float (B, H, W, 3), normalised, H and W multiples of `DetectorConfig.multiple`,
-    "image_valid" int32 (B, 2), true height and width in pixels, and "example" if there is stochastic depth. Its
-    outputs, beside the towers', for N positions of five levels, finest first, row by row, and K classes:
+    "image_valid" int32 (B, 2), true height and width in pixels, "example" if there is stochastic depth, and perhaps
+    "drawn" int32 (S,), different classes, the only ones whose logits are computed. Its outputs, beside the towers', for
+    N positions of five levels, finest first, row by row, and K classes:
 
-      'detector/logits' float32 (B, N, K): of each class, on its own (sigmoid).
+      'detector/features' (B, N, C): what the predictions are made of; entry 'class_logits' of the parameters makes
+        the logits of it, see `predict_positions`.
+      'detector/logits' float32 (B, N, K): of each class, on its own (sigmoid); with "drawn" (B, N, S).
       'detector/centerness' float32 (B, N): logits of how central the position is in its object.
       'detector/deltas' float32 (B, N, 4), 'detector/boxes' float32 (B, N, 4): see `anchors.decode_boxes`; pixels of the
         padded picture.
@@ -293,5 +307,6 @@ def build_detector(config: ModelConfig, variant: str, classes: int, **overrides:
     inputs: dict[str, Any] = {name: tower_inputs(config)[name] for name in ("image", "image_valid", "example")}
     side = -(-config.res // head.multiple) * head.multiple
     inputs["image"] = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    inputs["drawn"] = jax.ShapeDtypeStruct((1,), jnp.int32)
     flops = detector_flops(config, head, classes, side, side)
-    return Model(DetectorTowers(config, head, classes), config, inputs, optional=("example",), flops=flops)
+    return Model(DetectorTowers(config, head, classes), config, inputs, optional=("example", "drawn"), flops=flops)

@@ -31,6 +31,7 @@ from florence_jax.params.layer_decay import layer_decay_rules
 from florence_jax.params.rules import Policy, frozen_paths, lr_multipliers
 from florence_jax.params.weights import make_description
 from florence_jax.tasks.base import Suite, Task, make_identity, make_plan, model_identity
+from florence_jax.tasks.class_sampler import ClassSampler
 from florence_jax.tasks.detection_sizes import bucket_sizes, scaled_sizes
 from florence_jax.tasks.detector import DETECTOR, Detector
 from florence_jax.tasks.encoder import open_encoder
@@ -182,8 +183,10 @@ class Detect(DetectionSuite, Task):
         examples = self._examples()
         recipe = self.recipe(examples, self.detector.config.width, config.batch_size)
         self.plan = make_plan(config, examples, recipe)
-        tower, counts = self.detector.encoder.model.config, len(self.detector.classes)
-        flops = [detector_flops(tower, self.detector.config, counts, *size) for group in self._groups for size in group]
+        counts = len(self.detector.classes)
+        self.class_sampler = ClassSampler(self.train_source, counts, config.detector.sampled_classes)
+        tower, seen = self.detector.encoder.model.config, self.class_sampler.per_step
+        flops = [detector_flops(tower, self.detector.config, seen, *size) for group in self._groups for size in group]
         times = 3.0 if self.trains_tower else 1.0
         self.flops_per_example = sum(times * one["image"] + 3.0 * one["detector"] for one in flops) / len(flops)
 
@@ -270,10 +273,11 @@ class Detect(DetectionSuite, Task):
         self, params: Params, batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `detection_loss`; "boxes_cut" is the number of objects that the batch had no room for."""
+        batch, drawn = self.class_sampler.draw(jax.random.fold_in(key, 0), batch)  # the key itself draws paths
         outputs = self.detector.outputs(params, batch, self.trains_tower, key)
         levels = tuple(height * width for height, width in level_shapes(*batch["image"].shape[1:3]))
         loss, metrics = detection_loss(outputs, batch, levels)
-        return loss, metrics | {"boxes_cut": batch["boxes_cut"].sum().astype(jnp.float32)}
+        return loss, metrics | drawn | {"boxes_cut": batch["boxes_cut"].sum().astype(jnp.float32)}
 
     # -- data -------------------------------------------------------------------------------------------------------
 

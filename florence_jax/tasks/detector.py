@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from florence_jax.errors import UserError
 from florence_jax.models.anchors import level_shapes
-from florence_jax.models.detections import candidates, merge
+from florence_jax.models.detections import CLASSES_AT_ONCE, candidates, merge
 from florence_jax.models.detector import build_detector, resolve_detector
 from florence_jax.params.rules import Rules
 from florence_jax.params.sharding import params_like, place, whole_like
@@ -152,8 +152,9 @@ class Detector:
     def outputs(
         self, params: Any, batch: Mapping[str, jax.Array], train: bool = False, key: jax.Array | None = None
     ) -> dict[str, jax.Array]:
-        """See `build_detector`; the batch has "image" uint8 (B, H, W, 3) and "valid" int32 (B, 2)."""
+        """See `build_detector`; the batch has "image" uint8 (B, H, W, 3), "valid" int32 (B, 2), perhaps "drawn"."""
         inputs = {"image": self.encoder.normalise(batch["image"]), "image_valid": batch["valid"]}
+        inputs |= {"drawn": batch["drawn"]} if "drawn" in batch else {}
         return self.model.apply(params, inputs, train, None if key is None else {"drop_path": key})
 
     def detect(self, params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -170,7 +171,7 @@ class Detector:
                 seen = mirrored(*view) if flip else view[0]
                 out = self.outputs(params, {"image": seen, "valid": view[1]})
                 first = first or out
-                found = self._candidates(out, *view)
+                found = self._candidates(params, out, *view)
                 boxes = found["boxes"]
                 if flip:
                     width = view[1][:, None, 1].astype(boxes.dtype)
@@ -179,9 +180,12 @@ class Detector:
         found = merge(views, options.iou, options.most)
         return (found | {"scores": jnp.sqrt(found["scores"])} if options.root else found), first
 
-    def _candidates(self, out: Mapping[str, jax.Array], image: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+    def _candidates(
+        self, params: Any, out: Mapping[str, jax.Array], image: jax.Array, valid: jax.Array
+    ) -> dict[str, jax.Array]:
         levels = [height * width for height, width in level_shapes(*image.shape[1:3])]
-        return candidates(out, valid, levels, self.options.threshold, self.options.per_level)
+        layer = params[DETECTOR][CLASS_LAYER] if len(self.classes) > CLASSES_AT_ONCE else None
+        return candidates(out, valid, levels, self.options.threshold, self.options.per_level, layer)
 
 
 def scaled(image: jax.Array, valid: jax.Array, scale: float, multiple: int) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,7 @@ from florence_jax.data.box_classes import NO_CLASSES, class_sets_of, is_exhausti
 from florence_jax.data.box_problems import Problems
 from florence_jax.data.buckets import shapes_of
 from florence_jax.data.records import BadRecord, BaseSource, Record, sample_of, summary_of
-from florence_jax.data.sources.boxes import LOOKED_FOR, BoxSource, FileBoxSource, RecordBoxSource
+from florence_jax.data.sources.boxes import LOOKED_FOR, BoxSource, FileBoxSource, RecordBoxSource, pictures_by_class
 from florence_jax.data.sources.picture_files import shown
 
 RECORDS_COMPARED = 2000  # records of a set of records that are looked at for pictures that another set has too
@@ -107,6 +107,13 @@ class MergedBoxSource(BaseSource):
     def shapes(self) -> np.ndarray:
         """float32 (N, 2): height and width of all pictures, for `make_buckets`."""
         return np.concatenate([shapes_of(part) for part in self._parts])
+
+    def pictures_by_class(self) -> np.ndarray:
+        """float64 (K,): in how many pictures each class has a box, a picture of several sets once for each."""
+        found = np.zeros(len(self.class_names))
+        for part, place in zip(self._parts, self._places, strict=True):
+            np.add.at(found, place, pictures_by_class(part))
+        return found
 
     def __getitem__(self, index: int) -> Record:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1

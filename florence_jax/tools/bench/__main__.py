@@ -7,6 +7,7 @@
     python -m florence_jax.tools.bench data              # images a second of the input pipeline; beside bare decoding
     python -m florence_jax.tools.bench boxes             # the same of a detector's input, with boxes
     python -m florence_jax.tools.bench detect            # the detector: deformable convolution, steps by size of image
+    python -m florence_jax.tools.bench vocabulary        # memory of a detector of 25,190 classes, before and after
     python -m florence_jax.tools.bench start             # bytes and seconds before the first step, by size of the data
     python -m florence_jax.tools.bench curate            # images a second of curation's hash stage, and its join
     python -m florence_jax.tools.bench curate_memory     # memory of curation's main process by the number of pairs
@@ -36,6 +37,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "data": ("florence_jax.tools.bench.data", "images a second of the input pipeline, compared with bare decoding"),
     "boxes": ("florence_jax.tools.bench.boxes", "images a second of a detector's input, compared with bare decoding"),
     "detect": ("florence_jax.tools.bench.detect", "the detector: its deformable convolution, steps by size of image"),
+    "vocabulary": ("florence_jax.tools.bench.vocabulary", "memory of a detector of many classes, all at once or not"),
     "start": ("florence_jax.tools.bench.start", "bytes read and seconds before the first step, by size of the data"),
     "curate": ("florence_jax.tools.bench.curate", "images a second of curation's hash stage, cost of its join"),
     "curate_memory": ("florence_jax.tools.bench.curate_memory", "memory of curation's main process, by pairs"),
