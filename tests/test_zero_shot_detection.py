@@ -19,7 +19,7 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.zero_shot_detection import CHANCES, ZeroShotDetection, class_inputs, name_problems
 from florence_jax.inference import Florence
 from florence_jax.inference.detector import check_names
-from florence_jax.params.sharding import make_mesh
+from florence_jax.params.sharding import make_mesh, params_like, place
 from florence_jax.predict import main as predict
 from florence_jax.tasks.detect import Detect
 from florence_jax.tasks.detector import Detector
@@ -135,6 +135,24 @@ def test_weights_that_cannot_name_classes():
             check_options(ZeroShotOptions(**wrong))
     given = get_config("protocol=zeroshot").zero_shot.to_dict()
     assert ZeroShotOptions(**{name: given[name] for name in ZeroShotOptions._fields}) == ZeroShotOptions()
+
+
+def test_the_towers_that_classify_are_the_detectors():
+    """Where a classified picture has smaller maps than the windows of a detector, tables of positions are resized."""
+    encoder = Encoder("", variant="ti", overrides={"image_width": 8, "text_width": 16})
+    zero_shot = object.__new__(ZeroShotDetector)
+    zero_shot.encoder, zero_shot.detector = encoder, Detector(encoder, "tiny", (OBJECT,), {"width": 16, "blocks": 1})
+    mesh = make_mesh(-1, 1)
+    like = params_like(jax.eval_shape(zero_shot.detector.init, jax.random.key(0)), mesh)
+    model = jax.tree.map(lambda leaf: place(np.full(leaf.shape, 0.5, np.float32), leaf.sharding), like)
+    params = zero_shot.with_towers(model, mesh)
+    wanted = jax.eval_shape(encoder.init, jax.random.key(0))
+    assert params["model"] is model and jax.tree.map(jnp.shape, params["towers"]) == jax.tree.map(jnp.shape, wanted)
+    pairs = [(own, model["image"].get(name)) for name, own in params["towers"]["image"].items()]
+    same = [own is first for pair in pairs for own, first in zip(*map(jax.tree.leaves, pair), strict=True)]
+    assert 0 < same.count(False) < 8 and "detector" not in params["towers"]
+    for leaf in jax.tree.leaves(params["towers"]):
+        np.testing.assert_allclose(leaf, 0.5, rtol=1e-5)
 
 
 class Texts:
