@@ -20,8 +20,9 @@ from florence_jax.evaluators.zero_shot_detection import CHANCES, ZeroShotDetecti
 from florence_jax.inference import Florence
 from florence_jax.inference.detector import check_names
 from florence_jax.params.sharding import make_mesh, params_like, place
+from florence_jax.params.weights import make_description, save_pretrained
 from florence_jax.predict import main as predict
-from florence_jax.tasks.detect import Detect
+from florence_jax.tasks.detect import WHOLE_PICTURE, Detect
 from florence_jax.tasks.detector import Detector
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.tasks.zero_shot_detector import ZeroShotDetector, ZeroShotOptions, check_options
@@ -93,30 +94,49 @@ def test_classes_are_named_and_scored_beside_chance(proposals, tmp_path, capsys)
     assert "what bounds zero-shot detection" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_the_folder_finds_what_is_named(proposals, towers, tmp_path):
-    source = open_source("scenes:new_names:3")
-    pictures = [source[i]["image"] for i in range(3)]
-    model = Florence(proposals)
-    found = model.detect(pictures, threshold=0.0, top=9, names=["cat", ("lorry", "truck")])
-    assert [len(one["boxes"]) for one in found] == [9, 9, 9]
-    assert {name for one in found for name in one["names"]} <= {"cat", "lorry"}
-    assert {name for one in model.detect(pictures, threshold=0.0) for name in one["names"]} == {OBJECT}
-    np.save(tmp_path / "unused.npy", pictures[0])
-    for wrong, message in (
-        ([], "at least one"),
-        (["cat", "cat"], "'cat' is there twice"),
-        ("cat", r"such as \['cat'\]"),
-    ):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of a class-agnostic detector and both towers, which nobody trained."""
+    encoder = Encoder("", variant="ti", overrides={"image_width": 8, "text_width": 16, "text_layers": 1})
+    detector = Detector(encoder, "tiny", (OBJECT,), {"width": 16, "blocks": 1})
+    shapes, rng = jax.eval_shape(detector.init, jax.random.key(0)), np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), shapes)
+    own = detector.describe() | {"sizes": [[128, 128]], "eval_ops": WHOLE_PICTURE.format(height=128, width=128)}
+    parts = {"towers": encoder.towers_part(), "detector": own}
+    path = str(tmp_path_factory.mktemp("folder") / "weights")
+    save_pretrained(path, params, make_description("detect", parts, tokenizer="sentencepiece"))
+    return path
+
+
+def test_the_folder_finds_what_is_named(folder, tmp_path, monkeypatch):
+    """With a stand-in for the network, which finds a box of each of the first two classes."""
+
+    def found(self, params, batch):
+        count = len(batch["valid"])
+        assert params["known"].shape == (2,) and params["classes"].shape[0] == 2
+        box = jnp.array([[10.0, 10.0, 50.0, 40.0], [0.0, 0.0, 20.0, 20.0]])
+        scores, labels = jnp.array([0.9, 0.5]), jnp.array([1, 0], jnp.int32)
+        return {
+            name: jnp.stack([each] * count)
+            for name, each in zip(("boxes", "scores", "labels"), (box, scores, labels), strict=True)
+        }
+
+    monkeypatch.setattr(ZeroShotDetector, "detect", found)
+    pictures = [open_source("scenes:new_names:3")[i]["image"] for i in range(3)]
+    model = Florence(folder)
+    answers = model.detect(pictures, names=["cat", ("lorry", "truck")])
+    assert [one["names"] for one in answers] == [["lorry", "cat"]] * 3
+    assert [one["names"] for one in model.detect(pictures, 0.6, names=["bus", "dog"])] == [["dog"]] * 3
+    for wrong, message in (([], "at least one"), (["cat"] * 2, "'cat' is there twice"), ("cat", r"such as \['cat'\]")):
         with pytest.raises(UserError, match=message):
             model.detect(pictures, names=wrong)
-    with pytest.raises(UserError, match="holds no detector.*recipe=proposals"):
-        Florence(towers).detect(pictures, names=["cat"])
     out = tmp_path / "out"
     assert (
-        predict([f"--init={proposals}", "--input=scenes:new_names:3", f"--out={out}", "--names=cat,traffic light"]) == 0
+        predict([f"--init={folder}", "--input=scenes:new_names:3", f"--out={out}", "--names=cat, traffic light"]) == 0
     )
     coco = json.loads((out / "detections.json").read_text())
     assert [(one["id"], one["name"]) for one in coco["categories"]] == [(1, "cat"), (2, "traffic light")]
+    assert [box["category_id"] for box in coco["annotations"]] == [2, 1] * 3
 
 
 def test_weights_that_cannot_name_classes():
@@ -128,6 +148,9 @@ def test_weights_that_cannot_name_classes():
 
     with pytest.raises(UserError, match=r"own 2 classes \(cat, dog\).*recipe=proposals --config.init=runs/p"):
         ZeroShotDetector(encoder(["cat", "dog"]), ZeroShotOptions())
+    described = SimpleNamespace(folder="runs/p", parts={}, source={})
+    with pytest.raises(UserError, match="runs/p holds no detector.*recipe=proposals --config.init=runs/p"):
+        ZeroShotDetector(SimpleNamespace(description=described), ZeroShotOptions())
     with pytest.raises(UserError, match="no text tower"):
         ZeroShotDetector(encoder([OBJECT], has_text=False), ZeroShotOptions())
     for wrong in ({"region": "boxes"}, {"g": 1.5}, {"proposals": 0}, {"margin": -0.1}, {"temperature": 0.0}):
