@@ -306,7 +306,7 @@ def test_views_agree_about_one_object():
 
     detector = object.__new__(Detector)
     detector.options, detector.config = Options(scales=(1.0, 0.5), flip=True, most=5, root=True), DetectorConfig()
-    detector.outputs = outputs
+    detector.outputs, detector.classes = outputs, ("a", "b", "c")
     found = jax.device_get(jax.jit(detector.detect)(None, {"image": jnp.asarray(image), "valid": valid}))
     assert found["labels"].tolist() == 2 * [[1, -1, -1, -1, -1]]
     np.testing.assert_array_equal(found["boxes"][:, 0], true)
