@@ -83,7 +83,7 @@ def load_class_names(spec: str) -> ClassNames:
 
 def _parse(text: str, where: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     labels, names = [], []
-    for number, line in enumerate(text.rstrip().splitlines(), 1):
+    for number, line in enumerate(text.rstrip("\n").splitlines(), 1):
         if not line.strip():
             logging.warning("class names %s line %d is empty: it names no class", where, number)
         if not line.strip() or line.startswith("#"):
