@@ -63,28 +63,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     inits |= dict.fromkeys(("fewshot", "eval"), "runs/detect")
     config.init = inits.get(given.protocol, "")
     config.model = {"variant": given.variant, "overrides": model_overrides()}  # as config.init says
-    config.detector = {
-        "variant": "",  # tiny | dyhead | glip_l; '': the folder's, else tiny on towers ti and dyhead on larger ones
-        "overrides": detector_overrides(),
-        "res": given.res,  # shorter side, of which the buckets are made; 0: 256, of scenes one of 128 x 128
-        "sizes": (),  # (height, width) of each bucket, multiples of 128; (): by res
-        "scales": (1.0,),  # multi-scale training: every picture at each of these shares of its bucket
-        "most_boxes": 100,  # of a picture in training; what is more is counted, and ignored
-        "crowd": "ignore",  # what crowds and groups are in training: ignore | background (as the references have it)
-        "unknown": "ignore",  # classes that nobody looked for in a picture: ignore | background (what has no box)
-        "sampled_classes": 512,  # of more classes a step takes its batch's own and others, drawn by frequency^(1/2)
-        "tower_lr": 1.0,  # learning rate of the image tower over the detector's; 0: frozen
-        "agnostic": False,  # one class, "object", of all boxes, whatever their classes
-    }
-    config.detections = {  # None: as the folder's detector was trained to, else what is said here
-        "threshold": config_dict.placeholder(float),  # least score of a class: .05
-        "per_level": config_dict.placeholder(int),  # pairs of place and class that go on, of each level: 1,000
-        "iou": config_dict.placeholder(float),  # above it the worse of two boxes of a class is dropped: .6
-        "most": config_dict.placeholder(int),  # boxes of a picture: 100
-        "scales": config_dict.placeholder(tuple),  # multi-scale testing, shares of the bucket, at most 1: (1.0,)
-        "flip": config_dict.placeholder(bool),  # also in a mirror: False
-        "root": config_dict.placeholder(bool),  # scores as their square roots, as ATSS's and GLIP's are: False
-    }
+    _detector(config, given.res)
     config.keep_zero_shot = ()  # also evaluate (1 - a) first + a trained weights for each a (WiSE-FT), e.g. (0.5,)
     config.forgetting = {  # of a detector that is trained further
         "source": "",  # data whose AP is watched, before and after; of the classes that both detectors know; '': none
@@ -108,15 +87,44 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if given.protocol == "zeroshot":
         _zero_shot(config)
     if given.recipe == PROPOSALS:
-        config.workdir, config.init = (
-            at.replace("runs/detect", "runs/proposals") for at in (config.workdir, config.init)
-        )
-        config.detector.agnostic, config.detector.tower_lr = True, 0.0
+        _proposals(config)
     elif given.recipe:
         _published(config, given.recipe)
     if given.runlocal:
         _runlocal(config)
     return config
+
+
+def _detector(config: ConfigDict, res: int) -> None:
+    """The detector, and what it gives."""
+    config.detector = {
+        "variant": "",  # tiny | dyhead | glip_l; '': the folder's, else tiny on towers ti and dyhead on larger ones
+        "overrides": detector_overrides(),
+        "res": res,  # shorter side, of which the buckets are made; 0: 256, of scenes one of 128 x 128
+        "sizes": (),  # (height, width) of each bucket, multiples of 128; (): by res
+        "scales": (1.0,),  # multi-scale training: every picture at each of these shares of its bucket
+        "most_boxes": 100,  # of a picture in training; what is more is counted, and ignored
+        "crowd": "ignore",  # what crowds and groups are in training: ignore | background (as the references have it)
+        "unknown": "ignore",  # classes that nobody looked for in a picture: ignore | background (what has no box)
+        "sampled_classes": 512,  # of more classes a step takes its batch's own and others, drawn by frequency^(1/2)
+        "tower_lr": 1.0,  # learning rate of the image tower over the detector's; 0: frozen
+        "agnostic": False,  # one class, "object", of all boxes, whatever their classes
+    }
+    config.detections = {  # None: as the folder's detector was trained to, else what is said here
+        "threshold": config_dict.placeholder(float),  # least score of a class: .05
+        "per_level": config_dict.placeholder(int),  # pairs of place and class that go on, of each level: 1,000
+        "iou": config_dict.placeholder(float),  # above it the worse of two boxes of a class is dropped: .6
+        "most": config_dict.placeholder(int),  # boxes of a picture: 100
+        "scales": config_dict.placeholder(tuple),  # multi-scale testing, shares of the bucket, at most 1: (1.0,)
+        "flip": config_dict.placeholder(bool),  # also in a mirror: False
+        "root": config_dict.placeholder(bool),  # scores as their square roots, as ATSS's and GLIP's are: False
+    }
+
+
+def _proposals(config: ConfigDict) -> None:
+    """A class-agnostic detector on frozen towers."""
+    config.workdir, config.init = (at.replace("runs/detect", "runs/proposals") for at in (config.workdir, config.init))
+    config.detector.agnostic, config.detector.tower_lr = True, 0.0
 
 
 def _zero_shot(config: ConfigDict) -> None:

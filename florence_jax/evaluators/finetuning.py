@@ -47,7 +47,29 @@ class Validation(Evaluator):
         return {self.metric: self._evaluator.run(params)[self.metric]}
 
 
-class BesideProbe(Evaluator):
+class _Beside(Evaluator):
+    """An evaluator of trained weights, with another result on the same pictures as '<word>_<metric>'."""
+
+    word: str
+    _evaluator: WithHeadline
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """Of the evaluator."""
+        return self._evaluator.sources
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """Of the evaluator, and the same for the other result."""
+        chance, metric = dict(self._evaluator.chance), self._evaluator.metric
+        return chance | ({f"{self.word}_{metric}": chance[metric]} if metric in chance else {})
+
+    def files(self) -> Mapping[str, bytes]:
+        """Of the evaluator."""
+        return self._evaluator.files()
+
+
+class BesideProbe(_Beside):
     """A classification by fine-tuned weights, and what a linear probe of the first weights scores on the same images.
 
     Results: the classification's, and 'probe_<metric>'. The report says where the probe is not beaten.
@@ -57,21 +79,12 @@ class BesideProbe(Evaluator):
       probe: called with the parameters of the run, gives the probe's results.
     """
 
+    word = "probe"
+
     def __init__(self, evaluator: Classification, probe: Callable[[Any], Mapping[str, float]]):
         self.name, self.charts = evaluator.name, evaluator.charts
         self._evaluator, self._probe = evaluator, probe
         self._sentence = ""
-
-    @property
-    def sources(self) -> Sequence[Source]:
-        """Of the evaluator."""
-        return self._evaluator.sources
-
-    @property
-    def chance(self) -> Mapping[str, float]:
-        """Of the evaluator, and the same for the probe."""
-        chance, metric = dict(self._evaluator.chance), self._evaluator.metric
-        return chance | ({f"probe_{metric}": chance[metric]} if metric in chance else {})
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
@@ -87,10 +100,6 @@ class BesideProbe(Evaluator):
         kind = ' class="warning"' if warned else ""
         return [f"<p{kind}>{html.escape(self._sentence)}</p>", *self._evaluator.report()]
 
-    def files(self) -> Mapping[str, bytes]:
-        """Of the evaluator."""
-        return self._evaluator.files()
-
 
 def _compared(name: str, metric: str, tuned: float, probe: float, images: int) -> str:
     error = math.sqrt(max(probe * (1 - probe), 0) / max(images, 1))
@@ -104,7 +113,7 @@ def _compared(name: str, metric: str, tuned: float, probe: float, images: int) -
     )
 
 
-class BesideStart(Evaluator):
+class BesideStart(_Beside):
     """What trained weights score, and what the first ones scored on the same pictures.
 
     Results: the evaluator's, and 'start_<metric>'. For a set that the first weights were not trained on that is their
@@ -116,22 +125,13 @@ class BesideStart(Evaluator):
       what: the first weights, for the report: 'the detector of DIR'.
     """
 
+    word = "start"
+
     def __init__(self, evaluator: WithHeadline, initial: Callable[[Any], Any], what: str):
         self.name, self.charts = evaluator.name, evaluator.charts
         self._evaluator, self._initial, self._what = evaluator, initial, what
         self._before: float | None = None
         self._now = 0.0
-
-    @property
-    def sources(self) -> Sequence[Source]:
-        """Of the evaluator."""
-        return self._evaluator.sources
-
-    @property
-    def chance(self) -> Mapping[str, float]:
-        """Of the evaluator, and the same for the first weights."""
-        chance, metric = dict(self._evaluator.chance), self._evaluator.metric
-        return chance | ({f"start_{metric}": chance[metric]} if metric in chance else {})
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
@@ -149,10 +149,6 @@ class BesideStart(Evaluator):
         said = f"{self.name}: {self._evaluator.metric} {self._before:.3f} before this training, by {self._what}, "
         said += f"{self._now:.3f} after it"
         return [f"<p>{html.escape(said)}.</p>", *self._evaluator.report()]
-
-    def files(self) -> Mapping[str, bytes]:
-        """Of the evaluator."""
-        return self._evaluator.files()
 
 
 class Interpolated(Evaluator):

@@ -5,6 +5,7 @@ Canonical names of the tower are Swin's, those of the head our own: `detector.py
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from florence_jax.models.detector import DETECTORS, DetectorConfig, build_detect
 from florence_jax.models.sizes import ModelConfig, resolve_config
 from florence_jax.tasks.detector import DETECTOR, Options
 from florence_jax.tools.import_torch.family import DROPPED, Family, Shapes, Told, nearest_variant
-from florence_jax.tools.import_torch.names import Renames
+from florence_jax.tools.import_torch.names import Renames, rename_all
 from florence_jax.tools.import_torch.swin import SWIN_RULES, swin_sizes
 
 BUCKET_STEP = 128  # pixels
@@ -97,6 +98,11 @@ class DetectorFamily(Family):
         """See `Family`."""
         tower = dataclasses.replace(config.tower, scan=False)
         return build_detector(tower, config.variant, len(config.classes), **config.overrides)
+
+
+def naming_by(rules: Renames) -> Callable[[Collection[str]], Callable[[str], str]]:
+    """`Family.naming` of files whose names follow the same rules whatever is in them."""
+    return lambda names: functools.partial(rename_all, rules=rules)
 
 
 def detector_family(

@@ -1,10 +1,7 @@
 """DyHead's detectors (Dai et al. 2021) with ATSS's predictions, as detectron2 stores them."""
 
-import functools
-from collections.abc import Callable, Collection
-
-from florence_jax.tools.import_torch.detectors import block_renames, detector_family
-from florence_jax.tools.import_torch.names import Renames, rename_all
+from florence_jax.tools.import_torch.detectors import block_renames, detector_family, naming_by
+from florence_jax.tools.import_torch.names import Renames
 
 # The parts of a block in the authors' code, which GLIP took over.
 BLOCK_PARTS = {
@@ -41,15 +38,10 @@ _RENAMES: Renames = (
 )
 
 
-def dyhead_naming(names: Collection[str]) -> Callable[[str], str]:
-    """See `Family.naming`."""
-    return functools.partial(rename_all, rules=_RENAMES)
-
-
 DYHEAD_FAMILY = detector_family(
     name="dyhead",
     about="DyHead's one-stage detectors on Swin (microsoft/DynamicHead, detectron2's names)",
-    naming=dyhead_naming,
+    naming=naming_by(_RENAMES),
     anchors=(r"backbone\.(?:backbone\.)?bottom_up\.patch_embed\.proj\.weight",),
     sides=(800, 1333),
     dropped=r"anchor_generator\.cell_anchors\.\d+",

@@ -1,10 +1,7 @@
 """mmdetection's ATSS with a DyHead neck on Swin."""
 
-import functools
-from collections.abc import Callable, Collection
-
-from florence_jax.tools.import_torch.detectors import block_renames, detector_family
-from florence_jax.tools.import_torch.names import Renames, rename_all
+from florence_jax.tools.import_torch.detectors import block_renames, detector_family, naming_by
+from florence_jax.tools.import_torch.names import Renames
 
 _BLOCK_PARTS = {
     r"spatial_conv_high\.conv": "coarser",
@@ -39,15 +36,10 @@ _RENAMES: Renames = (
 )
 
 
-def mmdet_naming(names: Collection[str]) -> Callable[[str], str]:
-    """See `Family.naming`."""
-    return functools.partial(rename_all, rules=_RENAMES)
-
-
 MMDET_FAMILY = detector_family(
     name="mmdet",
     about="mmdetection's ATSS with DyHead on Swin",
-    naming=mmdet_naming,
+    naming=naming_by(_RENAMES),
     anchors=(r"backbone\.patch_embed\.projection\.weight",),
     sides=(1200, 2000),
     absent=((r"detector/block\d+/(coarser|same|finer)/bias", 0.0, "the biases of the deformable convolutions: 0"),),
