@@ -73,7 +73,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.test = ""  # several joined by '|'; '': `holdout` of the images of data.train; of scenes held-out ones
     config.shots = given.shots  # protocol fewshot: pictures of each class to train on; 0: all
     config.holdout = 0.2  # share of the images that are kept for testing, where no such images are named
-    config.data.train_ops = "decode|flip(0.5)|lsj({height}, {width}, low=0.8, high=1.25)|pad_image({height}, {width})"
+    config.data.train_ops = "decode|lsj({height}, {width}, low=0.8, high=1.25)|flip(0.5)|pad_image({height}, {width})"
     config.data.eval_ops = ""  # '': the folder's detector's, else the whole picture, as large as its bucket
     config.text = {"tokenizer": ""}
     config.batch_size = config_dict.placeholder(int)  # None, here and below: by the number of images
@@ -152,7 +152,7 @@ def _published(config: ConfigDict, recipe: str) -> None:
     """AdamW 1e-4, decay .05, batch 32, 12 epochs, steps at 2/3 and 8/9 (DyHead); sizes and multi-scale (the paper)."""
     config.workdir += f"_{recipe}"
     config.detector.variant, config.detector.sizes = "dyhead", RECIPES[recipe]
-    config.data.train_ops = "decode|flip(0.5)|resize_fit({height}, {width})|pad_image({height}, {width})"
+    config.data.train_ops = "decode|resize_fit({height}, {width})|flip(0.5)|pad_image({height}, {width})"
     config.batch_size, config.epochs = 32, 12
     config.optim.learning_rate, config.optim.warmup_steps = 1e-4, 1000
     config.optim.schedule, config.optim.step_at, config.optim.step_factor = "steps", (2 / 3, 8 / 9), 0.1

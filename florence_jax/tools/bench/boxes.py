@@ -75,7 +75,7 @@ def _make(folder: Path, size: tuple[int, int], args: argparse.Namespace) -> None
 def _time(source: BoxSource, bucket: tuple[int, int], args: argparse.Namespace) -> dict[str, Any]:
     """The contestants, in turns."""
     width, height = bucket
-    ops = f"decode|flip(0.5)|lsj({height}, {width}, low=0.8, high=1.25)|pad_image({height}, {width})"
+    ops = f"decode|lsj({height}, {width}, low=0.8, high=1.25)|flip(0.5)|pad_image({height}, {width})"
     images = [source[i]["image"] for i in range(min(len(source), args.records))]
     if not all(isinstance(image, bytes) for image in images):
         raise UserError(f"{source.name}: its pictures are made, not decoded; give pictures in files")
