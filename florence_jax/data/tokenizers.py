@@ -4,6 +4,7 @@ Every tokenizer gives BOS, the text's ids, EOT, then the padding id 0, as int32 
 """
 
 import abc
+import functools
 import gzip
 import html
 import importlib.resources
@@ -33,6 +34,8 @@ CLIP_VOCAB_SIZE = 49408
 # English clitics, runs of letters, single digits, runs of anything else.
 CLIP_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 END_OF_WORD = "</w>"
+WORD_SPACE = "\u2581"  # what a piece of SentencePiece that begins a word begins with
+MASK = "<mask>"  # in a text for `Tokenizer.with_masks`
 
 
 class Tokenizer(abc.ABC):
@@ -44,6 +47,7 @@ class Tokenizer(abc.ABC):
       bos_id, eot_id: start and end of text. The end token is the largest id in CLIP's vocabulary but not in
         SentencePiece's, so find it as the first `eot_id`, not as the largest id.
       pad_id: 0. In CLIP's vocabulary 0 is also the id of "!".
+      mask_id: stands for a word that is to be guessed. A vocabulary without one has it as a new last id, `vocab_size`.
     """
 
     pad_id = 0
@@ -55,6 +59,57 @@ class Tokenizer(abc.ABC):
         self.vocab_size = vocab_size
         self.bos_id = bos_id
         self.eot_id = eot_id
+        self.mask_id = vocab_size
+
+    @property
+    def masked_vocab_size(self) -> int:
+        """Rows that the embedding of texts with masks needs: `vocab_size`, or one more."""
+        return max(self.vocab_size, self.mask_id + 1)
+
+    @functools.cached_property
+    def is_special(self) -> np.ndarray:
+        """bool (masked_vocab_size,): ids that are no part of a word: start, end, mask, unknown, padding's own."""
+        special = self._specials()
+        return np.append(special, np.ones(self.masked_vocab_size - len(special), bool))
+
+    @functools.cached_property
+    def _edges(self) -> np.ndarray:
+        return np.append(self._word_edges(), np.zeros(self.masked_vocab_size - self.vocab_size, bool))
+
+    @abc.abstractmethod
+    def _specials(self) -> np.ndarray:
+        """bool (vocab_size,)."""
+
+    @abc.abstractmethod
+    def _word_edges(self) -> np.ndarray:
+        """bool (vocab_size,): the ids that a word begins with; ends with, where `_words_end`."""
+
+    _words_end = False
+
+    def words(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """int32 (..., L): the number of the word that each token of ids (..., L) is part of, ascending.
+
+        -1 for special tokens and for what comes after `lengths` (...) tokens. A word begins with SentencePiece's space
+        mark, or ends with CLIP's end of word: punctuation without a space before it belongs to the word.
+        """
+        edges = self._edges[ids]
+        number = edges.cumsum(-1, dtype=np.int32) - (edges if self._words_end else 0)
+        outside = self.is_special[ids] | (np.arange(ids.shape[-1]) >= np.asarray(lengths)[..., None])
+        return np.where(outside, np.int32(-1), number)
+
+    def with_masks(self, text: str) -> np.ndarray:
+        """int32 (length,): as `self(text)`, with `mask_id` wherever the text says '<mask>'.
+
+        Raises:
+          UserError: as `encode`, and for a text without '<mask>'.
+        """
+        if not isinstance(text, str) or MASK not in text:
+            raise UserError(f"text {text!r} has no {MASK}: write it where a word is to be found")
+        *before, last = text.split(MASK)
+        parts = [self._checked(part) for part in (*(part.rstrip() for part in before), last)]
+        found = [self._split([part])[0] if part else [] for part in parts]
+        ids = found[0] + [i for part in found[1:] for i in (self.mask_id, *part)]
+        return self._padded([[self.bos_id, *ids, self.eot_id]])[0]
 
     @abc.abstractmethod
     def clean(self, text: str) -> str:
@@ -157,6 +212,14 @@ class SentencePieceTokenizer(Tokenizer):
         """`captions.normalise_caption`."""
         return normalise_caption(text)
 
+    def _specials(self) -> np.ndarray:
+        kinds = (self._processor.is_control, self._processor.is_unknown, self._processor.is_unused)
+        return np.array([any(kind(i) for kind in kinds) for i in range(self.vocab_size)])
+
+    def _word_edges(self) -> np.ndarray:
+        pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
+        return np.array([piece.startswith(WORD_SPACE) for piece in pieces])
+
     def _split(self, texts: list[str]) -> list[list[int]]:
         # One by one: two microseconds each. Given a list, SentencePiece starts a thread pool, even of one thread: 70.
         return [self._processor.encode(text) for text in texts]
@@ -204,6 +267,16 @@ class ClipTokenizer(Tokenizer):
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
+
+    _words_end = True
+
+    def _specials(self) -> np.ndarray:
+        return np.isin(np.arange(self.vocab_size), (self.bos_id, self.eot_id))
+
+    def _word_edges(self) -> np.ndarray:
+        edges = np.zeros(self.vocab_size, bool)
+        edges[[i for token, i in self._tokenizer.get_vocab().items() if token.endswith(END_OF_WORD)]] = True
+        return edges
 
     def clean(self, text: str) -> str:
         """CLIP's cleaning: repaired by ftfy (broken encodings, ligatures, full-width letters, typographic quotes), HTML

@@ -143,7 +143,7 @@ class Tokenize(Op):
     reads = frozenset(("caption",))
 
     def __init__(self, context: Mapping[str, Any], sampling: float = 0.0):
-        self.tokenizer = _need(context, "tokenizer")
+        self.tokenizer = need(context, "tokenizer")
         self.sampling = checked_number("sampling", sampling, 0, 1)
         self.random = sampling > 0
         if self.random:
@@ -213,7 +213,8 @@ def _caption(example: Example) -> str:
     return text
 
 
-def _need(context: Mapping[str, Any], name: str) -> Any:
+def need(context: Mapping[str, Any], name: str) -> Any:
+    """What an op needs of the context. Raises UserError where it is not there."""
     if context.get(name) is None:
         raise UserError(f"needs {name!r} in the context")
     return context[name]

@@ -5,12 +5,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from florence_jax.data.ops import affine, boxes, captions, crops, image, labels, resizes
+from florence_jax.data.ops import affine, boxes, captions, crops, image, labels, language, resizes
 from florence_jax.data.ops.geometry import link_warps
 from florence_jax.data.ops.registry import OPS, Op
 from florence_jax.errors import UserError
 
-MODULES = (affine, boxes, captions, crops, image, labels, resizes)  # importing a module registers its ops
+MODULES = (affine, boxes, captions, crops, image, labels, language, resizes)  # importing a module registers its ops
 
 
 def parse_ops(spec: str, context: Mapping[str, Any]) -> list[Op]:
