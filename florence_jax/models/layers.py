@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from florence_jax.errors import UserError
+from florence_jax.models.dropout import Dropout
 
 Dtype = jnp.dtype | str
 
@@ -223,12 +224,15 @@ def split_heads(qkv: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.A
     return q * q.shape[-1] ** -0.5, k, v
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None, drop: Dropout | None = None
+) -> jax.Array:
     """Softmax attention; logits and softmax in float32 (Vaswani et al. 2017, equation 1).
 
     Args:
       q, k, v: (..., tokens, heads, head_dim), `q` already scaled.
       bias: float32, broadcast (same rank) against the logits (..., heads, queries, keys), or None.
+      drop: dropout of the weights, or None.
 
     Returns:
       (..., tokens, heads * head_dim), in the dtype of `v`.
@@ -237,6 +241,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None =
     if bias is not None:
         logits = logits + bias
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    if drop is not None:
+        weights = drop(weights)
     out = jnp.einsum("...hqk,...khd->...qhd", weights, v)
     return checkpoint_name(out.reshape(*out.shape[:-2], -1), "attention")
 
