@@ -5,12 +5,13 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from florence_jax.data.ops import affine, boxes, captions, crops, image, labels, language, resizes
+from florence_jax.data.ops import affine, answers, boxes, captions, crops, image, labels, language, resizes
 from florence_jax.data.ops.geometry import link_warps
 from florence_jax.data.ops.registry import OPS, Op
 from florence_jax.errors import UserError
 
-MODULES = (affine, boxes, captions, crops, image, labels, language, resizes)  # importing a module registers its ops
+# Importing a module registers its ops.
+MODULES = (affine, answers, boxes, captions, crops, image, labels, language, resizes)
 
 
 def parse_ops(spec: str, context: Mapping[str, Any]) -> list[Op]:
@@ -20,7 +21,7 @@ def parse_ops(spec: str, context: Mapping[str, Any]) -> list[Op]:
       spec: ops joined by '|', with literal arguments; bare words in arguments are strings. '' is no op at all.
       context: what ops need beside their arguments: "tokenizer" (data.tokenizers.Tokenizer),
         "templates" (sequence of str, may be empty), "classes" (data.classes.ClassIndex), "class_sets" (bool
-        (S, K), see data.box_classes).
+        (S, K), see data.box_classes), "answers" (data.answers.AnswerVocabulary).
 
     Raises:
       UserError: for a syntax error, an unknown op, a wrong argument, or something that `context` lacks.

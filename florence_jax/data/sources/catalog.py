@@ -19,8 +19,10 @@ from florence_jax.data.sources.folder import FolderSource, open_folder, open_tab
 from florence_jax.data.sources.image_list import ImageList
 from florence_jax.data.sources.karpathy import open_karpathy
 from florence_jax.data.sources.picture_files import is_picture, list_pictures
+from florence_jax.data.sources.scene_questions import SceneCaptions, SceneQuestions
 from florence_jax.data.sources.tables import PARQUET, TABLE_SUFFIXES, curation_command
 from florence_jax.data.sources.tfds import open_tfds
+from florence_jax.data.sources.vqa import QUESTION_KINDS, is_questions, open_own_questions
 from florence_jax.errors import UserError
 from florence_jax.files import check_store, expand_braces, filesystem
 
@@ -37,7 +39,9 @@ def open_source(spec: str) -> Source:
         folder of images with a table called captions or metadata (columns file and caption, or file_name and text),
         with a .txt or .json beside each, or else with one sub-folder a class.
         Boxes: 'coco:FILE.json:IMAGES', 'voc:FOLDER:SPLIT', 'boxes:FILE.csv:IMAGES', and 'scenes:SPLIT', see
-        `detection.open_boxes`. Pictures to look at: 'images:FILE.json:IMAGES', see `ImageList`.
+        `detection.open_boxes`. Pictures to look at: 'images:FILE.json:IMAGES', see `ImageList`. Questions: a folder
+        with questions.jsonl, that file, 'scene_questions:SPLIT', and those of `vqa.QUESTION_KINDS`; captions of what is
+        true, 'scene_captions:SPLIT'.
 
     Raises:
       UserError: if it does not exist, is empty, lacks a column, is of an unknown kind, or must be curated first.
@@ -50,6 +54,8 @@ def open_source(spec: str) -> Source:
     paths = array_record_paths(spec)
     if paths:
         return ArrayRecordSource(paths, spec)
+    if is_questions(spec):
+        return open_own_questions(spec)
     if epath.Path(spec).is_dir():
         return open_folder(spec)
     if spec.lower().endswith((*TABLE_SUFFIXES, ".txt")) and epath.Path(spec).exists():
@@ -123,6 +129,9 @@ KINDS: dict[str, Callable[[str], Source]] = {
     "karpathy": open_karpathy,
     "images": ImageList,
     **BOX_KINDS,
+    "scene_questions": SceneQuestions,
+    "scene_captions": SceneCaptions,
+    **QUESTION_KINDS,
 }
 
 

@@ -180,7 +180,8 @@ class Scenes(BaseSource):
 
     def __getitem__(self, index: int) -> Record:
         layout, rng = self._layout(index)
-        return self._record(index, layout) | {"image": self._painted(layout, rng)}
+        image = painted(layout.owner.shape, layout.patches, self._backgrounds, self._photographs, rng)
+        return self._record(index, layout) | {"image": image}
 
     def metadata(self) -> Iterator[Record]:
         """All records without their pictures: the masks are laid out, nothing is painted."""
@@ -257,22 +258,7 @@ class Scenes(BaseSource):
         patch[..., :3] = np.minimum(patch[..., :3] * light >> 8, patch[..., 3:])
         return patch.astype(np.uint8)
 
-    # -- pictures ---------------------------------------------------------------------------------------------------
-
-    def _painted(self, layout: _Layout, rng: np.random.Generator) -> np.ndarray:
-        """uint8 (H, W, 3)."""
-        size = layout.owner.shape
-        if self._backgrounds == "photographs":
-            canvas = photograph_crop(self._photographs, size, rng).astype(np.int32)
-        else:
-            canvas = smooth_noise(size, rng).astype(np.int32)
-        for patch, left, top in layout.patches:
-            inner = patch[max(0, -top) : size[0] - top, max(0, -left) : size[1] - left].astype(np.int32)
-            region = canvas[max(0, top) : top + patch.shape[0], max(0, left) : left + patch.shape[1]]
-            region[:] = inner[..., :3] + (region * (255 - inner[..., 3:]) + 127) // 255
-        if rng.random() < BLURRED:
-            canvas = _blurred(canvas)
-        return _lit(canvas, rng)
+    # -- records ----------------------------------------------------------------------------------------------------
 
     def _record(self, index: int, layout: _Layout) -> Record:
         height, width = layout.owner.shape
@@ -290,6 +276,34 @@ class Scenes(BaseSource):
             "is_group_of": np.zeros(len(boxes), bool),
             "areas": areas.astype(np.float32),
         }
+
+
+def painted(
+    size: tuple[int, int],
+    patches: Sequence[tuple[np.ndarray, int, int]],
+    backgrounds: str,
+    photographs: str,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """A scene's picture, uint8 (H, W, 3): patches on a background, sometimes blurred, lit at random.
+
+    Args:
+      size: (H, W).
+      patches: premultiplied RGBA, left, top, in the order in which they are laid down.
+      backgrounds: one of `backgrounds.BACKGROUNDS`. photographs: of which side.
+      rng: source of chance.
+    """
+    if backgrounds == "photographs":
+        canvas = photograph_crop(photographs, size, rng).astype(np.int32)
+    else:
+        canvas = smooth_noise(size, rng).astype(np.int32)
+    for patch, left, top in patches:
+        inner = patch[max(0, -top) : size[0] - top, max(0, -left) : size[1] - left].astype(np.int32)
+        region = canvas[max(0, top) : top + patch.shape[0], max(0, left) : left + patch.shape[1]]
+        region[:] = inner[..., :3] + (region * (255 - inner[..., 3:]) + 127) // 255
+    if rng.random() < BLURRED:
+        canvas = _blurred(canvas)
+    return _lit(canvas, rng)
 
 
 def _corner(size: Sequence[int], patch: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:

@@ -1,0 +1,300 @@
+"""Questions and captions that are true of composed scenes, see `scene_content`."""
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from florence_jax.data.records import BaseSource, Record, evenly
+from florence_jax.data.sources.backgrounds import SCENE_PHOTOGRAPHS, choose_backgrounds
+from florence_jax.data.sources.scene_content import (
+    COLOUR_NAMES,
+    CONTENT_COUNTS,
+    CONTENT_SIDE,
+    CONTENT_SIDES,
+    CONTENT_SPLITS,
+    OWN_COLOURS,
+    Content,
+    ContentPainter,
+    Thing,
+    below,
+    compose,
+    content_rng,
+    is_new_pair,
+    withheld_colour,
+)
+from florence_jax.data.sources.scenes import SCENE_NAMES
+from florence_jax.errors import UserError
+
+Asked = tuple[str, str]  # question, answer
+DIRECTIONS = ("left of", "right of", "above", "below")
+FURTHER = ("further left", "further right", "higher up", "further down")  # the same, of one of two
+OPPOSITE = (1, 0, 3, 2)
+OVERALL = 0.25  # of the questions how many: of all things together
+NUMBERS = ("no", "one", "two", "three", "four")
+IRREGULAR = {"cactus": "cactuses"}
+
+
+def _a(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _named(thing: Thing) -> str:
+    """'red key', or 'key' where it is not painted."""
+    name = SCENE_NAMES[thing.name]
+    return name if thing.colour == OWN_COLOURS else f"{COLOUR_NAMES[thing.colour]} {name}"
+
+
+def _is(thing: Thing, direction: int, other: Thing) -> bool:
+    """Whether a thing is on that side of another."""
+    return (
+        thing.column < other.column,
+        thing.column > other.column,
+        thing.row < other.row,
+        thing.row > other.row,
+    )[direction]
+
+
+# -- questions --------------------------------------------------------------------------------------------------------
+
+
+def _either(content: Content, new: bool, rng: np.random.Generator) -> Thing:
+    """One of the two that are there once; of a scene with a new pair that pair."""
+    return content.first if new or rng.random() < 0.5 else content.second
+
+
+def _ask_what(content: Content, new: bool, rng: np.random.Generator) -> Asked:
+    thing = _either(content, new, rng)
+    direction = below(rng, len(DIRECTIONS))
+    there = {other.name for other in content.things if _is(other, direction, thing)}
+    if not new and len(there) == 1 and rng.random() < 0.5:
+        return f"What is {DIRECTIONS[direction]} the {SCENE_NAMES[thing.name]}?", SCENE_NAMES[there.pop()]
+    return f"What is painted {COLOUR_NAMES[thing.colour]}?", SCENE_NAMES[thing.name]
+
+
+def _ask_how_many(content: Content, new: bool, rng: np.random.Generator) -> Asked:
+    if rng.random() < OVERALL:
+        return "How many things are there?", str(len(content.things))
+    return f"How many {plural(SCENE_NAMES[content.third])} are there?", str(len(content.copies))
+
+
+def _ask_which(content: Content, new: bool, rng: np.random.Generator) -> Asked:
+    one, other = (content.first, content.second) if rng.random() < 0.5 else (content.second, content.first)
+    direction = below(rng, len(DIRECTIONS))
+    answer = one if _is(one, direction, other) else other
+    names = f"the {SCENE_NAMES[one.name]} or the {SCENE_NAMES[other.name]}"
+    return f"Which is {FURTHER[direction]}, {names}?", SCENE_NAMES[answer.name]
+
+
+def _ask_is_there(content: Content, new: bool, rng: np.random.Generator) -> Asked:
+    yes = rng.random() < 0.5
+    if not new and rng.random() < 0.5:
+        there = sorted({thing.name for thing in content.things})
+        names = there if yes else [name for name in range(len(SCENE_NAMES)) if name not in there]
+        return f"Is there {_a(SCENE_NAMES[names[below(rng, len(names))]])}?", "yes" if yes else "no"
+    thing = _either(content, new, rng)
+    pair = (thing.name, thing.colour) if yes else _absent_pair(content, thing, new, rng)
+    return f"Is there {_a(_named(Thing(*pair, 0, 0)))}?", "yes" if yes else "no"
+
+
+def _absent_pair(content: Content, thing: Thing, new: bool, rng: np.random.Generator) -> tuple[int, int]:
+    """A thing in a colour that is not there, and has the name or the colour of one that is."""
+    there = {(other.name, other.colour) for other in content.things}
+    if new:
+        pairs = [(name, withheld_colour(name)) for name in range(len(SCENE_NAMES))]
+    elif rng.random() < 0.5:
+        pairs = [(thing.name, colour) for colour in range(len(COLOUR_NAMES))]
+    else:
+        pairs = [(name, thing.colour) for name in range(len(SCENE_NAMES))]
+    pairs = [pair for pair in pairs if pair not in there and is_new_pair(*pair) == new]
+    return pairs[below(rng, len(pairs))]
+
+
+def _ask_is_it(content: Content, new: bool, rng: np.random.Generator) -> Asked:
+    one, other = (content.first, content.second) if rng.random() < 0.5 else (content.second, content.first)
+    direction = below(rng, len(DIRECTIONS))
+    question = f"Is the {SCENE_NAMES[one.name]} {DIRECTIONS[direction]} the {SCENE_NAMES[other.name]}?"
+    return question, "yes" if _is(one, direction, other) else "no"
+
+
+def _ask_colour(content: Content, new: bool, rng: np.random.Generator) -> Asked:
+    thing = _either(content, new, rng)
+    return f"What colour is the {SCENE_NAMES[thing.name]}?", COLOUR_NAMES[thing.colour]
+
+
+# Type of question -> how it is asked, type of its answer; every scene has one of each.
+SCENE_QUESTIONS: dict[str, tuple[Callable[[Content, bool, np.random.Generator], Asked], str]] = {
+    "what": (_ask_what, "other"),
+    "how many": (_ask_how_many, "number"),
+    "which": (_ask_which, "other"),
+    "is there": (_ask_is_there, "yes/no"),
+    "is it": (_ask_is_it, "yes/no"),
+    "what colour": (_ask_colour, "other"),
+}
+
+
+def plural(name: str) -> str:
+    """Of a name of a thing."""
+    return IRREGULAR.get(name, f"{name}s")
+
+
+# -- captions ---------------------------------------------------------------------------------------------------------
+
+
+def captions_of_content(content: Content, rng: np.random.Generator) -> list[str]:
+    """Sentences that are true of a scene: what is where, and how much of what is there; in random order."""
+    one, other = (content.first, content.second) if rng.random() < 0.5 else (content.second, content.first)
+    across, down = (next(d for d in pair if _is(one, d, other)) for pair in ((0, 1), (2, 3)))
+    captions = [
+        f"{_a(_named(one))} {DIRECTIONS[across]} {_a(_named(other))}",
+        f"{_a(_named(other))} {DIRECTIONS[OPPOSITE[down]]} {_a(_named(one))}",
+    ]
+    pair = f"{_a(_named(one))} and {_a(_named(other))}"
+    if content.copies:
+        named = _named(content.copies[0])
+        number = len(content.copies)
+        group = _a(named) if number == 1 else f"{NUMBERS[number]} {plural(named)}"
+        captions.append(f"{group}, {pair}")
+    else:
+        captions.append(f"only {pair}")
+    return [captions[k] for k in rng.permutation(len(captions))]
+
+
+# -- sources ----------------------------------------------------------------------------------------------------------
+
+
+class _ContentSource(BaseSource):
+    """Records of scenes, `each` of every scene; a subclass says what they are.
+
+    Args:
+      name: 'KIND:SPLIT[:COUNT[:SIDE[:BACKGROUND]]]'.
+    """
+
+    kind: str
+    each: int
+
+    def __init__(self, name: str):
+        self.name = name
+        self._split, self._count, self._side, backgrounds = _parse(name, self.kind)
+        self._backgrounds = choose_backgrounds(backgrounds)
+        self._new = self._split == "new_pairs"
+
+    @functools.cached_property
+    def _painter(self) -> ContentPainter:
+        return ContentPainter(self._split, self._side, self._backgrounds)
+
+    def __len__(self) -> int:
+        return self.each * self._count
+
+    def __getitem__(self, index: int) -> Record:
+        scene = index // self.each
+        content = compose(self._split, scene)
+        return self._record(index, content) | {"image": self._painter.picture(scene, content)}
+
+    def metadata(self) -> Iterator[Record]:
+        """All records without their pictures; nothing is painted."""
+        return map(self._described, range(len(self)))
+
+    def sample(self, count: int) -> list[Record]:
+        """See `records.sample_of`; nothing is painted."""
+        return [self._described(index) for index in evenly(len(self), count).tolist()]
+
+    def _described(self, index: int) -> Record:
+        return self._record(index, compose(self._split, index // self.each))
+
+    def _record(self, index: int, content: Content) -> Record:
+        scene = index // self.each
+        return {"image_id": scene, "width": self._side, "height": self._side} | self._texts(index, content)
+
+    def _texts(self, index: int, content: Content) -> Record:
+        raise NotImplementedError
+
+    def _says(self, what: str) -> dict[str, Any]:
+        on = "smooth noise"
+        if self._backgrounds == "photographs":
+            count = len(SCENE_PHOTOGRAPHS[CONTENT_SPLITS[self._split][1]])
+            on = f"{count} photographs of scikit-image and scikit-learn"
+        says = (
+            f"{self.name}: {what} of {self._count:,} scenes, composed when they are asked for, of embedded drawings "
+            f"(emoji:{CONTENT_SPLITS[self._split][0]}, {len(SCENE_NAMES)} things, {len(COLOUR_NAMES)} colours) on "
+            f"{on}; they are no photographs"
+        )
+        return {"scenes": self._count, "backgrounds": self._backgrounds, "says": says}
+
+
+class SceneQuestions(_ContentSource):
+    """'scene_questions:SPLIT[:COUNT[:SIDE[:BACKGROUND]]]': six questions, one of each type, on each of COUNT scenes.
+
+    SPLIT is train, held_out (the drawings of train, arranged anew on other photographs), new_style (a third vendor's
+    drawings) or new_pairs (things in the one colour that they never have elsewhere; the questions of the types what,
+    is there and what colour are about such a pair). SIDE: pixels. BACKGROUND: photographs or noise; photographs, where
+    they are installed.
+
+    A record has "key", "image_id" (the scene), "question_id", "question", "question_type", of `SCENE_QUESTIONS`,
+    "answers", the one that is true, "answer_type", "width", "height" and "image", uint8 (SIDE, SIDE, 3). The records of
+    a scene follow one another.
+
+    How even the answers are: of which, is there and is it each text has two answers, each as often; of how many five
+    numbers; of what colour four (each thing has one only in new_pairs); of what about 19.
+
+    Raises:
+      UserError: for another name, or photographs that are not installed.
+    """
+
+    kind, each = "scene_questions", len(SCENE_QUESTIONS)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the questions are of."""
+        return self._says(f"{len(self):,} questions")
+
+    def _texts(self, index: int, content: Content) -> Record:
+        scene, number = divmod(index, self.each)
+        question_type = tuple(SCENE_QUESTIONS)[number]
+        ask, answer_type = SCENE_QUESTIONS[question_type]
+        question, answer = ask(content, self._new, content_rng(self._split, index, "question"))
+        return {
+            "key": f"{self._split}-{scene:06}-{number}",
+            "question_id": index,
+            "question": question,
+            "question_type": question_type,
+            "answers": [answer],
+            "answer_type": answer_type,
+        }
+
+
+class SceneCaptions(_ContentSource):
+    """'scene_captions:SPLIT[:COUNT[:SIDE[:BACKGROUND]]]': the same scenes, with what is true of each as captions.
+
+    "captions" are three, two of them of where the two painted things are, one of all that is there; "caption" is the
+    first of them. For the rest see `SceneQuestions`.
+    """
+
+    kind, each = "scene_captions", 1
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the captions are of."""
+        return self._says("captions")
+
+    def _texts(self, index: int, content: Content) -> Record:
+        captions = captions_of_content(content, content_rng(self._split, index, "captions"))
+        return {"key": f"{self._split}-{index:06}", "caption": captions[0], "captions": captions}
+
+
+def _parse(name: str, kind: str) -> tuple[str, int, int, str]:
+    """Split, count, side, backgrounds. Raises UserError."""
+    parts: Sequence[str] = name.partition(":")[2].split(":") + [""] * 4
+    split, count, side, backgrounds = parts[:4]
+    numbers = [word for word in (count, side) if word and not re.fullmatch(r"[1-9]\d{0,8}", word)]
+    if split not in CONTENT_SPLITS or numbers or any(parts[4:]):
+        raise UserError(
+            f"data source {name!r}: write {kind}:SPLIT[:COUNT[:SIDE[:BACKGROUND]]] with SPLIT of "
+            f"{', '.join(CONTENT_SPLITS)}; such as {kind}:train:1000"
+        )
+    pixels = int(side or CONTENT_SIDE)
+    if not CONTENT_SIDES[0] <= pixels <= CONTENT_SIDES[1]:
+        raise UserError(f"data source {name!r}: the side is of {CONTENT_SIDES[0]} to {CONTENT_SIDES[1]} pixels")
+    return split, int(count or CONTENT_COUNTS[split]), pixels, backgrounds
