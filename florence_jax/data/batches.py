@@ -11,6 +11,7 @@ from PIL import Image
 
 from florence_jax.data.ops.captions import JOINED, Caption, Keep, Texts, parse_fields
 from florence_jax.data.ops.registry import Op
+from florence_jax.data.others import Others, PairOp
 from florence_jax.data.records import PAYLOADS, BadRecord, Record, Source, evenly
 from florence_jax.errors import UserError
 
@@ -33,6 +34,7 @@ class BatchMaker:
       ops: what makes an example of a record.
       seed: of the augmentations.
       on_corrupt: 'skip' or 'error'.
+      batch_size: of the global batches that are trained on.
       host: fields that come as lists.
       cache: bytes of memory for what the ops before anything random give; 0: nothing is kept. What finds no room is
         made anew each time.
@@ -45,6 +47,7 @@ class BatchMaker:
         *,
         seed: int,
         on_corrupt: str,
+        batch_size: int = 1,
         host: Collection[str] = (),
         cache: int = 0,
     ):
@@ -52,6 +55,11 @@ class BatchMaker:
         self._fixed, self._ops = _split(ops) if cache else ([], list(ops))
         self._cache: dict[int, Record] | None = {} if cache else None
         self._room, self._full = cache, False
+        self._batch_size = batch_size
+        pairs = [k for k, op in enumerate(self._ops) if isinstance(op, PairOp)]
+        if len(pairs) > 1:
+            raise UserError(f"ops have {self._ops[pairs[1]].name!r} twice: one op alone can draw another record")
+        self._pair = pairs[0] if pairs else None
         self._key = np.random.SeedSequence([seed, 1]).generate_state(2, np.uint64)
         self._on_corrupt, self._host = on_corrupt, tuple(host)
         self._bad: dict[str, BadRecord] = {}  # by key; of training only the first ones
@@ -62,10 +70,10 @@ class BatchMaker:
 
     def train(self, position: int, numbers: Sequence[int]) -> Batch:
         """The batch of these records, whose first is number `position` of the endless order of examples."""
-        records = self._read(numbers)
+        records, others = self._read_with_others(position, numbers)
         examples = []
         for row, (i, record) in enumerate(zip(numbers, records, strict=True)):
-            examples.append(self._example(i, record, self._rng(position + row)))
+            examples.append(self._example(i, record, self._rng(position + row), others[row]))
         batch = stack(examples)
         return batch | padded_share(batch)
 
@@ -106,6 +114,32 @@ class BatchMaker:
                 found[i] = self._apply_fixed(i, record)
         return [found[i] for i in numbers]
 
+    def _read_with_others(
+        self, position: int, numbers: Sequence[int]
+    ) -> tuple[list[Record | BadRecord], Sequence[Others | None]]:
+        """The records of a batch, and what each of its rows may draw; the first draws are read at once with them."""
+        if self._pair is None:
+            return self._read(numbers), [None] * len(numbers)
+        op, ready = self._ops[self._pair], dict[int, Record | BadRecord]()
+        assert isinstance(op, PairOp)
+
+        def read(number: int) -> Record | BadRecord:
+            if number not in ready:
+                (ready[number],) = self._read([number])
+            if isinstance(bad := ready[number], BadRecord):
+                self._tell(self._source_of(number), bad)
+            return ready[number]
+
+        others = []
+        for row, i in enumerate(numbers):
+            source = self._source_of(i)
+            rows, before = range(*self._starts[source : source + 2].tolist()), self._ops[: self._pair]
+            place = position + row
+            others.append(Others(self._key, place, self._batch_size, rows=rows, read=read, before=before))
+        needed = [*numbers, *(o.ahead(i) for o, i in zip(others, numbers, strict=True) if op.needs_other(o))]
+        ready.update(zip(needed, self._read(needed), strict=True))
+        return [ready[i] for i in numbers], others
+
     def _apply_fixed(self, i: int, record: Record | BadRecord) -> Record | BadRecord:
         if self._cache is None or isinstance(record, BadRecord):
             return record
@@ -124,7 +158,7 @@ class BatchMaker:
     def _source_of(self, i: int) -> int:
         return int(np.searchsorted(self._starts, i, side="right")) - 1
 
-    def _example(self, i: int, record: Record | BadRecord, rng: np.random.Generator) -> Record:
+    def _example(self, i: int, record: Record | BadRecord, rng: np.random.Generator, others: Others | None) -> Record:
         """The example of record `i`, or of a usable one in its place; see `NEIGHBOURS_TRIED`."""
         source = self._source_of(i)
         start, count = int(self._starts[source]), len(self._sources[source])
@@ -132,14 +166,11 @@ class BatchMaker:
             try:
                 if isinstance(record, BadRecord):
                     raise record
-                return _apply(self._ops, record, rng) | {"corrupt": np.int32(bad_count)}
+                if others is not None:
+                    others.start(i, record)
+                return _apply(self._ops, record, rng, others) | {"corrupt": np.int32(bad_count)}
             except BadRecord as bad:
-                if self._on_corrupt == "error":
-                    raise UserError(f"{self._sources[source].name}: {bad} (on_corrupt='skip' passes over it)") from bad
-                if len(self._bad) < BAD_TOLD and bad.key not in self._bad:
-                    self._bad[bad.key] = bad
-                    more = "; more are only counted" if len(self._bad) == BAD_TOLD else ""
-                    logging.warning("%s: cannot be used: %s%s", self._sources[source].name, bad, more)
+                self._tell(source, bad)
                 last = bad
             near = bad_count < NEIGHBOURS_TRIED
             i = start + ((i + 1 - start) % count if near else int(rng.integers(count)))
@@ -148,6 +179,15 @@ class BatchMaker:
             f"{self._sources[source].name}: nearly all of its {count} records cannot be used: {bad_count + 1} were "
             f"tried for one example, {OTHERS_TRIED} of them at random; the last: {last}"
         )
+
+    def _tell(self, source: int, bad: BadRecord) -> None:
+        """Logs a record that cannot be used, the first ones; raises UserError under the policy 'error'."""
+        if self._on_corrupt == "error":
+            raise UserError(f"{self._sources[source].name}: {bad} (on_corrupt='skip' passes over it)") from bad
+        if len(self._bad) < BAD_TOLD and bad.key not in self._bad:
+            self._bad[bad.key] = bad
+            more = "; more are only counted" if len(self._bad) == BAD_TOLD else ""
+            logging.warning("%s: cannot be used: %s%s", self._sources[source].name, bad, more)
 
     def _eval_example(self, i: int, record: Record | BadRecord) -> Record | None:
         try:
@@ -207,9 +247,10 @@ def kept_ops(ops: Sequence[Op]) -> list[str]:
     return [op.name for op in _split(ops)[0]]
 
 
-def _apply(ops: Sequence[Op], example: Record, rng: np.random.Generator) -> Record:
+def _apply(ops: Sequence[Op], example: Record, rng: np.random.Generator, others: Others | None = None) -> Record:
     for op in ops:
-        example = op(example, rng)
+        pairs = others is not None and isinstance(op, PairOp)
+        example = op.pair(example, rng, others) if pairs else op(example, rng)
     return example
 
 

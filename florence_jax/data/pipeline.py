@@ -2,7 +2,8 @@
 
 Row r of the global batch of step s is example s * batch_size + r of one endless order that depends only on the seed
 and the data. Its augmentations are drawn from a generator keyed by that number. Hence any number of hosts or workers
-gives the same global batches, bit for bit, and a resumed run needs only its step.
+gives the same global batches, bit for bit, and a resumed run needs only its step. So does a second record of the same
+source that an op asks for (`others.PairOp`): it is drawn by that number too.
 
 With buckets each bucket has such an order of its own, and whole global batches of them are mixed in proportion to their
 records: which bucket step s has depends on the data alone, and all processes have the same shape at a step.
@@ -167,8 +168,11 @@ def train_stream(
     parts = _bucket_parts(data, weights, seed)
     for part in parts:
         check_fields(part.sources, part.ops)
+        for op in part.ops:
+            op.check(part.sources, batch_size)
     room = CACHE_BYTES // max(workers, 1) // len(parts) if cache else 0
-    makers = [BatchMaker(p.sources, p.ops, seed=seed, on_corrupt=on_corrupt, cache=room) for p in parts]
+    settings: dict[str, Any] = {"seed": seed, "on_corrupt": on_corrupt, "batch_size": batch_size, "cache": room}
+    makers = [BatchMaker(part.sources, part.ops, **settings) for part in parts]
     # Only indices go through the order; records are read a batch at a time, at its end.
     orders = [_local_batches(part, local, process).map(_Numbered(k)) for k, part in enumerate(parts)]
     order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [part.weight for part in parts])

@@ -107,12 +107,16 @@ class Label(Op):
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Adds the label."""
         caption = _caption(example)
-        if self.tokenizer is None:
-            return example | {"label": caption_label(caption)}
         try:
-            return example | {"label": token_label(self.tokenizer(normalise_caption(caption)))}
+            return example | {"label": self.of(caption)}
         except UserError as error:
             raise BadRecord(key_of(example), str(error)) from error
+
+    def of(self, caption: str) -> np.ndarray:
+        """The label of a caption. Raises UserError for one without tokens."""
+        if self.tokenizer is None:
+            return caption_label(caption)
+        return token_label(self.tokenizer(normalise_caption(caption)))
 
 
 @op("prompt")

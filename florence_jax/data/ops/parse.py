@@ -41,6 +41,7 @@ def parse_ops(spec: str, context: Mapping[str, Any]) -> list[Op]:
     image.link_pictures(ops)
     try:
         link_warps(ops)
+        language.link_captions(ops)
     except UserError as error:
         raise UserError(f"ops {spec!r}: {error}") from error
     return ops

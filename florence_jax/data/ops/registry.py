@@ -1,11 +1,12 @@
 """The registry of transforms: what an op is, and the table that op strings look names up in."""
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from florence_jax.data.records import Source
 from florence_jax.errors import UserError
 
 Example = dict[str, Any]
@@ -31,6 +32,13 @@ class Op(abc.ABC):
     @abc.abstractmethod
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """The transformed example."""
+
+    def check(self, sources: Sequence[Source], batch_size: int) -> None:
+        """What an op demands of the data of a training stream, looked at when that opens. Raises UserError.
+
+        The cost must not grow with the data: see `records.sample_of`.
+        """
+        del sources, batch_size  # most ops take any
 
 
 OPS: dict[str, type[Op]] = {}
