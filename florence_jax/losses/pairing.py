@@ -74,3 +74,21 @@ def pair_in_batch(
     match = (rank < size // 2) | ~possible
     index = jnp.where(match, jnp.arange(size), chosen)
     return index.astype(jnp.int32), match.astype(jnp.int32)
+
+
+def next_other(label: jax.Array, usable: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+    """For a held-out set: beside each text the picture of the next row within its group whose text is another.
+
+    Nothing is drawn, and what stands beside a text does not depend on the size of the batch, a multiple of the group.
+
+    Args:
+      label: integers (B, 2), of the texts. usable: bool (B,), rows that are no padding. group: rows of one.
+
+    Returns:
+      int32 (B,), the row of the other picture, a row's own where there is none; bool (B,), whether there is one.
+    """
+    rows = jnp.arange(len(label), dtype=jnp.int32)
+    same = rows[:, None] // group == rows[None] // group
+    other = (label[:, None] != label[None]).any(-1) & same & usable[None] & usable[:, None]
+    distance = jnp.where(other, (rows[None] - rows[:, None]) % group, group)
+    return jnp.where(other.any(1), distance.argmin(1), rows).astype(jnp.int32), other.any(1)

@@ -178,7 +178,8 @@ class Fusion(nn.Module):
             elif name == "nlvr2" and both.shape[-1] > pooled.shape[-1]:
                 logits["nlvr2_logits"] = classifier(CLASSES[name], name=name)(both)
             elif name == "mlm" and places is not None:
-                states = jnp.take_along_axis(outputs["fused_text"], places[..., None], axis=1)
+                texts = outputs["fused_text"]
+                states = jnp.take_along_axis(texts[:: len(texts) // len(places)], places[..., None], axis=1)
                 logits["mlm_logits"] = _WordHead(self.vocabulary, self.dtype, name=name)(states)
         return logits
 
@@ -312,7 +313,8 @@ def build_fusion(config: ModelConfig, variant: str, **overrides: Any) -> Model[M
       "image_index" int32 (N,), the image of each text; without it the texts of an image lie beside each other, N / I
         of each;
       "image2_index" int32 (N,), of the second image, for the head 'nlvr2';
-      "places" int32 (N, P), positions whose words the head 'mlm' is asked for;
+      "places" int32 (M, P), positions whose words the head 'mlm' is asked for, of every (N / M)-th text, the first one
+        among them;
       "example" int32 (N,), ids by which texts draw dropout, default: positions in the batch; "image_example" int32
         (I,), ids by which images draw stochastic depth, default: those of the texts where each has its own image.
 
@@ -324,7 +326,7 @@ def build_fusion(config: ModelConfig, variant: str, **overrides: Any) -> Model[M
       'text_tokens' (N, L, C'), 'fused_text' (N, L, W), 'fused_image' (N, T, W): before and after the fusion.
       'pooled' (N, 2 W): text, image.
       'attention' float32 (N, T): where the text's first token looks in the last layer, mean over the heads.
-      'itm_logits' (N, 2), 1 = match; 'mlm_logits' (N, P, vocabulary); 'answer_logits' (N, answers); 'nlvr2_logits'
+      'itm_logits' (N, 2), 1 = match; 'mlm_logits' (M, P, vocabulary); 'answer_logits' (N, answers); 'nlvr2_logits'
         (N, 2), 1 = true; 'snli_ve_logits' (N, 3); 'rank_logits' (N, 1): float32, of the heads that there are.
 
     Args:

@@ -45,15 +45,17 @@ class MaskWords(Op):
     Args:
       share: of the tokens.
       whole: whole words (`Tokenizer.words`); else single tokens.
+      fixed: for evaluations, whose ops are not random: the masks of a record depend on its row alone.
     """
 
-    random = True
     reads = frozenset(("text", "text_length"))
 
-    def __init__(self, share: float = MASK_SHARE, whole: bool = True, *, context: Mapping[str, Any]):
+    def __init__(
+        self, share: float = MASK_SHARE, whole: bool = True, fixed: bool = False, *, context: Mapping[str, Any]
+    ):
         self.tokenizer = need(context, "tokenizer")
         self.share = checked_number("share", share, 1e-3, 1)
-        self.whole = whole
+        self.whole, self.random = whole, not fixed
         self._plain = np.flatnonzero(~self.tokenizer.is_special).astype(np.int32)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
