@@ -68,6 +68,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.forgetting = {  # of a detector that is trained further
         "source": "",  # data whose AP is watched, before and after; of the classes that both detectors know; '': none
         "threshold": 0.05,  # a larger fall is warned of
+        # Of a class-agnostic first detector classes are told by name, before and after, on the test sets too.
+        "zero_shot": True,
+        "region": "crops",  # crops | roi: as zero_shot.region of protocol=zeroshot
     }
     config.data.train = "scenes:train" if trains else ""  # several joined by '|' are one set
     config.data.test = ""  # several joined by '|'; '': `holdout` of the images of data.train; of scenes held-out ones

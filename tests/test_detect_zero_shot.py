@@ -22,9 +22,11 @@ from florence_jax.inference.detector import check_names
 from florence_jax.params.sharding import make_mesh, params_like, place
 from florence_jax.params.weights import make_description, save_pretrained
 from florence_jax.predict import main as predict
+from florence_jax.tasks import create_task
 from florence_jax.tasks.detect import WHOLE_PICTURE, Detect
 from florence_jax.tasks.detector import Detector
 from florence_jax.tasks.encoder import Encoder
+from florence_jax.tasks.finetune_detection import KeptZeroShot
 from florence_jax.tasks.zero_shot_detector import ZeroShotDetector, ZeroShotOptions, check_options
 
 MAP_NORMS = ("norm1", "norm2", "norm3")
@@ -94,6 +96,26 @@ def test_classes_are_named_and_scored_beside_chance(proposals, tmp_path, capsys)
     assert "what bounds zero-shot detection" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
+def test_zero_shot_before_and_after_few_shots(proposals, tmp_path):
+    """The trained detector, its class layer replaced by the first, is a zero-shot detector still."""
+    flags = ["--config=configs/detect.py:protocol=fewshot,shots=1,runlocal", "--config.data.train=scenes:new_style:24"]
+    flags += ["--config.data.test=scenes:held_out:8", "--config.keep_zero_shot=(0.0,)", *ONE_SIZE]
+    flags += ["--config.detector.tower_lr=0", "--config.detections.threshold=0.0", "--config.forgetting.region=roi"]
+    assert run_main(*flags, f"--config.init={proposals}", f"--workdir={tmp_path / 'run'}") == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    found = {name: result[f"eval/held_out_zero_shot/{name}"] for name in ("before", "now", "drop")}
+    assert found["before"] > 0 and found["drop"] == pytest.approx(found["before"] - found["now"])
+    # Mixed with nothing of the trained weights it is the first one.
+    assert result["eval/held_out_zero_shot_wise0/AP"] == pytest.approx(found["before"])
+    assert "eval/held_out_wise0/AP" in result and "eval/held_out/start_AP" not in result
+    flags = ["--config=configs/detect.py:protocol=zeroshot,runlocal", "--config.data.test=scenes:held_out:8", *ONE_SIZE]
+    flags += ["--config.zero_shot.region=roi", f"--config.init={proposals}", f"--workdir={tmp_path / 'alone'}"]
+    assert run_main(*flags) == 0
+    alone = json.loads((tmp_path / "alone" / "result.json").read_text())
+    assert alone["eval/held_out/AP"] == pytest.approx(found["before"])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Of a class-agnostic detector and both towers, which nobody trained."""
@@ -137,6 +159,37 @@ def test_the_folder_finds_what_is_named(folder, tmp_path, monkeypatch):
     coco = json.loads((out / "detections.json").read_text())
     assert [(one["id"], one["name"]) for one in coco["categories"]] == [(1, "cat"), (2, "traffic light")]
     assert [box["category_id"] for box in coco["annotations"]] == [2, 1] * 3
+
+
+def test_a_training_on_classes_is_watched_by_what_it_costs(folder, caplog):
+    """The trained detector, its class layer replaced by the first, is a zero-shot detector still."""
+    config = get_config("protocol=fewshot,shots=1,runlocal")
+    config.update_from_flattened_dict(
+        {
+            "init": folder,
+            "data.train": "scenes:train:8",
+            "data.test": "scenes:held_out:2",
+            "keep_zero_shot": (0.5,),
+            "forgetting.source": "scenes:new_names:2",
+            "detector.sizes": ((128, 128),),
+        }
+    )
+    task, mesh = create_task(config), make_mesh(-1, 1)
+    names = [evaluator.name for evaluator in task.evaluators(mesh)]
+    watched = [f"{name}_zero_shot{mixed}" for name in ("held_out", "forgetting") for mixed in ("", "_wise0.5")]
+    assert names == ["held_out", "held_out_wise0.5", *watched]
+    config.forgetting.zero_shot = False
+    assert [evaluator.name for evaluator in task.watched(mesh)] == ["held_out_wise0.5"]
+    assert "scenes:new_names:2 is not watched" in caplog.text
+    kept = KeptZeroShot(task.config, task.test_sources)
+    assert kept.zero_shot.options == ZeroShotOptions() and kept.sizes == [(128, 128)]
+    like = params_like(jax.eval_shape(task.init, jax.random.key(0)), mesh)
+    trained = jax.tree.map(lambda leaf: place(np.full(leaf.shape, 0.5, np.float32), leaf.sharding), like)
+    made, first = kept.maker(mesh)(trained), jax.device_get(kept.load(mesh)["model"]["detector"])
+    layer = made["model"]["detector"].pop("class_logits")
+    jax.tree.map(np.testing.assert_array_equal, layer, first["class_logits"])
+    assert all((np.asarray(leaf) == 0.5).all() for leaf in jax.tree.leaves(made["model"]["detector"]))
+    np.testing.assert_array_equal(made["towers"]["text_projection"]["kernel"], 0.5)
 
 
 def test_weights_that_cannot_name_classes():

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import config_dict
 
 from florence_jax.errors import UserError
-from florence_jax.evaluators.finetuning import NOT_BEATEN, BesideProbe, Validation
+from florence_jax.evaluators.finetuning import NOT_BEATEN, BesideProbe, BesideStart, Forgetting, Remade, Validation
 from florence_jax.tasks.base import EVALUATIONS, make_plan
 from florence_jax.tasks.recipe import LARGE, PAPER, fine_tuning_recipe
 from florence_jax.train.defaults import common
@@ -142,3 +142,47 @@ def test_the_probe_stands_beside_and_it_is_said_where_it_is_not_beaten(value, be
 def test_held_out_images_give_one_number():
     held = Validation(Scored(0.8))
     assert held.run(None) == {"top1": 0.8} and held.chance == {"top1": 0.1} and held.report() == []
+
+
+# -- beside the first weights -----------------------------------------------------------------------------------------
+
+
+class Sum:
+    """An evaluator whose AP is the sum of the parameters."""
+
+    name, metric, charts, chance, sources = "test", "AP", (), {"AP": 0.1}, ("data",)
+
+    def run(self, params):
+        return {"AP": float(sum(params.values())), "images": 3.0}
+
+    def report(self):
+        return ["<p>inner</p>"]
+
+    def files(self):
+        return {"boxes.json": b"[]"}
+
+
+def test_what_the_first_weights_scored_stands_beside():
+    asked = []
+
+    def initial(params):
+        asked.append(params)
+        return {"a": 0.25}
+
+    beside = BesideStart(Sum(), initial, "the detector of DIR")
+    assert not beside.report() and beside.chance == {"AP": 0.1, "start_AP": 0.1} and beside.sources == ("data",)
+    assert beside.run({"a": 0.5}) == {"AP": 0.5, "images": 3.0, "start_AP": 0.25}
+    assert beside.run({"a": 0.75})["start_AP"] == 0.25 and len(asked) == 1  # measured once
+    said = "test: AP 0.250 before this training, by the detector of DIR, 0.750 after it."
+    assert beside.report() == [f"<p>{said}</p>", "<p>inner</p>"] and beside.files() == {"boxes.json": b"[]"}
+
+
+def test_forgetting_of_parameters_that_are_made_of_the_trained_ones():
+    """Of a class-agnostic detector: the first class layer on the trained rest."""
+    made = Remade(Sum(), lambda params: params | {"layer": 0.5}, "test_zero_shot")
+    watch = Forgetting(made, lambda params: params | {"a": 0.4}, 0.05, "config.keep_zero_shot")
+    found = watch.run({"a": 0.1, "layer": -3.0})
+    assert watch.name == "test_zero_shot" and made.chance == {"AP": 0.1} and made.sources == ("data",)
+    assert found == pytest.approx({"before": 0.9, "now": 0.6, "drop": 0.3})
+    assert "fell from 0.900 to 0.600" in watch.report()[0] and "(config.keep_zero_shot)" in watch.report()[0]
+    assert not watch.files() and not Remade(Sum(), dict, "x").files()

@@ -151,6 +151,34 @@ class BesideStart(_Beside):
         return [f"<p>{html.escape(said)}.</p>", *self._evaluator.report()]
 
 
+class Remade(Evaluator):
+    """An evaluator of parameters that are made of those of a run.
+
+    Args:
+      evaluator: what to run on them.
+      made: called with the parameters of the run, gives them.
+      name: prefix of the results.
+    """
+
+    def __init__(self, evaluator: WithHeadline, made: Callable[[Any], Any], name: str):
+        self.name, self.metric = name, evaluator.metric
+        self._evaluator, self._made = evaluator, made
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """Of the evaluator."""
+        return self._evaluator.sources
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """Of the evaluator."""
+        return self._evaluator.chance
+
+    def run(self, params: Any) -> dict[str, float]:
+        """The evaluator's results."""
+        return self._evaluator.run(self._made(params))
+
+
 class Interpolated(Evaluator):
     """Weight-space ensembling (WiSE-FT, Wortsman et al. 2022): evaluates (1 - alpha) initial + alpha fine-tuned.
 
@@ -211,7 +239,7 @@ class Forgetting(Evaluator):
         self.charts = (Chart(title, {"before": "before", "now": "now"}),)
         self._evaluator, self._initial, self._threshold, self._mixing = evaluator, initial, threshold, mixing
         self._before: float | None = None
-        self._warning, self._warned = "", False
+        self._said, self._warning, self._warned = "", "", False
 
     @property
     def chance(self) -> Mapping[str, float]:
@@ -226,6 +254,7 @@ class Forgetting(Evaluator):
             self._before = self._evaluator.run(self._initial(params))[metric]
         now = self._evaluator.run(params)[metric]
         drop = self._before - now
+        self._said = f"{self.name}: zero-shot {metric} {self._before:.3f} before this training, {now:.3f} after it."
         self._warning = ""
         if drop > self._threshold:
             self._warning = (
@@ -239,5 +268,6 @@ class Forgetting(Evaluator):
         return {"before": self._before, "now": now, "drop": drop}
 
     def report(self) -> list[str]:
-        """The warning, if there is one."""
-        return [f'<p class="warning">{html.escape(self._warning)}</p>'] if self._warning else []
+        """Both numbers, or the warning."""
+        kind = ' class="warning"' if self._warning else ""
+        return [f"<p{kind}>{html.escape(self._warning or self._said)}</p>"]

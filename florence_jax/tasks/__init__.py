@@ -10,9 +10,10 @@ from florence_jax.errors import UserError
 from florence_jax.tasks.base import Suite, Task
 from florence_jax.tasks.box_check import BoxCheckSuite
 from florence_jax.tasks.classify import FewShotSuite, HeadSuite, ProbeSuite, ZeroShotSuite
-from florence_jax.tasks.detect import Detect, DetectionSuite
+from florence_jax.tasks.detect import DetectionSuite
 from florence_jax.tasks.few_shot_detection import FewShotDetect
 from florence_jax.tasks.finetune import FineTuneLinear, FineTuneUniCL
+from florence_jax.tasks.finetune_detection import FineTuneDetect
 from florence_jax.tasks.pretrain import Pretrain
 from florence_jax.tasks.retrieve import FineTuneRetrieval, RetrievalSuite
 from florence_jax.tasks.zero_shot_detection import ZeroShotDetectionSuite
@@ -49,7 +50,7 @@ TASKS: dict[str, Registered] = {
     ),
     "detect": Registered(
         {
-            "train": Detect,
+            "train": FineTuneDetect,
             "fewshot": FewShotDetect,
             "zeroshot": ZeroShotDetectionSuite,
             "eval": DetectionSuite,

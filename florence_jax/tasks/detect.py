@@ -316,7 +316,7 @@ class Detect(DetectionSuite, Task):
         except UserError as error:
             logging.warning("what is trained is not scored: %s; then --config.mode=eval", error)
             return []
-        return [*self._beside_start(self.scored(mesh)), *self._watched(mesh)]
+        return [*self._beside_start(self.scored(mesh)), *self.watched(mesh)]
 
     def _beside_start(self, evaluators: Sequence[CocoEvaluator]) -> Sequence[Evaluator]:
         """With what the folder's detector scored before, where it knows classes of the run by name."""
@@ -325,7 +325,7 @@ class Detect(DetectionSuite, Task):
         what = f"the detector of {self.config.init}"
         return [BesideStart(evaluator, self.start, what) for evaluator in evaluators]
 
-    def _watched(self, mesh: Mesh) -> list[Evaluator]:
+    def watched(self, mesh: Mesh) -> list[Evaluator]:
         """What the training costs elsewhere, and weights mixed with the first ones: on the test sets and on that."""
         config, sources = self.config, dict(self.test_sources)
         found: list[Evaluator] = []
@@ -333,10 +333,15 @@ class Detect(DetectionSuite, Task):
             sources["forgetting"] = self._open(config.forgetting.source, "test")
             watched = self.coco("forgetting", sources["forgetting"], mesh)
             found.append(Forgetting(watched, self.start, config.forgetting.threshold, "config.keep_zero_shot"))
-        for share in config.keep_zero_shot:
-            for name, source in sources.items():
-                found.append(Interpolated(self.coco(f"{name}_wise{share:g}", source, mesh), self.start, share))
-        return found
+        return found + self.mixed(sources, mesh)
+
+    def mixed(self, sources: Mapping[str, BoxSource], mesh: Mesh) -> list[Evaluator]:
+        """COCO's numbers of weights mixed with the first ones, of each share of `config.keep_zero_shot`."""
+        return [
+            Interpolated(self.coco(f"{name}_wise{share:g}", source, mesh), self.start, share)
+            for share in self.config.keep_zero_shot
+            for name, source in sources.items()
+        ]
 
     def train_data(self) -> TrainData:
         """Images with their boxes, by the shape of the images; each once for every scale."""

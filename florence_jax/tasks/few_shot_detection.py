@@ -5,15 +5,15 @@ from typing import Any
 
 from florence_jax.data.few_shots import few_shots
 from florence_jax.tasks.base import make_identity
-from florence_jax.tasks.detect import Detect
+from florence_jax.tasks.finetune_detection import FineTuneDetect
 from florence_jax.tasks.recipe import few_shot_recipe
 
 
-class FewShotDetect(Detect):
+class FewShotDetect(FineTuneDetect):
     """Training on `config.shots` pictures of each class, which `config.seed` draws; 0 shots: on all pictures.
 
     Raises:
-      UserError: as `Detect`, and as `few_shots`.
+      UserError: as `FineTuneDetect`, and as `few_shots`.
     """
 
     recipe = staticmethod(few_shot_recipe)

@@ -11,7 +11,6 @@ from florence_jax.data.classes import choose_templates, load_class_names
 from florence_jax.data.sources.boxes import BoxSource
 from florence_jax.data.sources.detection import open_boxes
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Evaluator
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.zero_shot_detection import DRAWS, TEXTS_AT_ONCE, ZeroShotDetection
 from florence_jax.models.base import Params
@@ -52,7 +51,7 @@ class ZeroShotDetectionSuite(DetectionSuite):
         options = [f"zero_shot.{name}" for name in sorted(self.config.zero_shot)]
         return {**super().identity, **make_identity(self.config, *options)}
 
-    def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
+    def evaluators(self, mesh: Mesh) -> Sequence[ZeroShotDetection]:
         """Zero-shot detection on each of the test sets."""
         encoder, config = self.zero_shot.encoder, self.config
         tokenizer = encoder.tokenizer
