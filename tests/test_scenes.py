@@ -253,6 +253,29 @@ def test_written_scenes_are_the_composed_ones(tmp_path, capsys):
     assert capsys.readouterr().err.count("holds something else") == 2
 
 
+def test_some_classes_of_some_scenes_are_written(tmp_path, capsys):
+    """As a set has them of which nobody boxed the other classes; what another set of them has are other scenes."""
+    out = tmp_path / "some"
+    options = ["--classes=names20", "--train=6", "--held_out=0", "--new_style=0", "--side=64", "--backgrounds=noise"]
+    options += ["--names=pizza, bell,key,crab", "--first=5", f"--out={out}"]
+    assert build_scenes.main(options) == 0 and "6 of them, from number 5; boxes of 4" in capsys.readouterr().out
+    found, composed = open_boxes(str(out / "train")), open_boxes("scenes:train:11:names20:64:noise")
+    names = ["bell", "crab", "key", "pizza"]
+    assert len(found) == 6 and list(found.class_names) == names and list(found.category_ids) == [11, 17, 27, 35]
+    boxed = 0
+    for row in range(6):
+        one, other = found[row], composed[5 + row]
+        kept = [k for k, label in enumerate(other["class_ids"]) if composed.class_names[label] in names]
+        assert [names[k] for k in one["class_ids"]] == [composed.class_names[other["class_ids"][k]] for k in kept]
+        np.testing.assert_array_equal(one["boxes"], other["boxes"][kept])
+        np.testing.assert_array_equal(np.asarray(upright_rgb(one["image"])), other["image"])
+        boxed += len(kept)
+    assert boxed
+    assert build_scenes.main([*options, "--first=4"]) == build_scenes.main([*options, "--names=zebra"]) == 2
+    said = capsys.readouterr().err
+    assert "holds something else" in said and "'zebra' is no class" in said
+
+
 def test_a_picture_of_several_blocks_is_a_png():
     picture = np.random.default_rng(0).integers(0, 256, (160, 200, 3), np.uint8)
     assert np.array_equal(np.asarray(upright_rgb(stored_png(picture))), picture)
