@@ -76,9 +76,7 @@ class FineTuneDetect(Detect):
         if not first.encoder.has_text or not config.forgetting.zero_shot:
             if source := config.forgetting.source:
                 why = "no text tower" if not first.encoder.has_text else "config.forgetting.zero_shot=False"
-                logging.warning(
-                    "%s is not watched: the first detector has one class, and %s", config.forgetting.source, why
-                )
+                logging.warning("%s is not watched: the first detector has one class, and %s", source, why)
             return found
         sources = dict(self.test_sources)
         if config.forgetting.source:
