@@ -32,8 +32,9 @@ OTHER_SUFFIXES = frozenset(
     ".csv .tsv .jsonl .xml .yaml .yml .toml .ini .cfg .md .rst .html .htm .css .js .log .url .lnk .py .ipynb .sh .m "
     ".mat .npy .npz .pt .pth .safetensors .ckpt .bin .pkl .h5 .hdf5 .parquet .arrow .feather .tfrecord .array_record "
     ".meta .tar .gz .tgz .bz2 .xz .zip .7z .rar .pdf .doc .docx .xls .xlsx .ppt .pptx .eps .ps .svg .svgz .db .sqlite "
-    ".lock .mp4 .mov .avi .mkv .webm .mpg .mpeg .m4v .mp3 .wav .flac .ogg .m4a .part .tmp .crdownload .download".split()
+    ".lock .mp3 .wav .flac .ogg .m4a .part .tmp .crdownload .download".split()
 )
+VIDEO_SUFFIXES = frozenset(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .m2ts .flv .wmv .ogv .3gp".split())
 STUB_FORMATS = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))  # Pillow knows them and cannot read them alone
 SYSTEM_FOLDERS = frozenset(
     ("__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
@@ -50,6 +51,7 @@ class Listing:
     Attributes:
       folder: path or URL.
       pictures: sorted.
+      videos: sorted, the files with a suffix of videos; they are in `passed_over` too.
       texts: the .txt and .json files.
       annotations: sorted, the .xml and .csv files, which may hold boxes; they are in `passed_over` too.
       folders: those searched below it, in the order of the search.
@@ -60,6 +62,7 @@ class Listing:
 
     folder: str
     pictures: list[str] = dataclasses.field(default_factory=list)
+    videos: list[str] = dataclasses.field(default_factory=list)
     texts: set[str] = dataclasses.field(default_factory=set)
     annotations: list[str] = dataclasses.field(default_factory=list)
     folders: list[str] = dataclasses.field(default_factory=list)
@@ -145,6 +148,7 @@ def list_pictures(folder: str | os.PathLike, deep: bool = True) -> Listing:
         found.folders += folders
         waiting += reversed(folders)
     found.pictures.sort()
+    found.videos.sort()
     found.annotations.sort()
     return found
 
@@ -193,6 +197,9 @@ def _add_file(found: Listing, fs: fsspec.AbstractFileSystem | None, root: str, n
         found.pictures.append(name)
     elif suffix in TEXT_SUFFIXES:
         found.texts.add(name)
+    elif suffix in VIDEO_SUFFIXES:
+        found.passed_over[suffix] += 1
+        found.videos.append(name)
     elif suffix in OTHER_SUFFIXES or suffix in HEIF_SUFFIXES or suffix in AVIF_SUFFIXES:
         found.passed_over[suffix] += 1
         if suffix in BOX_SUFFIXES:
