@@ -249,8 +249,10 @@ def kept_ops(ops: Sequence[Op]) -> list[str]:
 
 def _apply(ops: Sequence[Op], example: Record, rng: np.random.Generator, others: Others | None = None) -> Record:
     for op in ops:
-        pairs = others is not None and isinstance(op, PairOp)
-        example = op.pair(example, rng, others) if pairs else op(example, rng)
+        if others is not None and isinstance(op, PairOp):
+            example = op.pair(example, rng, others)
+        else:
+            example = op(example, rng)
     return example
 
 
