@@ -20,6 +20,7 @@ HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b
 HEIF_INSTALL = "for HEIC pictures: pip install pillow-heif"
 THUMBNAIL_SIDE = 96  # pixels of the longer side
 EXIF_ORIENTATION = 274
+HEAT = (214, 40, 40)
 TINY = 48  # pictures of fewer pixels are enlarged
 MAX_SHOWN = 64_000_000  # pixels; a larger picture has no thumbnail
 
@@ -76,6 +77,19 @@ def _write_label(
     taken.append((x, y, x + width, y + height))
     draw.rectangle((x, y, x + width, y + height), fill=colour)
     draw.text((x + 2, y), text, fill="#fff", font=font)
+
+
+def with_heat(image: Image.Image, weights: np.ndarray) -> Image.Image:
+    """The picture, greyer, with a weight for each cell of a grid over it in red: the largest is the brightest.
+
+    Args:
+      image: RGB. weights: float (h, w), at least 0.
+    """
+    heat = np.sqrt(np.maximum(weights, 0) / max(float(weights.max()), 1e-12))
+    levels = Image.fromarray((255 * heat).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
+    grey = image.convert("L").convert("RGB")
+    pale = Image.blend(grey, Image.new("RGB", image.size, WHITE), 0.35)
+    return Image.composite(Image.new("RGB", image.size, HEAT), pale, levels.point(lambda level: level * 7 // 10))
 
 
 def open_picture(data: bytes | BinaryIO | Image.Image) -> contextlib.AbstractContextManager[Image.Image]:

@@ -137,6 +137,34 @@ class Subset:
         return (found[i] for i in self._rows.tolist())
 
 
+class WithCopy:
+    """A source whose records also have a copy of some of their fields, which no op changes; a `Source`.
+
+    Args:
+      source: of the records. field: where the copy is. names: of the fields; those that a record lacks are left out.
+    """
+
+    def __init__(self, source: Source, field: str, names: Sequence[str]):
+        self.name, self._source, self._field, self._names = source.name, source, field, tuple(names)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._with_copy(self._source[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
+        found = self._source.__getitems__(indices)
+        return [record if isinstance(record, BadRecord) else self._with_copy(record) for record in found]
+
+    def metadata(self) -> Iterator[Record]:
+        """All readable records in order, without PAYLOADS."""
+        return map(self._with_copy, self._source.metadata())
+
+    def _with_copy(self, record: Record) -> Record:
+        return record | {self._field: {name: record[name] for name in self._names if name in record}}
+
+
 class ArraySource:
     """Images in memory.
 

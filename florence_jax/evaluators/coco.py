@@ -22,10 +22,10 @@ from florence_jax.evaluators.coco_files import (
     NAMED,
     FoundBoxes,
     GroundTruth,
-    WithTruth,
     found_boxes,
     json_bytes,
     make_truth,
+    with_truth,
 )
 from florence_jax.evaluators.coco_pictures import Painter
 from florence_jax.evaluators.coco_report import coco_report
@@ -142,7 +142,7 @@ class CocoEvaluator(Evaluator):
         parts: dict[str, list[tuple[np.ndarray, ...]]] = {word: [] for word in self.answers}
         rows = self._predictor.rows(
             params,
-            WithTruth(self._source),
+            with_truth(self._source),
             self._ops,
             {},
             host=HOST,

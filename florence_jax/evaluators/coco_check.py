@@ -10,7 +10,7 @@ from florence_jax.data.pipeline import eval_stream
 from florence_jax.data.records import Record, Subset, evenly
 from florence_jax.data.sources.boxes import BoxSource
 from florence_jax.errors import UserError
-from florence_jax.evaluators.coco_files import NAMED, FoundBoxes, GroundTruth, WithTruth, found_boxes, make_truth
+from florence_jax.evaluators.coco_files import NAMED, FoundBoxes, GroundTruth, found_boxes, make_truth, with_truth
 from florence_jax.evaluators.coco_scores import ALL_SIZES, coco_data, coco_eval
 
 CHECKED_PICTURES = 32  # that are read, and taken through the ops and back
@@ -87,7 +87,7 @@ def _round_trips(
     places = [Bucket(np.flatnonzero(np.isin(rows, bucket.rows)), bucket.size) for bucket in buckets]
     host = ("truth", "warp", "boxes", "class_ids")
     stream = eval_stream(
-        Subset(WithTruth(source), rows, source.name),
+        Subset(with_truth(source), rows, source.name),
         f"{ops}|keep(image, {', '.join(host)})",
         {},
         batch_size=1,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from florence_jax.data.box_classes import NO_CLASSES, class_sets_of, is_exhaustive, judged_classes
-from florence_jax.data.records import BadRecord, BaseSource, Record
+from florence_jax.data.records import Record, Source, WithCopy
 from florence_jax.data.sources.boxes import BoxSource
 from florence_jax.errors import UserError
 
@@ -148,33 +148,16 @@ def _boxes_of(record: Record, row: int) -> tuple[np.ndarray, ...]:
     return np.full(len(boxes), row, np.int32), labels, boxes, crowd, areas
 
 
-class WithTruth(BaseSource):
-    """A source of pictures with boxes whose records also have "truth": a copy of `FIELDS`, which no op moves.
+# What is true of a picture is what its record says: the metadata may be of one that is turned, or of another size.
+TRUE_FIELDS = (
+    *("key", "image_id", "width", "height", "boxes", "class_ids", "iscrowd", "is_group_of", "areas"),
+    *("exhaustive", "negative_ids", "not_exhaustive_ids", "set_index"),  # where a record has them
+)
 
-    What is true of a picture is what its record says: the metadata may be of a picture that is turned, or of another
-    size.
-    """
 
-    FIELDS = (
-        *("key", "image_id", "width", "height", "boxes", "class_ids", "iscrowd", "is_group_of", "areas"),
-        *("exhaustive", "negative_ids", "not_exhaustive_ids", "set_index"),  # where a record has them
-    )
-
-    def __init__(self, source: BoxSource):
-        self.name, self._source = source.name, source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Record:
-        return self._with_copy(self._source[index])
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
-        found = self._source.__getitems__(indices)
-        return [record if isinstance(record, BadRecord) else self._with_copy(record) for record in found]
-
-    def _with_copy(self, record: Record) -> Record:
-        return record | {"truth": {name: record[name] for name in self.FIELDS if name in record}}
+def with_truth(source: Source) -> WithCopy:
+    """A source of pictures with boxes whose records also have "truth": a copy of `TRUE_FIELDS`, which no op moves."""
+    return WithCopy(source, "truth", TRUE_FIELDS)
 
 
 def _check_ids(name: str, image_ids: Sequence[Any]) -> None:

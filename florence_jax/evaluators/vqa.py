@@ -1,0 +1,247 @@
+"""Questions about pictures, answered and scored as VQA's official evaluation does."""
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from florence_jax.data.answers import AnswerVocabulary, normalise_answer, stripped
+from florence_jax.data.ops.parse import parse_ops
+from florence_jax.data.records import BadRecord, Source, WithCopy, evenly, sample_of
+from florence_jax.errors import UserError
+from florence_jax.evaluators.base import Chart, Evaluator
+from florence_jax.evaluators.metrics import TOP
+from florence_jax.evaluators.predictor import Predictor, image_counts
+from florence_jax.evaluators.vqa_report import Example, vqa_report
+from florence_jax.evaluators.vqa_scores import (
+    Answered,
+    Prior,
+    accuracies,
+    by_field,
+    judge_answers,
+    standard_error,
+)
+
+ASKED = "asked"  # the host field with what is asked
+ASKED_FIELDS = (*("key", "question", "question_id", "answers", "answer", "answer_type", "question_type", "image_id"),)
+PRIOR_QUESTIONS = 50_000  # of a training set, at most, that the prior is counted on
+TYPES_IN_RESULTS = 20  # a result for each type of question of at most so many
+CANDIDATES = 256  # questions, evenly spread, of which the page shows some
+
+
+class Best(NamedTuple):
+    """The best answers to a question.
+
+    Attributes:
+      answers: numbers, best first. scores: float32, 0 to 1, of each.
+      attention: float32 (T,) over the image's tokens, or None.
+    """
+
+    answers: np.ndarray
+    scores: np.ndarray
+    attention: np.ndarray | None
+
+
+class VqaEvaluator(Evaluator):
+    """Accuracy of answers to the questions of a source.
+
+    Attributes:
+      metric: the headline, accuracy.
+
+    Results: 'accuracy', and its 'accuracy_stderr' (questions of one image count together); 'accuracy_answerable' of
+    those questions of which an answer is in the vocabulary (which METER's own validation gives), 'answerable', their
+    share;
+    'answer_type/...', 'question_type/...' (of at most 20 types); 'questions', and where some have no true answer
+    'unlabelled' ones; 'skipped' ones if any. Of a test set without answers only the counts.
+
+    Args:
+      source: N questions. ops: of them, up to what `answer` takes, without `keep`.
+      context: of the ops.
+      fields: names that `answer` takes, such as ('image', 'text', 'text_length').
+      answer: pure function (params, batch) -> {"answer_logits" (B, A), and perhaps "attention" (B, T)}.
+      mesh, batch_size: see `Predictor`.
+      vocabulary: of A answers.
+      name: prefix of the results.
+      train: sources of the training, for `chance`: the prior, see `Prior`; () for none.
+      on_corrupt: 'skip' leaves questions of unreadable pictures out, 'error' ends the evaluation.
+
+    Raises:
+      UserError: for a source whose records are no questions.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        ops: str,
+        context: Mapping[str, Any],
+        fields: Sequence[str],
+        answer: Callable[[Any, dict[str, jax.Array]], Mapping[str, jax.Array]],
+        mesh: Mesh,
+        batch_size: int,
+        vocabulary: AnswerVocabulary,
+        name: str = "test",
+        train: Sequence[Source] = (),
+        on_corrupt: str = "error",
+    ):
+        self.name, self.metric = name, "accuracy"
+        self.vocabulary = vocabulary
+        self._source, self._context, self._train, self._on_corrupt = source, context, tuple(train), on_corrupt
+        self._ops = f"{ops}|keep({', '.join((*fields, ASKED))})"
+        top = min(TOP, len(vocabulary))
+
+        def best(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            found = answer(params, batch)
+            logits, answers = jax.lax.top_k(found["answer_logits"].astype(jnp.float32), top)
+            finite = jnp.isfinite(found["answer_logits"]).all(-1)
+            seen = {"attention": found["attention"].astype(jnp.float32)} if "attention" in found else {}
+            return {"answers": answers, "scores": jax.nn.sigmoid(logits), "finite": finite} | seen
+
+        self._predictor = Predictor(best, mesh, batch_size)
+        looked = sample_of(source, 8)
+        if not any("question" in record for record in looked):
+            raise UserError(f"data source {source.name}: its records are no questions")
+        types = sorted({str(record.get("answer_type")) for record in looked if record.get("answer_type")})
+        series = {"all": "accuracy"} | {kind: f"answer_type/{kind.replace('/', '-')}" for kind in types}
+        self.charts = (Chart(f"{name}: accuracy", series),) if any("answers" in record for record in looked) else ()
+        self._asked: list[Mapping[str, Any]] = []
+        self._best: list[int] = []
+        self._shown: dict[int, Best] = {}
+        self._rows = np.zeros(0, np.int64)
+        self._judged: Answered | None = None
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """See `Evaluator`."""
+        return (self._source,)
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """What the prior scores."""
+        return self._prior_scores
+
+    @functools.cached_property
+    def _prior(self) -> Prior | None:
+        """Of the training set; None without one."""
+        if not self._train:
+            return None
+        each = PRIOR_QUESTIONS // len(self._train)
+        return Prior(record for source in self._train for record in sample_of(source, each))
+
+    @functools.cached_property
+    def _prior_scores(self) -> Mapping[str, float]:
+        """The prior's accuracy by types; {} without a training set."""
+        if self._prior is None:
+            return {}
+        asked = [record for record in self._source.metadata() if record.get("answers")]
+        judged = judge_answers(asked, [self._prior.answer(record) for record in asked])
+        return accuracies(judged, result_types(judged))
+
+    def run(self, params: Any) -> dict[str, float]:
+        """See the class."""
+        self._answer_all(params)
+        words = [self.vocabulary.answers[number] for number in self._best]
+        self._judged = judged = judge_answers(self._asked, words, self.vocabulary)
+        counts = image_counts(self._source, self._rows)
+        found = {"questions": counts.pop("images")} | counts
+        if without := len(self._asked) - len(judged.asked):
+            found["unlabelled"] = float(without)
+        if not len(judged.accuracy):
+            return found
+        found |= accuracies(judged, result_types(judged))
+        found |= {"accuracy_stderr": standard_error(judged), "answerable": float(judged.known.mean())}
+        if judged.known.any():
+            found["accuracy_answerable"] = float(judged.accuracy[judged.known].mean())
+        return found
+
+    def _answer_all(self, params: Any) -> None:
+        """Answers every question; the same on every process."""
+        self._asked, self._best, self._shown = [], [], {}
+        numbers: list[int] = []
+        bad = 0
+        candidates = set(evenly(len(self._source), CANDIDATES).tolist())
+        rows = self._predictor.rows(
+            params,
+            WithCopy(self._source, ASKED, ASKED_FIELDS),
+            self._ops,
+            self._context,
+            host=(ASKED,),
+            on_corrupt=self._on_corrupt,
+            what=self.name,
+        )
+        for row in rows:
+            bad += not row["finite"]
+            if row["index"] in candidates:
+                self._shown[len(numbers)] = Best(row["answers"], row["scores"], row.get("attention"))
+            numbers.append(row["index"])
+            self._asked.append(row[ASKED])
+            self._best.append(int(row["answers"][0]))
+        if bad:
+            raise UserError(
+                f"{self.name}: the answers to {bad:,} of {len(numbers):,} questions are not finite: the weights are "
+                "broken, take an earlier checkpoint or import them again"
+            )
+        self._rows = np.array(numbers, np.int64)
+
+    def notes(self) -> list[str]:
+        """What is to be said of the true answers of the last `run`."""
+        odd = [fields for fields in self._judged.asked if _cannot_be_met(fields["answers"])] if self._judged else []
+        if not odd:
+            return []
+        example = odd[0]["answers"][0]
+        return [
+            f"the people asked agree in {len(odd):,} questions on an answer that is not in its normal form, such as "
+            f"{example!r}: the official measure compares it as it is written, so {normalise_answer(example)!r} is wrong"
+        ]
+
+    def report(self) -> list[str]:
+        """See `vqa_report`."""
+        if self._judged is None:
+            return []
+        examples = [
+            Example(
+                self._asked[place],
+                int(self._rows[place]),
+                [self.vocabulary.answers[number] for number in best.answers.tolist()],
+                best.scores.tolist(),
+                best.attention,
+            )
+            for place, best in self._shown.items()
+        ]
+        return vqa_report(self.name, self._judged, self._prior, examples, self._see, self.notes())
+
+    def _see(self, row: int) -> np.ndarray | None:
+        """The picture of a record as the model sees it, uint8 (H, W, 3); None where it cannot be read any more."""
+        try:
+            example = WithCopy(self._source, ASKED, ASKED_FIELDS)[row]
+            for op in parse_ops(self._ops, self._context):
+                example = op(example, np.random.default_rng(0))
+        except BadRecord:
+            return None
+        image = np.asarray(example.get("image"))
+        return image if image.ndim == 3 and image.dtype == np.uint8 else None
+
+    def files(self) -> Mapping[str, bytes]:
+        """'answers_NAME.json' as VQA's server takes it: question_id and answer of every question that was read."""
+        if not self._asked:
+            return {}
+        rows = [
+            {"question_id": fields.get("question_id", fields.get("key")), "answer": self.vocabulary.answers[number]}
+            for fields, number in zip(self._asked, self._best, strict=True)
+        ]
+        return {f"answers_{self.name}.json": json.dumps(rows, ensure_ascii=False).encode()}
+
+
+def result_types(judged: Answered) -> list[str]:
+    """The commonest types of questions, at most `TYPES_IN_RESULTS`."""
+    return list(by_field(judged, "question_type"))[:TYPES_IN_RESULTS]
+
+
+def _cannot_be_met(answers: Sequence[str]) -> bool:
+    """Whether several people agree on an answer that no vocabulary has."""
+    first = stripped(answers[0])
+    return len(answers) > 1 and len(set(map(stripped, answers))) == 1 and normalise_answer(first) != first
