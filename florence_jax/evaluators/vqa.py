@@ -17,12 +17,12 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.metrics import TOP
 from florence_jax.evaluators.predictor import Predictor, image_counts
-from florence_jax.evaluators.vqa_report import Example, vqa_report
+from florence_jax.evaluators.vqa_report import ShownAnswer, vqa_report
 from florence_jax.evaluators.vqa_scores import (
     Answered,
     Prior,
     accuracies,
-    by_field,
+    rows_by_value,
     judge_answers,
     standard_error,
 )
@@ -203,7 +203,7 @@ class VqaEvaluator(Evaluator):
         if self._judged is None:
             return []
         examples = [
-            Example(
+            ShownAnswer(
                 self._asked[place],
                 int(self._rows[place]),
                 [self.vocabulary.answers[number] for number in best.answers.tolist()],
@@ -238,7 +238,7 @@ class VqaEvaluator(Evaluator):
 
 def result_types(judged: Answered) -> list[str]:
     """The commonest types of questions, at most `TYPES_IN_RESULTS`."""
-    return list(by_field(judged, "question_type"))[:TYPES_IN_RESULTS]
+    return list(rows_by_value(judged, "question_type"))[:TYPES_IN_RESULTS]
 
 
 def _cannot_be_met(answers: Sequence[str]) -> bool:

@@ -12,7 +12,7 @@ from PIL import Image
 from florence_jax.evaluators.vqa_scores import (
     Answered,
     Prior,
-    by_field,
+    rows_by_value,
     confusions,
     judge_answers,
     question_accuracy,
@@ -25,7 +25,7 @@ TYPES_SHOWN = 65  # VQA v2 has so many types of questions
 CONFUSIONS_SHOWN = 20
 EXAMPLES_SHOWN = 8  # right ones, and as many wrong ones
 EXAMPLE_SIDE = 200  # pixels
-RIGHT, WRONG, PLAIN = "#3a7d44", "#d1495b", "#1b6ca8"
+_RIGHT, _WRONG, _PLAIN = "#3a7d44", "#d1495b", "#1b6ca8"
 ATTENTION = (
     "Beside each picture where the last cross-attention of the text's first token looks, the mean over its heads; it "
     "says what was looked at, not why."
@@ -33,7 +33,7 @@ ATTENTION = (
 PEOPLE_SHOWN = 4  # different true answers
 
 
-class Example(NamedTuple):
+class ShownAnswer(NamedTuple):
     """A question that may be shown.
 
     Attributes:
@@ -53,7 +53,7 @@ def vqa_report(
     name: str,
     judged: Answered,
     prior: Prior | None,
-    examples: Sequence[Example],
+    examples: Sequence[ShownAnswer],
     see: Callable[[int], np.ndarray | None],
     notes: Sequence[str] = (),
 ) -> list[str]:
@@ -106,7 +106,7 @@ def _accuracy(judged: Answered, prior: Prior | None) -> str:
 
 def _types(judged: Answered, field: str) -> list[tuple[str, np.ndarray]]:
     before = "answers: " if field == "answer_type" else ""
-    return [(f"{before}{kind}", rows) for kind, rows in list(by_field(judged, field).items())[:TYPES_SHOWN]]
+    return [(f"{before}{kind}", rows) for kind, rows in list(rows_by_value(judged, field).items())[:TYPES_SHOWN]]
 
 
 def _confusions(judged: Answered) -> str:
@@ -118,10 +118,10 @@ def _confusions(judged: Answered) -> str:
     return table_html(head, rows) or "<p>No answer is wrong.</p>"
 
 
-def _examples(title: str, examples: Sequence[Example], see: Callable[[int], np.ndarray | None]) -> list[str]:
+def _examples(title: str, examples: Sequence[ShownAnswer], see: Callable[[int], np.ndarray | None]) -> list[str]:
     """Right ones and wrong ones; of a set without true answers any."""
     answered = [example for example in examples if example.asked.get("answers")]
-    groups: list[tuple[str, list[Example]]] = [("answers", [e for e in examples if not e.asked.get("answers")])]
+    groups: list[tuple[str, list[ShownAnswer]]] = [("answers", [e for e in examples if not e.asked.get("answers")])]
     if answered:
         right = [question_accuracy(e.answers[0], e.asked["answers"]) >= 0.5 for e in answered]
         groups = [
@@ -139,13 +139,13 @@ def _examples(title: str, examples: Sequence[Example], see: Callable[[int], np.n
     return parts
 
 
-def _figure(example: Example, picture: np.ndarray | None) -> str:
+def _figure(example: ShownAnswer, picture: np.ndarray | None) -> str:
     """A picture with its question, the best answers with bars, and the true ones."""
     true = example.asked.get("answers") or ()
     rows = []
     for answer, score in zip(example.answers, example.scores, strict=True):
         share = question_accuracy(answer, true) if true else 0.0
-        colour = RIGHT if share else WRONG if true else PLAIN
+        colour = _RIGHT if share else _WRONG if true else _PLAIN
         bar = f'<i style="width:{100 * score:.0f}%;background:{colour}"></i>'
         text = f'<div class="bar" style="width:140px;height:12px">{bar}</div>'
         rows.append((answer, Html(text), f"{score:.2f}"))

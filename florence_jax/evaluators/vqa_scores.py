@@ -68,13 +68,13 @@ def accuracies(judged: Answered, types: Sequence[str] = ()) -> dict[str, float]:
         return {}
     found = {"accuracy": float(judged.accuracy.mean())}
     for field in ("answer_type", "question_type"):
-        for kind, rows in by_field(judged, field).items():
+        for kind, rows in rows_by_value(judged, field).items():
             if field == "answer_type" or kind in types:
                 found[f"{field}/{kind.replace('/', '-')}"] = float(judged.accuracy[rows].mean())
     return found
 
 
-def by_field(judged: Answered, field: str) -> dict[str, np.ndarray]:
+def rows_by_value(judged: Answered, field: str) -> dict[str, np.ndarray]:
     """Rows of the questions with each value of a field, the commonest value first."""
     rows: dict[str, list[int]] = collections.defaultdict(list)
     for row, fields in enumerate(judged.asked):
