@@ -22,8 +22,8 @@ from florence_jax.evaluators.vqa_scores import (
     Answered,
     Prior,
     accuracies,
-    rows_by_value,
     judge_answers,
+    rows_by_value,
     standard_error,
 )
 

@@ -12,10 +12,10 @@ from PIL import Image
 from florence_jax.evaluators.vqa_scores import (
     Answered,
     Prior,
-    rows_by_value,
     confusions,
     judge_answers,
     question_accuracy,
+    rows_by_value,
     standard_error,
 )
 from florence_jax.page import Html, figure_html, share_bar, show_number, table_html
