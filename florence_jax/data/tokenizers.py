@@ -1,6 +1,6 @@
-"""Tokenizers (SentencePiece and CLIP's BPE) and prompts around class names.
+"""Tokenizers: SentencePiece, CLIP's BPE and RoBERTa's.
 
-Every tokenizer gives BOS, the text's ids, EOT, then the padding id 0, as int32 of a fixed length.
+Every tokenizer gives BOS, the text's ids, EOT, then the padding's id, as int32 of a fixed length.
 """
 
 import abc
@@ -9,6 +9,7 @@ import gzip
 import html
 import importlib.resources
 import json
+import os
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -34,6 +35,9 @@ CLIP_VOCAB_SIZE = 49408
 # English clitics, runs of letters, single digits, runs of anything else.
 CLIP_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 END_OF_WORD = "</w>"
+# RoBERTa's; its mask is the last one of the vocabulary.
+ROBERTA_IDS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
+BYTE_SPACE = "\u0120"  # the space as a symbol of byte-level BPE
 WORD_SPACE = "\u2581"  # what a piece of SentencePiece that begins a word begins with
 MASK = "<mask>"  # in a text for `Tokenizer.with_masks`
 
@@ -46,7 +50,7 @@ class Tokenizer(abc.ABC):
       vocab_size: rows that a token embedding needs.
       bos_id, eot_id: start and end of text. The end token is the largest id in CLIP's vocabulary but not in
         SentencePiece's, so find it as the first `eot_id`, not as the largest id.
-      pad_id: 0. In CLIP's vocabulary 0 is also the id of "!".
+      pad_id: 0, of RoBERTa 1. In CLIP's vocabulary 0 is also the id of "!": padding is known by length, never by id.
       mask_id: stands for a word that is to be guessed. A vocabulary without one has it as a new last id, `vocab_size`.
     """
 
@@ -89,8 +93,9 @@ class Tokenizer(abc.ABC):
     def words(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """int32 (..., L): the number of the word that each token of ids (..., L) is part of, ascending.
 
-        -1 for special tokens and for what comes after `lengths` (...) tokens. A word begins with SentencePiece's space
-        mark, or ends with CLIP's end of word: punctuation without a space before it belongs to the word.
+        -1 for special tokens and for what comes after `lengths` (...) tokens. A word begins with the space mark of
+        SentencePiece or of byte-level BPE, or ends with CLIP's end of word. With the first two, punctuation without a
+        space before it belongs to the word.
         """
         edges = self._edges[ids]
         number = edges.cumsum(-1, dtype=np.int32) - (edges if self._words_end else 0)
@@ -288,13 +293,66 @@ class ClipTokenizer(Tokenizer):
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
+class RobertaTokenizer(Tokenizer):
+    """RoBERTa's byte-level BPE (Liu et al. 2019), GPT-2's with its own ids: <s> 0, <pad> 1, </s> 2, <unk> 3, <mask>.
+
+    Texts are taken as they are: upper and lower case, white space. A text that says "</s>" or "<mask>" has these
+    letters, not the special ids; see `with_masks`.
+
+    Args:
+      vocab: token -> id, 256 byte symbols and the special tokens among them. A vocabulary without <mask> gets a new id.
+      merges: pairs of tokens in order of rank.
+      length: ids per text; METER's is 50, RoBERTa's own at most 512.
+      prefix_space: begin a text as if there were a space before it (RoBERTa's own files do not).
+
+    Raises:
+      UserError: if a needed token is missing or has another id, or merges and vocabulary disagree.
+    """
+
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: list[tuple[str, str]],
+        length: int = DEFAULT_LENGTH,
+        prefix_space: bool = False,
+    ):
+        if other := [f"{token} {vocab.get(token)}" for token, i in ROBERTA_IDS.items() if vocab.get(token) != i]:
+            wanted = ", ".join(f"{token} {i}" for token, i in ROBERTA_IDS.items())
+            raise UserError(f"not RoBERTa's vocabulary: it has {', '.join(other)}, needed are {wanted}")
+        if missing := [symbol for symbol in _byte_symbols() if symbol not in vocab]:
+            raise UserError(f"not RoBERTa's vocabulary: it lacks {len(missing)} byte symbols, e.g. {missing[0]!r}")
+        super().__init__(length, max(vocab.values()) + 1, ROBERTA_IDS["<s>"], ROBERTA_IDS["</s>"])
+        self.pad_id, self.mask_id = ROBERTA_IDS["<pad>"], vocab.get(MASK, self.vocab_size)
+        try:
+            self._tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        except Exception as error:  # the Rust binding raises bare Exception
+            raise UserError(f"RoBERTa's vocabulary and merges do not belong together: {error}") from error
+        self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+
+    def _specials(self) -> np.ndarray:
+        return np.isin(np.arange(self.vocab_size), (*ROBERTA_IDS.values(), self.mask_id))
+
+    def _word_edges(self) -> np.ndarray:
+        edges = np.zeros(self.vocab_size, bool)
+        edges[[i for token, i in self._tokenizer.get_vocab().items() if token.startswith(BYTE_SPACE)]] = True
+        return edges
+
+    def clean(self, text: str) -> str:
+        """The text as it is; '' for white space alone."""
+        return text if text.strip() else ""
+
+    def _split(self, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
 def load_tokenizer(spec: str, length: int = DEFAULT_LENGTH) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
       spec: 'sentencepiece' (the shipped model), or the path of: a SentencePiece model (`*.model`); CLIP's merges
-        (`bpe_simple_vocab_16e6.txt.gz`, `merges.txt`); `vocab.json` with `merges.txt` beside it; `tokenizer.json`.
-        CLIP's vocabulary is not shipped; the open-clip-torch wheel and CLIP models on Hugging Face have it.
+        (`bpe_simple_vocab_16e6.txt.gz`, `merges.txt`); of CLIP or RoBERTa `tokenizer.json`, or `vocab.json` with
+        `merges.txt` beside it, or their folder. Neither vocabulary is shipped: the open-clip-torch wheel has CLIP's,
+        models on Hugging Face have both.
       length: ids per text, at least 3.
 
     Raises:
@@ -303,6 +361,11 @@ def load_tokenizer(spec: str, length: int = DEFAULT_LENGTH) -> Tokenizer:
     if spec == SHIPPED_MODEL:
         resource = importlib.resources.files("florence_jax.data") / "emoji" / "tokenizer.model"
         return SentencePieceTokenizer(resource.read_bytes(), length)
+    if epath.Path(spec).is_dir():
+        names = [name for name in ("tokenizer.json", "vocab.json") if (epath.Path(spec) / name).exists()]
+        if not names:
+            raise UserError(f"tokenizer {spec}: the folder has neither tokenizer.json nor vocab.json with merges.txt")
+        spec = os.path.join(spec, names[0])
     readers = {".model": SentencePieceTokenizer, ".txt.gz": _from_merges, ".txt": _from_merges, ".json": _from_json}
     reader = next((reader for suffix, reader in readers.items() if spec.endswith(suffix)), None)
     if reader is None:
@@ -330,25 +393,27 @@ def _read(path: epath.Path) -> bytes:
 
 
 def _merges(data: bytes) -> list[tuple[str, str]]:
-    """Merge pairs of a merges file, gzipped or not: a header line, then two tokens a line, CLIP's first 48,894."""
+    """Merge pairs of a merges file, gzipped or not: a header line, then two tokens a line."""
     try:
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"not a merges file: {error}") from error
-    pairs = [tuple(line.split()) for line in text.strip().split("\n")[1:]][: CLIP_VOCAB_SIZE - 2 * 256 - 2]
+    pairs = [tuple(line.split()) for line in text.strip().split("\n")[1:]]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise UserError("not a merges file: after the first line each line must have two tokens")
     return pairs
 
 
 def _from_merges(data: bytes, length: int) -> ClipTokenizer:
-    merges = _merges(data)
+    merges = _merges(data)[: CLIP_VOCAB_SIZE - 2 * 256 - 2]  # CLIP's file has more than CLIP uses
+    if any(left.startswith(BYTE_SPACE) for left, _ in merges):
+        raise UserError("merges of RoBERTa's kind, which do not say its ids: name the vocab.json beside them")
     symbols = _byte_symbols()
     tokens = [*symbols, *(s + END_OF_WORD for s in symbols), *map("".join, merges), CLIP_START, CLIP_END]
     return ClipTokenizer({token: i for i, token in enumerate(tokens)}, merges, length)
 
 
-def _from_json(path: epath.Path, length: int) -> ClipTokenizer:
+def _from_json(path: epath.Path, length: int) -> Tokenizer:
     try:
         content = json.loads(_read(path))
     except ValueError as error:
@@ -358,7 +423,18 @@ def _from_json(path: epath.Path, length: int) -> ClipTokenizer:
         if not isinstance(vocab, dict) or not merges:
             raise UserError("tokenizer.json is not of a BPE model with vocabulary and merges")
         # Older files have "a b", newer ones ["a", "b"].
-        return ClipTokenizer(vocab, [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges], length)
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
+        prefix_space = (content.get("pre_tokenizer") or {}).get("add_prefix_space") is True
+        return _of_vocabulary(vocab, merges, length, prefix_space)
     if not isinstance(content, dict) or not all(type(i) is int for i in content.values()):
         raise UserError("neither a tokenizer.json nor a vocab.json (token -> id)")
-    return ClipTokenizer(content, _merges(_read(path.parent / "merges.txt")), length)
+    return _of_vocabulary(content, _merges(_read(path.parent / "merges.txt")), length)
+
+
+def _of_vocabulary(
+    vocab: dict[str, int], merges: list[tuple[str, str]], length: int, prefix_space: bool = False
+) -> Tokenizer:
+    """RoBERTa's tokenizer where the vocabulary has its start, else CLIP's."""
+    if "<s>" in vocab and CLIP_START not in vocab:
+        return RobertaTokenizer(vocab, merges, length, prefix_space)
+    return ClipTokenizer(vocab, merges, length)
