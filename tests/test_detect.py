@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,14 +19,17 @@ from tiny_images import run_main, tiny_checkpoint
 from two_processes import run_job
 
 from configs.detect import get_config
+from florence_jax import inference
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 from florence_jax.inference import Florence
 from florence_jax.models.anchors import level_shapes
 from florence_jax.models.detector import DetectorConfig
-from florence_jax.params.sharding import make_mesh
+from florence_jax.params.checkpoint import Checkpoints
+from florence_jax.params.sharding import make_mesh, replicated
 from florence_jax.predict import main as predict
 from florence_jax.tasks import create_suite, create_task
+from florence_jax.tasks.detect import Detect
 from florence_jax.tasks.detection_sizes import bucket_sizes, scaled_sizes
 from florence_jax.tasks.detector import Detector, Options, mirrored, scaled
 from florence_jax.tasks.encoder import Encoder
@@ -39,7 +41,8 @@ from florence_jax.train.metrics import read_metrics
 
 TESTS = Path(__file__).parent
 NOTEBOOK = TESTS.parent / "docs" / "detection_colab.ipynb"
-STEPS, SAVED, KILLED = 8, 2, 6  # a save waits for the one before it
+STEPS, SAVED = 4, 2
+KILLED = 6  # of the 8 steps of a run that is: a save waits for the one before it
 SIZES = ((128, 128), (128, 256))  # of two scales
 CHANGES = {
     "data.train": "scenes:train:24",
@@ -91,11 +94,28 @@ def params_of(workdir):
     return jax.device_get(Detector(Encoder(str(workdir))).load_on(make_mesh(-1, 1)))
 
 
+@pytest.fixture(scope="module")
+def parameters(trained):
+    """Of the run; no test changes them."""
+    return params_of(trained)
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return Florence(trained)
+
+
+@pytest.fixture
+def untraced(monkeypatch):
+    """Tasks are made without a look at the shapes of all parameters, which takes seconds; only the FLOPs need it."""
+    monkeypatch.setattr(Detect, "trains_tower", False)
+
+
 def lines_of(workdir):
     return [{k: v for k, v in line.items() if "perf/" not in k} for line in read_metrics(workdir / "metrics.jsonl")]
 
 
-def test_batches_have_the_shapes_that_are_announced(towers, caplog):
+def test_batches_have_the_shapes_that_are_announced(towers, caplog, untraced):
     config = changed_config(init=towers)
     task = create_task(config)
     with open_stream(config, task, task.train_data()) as stream:
@@ -107,27 +127,31 @@ def test_batches_have_the_shapes_that_are_announced(towers, caplog):
     assert sum(int(batch["objects"].sum()) for batch in batches) > 48
 
 
-def test_it_trains_the_detector_and_no_more(trained, towers):
+def test_it_trains_the_detector_and_no_more(trained, towers, parameters):
     lines = [line for line in lines_of(trained) if "train/loss" in line]
     assert len(lines) == STEPS and all(np.isfinite(line["train/loss"]) for line in lines)
     assert all(line["train/objects_not_drawn"] < line["train/positives"] for line in lines)
     detector = Detector(Encoder(towers), "tiny", ["a"] * 8, {"width": 16, "blocks": 1})
-    start = jax.device_get(detector.load(jax.jit(detector.init)(jax.random.key(0))))
-    end = params_of(trained)
-    new = {name: end["image"].pop(name) for name in [f"norm{stage}" for stage in (1, 2, 3)]}
-    for name in new:
-        start["image"].pop(name)
+    fresh = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), jax.eval_shape(detector.init, jax.random.key(0)))
+    start, end = jax.device_get(detector.load(fresh)), dict(parameters)
+    norms = [f"norm{stage}" for stage in (1, 2, 3)]  # of the detection mode: pretraining has not trained them
+    assert all((parameters["image"][name]["scale"] != 1).any() for name in norms)
+    for tree in (start, end):
+        tree["image"] = {name: leaf for name, leaf in tree["image"].items() if name not in norms}
     for name in ("image", "text", "image_projection", "text_projection", "logit_scale"):
         jax.tree.map(np.testing.assert_array_equal, end[name], start[name])
-    assert all((leaf != 1).any() for leaf in [norm["scale"] for norm in new.values()])
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), end["detector"], start["detector"])
+    checkpoints, here = Checkpoints(str(trained / "checkpoints"), read_only=True), replicated(make_mesh(-1, 1))
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), end["detector"])
+    earlier = checkpoints.restore({"params": {"detector": like}}, SAVED, partial=True)["params"]["detector"]
+    checkpoints.close()
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), end["detector"], jax.device_get(earlier))
     assert all(jax.tree.leaves(moved))
 
 
 @pytest.mark.slow
 def test_killed_it_goes_on_bit_for_bit(towers, tmp_path, capsys):
     """Batches of several sizes go on as well."""
-    arguments = [*SEVERAL, f"--config.init={towers}", f"--workdir={tmp_path / 'run'}"]
+    arguments = [*SEVERAL, f"--config.init={towers}", "--config.total_steps=8", f"--workdir={tmp_path / 'run'}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(TESTS.parent)}
     command = [sys.executable, "-c", KILLED_RUN, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=TESTS.parent)
@@ -157,7 +181,7 @@ def test_a_trained_detector_is_evaluated_elsewhere(trained, tmp_path):
         assert (tmp_path / name).read_text() == (trained / name).read_text()
 
 
-def test_few_shots_beside_the_first_detector_and_mixed_with_it(trained, tmp_path, capsys):
+def test_few_shots_beside_the_first_detector_and_mixed_with_it(trained, parameters, tmp_path, capsys):
     """A picture a class of another style, on a detector that knows the classes; the encoder stays as it is."""
     flags = ["--config=configs/detect.py:protocol=fewshot,shots=1,runlocal", "--config.data.train=scenes:new_style:24"]
     flags += ["--config.data.test=scenes:held_out:8", *FLAGS[3:], f"--config.init={trained}", f"--workdir={tmp_path}"]
@@ -168,15 +192,13 @@ def test_few_shots_beside_the_first_detector_and_mixed_with_it(trained, tmp_path
     # Mixed with nothing of the trained weights they are the first ones.
     assert result["eval/held_out_wise0/AP"] == before["eval/held_out/AP"]
     assert "before this training, by the detector of" in (tmp_path / "report.html").read_text()
-    start, end = params_of(trained), params_of(tmp_path)
-    for stage in (1, 2, 3):  # of the maps: the detector's
-        start["image"].pop(f"norm{stage}"), end["image"].pop(f"norm{stage}")
-    jax.tree.map(np.testing.assert_array_equal, start["image"], end["image"])
+    start, end = parameters, params_of(tmp_path)
+    for name in start["image"].keys() - {f"norm{stage}" for stage in (1, 2, 3)}:  # those of the maps are the detector's
+        jax.tree.map(np.testing.assert_array_equal, start["image"][name], end["image"][name])
     assert (start["detector"]["class_logits"]["kernel"] != end["detector"]["class_logits"]["kernel"]).any()
 
 
-def test_the_folder_alone_detects_and_classifies(trained, towers):
-    model = Florence(trained)
+def test_the_folder_alone_detects_and_classifies(model, towers):
     source = open_source("scenes:held_out:3")
     pictures = [source[i]["image"] for i in range(3)]
     found = model.detect(pictures, threshold=0.0, top=7)
@@ -229,13 +251,13 @@ def test_predict_reads_every_kind_of_picture(trained, tmp_path, capsys):
     assert len(list((out / "pictures").iterdir())) == 6 and "not read" in (out / "report.html").read_text().lower()
 
 
-def test_other_classes_begin_anew_and_known_ones_go_on(trained):
+def test_other_classes_begin_anew_and_known_ones_go_on(trained, parameters):
     encoder = Encoder(str(trained))
     known = encoder.description.parts["detector"]["classes"]
     detector = Detector(encoder, classes=["unknown", known[5], known[0]])
     shapes = jax.eval_shape(detector.init, jax.random.key(0))
     fresh = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.5), shapes)
-    loaded, saved = detector.load(fresh), params_of(trained)["detector"]["class_logits"]
+    loaded, saved = detector.load(fresh), parameters["detector"]["class_logits"]
     for name, leaf in loaded["detector"]["class_logits"].items():
         np.testing.assert_array_equal(leaf[..., 1:], saved[name][..., [5, 0]])
         assert (np.asarray(leaf)[..., 0] == 0.5).all()
@@ -250,7 +272,7 @@ def test_preflight_compiles_every_bucket():
     assert {tuple(shapes["image"].shape[1:3]) for shapes in create_task(config).batches} == set(SIZES)
 
 
-def test_a_run_on_scenes_is_of_their_backgrounds():
+def test_a_run_on_scenes_is_of_their_backgrounds(untraced):
     changes = {"init": "", "model.variant": "ti", "data.test": "scenes:held_out:2:groups:64:noise"}
     noise = create_task(changed_config(**changes, **{"data.train": "scenes:train:4:groups:64:noise"}))
     assert noise.identity["backgrounds"] == ["noise"]
@@ -335,7 +357,7 @@ def test_mistakes_are_told(changes, message, towers, tmp_path):
         create_suite(changed_config(init=towers, **changes))
 
 
-def test_a_batch_that_the_devices_do_not_divide(towers, tmp_path, capsys):
+def test_a_batch_that_the_devices_do_not_divide(towers, tmp_path, capsys, untraced):
     flags = [*FLAGS, f"--config.init={towers}", f"--workdir={tmp_path / 'run'}", "--config.batch_size=6"]
     assert run_main(*flags) == 2
     assert "config.batch_size=6 does not divide by the 8 devices" in capsys.readouterr().err
@@ -364,13 +386,13 @@ def notebook_cells():
             yield commands, "\n".join(line for line in lines if not line.startswith("!"))
 
 
-def test_the_cells_of_the_notebook_work_on_a_runs_folder(trained, tmp_path, monkeypatch):
+def test_the_cells_of_the_notebook_work_on_a_runs_folder(model, tmp_path, monkeypatch):
     """What they train is there already; scenes are written, boxes found and drawn."""
-    shutil.copytree(trained, tmp_path / "runs" / "detect")
     for run in ("detect", "detect_check"):
-        (tmp_path / "runs" / run).mkdir(exist_ok=True)
+        (tmp_path / "runs" / run).mkdir(parents=True)
         (tmp_path / "runs" / run / "report.html").write_text(f"<p>{run}</p>")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, "Florence", {"runs/detect": model}.__getitem__)
     shown, started, scope = [], [], {}
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(HTML=str, display=shown.append))
     for commands, python in list(notebook_cells())[1:]:
