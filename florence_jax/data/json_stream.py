@@ -91,21 +91,37 @@ def json_items(path: str) -> Iterator[tuple[str, Any]]:
     Raises:
       UserError: if the file is not such JSON; the message has the place.
     """
+    return ((section, item) for section, inside, item in _entries(path) if inside)
+
+
+def json_members(path: str) -> Iterator[tuple[str, Any]]:
+    """(name, value) for each member of a JSON object that is no list; ('', item) for each item of a JSON list.
+
+    Raises:
+      UserError: as `json_items`.
+    """
+    return ((section, item) for section, inside, item in _entries(path) if not inside or not section)
+
+
+def _entries(path: str) -> Iterator[tuple[str, bool, Any]]:
+    """(section, whether it is an item of the section's list, value) of all that is in a JSON object or list."""
     section = ""
     with epath.Path(path).open("rb") as file:
         text = _JsonText(file)
         try:
             if text.peek() == "[":
-                yield from _list_items(text, section)
+                for item in _list_items(text):
+                    yield section, True, item
                 return
             text.take("{")
             while text.peek() != "}":
                 section, text.items = text.value(), 0
                 text.take(":")
                 if text.peek() == "[":
-                    yield from _list_items(text, section)
+                    for item in _list_items(text):
+                        yield section, True, item
                 else:
-                    text.value()
+                    yield section, False, text.value()
                 if text.peek() != "}":
                     text.take(",")
         except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
@@ -115,13 +131,13 @@ def json_items(path: str) -> Iterator[tuple[str, Any]]:
             ) from error
 
 
-def _list_items(text: _JsonText, section: str) -> Iterator[tuple[str, Any]]:
+def _list_items(text: _JsonText) -> Iterator[Any]:
     text.take("[")
     while text.peek() != "]":
-        yield section, text.value()
+        yield text.value()
         text.items += 1
         while text.next_item():
-            yield section, text.value()
+            yield text.value()
             text.items += 1
         if text.peek() != "]":
             text.take(",")

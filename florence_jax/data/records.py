@@ -1,5 +1,6 @@
 """What a record and a source of records are; sources over things that a caller has at hand."""
 
+import contextlib
 import json
 import os
 from abc import ABC, abstractmethod
@@ -83,6 +84,16 @@ def sample_of(source: Source, count: int) -> list[Record]:
     return [without_payloads(record) for record in found if not isinstance(record, BadRecord)]
 
 
+def described(source: Source, index: int) -> Record:
+    """One record without PAYLOADS. Raises BadRecord where it cannot be read.
+
+    A source that can give it without reading its pictures has a method `described` of its own.
+    """
+    if hasattr(source, "described"):
+        return source.described(index)
+    return without_payloads(source[index])
+
+
 def evenly(total: int, count: int) -> np.ndarray:
     """int64: up to `count` different numbers below `total`, ascending, evenly spread from the first to the last."""
     return np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))
@@ -135,6 +146,18 @@ class Subset:
         if count != len(self.whole):
             raise UserError(f"{self.name}: {len(self.whole) - count} of {len(self.whole)} records cannot be read")
         return (found[i] for i in self._rows.tolist())
+
+    def described(self, index: int) -> Record:
+        """See `records.described`."""
+        return described(self.whole, int(self._rows[index]))
+
+    def sample(self, count: int) -> list[Record]:
+        """See `sample_of`."""
+        found = []
+        for index in evenly(len(self), count).tolist():
+            with contextlib.suppress(BadRecord):
+                found.append(self.described(index))
+        return found
 
 
 class WithCopy:

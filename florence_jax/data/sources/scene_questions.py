@@ -195,13 +195,14 @@ class _ContentSource(BaseSource):
 
     def metadata(self) -> Iterator[Record]:
         """All records without their pictures; nothing is painted."""
-        return map(self._described, range(len(self)))
+        return map(self.described, range(len(self)))
 
     def sample(self, count: int) -> list[Record]:
         """See `records.sample_of`; nothing is painted."""
-        return [self._described(index) for index in evenly(len(self), count).tolist()]
+        return list(map(self.described, evenly(len(self), count).tolist()))
 
-    def _described(self, index: int) -> Record:
+    def described(self, index: int) -> Record:
+        """See `records.described`; nothing is painted."""
         return self._record(index, compose(self._split, index // self.each))
 
     def _record(self, index: int, content: Content) -> Record:

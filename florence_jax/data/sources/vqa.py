@@ -1,15 +1,29 @@
 """Sets of questions about pictures that people have, as sources."""
 
+import importlib.util
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from florence_jax.data.question_files import read_own_questions
+from florence_jax.data.question_files import (
+    GQA_FIELDS,
+    NLVR2_CLASSES,
+    SNLI_VE_CLASSES,
+    PictureFiles,
+    read_easy_vqa,
+    read_json_questions,
+    read_nlvr2,
+    read_own_questions,
+    read_snli_ve,
+    read_vqa,
+)
 from florence_jax.data.question_table import QuestionTable
-from florence_jax.data.records import BaseSource, Record, evenly, picture_bytes
+from florence_jax.data.records import BaseSource, Record, Source, Subset, evenly, picture_bytes
 from florence_jax.data.sources.picture_files import list_pictures, quoted, shown
 from florence_jax.errors import UserError
 
@@ -26,10 +40,13 @@ class QuestionSource(BaseSource):
       name: for messages.
       table: of the questions. folder: of the pictures.
       summary: what was found.
+      class_names: of sets whose questions have one of a few classes ("class_id").
     """
 
-    def __init__(self, name: str, table: QuestionTable, folder: str, summary: dict[str, Any]):
-        self.name, self.summary = name, summary
+    def __init__(
+        self, name: str, table: QuestionTable, folder: str, summary: dict[str, Any], class_names: Sequence[str] = ()
+    ):
+        self.name, self.summary, self.class_names = name, summary, tuple(class_names)
         self._table, self._folder = table, folder
 
     def __len__(self) -> int:
@@ -44,9 +61,13 @@ class QuestionSource(BaseSource):
         """All records without their pictures, which are not touched."""
         return map(self._table.record, range(len(self)))
 
+    def described(self, index: int) -> Record:
+        """See `records.described`; no picture is touched."""
+        return self._table.record(index)
+
     def sample(self, count: int) -> list[Record]:
         """See `records.sample_of`; no picture is touched."""
-        return [self._table.record(index) for index in evenly(len(self), count).tolist()]
+        return list(map(self.described, evenly(len(self), count).tolist()))
 
 
 def open_own_questions(spec: str) -> QuestionSource:
@@ -58,7 +79,9 @@ def open_own_questions(spec: str) -> QuestionSource:
             raise UserError(
                 f"data source {spec}: it has no {OWN_QUESTIONS[0]} with lines of image, question and answer"
             )
-    return finish_questions(spec, read_own_questions(path), os.path.dirname(path) or ".", os.path.basename(path))
+    folder, table = os.path.dirname(path) or ".", read_own_questions(path)
+    leave_out_missing(table, folder)
+    return finish_questions(spec, table, folder, os.path.basename(path))
 
 
 def is_questions(spec: str) -> bool:
@@ -68,33 +91,154 @@ def is_questions(spec: str) -> bool:
     return any(epath.Path(name).exists() for name in names)
 
 
-def finish_questions(spec: str, table: QuestionTable, folder: str, text: str) -> QuestionSource:
-    """The source of a table: looks for the pictures, says what there is.
+def open_vqa(spec: str) -> QuestionSource:
+    """'vqa:QUESTIONS.json:ANNOTATIONS.json:IMAGES', VQA v2's own files; without ANNOTATIONS.json a test set.
+
+    The pictures are known by the number at the end of their names, as COCO_val2014_000000000042.jpg.
+    """
+    form = "vqa:QUESTIONS.json:ANNOTATIONS.json:IMAGES, or vqa:QUESTIONS.json:IMAGES for a test set"
+    parts = _parts(spec, (2, 3), form)
+    questions, annotations, images = parts[0], parts[1] if len(parts) == 3 else "", parts[-1]
+    table = read_vqa(_file(spec, questions), annotations and _file(spec, annotations), _pictures(spec, images))
+    return finish_questions(spec, table, images, questions)
+
+
+def open_easy_vqa(spec: str) -> QuestionSource:
+    """'easy_vqa:SPLIT' of the installed package easy-vqa, or 'easy_vqa:FOLDER:SPLIT'; SPLIT is train or test."""
+    *folders, split = _parts(spec, (1, 2), "easy_vqa:train, easy_vqa:test or easy_vqa:FOLDER:SPLIT")
+    if folders:
+        folder = folders[0]
+    else:
+        package = importlib.util.find_spec("easy_vqa")
+        if package is None or not package.submodule_search_locations:
+            raise UserError(f"data source {spec}: the package is not installed: pip install easy-vqa")
+        folder = os.path.join(package.submodule_search_locations[0], "data")
+    known = [name for name in ("train", "test") if (epath.Path(folder) / name / "questions.json").exists()]
+    if split not in known:
+        raise UserError(
+            f"data source {spec}: {folder} has no {split}/questions.json; splits there: {', '.join(known) or 'none'}"
+        )
+    images = os.path.join(folder, split, "images")
+    table = read_easy_vqa(os.path.join(folder, split, "questions.json"), _pictures(spec, images))
+    return finish_questions(spec, table, images, f"{split}/questions.json")
+
+
+def open_gqa(spec: str) -> QuestionSource:
+    """'gqa:FILE.json:IMAGES[:question=NAME,image=NAME,answer=NAME,id=NAME,type=NAME]': GQA's questions, or such JSON.
+
+    Names of fields that are not given are GQA's, see `question_files.read_json_questions`.
+    """
+    form = f"gqa:FILE.json:IMAGES, or gqa:FILE.json:IMAGES:question=q,image=img with any of {', '.join(GQA_FIELDS)}"
+    path, images, *mapping = _parts(spec, (2, 3), form)
+    fields = dict(GQA_FIELDS)
+    for pair in mapping[0].split(",") if mapping else ():
+        name, _, place = (text.strip() for text in pair.partition("="))
+        if name not in GQA_FIELDS or not place:
+            raise UserError(f"data source {spec!r}: {pair!r} names no field; write {form}")
+        fields[name] = place
+    return finish_questions(spec, read_json_questions(_file(spec, path), _pictures(spec, images), fields), images, path)
+
+
+def open_nlvr2(spec: str) -> QuestionSource:
+    """'nlvr2:FILE.json:IMAGES', NLVR2's lines; its pictures, two a sentence, are anywhere below IMAGES."""
+    path, images = _parts(spec, (2,), "nlvr2:FILE.json:IMAGES")
+    table = read_nlvr2(_file(spec, path), _pictures(spec, images))
+    return finish_questions(spec, table, images, path, NLVR2_CLASSES)
+
+
+def open_snli_ve(spec: str) -> QuestionSource:
+    """'snli_ve:FILE.jsonl:IMAGES', SNLI-VE's lines and Flickr30k's pictures."""
+    path, images = _parts(spec, (2,), "snli_ve:FILE.jsonl:IMAGES")
+    table = read_snli_ve(_file(spec, path), _pictures(spec, images))
+    return finish_questions(spec, table, images, path, SNLI_VE_CLASSES)
+
+
+def _parts(spec: str, counts: Sequence[int], form: str) -> list[str]:
+    """What follows the kind; a ':' before '//' belongs to a path. Raises UserError for another number of parts."""
+    parts = re.split(r":(?!//)", spec.partition(":")[2])
+    if len(parts) not in counts or not all(parts):
+        raise UserError(f"data source {spec!r}: write {form}")
+    return parts
+
+
+def _file(spec: str, path: str) -> str:
+    if not epath.Path(path).exists() or epath.Path(path).is_dir():
+        raise UserError(f"data source {spec}: there is no file {path}")
+    return path
+
+
+def _pictures(spec: str, folder: str) -> PictureFiles:
+    if not epath.Path(folder).is_dir():
+        raise UserError(f"data source {spec}: there is no folder {folder} of pictures")
+    return PictureFiles(list_pictures(folder).pictures)
+
+
+def finish_questions(
+    spec: str, table: QuestionTable, folder: str, text: str, class_names: Sequence[str] = ()
+) -> QuestionSource:
+    """The source of a table; says what there is.
 
     Args:
-      spec: for messages. table: is changed. folder: of the pictures. text: of what it was read.
+      spec: for messages. table: of the questions. folder: of the pictures. text: of what it was read.
+      class_names: see `QuestionSource`.
 
     Raises:
-      UserError: if no question is left.
+      UserError: if there is no question.
     """
-    named = len(table)
-    if "://" not in folder:  # in a bucket looking takes long
-        wanted = {file for files in table.files for file in files}
-        there = set(list_pictures(folder).pictures)
-        missing = {file for file in wanted - there if not os.path.isfile(os.path.join(folder, file))}
-        keep = np.array([missing.isdisjoint(files) for files in table.files], bool)
-        for row in np.flatnonzero(~keep).tolist():
-            table.wrong("no_picture", next(file for file in table.files[row] if file in missing))
-        table.kept(keep)
     if not len(table):
-        raise UserError(f"data source {spec}: none of the {named:,} questions of {text} can be used{table.said()}")
-    pictures = len(set(map(str, table.image_ids)))
+        raise UserError(f"data source {spec}: no question of {text} can be used{table.said()}")
+    pictures = len(set(table.files))
     answered = sum(map(bool, table.answers))
-    said = f"{len(table):,} questions about {pictures:,} pictures" + ("" if answered else ", without answers")
+    said = f"{len(table):,} questions about {pictures:,} pictures"
+    if answered < len(table):
+        said += f", {len(table) - answered:,} of them without an answer" if answered else ", without answers"
     says = f"{shown(spec)}: {said}, such as {quoted(table.questions[0])}{table.said()}"
     summary = {"folder": folder, "questions": len(table), "pictures": pictures, "answered": answered, "says": says}
-    return QuestionSource(spec, table, folder, summary)
+    return QuestionSource(spec, table, folder, summary, class_names)
+
+
+def leave_out_missing(table: QuestionTable, folder: str) -> None:
+    """Leaves out the questions whose picture is not in a folder; in a bucket, where looking takes long, none."""
+    if "://" in folder:
+        return
+    wanted = {file for files in table.files for file in files}
+    there = set(list_pictures(folder).pictures)
+    missing = {file for file in wanted - there if not os.path.isfile(os.path.join(folder, file))}
+    keep = np.array([missing.isdisjoint(files) for files in table.files], bool)
+    for row in np.flatnonzero(~keep).tolist():
+        table.wrong("no_picture", next(file for file in table.files[row] if file in missing))
+    table.kept(keep)
 
 
 # How a set is opened whose name begins with 'KIND:'.
-QUESTION_KINDS: dict[str, Callable[[str], QuestionSource]] = {}
+QUESTION_KINDS: dict[str, Callable[[str], QuestionSource]] = {
+    "vqa": open_vqa,
+    "easy_vqa": open_easy_vqa,
+    "gqa": open_gqa,
+    "nlvr2": open_nlvr2,
+    "snli_ve": open_snli_ve,
+}
+
+
+def split_by_image(source: Source, images: int) -> tuple[Subset, Subset]:
+    """All questions but those of some pictures, and those: what is trained on, and what is looked at on the way.
+
+    A picture is held out by a hash of its id, so that the same ones are, whatever else the set has or in which order:
+    no picture is on both sides.
+
+    Args:
+      source: its records have "image_id". images: how many pictures are held out.
+
+    Raises:
+      UserError: if the source has no more pictures than that.
+    """
+    ids = [str(record.get("image_id", record["key"])) for record in source.metadata()]
+    distinct = sorted(set(ids), key=lambda image: (blake2b(image.encode(), digest_size=8).digest(), image))
+    if not 0 < images < len(distinct):
+        raise UserError(
+            f"{source.name}: {images:,} pictures are to be held out, and its questions are about {len(distinct):,}"
+        )
+    chosen = set(distinct[:images])
+    held = np.array([image in chosen for image in ids])
+    name = f"{source.name} ({images:,} of {len(distinct):,} pictures)"
+    return Subset(source, np.flatnonzero(~held), source.name), Subset(source, np.flatnonzero(held), name)
