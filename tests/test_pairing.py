@@ -186,7 +186,7 @@ def test_a_text_that_nearly_all_have_is_a_bad_record(monkeypatch, caplog):
     rows = [row | {"caption": "same" if i < 30 else "rare"} for i, row in enumerate(plain(31))]
     counts, _ = others_drawn(rows, 10)
     assert not counts[:30, :30].any() and counts.sum() == 20
-    assert "its caption is that of 3 others" in caplog.text
+    assert "none of 3 others drawn for it fits" in caplog.text
 
 
 @pytest.mark.parametrize("op", ["other(image)", "caption_labels"])

@@ -197,7 +197,8 @@ class Other(PairOp, CaptionOp):
                 return self._with(example, others.prepare(record), 0, redrawn)
             except BadRecord:
                 continue
-        raise BadRecord(key_of(example), f"its caption is that of {OTHERS_TRIED_FOR_A_TEXT} others drawn for it")
+        tried = f"none of {OTHERS_TRIED_FOR_A_TEXT} others drawn for it fits"
+        raise BadRecord(key_of(example), f"{tried}: they have its caption or its picture, or cannot be used")
 
     def _with(self, example: Example, other: Example, match: int, redrawn: int) -> Example:
         pictures = {f"other_{name}": other[name] for name in self.wanted}

@@ -13,6 +13,7 @@ from etils import epath
 
 from florence_jax.data.records import Source
 from florence_jax.data.sources.array_record import ArrayRecordSource, array_record_paths
+from florence_jax.data.sources.caption_lists import open_caption_list
 from florence_jax.data.sources.detection import BOX_KINDS
 from florence_jax.data.sources.embedded import open_emoji
 from florence_jax.data.sources.folder import FolderSource, open_folder, open_table
@@ -34,10 +35,11 @@ def open_source(spec: str) -> Source:
 
     Args:
       spec: 'emoji:train' | 'emoji:new_style' | 'emoji:new_names'; a file, glob pattern or folder of `*.array_record`
-        (also `*.array_record-00000-of-00010`); 'tfds:NAME:SPLIT'; 'karpathy:FILE.json:SPLIT@IMAGES'; a table of images
-        (.csv, .tsv, .jsonl, or .parquet with their paths, also several .parquet by a pattern or their folder); or a
-        folder of images with a table called captions or metadata (columns file and caption, or file_name and text),
-        with a .txt or .json beside each, or else with one sub-folder a class.
+        (also `*.array_record-00000-of-00010`); 'tfds:NAME:SPLIT'; 'karpathy:FILE.json:SPLIT@IMAGES';
+        'captions:FILE:IMAGES', see `caption_lists.open_caption_list`; a table of images (.csv, .tsv, .jsonl, or
+        .parquet with their paths, also several .parquet by a pattern or their folder); or a folder of images with a
+        table called captions or metadata (columns file and caption, or file_name and text), with a .txt or .json beside
+        each, or else with one sub-folder a class.
         Boxes: 'coco:FILE.json:IMAGES', 'voc:FOLDER:SPLIT', 'boxes:FILE.csv:IMAGES', and 'scenes:SPLIT', see
         `detection.open_boxes`. Pictures to look at: 'images:FILE.json:IMAGES', see `ImageList`. Questions: a folder
         with questions.jsonl, that file, 'scene_questions:SPLIT', and those of `vqa.QUESTION_KINDS`; captions of what is
@@ -127,6 +129,7 @@ KINDS: dict[str, Callable[[str], Source]] = {
     "emoji": open_emoji,
     "tfds": open_tfds,
     "karpathy": open_karpathy,
+    "captions": open_caption_list,
     "images": ImageList,
     **BOX_KINDS,
     "scene_questions": SceneQuestions,
