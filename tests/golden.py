@@ -41,7 +41,7 @@ def random_params(module, *inputs, scale: float = 0.1) -> dict:
 
 
 def convert(torch_params: dict[str, np.ndarray], renames: tuple[tuple[str, str], ...] = ()) -> dict:
-    """PyTorch names and layouts to a nested dict: (out, in) -> (in, out), OIHW -> HWIO, weight -> kernel or scale.
+    """PyTorch names and layouts to a nested dict: (out, in, ...) -> (..., in, out), weight -> kernel or scale.
 
     `renames` are (regex, replacement) pairs applied in turn to the dotted name.
     """
@@ -50,8 +50,8 @@ def convert(torch_params: dict[str, np.ndarray], renames: tuple[tuple[str, str],
         for pattern, replacement in renames:
             name = re.sub(pattern, replacement, name)
         if name.endswith("weight"):
-            name = name.removesuffix("weight") + {1: "scale", 2: "kernel", 4: "kernel"}[value.ndim]
-            value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+            name = name.removesuffix("weight") + ("scale" if value.ndim == 1 else "kernel")
+            value = value.transpose(*range(2, value.ndim), *(1, 0)[2 - min(value.ndim, 2) :])
         *path, leaf = name.split(".")
         node = tree
         for part in path:

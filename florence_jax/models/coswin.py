@@ -5,13 +5,13 @@ Blocks follow Liu et al., "Swin Transformer" (arXiv 2103.14030); embeddings foll
 own patch embedding and patch merging, is the option `embedding='patch'`. Maps are NHWC.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from florence_jax.errors import UserError
 from florence_jax.models.layers import (
@@ -19,13 +19,18 @@ from florence_jax.models.layers import (
     Dtype,
     LayerNorm,
     add_bias,
-    attention_core,
+    at_least_float32,
     constrain,
     convolve,
-    remat_module,
-    survival,
 )
-from florence_jax.models.windows import SIZE_MODES, SwinPair, pad_to_multiple, stage_window, zero_outside
+from florence_jax.models.windows import (
+    SIZE_MODES,
+    pad_to_multiple,
+    path_factors,
+    run_pairs,
+    stage_window,
+    zero_outside,
+)
 
 EMBEDDINGS = ("conv", "patch")
 STAGE_CONV = ((7, 4, 2), (3, 2, 1))  # kernel, stride, padding of the first and of the later embeddings
@@ -45,6 +50,15 @@ def embedded_size(size: Size, stage: int, embedding: str = "conv") -> Size:
     return conv_size(size, *STAGE_CONV[min(stage, 1)])
 
 
+def fan_in_uniform(fan_in: int) -> Callable[..., jax.Array]:
+    """Initialiser U(+-1/sqrt(fan_in)), PyTorch's default of convolutions: (key, shape) -> float32."""
+
+    def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jax.random.uniform(key, shape, jnp.float32, -1, 1) * fan_in**-0.5
+
+    return uniform
+
+
 class ConvEmbed(nn.Module):
     """Convolutional token embedding: convolution with bias, then LayerNorm; (B, H, W, C) -> (B, h, w, features).
 
@@ -62,10 +76,7 @@ class ConvEmbed(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, H, W, C) -> (B, h, w, features)."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
-
-        def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return jax.random.uniform(key, shape, jnp.float32, -1, 1) * (self.kernel**2 * x.shape[-1]) ** -0.5
-
+        uniform = fan_in_uniform(math.prod(shape[:-1]))
         kernel = self.param("kernel", uniform, shape).astype(self.dtype)
         bias = self.param("bias", uniform, (self.features,))
         x = constrain(add_bias(convolve(x, kernel, self.stride, self.padding), bias))
@@ -171,7 +182,7 @@ class CoSwin(nn.Module):
             classification mode, or no key to draw stochastic depth with.
         """
         self._check(valid)
-        factors = self._factors(train, len(image), examples)
+        factors = path_factors(self, self.drop_path, self.depths, train, len(image), examples)
         outputs, x = {}, image.astype(self.dtype)
         if valid is not None:
             x = zero_outside(x, valid)
@@ -187,7 +198,7 @@ class CoSwin(nn.Module):
         if self.size_mode == "detection":
             for i in self.out_stages:
                 outputs[f"norm{i}"] = LayerNorm(dtype=self.dtype, name=f"norm{i}")(outputs[f"stage{i}"])
-        x = LayerNorm(name="norm")(x)
+        x = LayerNorm(dtype=at_least_float32(x.dtype), name="norm")(x)
         if valid is None:
             outputs["pooled"] = x.mean((1, 2))
         else:
@@ -204,16 +215,6 @@ class CoSwin(nn.Module):
         if valid is not None and self.size_mode != "detection":
             raise UserError("images padded to a common size need size_mode='detection'")
 
-    def _factors(self, train: bool, batch: int, examples: jax.Array | None) -> jax.Array | None:
-        """Stochastic depth's (pairs, block, branch, B), or None."""
-        if not train or self.drop_path == 0:
-            return None
-        if not self.has_rng("drop_path"):
-            raise UserError("training with drop_path > 0 needs rngs={'drop_path': key}")
-        rates = np.linspace(0, self.drop_path, sum(self.depths), dtype=np.float32)
-        examples = jnp.arange(batch) if examples is None else examples
-        return survival(self.make_rng("drop_path"), rates, examples).reshape(-1, 2, 2, batch)
-
     def _embed(self, stage: int, x: jax.Array) -> jax.Array:
         features, name = self.width * 2**stage, f"stage{stage}_embed"
         if self.embedding == "conv":
@@ -223,28 +224,19 @@ class CoSwin(nn.Module):
         return ConvEmbed(features, 4, 4, 0, self.dtype, name=name)(pad_to_multiple(x, (4, 4)))
 
     def _stage(self, stage: int, x: jax.Array, factors: jax.Array | None, valid: jax.Array | None) -> jax.Array:
-        pairs = self.depths[stage] // 2
         window, shift = stage_window(x.shape[1], x.shape[2], self.window, self.size_mode)
-        scanned = self.scan and pairs > 1
-        pair = remat_module(SwinPair, self.remat, scanned=scanned)
-        arguments = dict(
+        return run_pairs(
+            stage,
+            self.depths[stage] // 2,
+            x,
+            factors,
+            valid,
+            remat=self.remat,
+            scan=self.scan,
             heads=self.heads[stage],
             window=(window,) * 2,
             shift=(shift,) * 2,
             mlp_ratio=self.mlp_ratio,
             mask_padding=self.mask_padding,
-            core=attention_core(self.remat),
             dtype=self.dtype,
         )
-        if scanned:
-            pair = nn.scan(
-                pair,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast),
-                length=pairs,
-            )
-            return pair(**arguments, name=f"stage{stage}_pairs")(x, factors, valid)[0]
-        for j in range(pairs):
-            x = pair(**arguments, name=f"stage{stage}_pair{j}")(x, None if factors is None else factors[j], valid)[0]
-        return x

@@ -1,6 +1,7 @@
 """Analytic FLOPs of a forward pass."""
 
 import math
+from collections.abc import Sequence
 
 from florence_jax.models.coswin import STAGE_CONV, embedded_size
 from florence_jax.models.sizes import ModelConfig
@@ -18,6 +19,30 @@ def forward_flops(config: ModelConfig) -> dict[str, float]:
 def image_flops(config: ModelConfig, height: int, width: int) -> float:
     """Those of the image tower for a picture of height x width pixels; a ViT takes pictures of `config.res` alone."""
     return 2.0 * (_vit_macs(config) if config.image_tower == "vit" else _stages_macs(config, height, width))
+
+
+def video_flops(
+    config: ModelConfig, frames: int, tube: int, merge: int, windows: Sequence[Sequence[int]], side: int = 0
+) -> float:
+    """Those of the video tower for a clip of `frames` frames of `side` x `side` pixels, `config.res` by default.
+
+    Args:
+      config: of the image tower that it is made of.
+      frames, tube, merge, windows: see `video_coswin.VideoCoSwin`.
+    """
+    macs, time = 0.0, -(-frames // tube)
+    sides: tuple[int, ...] = (side or config.res,) * 2
+    for i, depth in enumerate(config.depths):
+        channels = config.image_width * 2**i
+        sides = tuple(embedded_size(size, i, config.embedding) for size in sides)
+        tokens = time * math.prod(sides)
+        sliding = config.embedding == "conv" or not i
+        macs += _embed_macs(config, i, tokens) * ((merge if i else tube) if sliding else 1)
+        used = [min(size, limit) for size, limit in zip((time, *sides), windows[i], strict=True)]
+        padded = math.prod(-(-size // limit) * limit for size, limit in zip((time, *sides), used, strict=True))
+        per_block = _block_macs(tokens, channels, 0, config.mlp_ratio) + (padded - tokens) * 4 * channels**2
+        macs += depth * (per_block + 2 * padded * math.prod(used) * channels)
+    return 2.0 * (macs + channels * config.projection)
 
 
 def _block_macs(tokens: int, width: int, attended: int, mlp_ratio: float = 4) -> float:

@@ -27,6 +27,11 @@ REMATS = ("none", "attention", "block", "dots")
 NORMAL = nn.initializers.normal(0.02)
 
 
+def at_least_float32(dtype: Dtype) -> jnp.dtype:
+    """What statistics, softmax and logits are computed in where the compute dtype is this one; float64 stays."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 @jax.custom_jvp
 def erf(x: jax.Array) -> jax.Array:
     """The error function, any shape; with its textbook derivative, because that of JAX 0.12.0 fails in a shard_map."""
@@ -64,7 +69,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
     The variance is the mean of squared deviations (two passes), not E[x^2] - E[x]^2, which cancels in float32.
     """
     ones = (1,) * (x.ndim - 1)
-    x = x.astype(jnp.float32)
+    x = x.astype(at_least_float32(x.dtype))
     x = x - x.mean(-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
     return x * scale.reshape(*ones, -1) + bias.reshape(*ones, -1)
@@ -237,7 +242,7 @@ def attention(
     Returns:
       (..., tokens, heads * head_dim), in the dtype of `v`.
     """
-    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=at_least_float32(q.dtype))
     if bias is not None:
         logits = logits + bias
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)

@@ -6,7 +6,7 @@ The number of axes is that of `window`; maps are (B, *sizes, C), of any size. To
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -14,46 +14,61 @@ import jax.numpy as jnp
 import numpy as np
 
 from florence_jax.errors import UserError
-from florence_jax.models.layers import NORMAL, Dense, Dtype, LayerNorm, Mlp, attention, scale_branch, split_heads
+from florence_jax.models.layers import (
+    NORMAL,
+    Dense,
+    Dtype,
+    LayerNorm,
+    Mlp,
+    attention,
+    attention_core,
+    remat_module,
+    scale_branch,
+    split_heads,
+    survival,
+)
 
 SIZE_MODES = ("classification", "detection")
 Array = TypeVar("Array", jax.Array, np.ndarray)
 MASKED = -100.0  # Swin's additive mask value: finite, so that a softmax row never becomes NaN
 
 
-def relative_position_index(window: Sequence[int]) -> np.ndarray:
+def relative_position_index(window: Sequence[int], table: Sequence[int] = ()) -> jax.Array:
     """Row of the bias table for each (query, key) pair of a window: int32 (tokens, tokens).
 
-    The row-major index of the difference (query - key) + side - 1 along each axis, in a box of sides 2 * side - 1.
+    The row-major index of the difference (query - key) + side - 1 along each axis, in a box of sides 2 * side - 1; the
+    sides are those of the window that the table is for, which may be larger than the one in use.
     """
-    sides = np.asarray(window, np.int32)[:, None, None]
-    positions = np.indices(window, np.int32).reshape(len(window), -1)
-    difference = positions[:, :, None] - positions[:, None] + sides - 1
-    return np.ravel_multi_index(tuple(difference), [2 * side - 1 for side in window]).astype(np.int32)
+    sides = np.asarray(table or window)
+    strides = np.append(np.cumprod((2 * sides - 1)[:0:-1])[::-1], 1)
+    # It is linear in the positions, so that one number for each token says it: spelled out, the index of a large
+    # window would be megabytes.
+    codes = np.tensordot(strides, np.indices(window).reshape(len(window), -1), 1).astype(np.int32)
+    return jnp.asarray(codes)[:, None] - jnp.asarray(codes)[None] + int(strides @ (sides - 1))
 
 
 def window_regions(sizes: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> np.ndarray:
-    """Region id of every token of the rolled grid, window by window: int32 (windows, tokens).
+    """Region id of every token of the rolled grid, window by window: int8 (windows, tokens).
 
     Each axis has the bands [0, n - window), [n - window, n - shift), [n - shift, n); tokens of one window attend to
     each other only inside one region, because rolling put tokens from opposite borders side by side.
     """
-    grid = np.zeros((), np.int32)
+    grid = np.zeros((), np.int8)
     for n, side, rolled in zip(sizes, window, shift, strict=True):
-        i = np.arange(n, dtype=np.int32)
-        grid = 3 * grid[..., None] + (i >= n - side).astype(np.int32) + (i >= n - rolled)
+        i = np.arange(n)
+        grid = np.int8(3) * grid[..., None] + (i >= n - side).astype(np.int8) + (i >= n - rolled)
     return partition(grid[None, ..., None], window)[0, :, :, 0]
 
 
 def attention_mask(
-    sizes: Sequence[int], window: Sequence[int], shift: Sequence[int], valid: Sequence[int] | jax.Array | None = None
+    sizes: Sequence[int], window: Sequence[int], shift: Sequence[int], valid: tuple[int, ...] | jax.Array | None = None
 ) -> jax.Array | None:
     """Additive mask of window attention, 0 or -100, over a map that `window` divides.
 
     Args:
       sizes: of the map.
       window, shift: see `SwinBlock`; a shifted map is masked across regions.
-      valid: the part of the map that may be attended to: its sizes (axes,), or one for each example, int32 (B, axes).
+      valid: the part of the map that may be attended to: its sizes, a tuple, or those of each example, int32 (B, axes).
 
     Returns:
       float32 (1 or B, windows, tokens or 1, tokens); None where nothing is masked.
@@ -66,8 +81,11 @@ def attention_mask(
     if valid is not None:
         positions = np.moveaxis(np.indices(sizes, np.int32), 0, -1)
         positions = partition(np.roll(positions, [-n for n in shift], range(len(sizes)))[None], window)
-        ends = jnp.asarray(valid, jnp.int32).reshape(-1, 1, 1, len(sizes))
-        keys = (jnp.asarray(positions) >= ends).any(-1)[:, :, None]
+        if isinstance(valid, jax.Array):
+            outside = (jnp.asarray(positions) >= valid.astype(jnp.int32).reshape(-1, 1, 1, len(sizes))).any(-1)
+        else:
+            outside = jnp.asarray((positions >= np.asarray(valid)).any(-1))
+        keys = outside[:, :, None]
         blocked = keys if blocked is None else blocked | keys
     return None if blocked is None else jnp.where(blocked, jnp.float32(MASKED), jnp.float32(0))
 
@@ -110,22 +128,26 @@ class WindowAttention(nn.Module):
     """Multi-head attention inside windows with a learned relative position bias (Swin, equation 4).
 
     `x` is (B, windows, tokens, C) with the tokens of `window`; `mask` as `attention_mask` gives it. Returns (B,
-    windows, tokens, C). `core` is `attention` or a form of it.
+    windows, tokens, C). `core` is `attention` or a form of it, `table` as in `BlockOptions`.
     """
 
     heads: int
     window: tuple[int, ...]
     core: Callable[..., jax.Array] = attention
     dtype: Dtype = jnp.float32
+    table: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """(B, windows, tokens, C) -> the same shape."""
         dense = functools.partial(Dense, dtype=self.dtype)
         q, k, v = split_heads(dense(3 * x.shape[-1], name="qkv")(x), self.heads)
-        entries = math.prod(2 * side - 1 for side in self.window)
+        entries = math.prod(2 * side - 1 for side in self.table or self.window)
         table = self.param("relative_position_bias_table", NORMAL, (entries, self.heads))
-        bias = table.T[:, relative_position_index(self.window)][None, None]  # (1, 1, heads, tokens, tokens)
+        index = relative_position_index(self.window, self.table)
+        bias = (
+            jnp.asarray(table).T.at[:, index].get(mode="promise_in_bounds")[None, None]
+        )  # (1, 1, heads, tokens, tokens)
         if mask is not None:
             bias = bias + mask[:, :, None]
         return dense(x.shape[-1], name="proj")(self.core(q, k, v, bias))
@@ -141,6 +163,7 @@ class BlockOptions(nn.Module):
       mlp_ratio: hidden width of the MLP over C.
       mask_padding: keep padded positions, and those beyond an example's own size, out of the softmax.
       core: `attention` or a form of it.
+      table: sides of the window that the bias table is for, at least those of `window`; () for `window`.
     """
 
     heads: int
@@ -150,6 +173,7 @@ class BlockOptions(nn.Module):
     mask_padding: bool = False
     core: Callable[..., jax.Array] = attention
     dtype: Dtype = jnp.float32
+    table: tuple[int, ...] = ()
 
 
 class SwinBlock(BlockOptions):
@@ -185,7 +209,7 @@ class SwinBlock(BlockOptions):
         if self.mask_padding:
             own = sizes if valid is None and padded != sizes else valid
         x = jnp.roll(x, tuple(-n for n in self.shift), axes) if any(self.shift) else x
-        attend = WindowAttention(self.heads, self.window, self.core, self.dtype, name="attention")
+        attend = WindowAttention(self.heads, self.window, self.core, self.dtype, self.table, name="attention")
         windows = attend(partition(x, self.window), attention_mask(padded, self.window, self.shift, own))
         x = unpartition(windows, padded, self.window)
         x = jnp.roll(x, self.shift, axes) if any(self.shift) else x
@@ -209,10 +233,75 @@ class SwinPair(BlockOptions):
             mask_padding=self.mask_padding,
             core=self.core,
             dtype=self.dtype,
+            table=self.table,
         )
         first, second = (None, None) if factors is None else factors
         x = block(shift=(0,) * len(self.window), name="plain")(x, first, valid)
         return block(shift=self.shift, name="shifted")(x, second, valid), None
+
+
+def run_pairs(
+    stage: int,
+    pairs: int,
+    x: jax.Array,
+    factors: jax.Array | None,
+    valid: jax.Array | None,
+    *,
+    remat: str,
+    scan: bool,
+    **options: Any,
+) -> jax.Array:
+    """The blocks of a stage, as submodules of the module that calls it: (B, *sizes, C) -> the same shape.
+
+    Args:
+      stage: of the network; its several pairs are scanned, `stage{i}_pairs`, their parameters stacked on axis 0; or
+        else plain modules `stage{i}_pair0`, `stage{i}_pair1`, ...
+      pairs: their number.
+      x, valid: see `SwinBlock`. factors: stochastic depth's (pairs, block, branch, B), or None.
+      remat, scan: see `CoSwin`.
+      **options: see `BlockOptions`.
+    """
+    scanned = scan and pairs > 1
+    pair = remat_module(SwinPair, remat, scanned=scanned)
+    options = {**options, "core": attention_core(remat)}
+    if scanned:
+        pair = nn.scan(
+            pair,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=pairs,
+        )
+        return pair(**options, name=f"stage{stage}_pairs")(x, factors, valid)[0]
+    for j in range(pairs):
+        x = pair(**options, name=f"stage{stage}_pair{j}")(x, None if factors is None else factors[j], valid)[0]
+    return x
+
+
+def path_factors(
+    module: nn.Module, rate: float, depths: Sequence[int], train: bool, batch: int, examples: jax.Array | None
+) -> jax.Array | None:
+    """Stochastic depth's (pairs, block, branch, B) of the blocks of all stages, or None; see `CoSwin.drop_path`.
+
+    Raises:
+      UserError: there is no key to draw with.
+    """
+    if not train or rate == 0:
+        return None
+    if not module.has_rng("drop_path"):
+        raise UserError("training with drop_path > 0 needs rngs={'drop_path': key}")
+    rates = np.linspace(0, rate, sum(depths), dtype=np.float32)
+    examples = jnp.arange(batch) if examples is None else examples
+    return survival(module.make_rng("drop_path"), rates, examples).reshape(-1, 2, 2, batch)
+
+
+def axis_windows(sizes: Sequence[int], window: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(window, shift) in use of a stage whose map has these sizes, each axis for itself; any size is padded.
+
+    An axis no longer than the window's side is one window, without shift (Video Swin).
+    """
+    used = tuple(min(size, side) for size, side in zip(sizes, window, strict=True))
+    return used, tuple(side // 2 if size > side else 0 for size, side in zip(sizes, used, strict=True))
 
 
 def stage_window(height: int, width: int, window: int, size_mode: str) -> tuple[int, int]:
