@@ -146,6 +146,25 @@ def test_a_table_grows_and_a_new_leaf_keeps_its_values(saved, capsys):
     assert "0 parameters read, 1 adapted (text/token_embedding), 1 new (text/bias)" in line
 
 
+def test_one_part_is_inflated_from_another(saved, capsys):
+    """Of the average where there is one; both parts are read; what cannot be inflated is named."""
+    folder, params = saved
+    shapes = {"image": params["image"], "video": {"kernel": jnp.zeros((3, 2, 8)), "bias": jnp.zeros(8)}}
+    like = targets(shapes, make_mesh(4, 2))
+    rules = (("video/.*", "inflated"), (".*", "read"))
+
+    def inflate(path, kernel, like):
+        return np.stack([kernel / 3] * 3) if path == "video/kernel" and like.shape == (3, 2, 8) else None
+
+    found = load(folder, like, rules, inflate=inflate)
+    np.testing.assert_allclose(found["video"]["kernel"].sum(0), found["image"]["kernel"], rtol=1e-6)
+    np.testing.assert_array_equal(found["video"]["bias"], params["image"]["bias"])
+    assert "2 parameters read, 2 inflated (video/bias, video/kernel)" in capsys.readouterr().out
+    shapes["video"] = {"kernel": jnp.zeros((2, 2, 8)), "scale": jnp.zeros(8)}
+    with pytest.raises(UserError, match=r"2 mismatches: image/scale: not in the checkpoint; video/kernel: \(2, 8\) in"):
+        load(folder, targets(shapes, make_mesh(4, 2)), rules, inflate=inflate)
+
+
 def test_all_mismatches_are_in_one_error(saved):
     folder, _ = saved
     shapes = {

@@ -19,7 +19,8 @@ from florence_jax.params.sharding import place, whole_like
 
 MODEL_FILE = "model.json"
 FORMAT = 1
-ACTIONS = ("read", "new", "adapt")  # what `load` does with a parameter
+ACTIONS = ("read", "new", "adapt", "inflated")  # what `load` does with a parameter
+INFLATED_FROM = ("video/", "image/")  # a parameter of the first entry is made of the one of that name in the second
 TOKENIZER_BYTES = 16 * 2**20  # a larger file is not copied beside model.json, only named
 COMPANIONS = {"vocab.json": ("merges.txt",)}  # files that a tokenizer's file is of no use without
 
@@ -215,6 +216,7 @@ def load(
     rules: Rules[str] = ((".*", "read"),),
     adapt: Callable[[str, np.ndarray, Any], np.ndarray | None] | None = None,
     average: bool = True,
+    inflate: Callable[[str, np.ndarray, Any], np.ndarray | None] | None = None,
 ) -> dict[str, Any]:
     """Parameters of the newest checkpoint, on the devices of `like`.
 
@@ -225,8 +227,11 @@ def load(
       folder: that holds the checkpoints.
       like: arrays, or `jax.ShapeDtypeStruct` with shardings.
       rules: (pattern, what) pairs, the first match of a leaf's whole path wins: 'read'; 'new', taken from `like`, and
-        where the folder holds it, left there; 'adapt', read, and where its shape is another, put through `adapt`.
+        where the folder holds it, left there; 'adapt', read, and where its shape is another, put through `adapt`;
+        'inflated', of the video tower, taken from the image tower's parameter of the same name, and where its shape is
+        another, put through `inflate`.
       adapt: `adapt(path, saved, like) -> array of the shape of like`, or None where it cannot; a model's method.
+      inflate: the same for inflated ones; a video model's method.
       average: take the moving average where the run kept one (of what it trained; the rest never changed).
 
     Raises:
@@ -238,58 +243,95 @@ def load(
         if average:
             saved |= {name: ("ema", shape) for name, shape in checkpoints.shapes("ema").items()}
         wanted = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
-        read, changed, fresh, wrong = _sorted_out(wanted, saved, rules)
-        adapted, failed = _adapted(checkpoints, changed, wanted, saved, adapt)
-        if wrong := sorted(wrong + failed):
+        plan = _sorted_out(wanted, saved, rules)
+        adapted, failed = _adapted(checkpoints, plan.adapted, wanted, saved, adapt)
+        inflated, flat = _inflated(checkpoints, plan.inflated, wanted, saved, inflate)
+        if wrong := sorted(plan.wrong + failed + flat):
             raise UserError(
                 f"the weights in {folder} do not fit the model; {len(wrong)} mismatches: {'; '.join(wrong)}. Use the "
                 "model they were trained with, or rules that say what is new"
             )
-        values = {name: wanted[name] for name in fresh} | adapted
-        values |= _read(checkpoints, {name: wanted[name] for name in read}, saved)
+        values = {name: wanted[name] for name in plan.new} | adapted | inflated
+        values |= _read(checkpoints, {name: wanted[name] for name in plan.read}, saved)
     finally:
         checkpoints.close()
-    if adapted or fresh:
-        tops = "".join(
-            f", {len(names)} {how} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
-            for how, names in (("adapted", adapted), ("new", fresh))
-            if names
-        )
-        _say(f"weights of {folder}: {len(read)} parameters read{tops}")
+    tops = "".join(
+        f", {len(names)} {how} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        for how, names in (("adapted", adapted), ("inflated", inflated), ("new", plan.new))
+        if names
+    )
+    if tops:
+        _say(f"weights of {folder}: {len(plan.read)} parameters read{tops}")
     return jax.tree_util.tree_map_with_path(lambda path, _: values[path_string(path)], dict(like))
+
+
+class _Plan(NamedTuple):
+    """Paths by what is done with them: to read as they are, to adapt, to inflate, to take new; and what is wrong."""
+
+    read: list[str]
+    adapted: list[str]
+    inflated: list[str]
+    new: list[str]
+    wrong: list[str]
 
 
 def _sorted_out(
     wanted: Mapping[str, Any], saved: Mapping[str, tuple[str, tuple[int, ...]]], rules: Rules[str]
-) -> tuple[list[str], list[str], list[str], list[str]]:
-    """Paths to read as they are, to adapt, and to take new; and what is wrong with the others, a line each."""
+) -> _Plan:
+    """What is done with each parameter, and a line for each with which nothing can be."""
     if unknown := sorted({str(how) for _, how in rules} - set(ACTIONS)):
         raise UserError(f"rules for loading weights: unknown {', '.join(unknown)}; choose of {', '.join(ACTIONS)}")
     find = first_match(rules, "loading")
-    read, changed, fresh, wrong = [], [], [], []
+    plan = _Plan([], [], [], [], [])
     for name, leaf in wanted.items():
         hit = find(name)
-        how, shape = None if hit is None else rules[hit][1], saved.get(name, (None, None))[1]
+        how = None if hit is None else rules[hit][1]
+        origin = _origin(name) if how == "inflated" else name
+        shape = saved.get(origin, (None, None))[1]
         if how is None:
-            wrong.append(f"{name}: no rule for it")
+            plan.wrong.append(f"{name}: no rule for it")
         elif how == "new":
-            fresh.append(name)
+            plan.new.append(name)
             if isinstance(leaf, jax.ShapeDtypeStruct):
-                wrong.append(f"{name}: new, but there are no values to take")
+                plan.wrong.append(f"{name}: new, but there are no values to take")
         elif shape is None:
-            wrong.append(f"{name}: not in the checkpoint")
+            plan.wrong.append(f"{origin}: not in the checkpoint")
+        elif how == "inflated":
+            plan.inflated.append(name)
         elif shape == tuple(leaf.shape):
-            read.append(name)
+            plan.read.append(name)
         elif how == "adapt":
-            changed.append(name)
+            plan.adapted.append(name)
         else:
-            wrong.append(f"{name}: {shape} in the checkpoint, {tuple(leaf.shape)} in the model")
+            plan.wrong.append(f"{name}: {shape} in the checkpoint, {tuple(leaf.shape)} in the model")
     parts = {name.split("/", 1)[0] for name in wanted}
     for name in saved.keys() - wanted.keys():
         hit = find(name)
         if name.split("/", 1)[0] in parts and (hit is None or rules[hit][1] != "new"):
-            wrong.append(f"{name}: not in the model")
-    return read, changed, fresh, wrong
+            plan.wrong.append(f"{name}: not in the model")
+    return plan
+
+
+def _origin(name: str) -> str:
+    """Path of the parameter that an inflated one is made of."""
+    made, of = INFLATED_FROM
+    return of + name.removeprefix(made)
+
+
+def _inflated(
+    checkpoints: Checkpoints,
+    names: Sequence[str],
+    wanted: Mapping[str, Any],
+    saved: Mapping[str, tuple[str, tuple[int, ...]]],
+    inflate: Callable[[str, np.ndarray, Any], np.ndarray | None] | None,
+) -> tuple[dict[str, jax.Array], list[str]]:
+    """As `_adapted`, of the image tower's; those of the same shape are read straight to their place."""
+    same = {name: saved[_origin(name)][1] == tuple(wanted[name].shape) for name in names}
+    copied = [name for name in names if same[name]]
+    read = _read(checkpoints, {_origin(name): wanted[name] for name in copied}, saved)
+    others = [name for name in names if not same[name]]
+    made, failed = _adapted(checkpoints, others, wanted, saved, inflate, _origin)
+    return made | {name: read[_origin(name)] for name in copied}, failed
 
 
 def _adapted(
@@ -298,13 +340,18 @@ def _adapted(
     wanted: Mapping[str, Any],
     saved: Mapping[str, tuple[str, tuple[int, ...]]],
     adapt: Callable[[str, np.ndarray, Any], np.ndarray | None] | None,
+    origin: Callable[[str], str] = str,
 ) -> tuple[dict[str, jax.Array], list[str]]:
     """Arrays of another shape in that of the model; and a line for each that cannot be."""
     whole = {name: whole_like(wanted[name].sharding) for name in names}
-    shapes = {name: jax.ShapeDtypeStruct(saved[name][1], wanted[name].dtype, sharding=whole[name]) for name in names}
+    shapes = {
+        origin(name): jax.ShapeDtypeStruct(saved[origin(name)][1], wanted[name].dtype, sharding=whole[name])
+        for name in names
+    }
+    found = _read(checkpoints, shapes, saved)
     adapted, failed = {}, []
-    for name, value in _read(checkpoints, shapes, saved).items():
-        leaf = wanted[name]
+    for name in names:
+        leaf, value = wanted[name], found[origin(name)]
         target = leaf
         if isinstance(leaf, jax.Array):  # whole on every process, as `adapt` may take rows of it
             target = np.asarray(jax.jit(jnp.copy, out_shardings=whole[name])(leaf))
