@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from florence_jax.data.answers import AnswerVocabulary, normalise_answer
+from florence_jax.data.records import BaseSource
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.vqa import VqaEvaluator
@@ -193,3 +194,32 @@ def test_people_agree_on_an_answer_that_no_model_gives(folder, tmp_path):
     judge = evaluator(open_source(str(tmp_path)))
     assert judge.run(jnp.float32(3))["accuracy"] == 0
     assert "agree in 2 questions on an answer that is not in its normal form, such as 'Yes'" in judge.notes()[0]
+
+
+class Pictures(BaseSource):
+    """Two pictures with three questions each."""
+
+    name = "pictures"
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        answer = ["yes", "no"][index]
+        questions = [{"question": "Is it?", "question_id": 3 * index + k, "answers": [answer]} for k in range(3)]
+        return {"key": str(index), "questions": questions, "image": (self.folder / f"{index}.png").read_bytes()}
+
+
+def test_questions_of_a_picture_share_it(folder):
+    def answer_all(params, batch):
+        return {name: jnp.stack([value] * 4, 1) for name, value in answer_by_red(params, batch).items()}
+
+    judge = evaluator(Pictures(folder), [Pictures(folder)], answer_all)  # room for four questions
+    found = judge.run(jnp.float32(3))
+    assert found["questions"] == 6 and found["accuracy"] == 1 and judge.chance["accuracy"] == 0.5
+    given = [(row["question_id"], row["answer"]) for row in json.loads(judge.files()["answers_test.json"])]
+    assert given == [(n, "yes" if n < 3 else "no") for n in range(6)]
+    assert "".join(judge.report()).count("<figure") == 6

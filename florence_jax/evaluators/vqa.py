@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 
 from florence_jax.data.answers import AnswerVocabulary, normalise_answer, stripped
 from florence_jax.data.ops.parse import parse_ops
-from florence_jax.data.records import BadRecord, Source, WithCopy, evenly, sample_of
+from florence_jax.data.records import BadRecord, Record, Source, WithCopy, described, evenly, sample_of
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.metrics import TOP
-from florence_jax.evaluators.predictor import Predictor, image_counts
+from florence_jax.evaluators.predictor import Predictor
 from florence_jax.evaluators.vqa_report import ShownAnswer, vqa_report
 from florence_jax.evaluators.vqa_scores import (
     Answered,
@@ -29,6 +29,7 @@ from florence_jax.evaluators.vqa_scores import (
 
 ASKED = "asked"  # the host field with what is asked
 ASKED_FIELDS = (*("key", "question", "question_id", "answers", "answer", "answer_type", "question_type", "image_id"),)
+QUESTIONS = "questions"  # of a record of one picture with several: a list of theirs
 PRIOR_QUESTIONS = 50_000  # of a training set, at most, that the prior is counted on
 TYPES_IN_RESULTS = 20  # a result for each type of question of at most so many
 CANDIDATES = 256  # questions, evenly spread, of which the page shows some
@@ -38,10 +39,12 @@ class Best(NamedTuple):
     """The best answers to a question.
 
     Attributes:
+      record: of those that were read, where the picture is.
       answers: numbers, best first. scores: float32, 0 to 1, of each.
       attention: float32 (T,) over the image's tokens, or None.
     """
 
+    record: int
     answers: np.ndarray
     scores: np.ndarray
     attention: np.ndarray | None
@@ -60,10 +63,12 @@ class VqaEvaluator(Evaluator):
     'unlabelled' ones; 'skipped' ones if any. Of a test set without answers only the counts.
 
     Args:
-      source: N questions. ops: of them, up to what `answer` takes, without `keep`.
+      source: questions; or pictures with up to K "questions" each, which share the encoding of their picture.
+      ops: of a record, up to what `answer` takes, without `keep`.
       context: of the ops.
       fields: names that `answer` takes, such as ('image', 'text', 'text_length').
-      answer: pure function (params, batch) -> {"answer_logits" (B, A), and perhaps "attention" (B, T)}.
+      answer: pure function (params, batch) -> {"answer_logits" (B, A), and perhaps "attention" (B, T)}; of
+        pictures with questions (B, K, A) and (B, K, T).
       mesh, batch_size: see `Predictor`.
       vocabulary: of A answers.
       name: prefix of the results.
@@ -96,13 +101,19 @@ class VqaEvaluator(Evaluator):
 
         def best(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
             found = answer(params, batch)
-            logits, answers = jax.lax.top_k(found["answer_logits"].astype(jnp.float32), top)
-            finite = jnp.isfinite(found["answer_logits"]).all(-1)
-            seen = {"attention": found["attention"].astype(jnp.float32)} if "attention" in found else {}
-            return {"answers": answers, "scores": jax.nn.sigmoid(logits), "finite": finite} | seen
+            each = {name: found[name].astype(jnp.float32) for name in ("answer_logits", "attention") if name in found}
+            each = {name: value if value.ndim > 2 else value[:, None] for name, value in each.items()}
+            logits = each.pop("answer_logits")
+            highest, answers = jax.lax.top_k(logits, top)
+            return {
+                "answers": answers,
+                "scores": jax.nn.sigmoid(highest),
+                "finite": jnp.isfinite(logits).all(-1),
+            } | each
 
         self._predictor = Predictor(best, mesh, batch_size)
-        looked = sample_of(source, 8)
+        self._records = WithCopy(source, ASKED, (*ASKED_FIELDS, QUESTIONS))
+        looked = [question for record in sample_of(source, 8) for question in questions_of(record)]
         if not any("question" in record for record in looked):
             raise UserError(f"data source {source.name}: its records are no questions")
         types = sorted({str(record.get("answer_type")) for record in looked if record.get("answer_type")})
@@ -111,7 +122,7 @@ class VqaEvaluator(Evaluator):
         self._asked: list[Mapping[str, Any]] = []
         self._best: list[int] = []
         self._shown: dict[int, Best] = {}
-        self._rows = np.zeros(0, np.int64)
+        self._unread = 0  # questions whose picture could not be read
         self._judged: Answered | None = None
 
     @property
@@ -130,14 +141,15 @@ class VqaEvaluator(Evaluator):
         if not self._train:
             return None
         each = PRIOR_QUESTIONS // len(self._train)
-        return Prior(record for source in self._train for record in sample_of(source, each))
+        records = (record for source in self._train for record in sample_of(source, each))
+        return Prior(question for record in records for question in questions_of(record))
 
     @functools.cached_property
     def _prior_scores(self) -> Mapping[str, float]:
         """The prior's accuracy by types; {} without a training set."""
         if self._prior is None:
             return {}
-        asked = [record for record in self._source.metadata() if record.get("answers")]
+        asked = [each for record in self._source.metadata() for each in questions_of(record) if each.get("answers")]
         judged = judge_answers(asked, [self._prior.answer(record) for record in asked])
         return accuracies(judged, result_types(judged))
 
@@ -146,8 +158,9 @@ class VqaEvaluator(Evaluator):
         self._answer_all(params)
         words = [self.vocabulary.answers[number] for number in self._best]
         self._judged = judged = judge_answers(self._asked, words, self.vocabulary)
-        counts = image_counts(self._source, self._rows)
-        found = {"questions": counts.pop("images")} | counts
+        found = {"questions": float(len(self._asked))}
+        if self._unread:
+            found["skipped"] = float(self._unread)
         if without := len(self._asked) - len(judged.asked):
             found["unlabelled"] = float(without)
         if not len(judged.accuracy):
@@ -161,12 +174,11 @@ class VqaEvaluator(Evaluator):
     def _answer_all(self, params: Any) -> None:
         """Answers every question; the same on every process."""
         self._asked, self._best, self._shown = [], [], {}
-        numbers: list[int] = []
-        bad = 0
         candidates = set(evenly(len(self._source), CANDIDATES).tolist())
+        bad, read = 0, []
         rows = self._predictor.rows(
             params,
-            WithCopy(self._source, ASKED, ASKED_FIELDS),
+            self._records,
             self._ops,
             self._context,
             host=(ASKED,),
@@ -174,18 +186,30 @@ class VqaEvaluator(Evaluator):
             what=self.name,
         )
         for row in rows:
-            bad += not row["finite"]
-            if row["index"] in candidates:
-                self._shown[len(numbers)] = Best(row["answers"], row["scores"], row.get("attention"))
-            numbers.append(row["index"])
-            self._asked.append(row[ASKED])
-            self._best.append(int(row["answers"][0]))
+            read.append(row["index"])
+            for place, fields in enumerate(questions_of(row[ASKED])):
+                bad += not row["finite"][place]
+                if row["index"] in candidates:
+                    seen = row["attention"][place] if "attention" in row else None
+                    self._shown[len(self._asked)] = Best(
+                        row["index"], row["answers"][place], row["scores"][place], seen
+                    )
+                self._asked.append(fields)
+                self._best.append(int(row["answers"][place, 0]))
         if bad:
             raise UserError(
-                f"{self.name}: the answers to {bad:,} of {len(numbers):,} questions are not finite: the weights are "
-                "broken, take an earlier checkpoint or import them again"
+                f"{self.name}: the answers to {bad:,} of {len(self._asked):,} questions are not finite: the weights "
+                "are broken, take an earlier checkpoint or import them again"
             )
-        self._rows = np.array(numbers, np.int64)
+        unread = np.setdiff1d(np.arange(len(self._source)), read).tolist()
+        self._unread = sum(self._count(row) for row in unread)
+
+    def _count(self, row: int) -> int:
+        """Questions of a record; of one that cannot be read it is 1."""
+        try:
+            return len(questions_of(described(self._source, row)))
+        except BadRecord:
+            return 1
 
     def notes(self) -> list[str]:
         """What is to be said of the true answers of the last `run`."""
@@ -205,7 +229,7 @@ class VqaEvaluator(Evaluator):
         examples = [
             ShownAnswer(
                 self._asked[place],
-                int(self._rows[place]),
+                best.record,
                 [self.vocabulary.answers[number] for number in best.answers.tolist()],
                 best.scores.tolist(),
                 best.attention,
@@ -214,10 +238,10 @@ class VqaEvaluator(Evaluator):
         ]
         return vqa_report(self.name, self._judged, self._prior, examples, self._see, self.notes())
 
-    def _see(self, row: int) -> np.ndarray | None:
+    def _see(self, record: int) -> np.ndarray | None:
         """The picture of a record as the model sees it, uint8 (H, W, 3); None where it cannot be read any more."""
         try:
-            example = WithCopy(self._source, ASKED, ASKED_FIELDS)[row]
+            example = self._records[record]
             for op in parse_ops(self._ops, self._context):
                 example = op(example, np.random.default_rng(0))
         except BadRecord:
@@ -234,6 +258,11 @@ class VqaEvaluator(Evaluator):
             for fields, number in zip(self._asked, self._best, strict=True)
         ]
         return {f"answers_{self.name}.json": json.dumps(rows, ensure_ascii=False).encode()}
+
+
+def questions_of(record: Record) -> Sequence[Record]:
+    """The questions of a record: itself, or where it is a picture with several, those."""
+    return record.get(QUESTIONS, (record,))
 
 
 def result_types(judged: Answered) -> list[str]:

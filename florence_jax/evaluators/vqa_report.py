@@ -37,13 +37,13 @@ class ShownAnswer(NamedTuple):
     """A question that may be shown.
 
     Attributes:
-      asked: fields of its record. row: of the source.
+      asked: fields of its record. record: with its picture.
       answers: the best ones, best first. scores: of each, 0 to 1.
       attention: float (T,), of the image's tokens, or None.
     """
 
     asked: Mapping[str, Any]
-    row: int
+    record: int
     answers: Sequence[str]
     scores: Sequence[float]
     attention: np.ndarray | None
@@ -63,7 +63,7 @@ def vqa_report(
       name: of the evaluator.
       judged: the questions that have true answers. prior: of the training set, if it is known.
       examples: questions that may be shown.
-      see: gives the picture of a row as the model saw it, uint8 (H, W, 3); None where it cannot be read any more.
+      see: gives the picture of a record as the model saw it, uint8 (H, W, 3); None where it cannot be read any more.
       notes: sentences.
     """
     title = html.escape(name)
@@ -111,7 +111,7 @@ def _types(judged: Answered, field: str) -> list[tuple[str, np.ndarray]]:
 
 def _confusions(judged: Answered) -> str:
     rows = [
-        (true or "(nothing)", answer, count, f"{count / total:.0%} of {total:,}")
+        (_as_text(true or "(nothing)"), _as_text(answer), count, f"{count / total:.0%} of {total:,}")
         for true, answer, count, total in confusions(judged, CONFUSIONS_SHOWN)
     ]
     head = ("true answer", "answered", "questions", "of those with that true answer")
@@ -132,7 +132,7 @@ def _examples(title: str, examples: Sequence[ShownAnswer], see: Callable[[int], 
     for what, chosen in groups:
         if chosen:
             spread = np.unique(np.linspace(0, len(chosen) - 1, min(EXAMPLES_SHOWN, len(chosen))).astype(int))
-            figures = "".join(_figure(chosen[k], see(chosen[k].row)) for k in spread.tolist())
+            figures = "".join(_figure(chosen[k], see(chosen[k].record)) for k in spread.tolist())
             looked = any(example.attention is not None for example in chosen)
             note = f"<p>{ATTENTION}</p>" if looked else ""
             parts.append(f'<h2>{title}: {what}</h2>{note}<div class="tiles">{figures}</div>')
@@ -148,9 +148,14 @@ def _figure(example: ShownAnswer, picture: np.ndarray | None) -> str:
         colour = _RIGHT if share else _WRONG if true else _PLAIN
         bar = f'<i style="width:{100 * score:.0f}%;background:{colour}"></i>'
         text = f'<div class="bar" style="width:140px;height:12px">{bar}</div>'
-        rows.append((answer, Html(text), f"{score:.2f}"))
+        rows.append((_as_text(answer), Html(text), f"{score:.2f}"))
     above = f"<b>{html.escape(str(example.asked['question']))}</b>{table_html(('', '', ''), rows)}"
-    return figure_html(_pictures(picture, example.attention), Html(above), _people(true), kind="large")
+    return figure_html([_picture(picture, example.attention)], Html(above), _people(true), kind="large")
+
+
+def _as_text(answer: str) -> Html:
+    """For a cell of a table, in which a number is no number to be added."""
+    return Html(f"<span>{html.escape(answer)}</span>")
 
 
 def _people(true: Sequence[str]) -> str:
@@ -162,15 +167,20 @@ def _people(true: Sequence[str]) -> str:
     return "true: " + ", ".join(f"{answer} ({count})" for answer, count in counts[:PEOPLE_SHOWN]) + more
 
 
-def _pictures(picture: np.ndarray | None, attention: np.ndarray | None) -> list[str]:
-    """Data URIs: of the picture, and of the same with the attention laid over it."""
+def _picture(picture: np.ndarray | None, attention: np.ndarray | None) -> str:
+    """Data URI: of the picture, and beside it of the same with the attention laid over it; '' without a picture."""
     if picture is None:
-        return [""]
+        return ""
     shown = Image.fromarray(picture)
     scale = EXAMPLE_SIDE / max(shown.size)
     shown = shown.resize([max(1, round(edge * scale)) for edge in shown.size], Image.Resampling.BICUBIC)
     grid = _grid(attention, picture.shape[0] / picture.shape[1]) if attention is not None else None
-    return [picture_uri(shown), *([picture_uri(with_heat(shown, grid))] if grid is not None else [])]
+    if grid is None:
+        return picture_uri(shown)
+    both = Image.new("RGB", (2 * shown.width + 6, shown.height), "#f2f2f2")
+    both.paste(shown, (0, 0))
+    both.paste(with_heat(shown, grid), (shown.width + 6, 0))
+    return picture_uri(both)
 
 
 def _grid(attention: np.ndarray, aspect: float) -> np.ndarray | None:

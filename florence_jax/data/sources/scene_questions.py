@@ -201,6 +201,11 @@ class _ContentSource(BaseSource):
         """See `records.sample_of`; nothing is painted."""
         return list(map(self.described, evenly(len(self), count).tolist()))
 
+    @property
+    def image_ids(self) -> np.ndarray:
+        """int (N,): the scene of each record."""
+        return np.arange(len(self)) // self.each
+
     def described(self, index: int) -> Record:
         """See `records.described`; nothing is painted."""
         return self._record(index, compose(self._split, index // self.each))

@@ -61,6 +61,11 @@ class QuestionSource(BaseSource):
         """All records without their pictures, which are not touched."""
         return map(self._table.record, range(len(self)))
 
+    @property
+    def image_ids(self) -> Sequence[Any]:
+        """Of each question."""
+        return self._table.image_ids
+
     def described(self, index: int) -> Record:
         """See `records.described`; no picture is touched."""
         return self._table.record(index)
