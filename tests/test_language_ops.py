@@ -138,6 +138,8 @@ def test_words_of_clip(tmp_path):
     clip = load_tokenizer(str(path), 12)
     assert numbers(clip, "cat's ox <|endoftext|> dog") == [-1, 0, 1, 2, 2, -1, 3, -1, -1, -1, -1, -1]
     assert clip.mask_id == clip.vocab_size == clip.masked_vocab_size - 1
+    assert [clip.token_text(i) for i in clip.encode("cat's")[1:-1]] == ["cat", "'s"]
+    assert clip.token_text(clip.eot_id) == "<|endoftext|>" and clip.token_text(clip.mask_id) == "<mask>"
     again = pickle.loads(pickle.dumps(clip))
     assert numbers(again, "a!") == [-1, 0, 1, *[-1] * 9]  # "!" is the id of padding too: known by length
 
@@ -152,3 +154,10 @@ def test_masks_in_a_text(shipped):
     assert shipped.with_masks("<mask>")[:4].tolist() == [2, shipped.mask_id, 3, 0]
     with pytest.raises(UserError, match="'a cat' has no <mask>"):
         shipped.with_masks("a cat")
+    with pytest.raises(UserError, match="longer than 40 tokens before its last <mask>"):
+        shipped.with_masks("cat " * 40 + "<mask>")
+
+
+def test_tokens_for_people(shipped):
+    assert [shipped.token_text(i) for i in shipped.encode("a cat")[1:-1]][0] == "a"
+    assert shipped.token_text(shipped.mask_id) == "<mask>" and shipped.token_text(3) == "</s>"

@@ -67,6 +67,7 @@ def test_words_and_masks(roberta):
     assert roberta.words(ids, roberta.lengths(ids)).tolist() == [-1, 0, 1, 2, 2, 2, 3, -1, -1, -1, -1, -1]
     assert roberta.with_masks("Hello <mask> cat")[:5].tolist() == [0, 31414, 50264, *roberta.encode(" cat")[1:]]
     assert roberta.with_masks("<mask> cat")[:4].tolist() == [0, 50264, *roberta.encode(" cat")[1:]]
+    assert [roberta.token_text(i) for i in (31414, 232, 50264, 2)] == ["Hello", "world", "<mask>", "</s>"]
     batch = masked(roberta, ["Hello world ab, cat"], times=2000)
     found, words = chosen_tokens(batch), roberta.words(batch["text"], batch["text_length"])
     assert abs(found.sum() / (words >= 0).sum() - 0.15) < 0.02

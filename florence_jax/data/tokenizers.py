@@ -106,15 +106,25 @@ class Tokenizer(abc.ABC):
         """int32 (length,): as `self(text)`, with `mask_id` wherever the text says '<mask>'.
 
         Raises:
-          UserError: as `encode`, and for a text without '<mask>'.
+          UserError: as `encode`, and for a text without '<mask>', or with one that does not fit into `length`.
         """
         if not isinstance(text, str) or MASK not in text:
             raise UserError(f"text {text!r} has no {MASK}: write it where a word is to be found")
         *before, last = text.split(MASK)
         parts = [self._checked(part) for part in (*(part.rstrip() for part in before), last)]
         found = [self._split([part])[0] if part else [] for part in parts]
-        ids = found[0] + [i for part in found[1:] for i in (self.mask_id, *part)]
-        return self._padded([[self.bos_id, *ids, self.eot_id]])[0]
+        ids = [self.bos_id, *found[0], *(i for part in found[1:] for i in (self.mask_id, *part)), self.eot_id]
+        if self.mask_id in ids[self.length - 1 :]:
+            raise UserError(f"text {text!r} is longer than {self.length} tokens before its last {MASK}: shorten it")
+        return self._padded([ids])[0]
+
+    def token_text(self, token: int) -> str:
+        """What a token stands for, for people: no marks of words and bytes; '<mask>' for the mask."""
+        return MASK if token == self.mask_id else self._token_text(int(token))
+
+    @abc.abstractmethod
+    def _token_text(self, token: int) -> str:
+        """The same of a token below `vocab_size` that is not the mask."""
 
     @abc.abstractmethod
     def clean(self, text: str) -> str:
@@ -225,6 +235,9 @@ class SentencePieceTokenizer(Tokenizer):
         pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
         return np.array([piece.startswith(WORD_SPACE) for piece in pieces])
 
+    def _token_text(self, token: int) -> str:
+        return self._processor.decode([token]) or self._processor.id_to_piece(token)
+
     def _split(self, texts: list[str]) -> list[list[int]]:
         # One by one: two microseconds each. Given a list, SentencePiece starts a thread pool, even of one thread: 70.
         return [self._processor.encode(text) for text in texts]
@@ -274,6 +287,9 @@ class ClipTokenizer(Tokenizer):
         )
 
     _words_end = True
+
+    def _token_text(self, token: int) -> str:
+        return _text_of_symbols(self._tokenizer.id_to_token(token).removesuffix(END_OF_WORD))
 
     def _specials(self) -> np.ndarray:
         return np.isin(np.arange(self.vocab_size), (self.bos_id, self.eot_id))
@@ -337,6 +353,9 @@ class RobertaTokenizer(Tokenizer):
         edges[[i for token, i in self._tokenizer.get_vocab().items() if token.startswith(BYTE_SPACE)]] = True
         return edges
 
+    def _token_text(self, token: int) -> str:
+        return _text_of_symbols(self._tokenizer.id_to_token(token) or "<unk>").strip()
+
     def clean(self, text: str) -> str:
         """The text as it is; '' for white space alone."""
         return text if text.strip() else ""
@@ -378,11 +397,21 @@ def load_tokenizer(spec: str, length: int = DEFAULT_LENGTH) -> Tokenizer:
         raise UserError(f"tokenizer {spec}: {error}") from error
 
 
-def _byte_symbols() -> list[str]:
-    """256 printable characters that stand for bytes, in the order of CLIP's vocabulary (printable bytes first)."""
+@functools.cache
+def _symbol_bytes() -> dict[str, int]:
+    """256 printable characters -> the bytes they stand for, as in CLIP's vocabulary: printable bytes first."""
     printable = [b for b in range(256) if chr(b).isprintable() and b != 0x20]
-    others = (chr(256 + i) for i in range(256 - len(printable)))
-    return [chr(b) for b in printable] + list(others)
+    others = sorted(set(range(256)) - set(printable))
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _byte_symbols() -> list[str]:
+    return list(_symbol_bytes())
+
+
+def _text_of_symbols(symbols: str) -> str:
+    """Part of a character becomes the replacement character."""
+    return bytes(_symbol_bytes()[symbol] for symbol in symbols).decode("utf-8", "replace")
 
 
 def _read(path: epath.Path) -> bytes:
