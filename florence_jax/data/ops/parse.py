@@ -5,13 +5,25 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from florence_jax.data.ops import affine, answers, boxes, captions, crops, image, labels, language, resizes, video
+from florence_jax.data.ops import (
+    affine,
+    answers,
+    boxes,
+    captions,
+    crops,
+    image,
+    labels,
+    language,
+    rand_augment,
+    resizes,
+    video,
+)
 from florence_jax.data.ops.geometry import link_warps
 from florence_jax.data.ops.registry import OPS, Op
 from florence_jax.errors import UserError
 
 # Importing a module registers its ops.
-MODULES = (affine, answers, boxes, captions, crops, image, labels, language, resizes, video)
+MODULES = (affine, answers, boxes, captions, crops, image, labels, language, rand_augment, resizes, video)
 
 
 def parse_ops(spec: str, context: Mapping[str, Any]) -> list[Op]:
