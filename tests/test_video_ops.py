@@ -96,33 +96,31 @@ def test_every_start_is_drawn():
 
 def test_ops_read_the_frames_of_the_functions():
     frames = numbered(20)
-    first = lambda spec, seed=0: video(spec, frames, seed)[:, 0, 0, 0].tolist()
+
+    def first(spec, seed=0):
+        return video(spec, frames, seed)[:, 0, 0, 0].tolist()
+
     assert first("clip(4, interval=3)") == random_clips(20, 1, 4, 3, np.random.default_rng(0))[0].tolist()
     assert first("clip(4, interval=3)", 1) != first("clip(4, interval=3)", 5)
     assert first("views(3, 4, interval=2)") == even_clips(20, 3, 4, 2).reshape(-1).tolist()
     assert first("segments(5, middle=True)") == segment_frames(20, 5).tolist() == first("segments(5, middle=True)", 9)
     assert first("segments(5)") == segment_frames(20, 5, np.random.default_rng(0)).tolist()
     assert first("uniform(4)") == [2, 7, 12, 17]
-    assert [
-        op.random for op in parse_ops("clip(4)|segments(4)|segments(4, middle=True)|views(1, 2)|uniform(3)", {})
-    ] == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
+    ops = parse_ops("clip(4)|segments(4)|segments(4, middle=True)|views(1, 2)|uniform(3)", {})
+    assert [op.random for op in ops] == [True, True, False, False, False]
     assert video("clip(4, short=8)", FRAMES).shape == (4, 8, 12, 3)
 
 
 def test_a_part_of_a_video_in_seconds():
     frames = numbered(100)  # 25 a second
-    first = lambda spec, **fields: video(spec, frames, **fields)[:, 0, 0, 0].tolist()
+
+    def first(spec, **fields):
+        return video(spec, frames, **fields)[:, 0, 0, 0].tolist()
+
     assert first("uniform(4)", clip=(1, 2)) == [28, 34, 40, 46]
     assert set(range(50, 75)) >= set(first("clip(8, interval=2)", clip=[2.0, 3.0]))
-    assert first("views(2, 2)", clip=(10, 14)) == first(
-        "views(2, 2)"
-    )  # four seconds, as long as the part: it is cut out
+    cut = first("views(2, 2)", clip=(10, 14))  # as long as the part: cut out already
+    assert cut == first("views(2, 2)")
     with pytest.raises(BadRecord, match="ends after 4.0 s, before its part from 5 to 6 s"):
         first("uniform(4)", clip=(5, 6))
     with pytest.raises(BadRecord, match="its clip is 'x', not"):
