@@ -8,7 +8,7 @@ from video_files import moving_frames
 
 from florence_jax.data.frame_numbers import even_clips, frames_by_time, random_clips, segment_frames
 from florence_jax.data.ops.parse import parse_ops
-from florence_jax.data.ops.rand_augment import CHANGES
+from florence_jax.data.ops.rand_augment import AUGMENTATIONS
 from florence_jax.data.records import BadRecord
 from florence_jax.data.sides import sided_names
 from florence_jax.errors import UserError
@@ -177,9 +177,9 @@ def test_one_draw_for_all_frames(spec):
         assert (out == out[0]).all()
 
 
-@pytest.mark.parametrize("number", range(len(CHANGES)))
+@pytest.mark.parametrize("number", range(len(AUGMENTATIONS)))
 def test_changes_of_randaugment(number, monkeypatch):
-    monkeypatch.setattr("florence_jax.data.ops.rand_augment.CHANGES", (CHANGES[number],))
+    monkeypatch.setattr("florence_jax.data.ops.rand_augment.AUGMENTATIONS", (AUGMENTATIONS[number],))
     frames = moving_frames(2, (16, 24), seed=3)
     mild, strong = (video(f"randaugment(1, {m}, spread=0, p=1, field=video)", frames) for m in (1, 10))
     assert strong.shape == frames.shape and (strong != frames).any() and (strong.max() > 0)

@@ -49,7 +49,7 @@ def _without_level(change: Change, level: float, picture: Image.Image) -> Image.
 
 
 # timm's set of increasing strength (rand-m9-...-inc1), each with a level from -1 to 1.
-CHANGES: tuple[Callable[[float, Image.Image], Image.Image], ...] = (
+AUGMENTATIONS: tuple[Callable[[float, Image.Image], Image.Image], ...] = (
     functools.partial(_without_level, ImageOps.autocontrast),
     functools.partial(_without_level, ImageOps.equalize),
     functools.partial(_without_level, ImageOps.invert),
@@ -70,7 +70,7 @@ CHANGES: tuple[Callable[[float, Image.Image], Image.Image], ...] = (
 
 @op("randaugment")
 class RandAugment(PictureOp):
-    """RandAugment (Cubuk et al. 2019) as timm has it: `n` of `CHANGES`, each made with probability `p`.
+    """RandAugment (Cubuk et al. 2019) as timm has it: `n` of `AUGMENTATIONS`, each made with probability `p`.
 
     Nothing is mirrored. Boxes are not taken along.
 
@@ -99,9 +99,9 @@ class RandAugment(PictureOp):
     def draw(self, rng: np.random.Generator) -> Change:
         """One change, for all pictures of an example."""
         steps = []
-        for kind in rng.integers(len(CHANGES), size=self.n).tolist():
+        for kind in rng.integers(len(AUGMENTATIONS), size=self.n).tolist():
             made, level, sign = rng.random(), rng.normal(self.m, self.spread), rng.random()
             if made < self.p:
                 level = min(max(level, 0.0), STRONGEST) / STRONGEST * (1 if sign < 0.5 else -1)
-                steps.append(functools.partial(CHANGES[kind], level))
+                steps.append(functools.partial(AUGMENTATIONS[kind], level))
         return lambda picture: functools.reduce(lambda changed, step: step(changed), steps, picture)

@@ -91,7 +91,7 @@ class Clip(FramesOp):
 
 
 @op("views")
-class Views(FramesOp):
+class ClipViews(FramesOp):
     """`clips` clips spread evenly over the video, one after the other: (clips * frames, H, W, 3)."""
 
     def __init__(self, clips: int, frames: int, interval: int = 1, short: int | None = None, field: str = "video"):
