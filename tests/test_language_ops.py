@@ -25,6 +25,7 @@ def shipped():
 def masked(tokenizer, texts, spec="mask_words", times=1, seed=0):
     """Stacked fields of the examples of each text, `times` over."""
     (op,) = parse_ops(spec, {"tokenizer": tokenizer})
+    op = pickle.loads(pickle.dumps(op))  # as it comes to a worker process
     rng = np.random.default_rng(seed)
     rows = [{"text": ids, "text_length": tokenizer.lengths(ids)} for ids in tokenizer.encode_batch(texts)]
     made = [op(row, rng) for _ in range(times) for row in rows]

@@ -15,7 +15,7 @@ from florence_jax.errors import UserError
 MASK_SHARE = 0.15  # of the words (Devlin et al. 2019)
 AS_MASK, AS_ANOTHER = 0.8, 0.1  # of the chosen tokens become the mask, any token; the others stay as they are
 OTHERS_TRIED_FOR_A_TEXT = 64  # records, until one shows another picture and does not have the text
-FIRST_CAPTIONS, MOST_CAPTIONS = 64, 1024  # records looked at for two different captions: at first, at most
+FIRST_CAPTIONS, MOST_CAPTIONS = 8, 1024  # records looked at for two different captions: at first, at most
 OF_A_PICTURE = ("caption", "captions")  # of a record; whether drawn or not, they are texts of its picture
 LONGEST_WORD = 6  # tokens; what is longer (a sentence of a language without spaces) is masked in parts of so many
 
