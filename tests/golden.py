@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from florence_jax.tools.import_torch.names import gather, rename_all
+
 NORM_WEIGHT = re.compile(r"(norm|ln_|LayerNorm|bn).*weight$")
 
 
@@ -154,3 +156,30 @@ def text_params() -> dict:
         (r"\.c_proj\.", ".fc2."),
     )
     return convert(filled, renames) | {name: table.astype(np.float32) for name, table in tables.items()}
+
+
+def bert_layer_shapes(width: int, cross: bool = True) -> dict[str, tuple[int, ...]]:
+    """PyTorch shapes of a layer of transformers' BERT with an MLP of twice the width, METER's where it has `cross`."""
+    w = width
+    parts = ("attention", "crossattention")
+    names = {f"{part}.self.{name}": (w, w) for part in parts for name in ("query", "key", "value")}
+    names |= {f"{part}.output.dense": (w, w) for part in parts}
+    names |= {"intermediate.dense": (2 * w, w), "output.dense": (w, 2 * w)}
+    names |= {f"{part}output.LayerNorm": (w,) for part in ("attention.", "crossattention.", "")}
+    shapes = {f"{name}.weight": shape for name, shape in names.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in names.items()}
+    return {name: shape for name, shape in shapes.items() if cross or not name.startswith("cross")}
+
+
+def bert_params(state: dict[str, np.ndarray], renames) -> dict:
+    """Our parameters of tensors in transformers' names, by the renames of the import, whose '#' joins parts."""
+    params: dict = {}
+    for name, tensor in gather(state, lambda name: rename_all(name, renames)).items():
+        *path, leaf = name.split(".")
+        value, node = np.asarray(tensor.array), params
+        assert not tensor.clash
+        for part in path:
+            node = node.setdefault(part, {})
+        matrix = leaf == "weight" and value.ndim == 2
+        node["kernel" if matrix else "scale" if leaf == "weight" else leaf] = value.T if matrix else value
+    return params

@@ -159,8 +159,8 @@ class CoAttention(nn.Module):
     Attributes:
       layers, heads, mlp_ratio: sizes.
       remat: one of `layers.REMATS`; the unit is a layer of both streams.
-      scan: scan over the layers if there are several (parameters stacked on axis 0 under `layers`); otherwise plain
-        modules `layer0`, `layer1`, ...
+      scan: scan over the layers if there are more than two (parameters stacked on axis 0 under `layers`); otherwise
+        plain modules `layer0`, `layer1`, ...
       dtype: compute dtype.
     """
 
@@ -185,7 +185,7 @@ class CoAttention(nn.Module):
           Both streams, and float32 (B, T): where the first token looks in the last layer, mean over the heads.
         """
         bias = key_bias(lengths, text.shape[1])
-        scanned = self.scan and self.layers > 1
+        scanned = self.scan and self.layers > 2
         layer = remat_module(CoAttentionLayer, self.remat, scanned=scanned)
         arguments = dict(heads=self.heads, mlp_ratio=self.mlp_ratio, core=attention_core(self.remat), dtype=self.dtype)
         numbers = jnp.arange(self.layers, dtype=jnp.uint32)

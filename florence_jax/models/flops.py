@@ -40,19 +40,19 @@ def video_flops(
         macs += _embed_macs(config, i, tokens) * ((merge if i else tube) if sliding else 1)
         used = [min(size, limit) for size, limit in zip((time, *sides), windows[i], strict=True)]
         padded = math.prod(-(-size // limit) * limit for size, limit in zip((time, *sides), used, strict=True))
-        per_block = _block_macs(tokens, channels, 0, config.mlp_ratio) + (padded - tokens) * 4 * channels**2
+        per_block = block_macs(tokens, channels, 0, config.mlp_ratio) + (padded - tokens) * 4 * channels**2
         macs += depth * (per_block + 2 * padded * math.prod(used) * channels)
     return 2.0 * (macs + channels * config.projection)
 
 
-def _block_macs(tokens: int, width: int, attended: int, mlp_ratio: float = 4) -> float:
+def block_macs(tokens: int, width: int, attended: int, mlp_ratio: float = 4) -> float:
     """qkv, output and MLP matrices, plus the two attention products over `attended` keys a query."""
     return tokens * ((4 + 2 * mlp_ratio) * width**2 + 2 * attended * width)
 
 
 def _vit_macs(config: ModelConfig) -> float:
     patches = (config.res // config.patch_size) ** 2
-    block = _block_macs(patches + 1, config.image_width, patches + 1, config.mlp_ratio)
+    block = block_macs(patches + 1, config.image_width, patches + 1, config.mlp_ratio)
     return config.image_width * (config.patch_size**2 * 3 * patches + config.projection) + config.depths[0] * block
 
 
@@ -75,11 +75,11 @@ def _stages_macs(config: ModelConfig, *sides: int) -> float:
         window = min(config.window, *sides) if config.size_mode == "classification" else config.window
         padded = math.prod(-(-side // window) * window for side in sides)
         # Padding adds tokens to attention but not to the MLP.
-        per_block = _block_macs(tokens, channels, 0, config.mlp_ratio) + (padded - tokens) * 4 * channels**2
+        per_block = block_macs(tokens, channels, 0, config.mlp_ratio) + (padded - tokens) * 4 * channels**2
         macs += depth * (per_block + 2 * padded * window**2 * channels)
     return macs + channels * config.projection
 
 
 def _text_macs(config: ModelConfig) -> float:
-    block = _block_macs(config.text_length, config.text_width, config.text_length)
+    block = block_macs(config.text_length, config.text_width, config.text_length)
     return config.text_layers * block + config.text_width * config.projection

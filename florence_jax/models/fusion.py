@@ -22,6 +22,7 @@ from florence_jax.models.dropout import Dropout, drop_examples
 from florence_jax.models.flops import forward_flops
 from florence_jax.models.florence import TwoTowers, tower_inputs
 from florence_jax.models.layers import NORMAL, Dense, Dtype, LayerNorm, gelu
+from florence_jax.models.roberta import Roberta, RobertaConfig, roberta_flops
 from florence_jax.models.sizes import ModelConfig
 
 HEADS = ("mlm", "itm", "vqa", "nlvr2", "snli_ve", "rank")
@@ -206,18 +207,21 @@ class FusionTowers(TwoTowers):
     """The towers and the fusion; see `build_fusion`."""
 
     sizes: FusionConfig
+    encoder: RobertaConfig | None = None
 
     def setup(self) -> None:
         """Makes the submodules."""
         super().setup()
-        c = self.config
-        self.fusion = Fusion(
-            self.sizes, self.sizes.vocabulary or c.vocab_size, c.image_tower == "vit", c.remat, c.scan, c.dtype
-        )
+        c, words = self.config, _vocabulary(self.config, self.sizes, self.encoder)
+        common: dict[str, Any] = dict(remat=c.remat, scan=c.scan, dtype=jnp.dtype(c.dtype))
+        self.fusion = Fusion(self.sizes, words, c.image_tower == "vit", **common)
+        if self.encoder is not None:
+            self.roberta = Roberta(self.encoder, **common)
 
     def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> dict[str, jax.Array]:
         """The towers' outputs, and the fusion's."""
-        given = {name: batch[name] for name in ("image", "text", "text_length") if name in batch}
+        towers = ("image",) if self.encoder else ("image", "text", "text_length")
+        given = {name: batch[name] for name in towers if name in batch}
         if self.is_initializing():
             batch = {name: value for name, value in batch.items() if name != "image_tokens"}
         elif ("image" in batch) == ("image_tokens" in batch):
@@ -227,9 +231,13 @@ class FusionTowers(TwoTowers):
         outputs["image_tokens"] = tokens
         if "text" not in batch:
             return outputs
-        outputs["text_tokens"] = outputs["text/tokens"]
-        drop = self._drop(batch, train)
-        return outputs | self.fusion(outputs["text_tokens"], tokens, batch.get("text_length"), batch, drop)
+        lengths = batch.get("text_length")
+        if self.encoder is None:
+            words = outputs["text/tokens"]
+        else:
+            words = self.roberta(batch["text"], lengths, self._drop(batch, train, self.encoder.dropout))
+        outputs["text_tokens"] = words
+        return outputs | self.fusion(words, tokens, lengths, batch, self._drop(batch, train, self.sizes.dropout))
 
     def _image_tokens(self, outputs: Mapping[str, jax.Array]) -> jax.Array:
         """(I, T, C): all tokens of the last stage after its LayerNorm, a ViT's class token first."""
@@ -249,13 +257,18 @@ class FusionTowers(TwoTowers):
             raise UserError("texts share images: give image_example, the ids by which images draw stochastic depth")
         return {}
 
-    def _drop(self, batch: Mapping[str, jax.Array], train: bool) -> Dropout | None:
-        if not train or not self.sizes.dropout:
+    def _drop(self, batch: Mapping[str, jax.Array], train: bool, rate: float) -> Dropout | None:
+        if not train or not rate:
             return None
         if not self.has_rng("dropout"):
             raise UserError("training a fusion with dropout needs rngs={'dropout': key}")
         examples = batch["example"] if "example" in batch else jnp.arange(len(batch["text"]))
-        return drop_examples(self.make_rng("dropout"), examples, self.sizes.dropout)
+        return drop_examples(self.make_rng("dropout"), examples, rate)
+
+
+def _vocabulary(config: ModelConfig, sizes: FusionConfig, encoder: RobertaConfig | None) -> int:
+    """Words of the head 'mlm'."""
+    return sizes.vocabulary or (config.vocab_size if encoder is None else encoder.vocabulary)
 
 
 def resolve_fusion(variant: str, **overrides: Any) -> FusionConfig:
@@ -283,28 +296,40 @@ def image_token_count(config: ModelConfig) -> int:
     return side**2
 
 
+def image_token_width(config: ModelConfig) -> int:
+    """Channels of the last stage."""
+    return config.image_width * 2 ** (len(config.depths) - 1)
+
+
 def place_count(length: int, share: float = 0.15) -> int:
     """Places of masked words that a text of `length` tokens has room for."""
     return math.ceil(share * length) + 1
 
 
-def fusion_flops(config: ModelConfig, sizes: FusionConfig) -> dict[str, float]:
+def fusion_flops(config: ModelConfig, sizes: FusionConfig, encoder: RobertaConfig | None = None) -> dict[str, float]:
     """Of a forward pass of one text on one image: {'image': ..., 'text': ..., 'fusion': ...}; as `forward_flops`."""
-    w, length, tokens = sizes.width, config.text_length, image_token_count(config)
-    image_width = config.image_width * 2 ** (len(config.depths) - 1)
-    macs = w * (length * config.text_width + tokens * image_width) + 2 * w**2
+    of_towers = forward_flops(config)
+    length, width = config.text_length, config.text_width
+    if encoder is not None:
+        length, width, of_towers["text"] = encoder.length, encoder.width, roberta_flops(encoder)
+    w, tokens = sizes.width, image_token_count(config)
+    macs = w * (length * width + tokens * image_token_width(config)) + 2 * w**2
     for own, other in ((length, tokens), (tokens, length)):
         attend = (4 * own * w + 2 * own**2) * w + (2 * own * w + 2 * other * w + 2 * own * other) * w
         macs += sizes.layers * (attend + 2 * sizes.mlp_ratio * own * w**2)
     if "mlm" in sizes.heads:
-        macs += place_count(length) * w * (w + (sizes.vocabulary or config.vocab_size))
+        macs += place_count(length) * w * (w + _vocabulary(config, sizes, encoder))
     if "vqa" in sizes.heads:
         macs += 2 * w * (2 * w + sizes.answers)
-    return {**forward_flops(config), "fusion": 2.0 * macs}
+    return {**of_towers, "fusion": 2.0 * macs}
 
 
-def build_fusion(config: ModelConfig, variant: str, **overrides: Any) -> Model[ModelConfig]:
-    """A fusion on the two towers: parameters {"fusion"} and what `florence.build` has beside them.
+def build_fusion(
+    config: ModelConfig, variant: str, encoder: RobertaConfig | None = None, **overrides: Any
+) -> Model[ModelConfig]:
+    """A fusion on the image tower and a text encoder: {"fusion"} and what `florence.build` has beside it.
+
+    The text encoder is the folder's own text tower, or RoBERTa, with parameters {"roberta"} and none of that tower.
 
     Its inputs, for N texts on I images, all in one call, so that an image is encoded once for all its texts:
 
@@ -332,18 +357,21 @@ def build_fusion(config: ModelConfig, variant: str, **overrides: Any) -> Model[M
     Args:
       config: of the towers.
       variant: a key of `FUSIONS`.
+      encoder: sizes of RoBERTa; None for the text tower.
       **overrides: any field of `FusionConfig`; None = keep the table's value.
 
     Raises:
       UserError: an unknown variant, option or choice; from `apply`, inputs that do not fit together.
     """
     sizes = resolve_fusion(variant, **overrides)
-    places = place_count(config.text_length)
-    towers = tower_inputs(config)
-    inputs = {name: towers[name] for name in ("image", "text", "text_length", "example")}
-    width = config.image_width * 2 ** (len(config.depths) - 1)
-    inputs |= {name: jax.ShapeDtypeStruct((1,), jnp.int32) for name in ("image_index", "image2_index", "image_example")}
-    inputs["places"] = jax.ShapeDtypeStruct((1, places), jnp.int32)
-    inputs["image_tokens"] = jax.ShapeDtypeStruct((1, image_token_count(config), width), jnp.float32)
-    flops = fusion_flops(config, sizes)
-    return Model(FusionTowers(config, sizes), config, inputs, optional=tuple(inputs), flops=flops)
+    length = config.text_length if encoder is None else encoder.length
+    towers, numbers = tower_inputs(config), ("text_length", "example", "image_index", "image2_index", "image_example")
+    inputs = {
+        "image": towers["image"],
+        "image_tokens": jax.ShapeDtypeStruct((1, image_token_count(config), image_token_width(config)), jnp.float32),
+        "text": jax.ShapeDtypeStruct((1, length), jnp.int32),
+        "places": jax.ShapeDtypeStruct((1, place_count(length)), jnp.int32),
+        **{name: jax.ShapeDtypeStruct((1,), jnp.int32) for name in numbers},
+    }
+    flops = fusion_flops(config, sizes, encoder)
+    return Model(FusionTowers(config, sizes, encoder), config, inputs, optional=tuple(inputs), flops=flops)
