@@ -313,7 +313,7 @@ def fusion_flops(config: ModelConfig, sizes: FusionConfig, encoder: RobertaConfi
     if encoder is not None:
         length, width, of_towers["text"] = encoder.length, encoder.width, roberta_flops(encoder)
     w, tokens = sizes.width, image_token_count(config)
-    macs = w * (length * width + tokens * image_token_width(config)) + 2 * w**2
+    macs = 1.0 * w * (length * width + tokens * image_token_width(config)) + 2 * w**2
     for own, other in ((length, tokens), (tokens, length)):
         attend = (4 * own * w + 2 * own**2) * w + (2 * own * w + 2 * other * w + 2 * own * other) * w
         macs += sizes.layers * (attend + 2 * sizes.mlp_ratio * own * w**2)

@@ -85,8 +85,9 @@ class RobertaLayer(nn.Module):
     ) -> tuple[jax.Array, None]:
         """(B, L, W) -> the same, None."""
         drop = None if drop is None else drop.layer(number)
-        arguments = dict(mlp_ratio=self.mlp_ratio, eps=self.eps, core=self.core, dtype=self.dtype)
-        layer = CrossLayer(self.heads, cross=False, **arguments)
+        layer = CrossLayer(
+            self.heads, mlp_ratio=self.mlp_ratio, eps=self.eps, cross=False, core=self.core, dtype=self.dtype
+        )
         nn.share_scope(self, layer)
         return layer(x, bias, drop)[0], None
 
