@@ -245,8 +245,8 @@ def _find(files: Sequence[str], folder: str, mistakes: Mistakes) -> list[str | N
         file if file in there else next((by_name[name] for name in _names_of(file) if name in by_name), None)
         for file in files
     ]
-    for file, path in zip(files, found, strict=True):
-        if path is None:
+    for file, where in zip(files, found, strict=True):
+        if where is None:
             mistakes.add("no_picture", file)
     return found
 
