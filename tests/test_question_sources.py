@@ -11,7 +11,6 @@ from florence_jax.data.pipeline import eval_stream
 from florence_jax.data.records import BadRecord, described, sample_of, without_payloads
 from florence_jax.data.sources import vqa
 from florence_jax.data.sources.catalog import open_source
-from florence_jax.data.sources.vqa import split_by_image
 from florence_jax.errors import UserError
 
 
@@ -234,6 +233,11 @@ def test_nlvr2(tmp_path):
     )
     source = open_source(f"nlvr2:{path}:{tmp_path}")
     assert source.class_names == ("false", "true") and [row["class_id"] for row in source.metadata()] == [1, 0]
+    assert {row["sentence_id"] for row in source.metadata()} == {"dev-1-0", "dev-1-1"}
+    with eval_stream(
+        source, "decode(images)|resize_exact(4, field=images)|stack(images)|keep(images)", {}, batch_size=2
+    ) as stream:
+        assert next(stream)["images"].shape == (2, 2, 4, 4, 3)
     assert len(source[0]["images"]) == 2 and "image" not in source[0] and source[0]["answers"] == ["true"]
     assert "picture is not there: 1 (left out), the first: dev-2-0" in source.summary["says"]
     with pytest.raises(UserError, match="a line of NLVR2 has"):
@@ -250,16 +254,3 @@ def test_snli_ve(tmp_path):
         row["class_id"] == 2 and row["question"] == "B." and row["premise"] == "A." and source.class_names[0][0] == "c"
     )
     assert "pairs that people did not agree on: 1" in source.summary["says"]
-
-
-def test_pictures_are_held_out_by_a_hash_of_their_id(tmp_path):
-    source = open_source("scene_questions:train:20")
-    train, held = split_by_image(source, 5)
-    ids = [{row["image_id"] for row in side.metadata()} for side in (train, held)]
-    assert len(ids[0]) == 15 and len(ids[1]) == 5 and not ids[0] & ids[1] and len(train) + len(held) == len(source)
-    assert ids[1] == {2, 6, 14, 17, 18}  # a hash does not change
-    more = {row["image_id"] for row in split_by_image(open_source("scene_questions:train:40"), 10)[1].metadata()}
-    assert len(more & ids[1]) >= 3
-    assert sample_of(held, 2)[0] == next(iter(held.metadata()))
-    with pytest.raises(UserError, match="20 pictures are to be held out, and its questions are about 20"):
-        split_by_image(source, 20)

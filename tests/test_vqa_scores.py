@@ -107,6 +107,14 @@ def test_results_by_type_and_their_error():
     assert confusions(judged, 3) == [("zebra", "cat", 1, 1)]
 
 
+def test_consistency_is_over_the_pairs_of_a_sentence():
+    asked = [
+        {"answers": [answer], "sentence_id": name}
+        for answer, name in zip(["true", "false", "true"], "aab", strict=True)
+    ]
+    assert accuracies(judge_answers(asked, ["true", "true", "true"])) == {"accuracy": 2 / 3, "consistency": 0.5}
+
+
 def test_prior_is_the_best_answer_for_each_text():
     prior = Prior(
         rows(

@@ -217,7 +217,9 @@ def read_nlvr2(path: str, pictures: PictureFiles) -> QuestionTable:
         if not all(files):
             table.wrong("no_picture", pair)
             continue
-        more = {"class_id": NLVR2_CLASSES.index(label)} if label else {}
+        more: dict[str, Any] = {"class_id": NLVR2_CLASSES.index(label)} if label else {}
+        parts = identifier.split("-")  # split, set, pair, sentence: those of one sentence are judged together
+        more["sentence_id"] = "-".join((*parts[:2], *parts[3:]))
         sentence = str(fields["sentence"])
         table.add(files, pair, sentence, identifier, [label] * bool(label), question_type="nlvr2", **more)
     table.check_ids(path)

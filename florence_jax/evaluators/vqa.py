@@ -59,7 +59,8 @@ class VqaEvaluator(Evaluator):
     Results: 'accuracy', and its 'accuracy_stderr' (questions of one image count together); 'accuracy_answerable' of
     those questions of which an answer is in the vocabulary (which METER's own validation gives), 'answerable', their
     share;
-    'answer_type/...', 'question_type/...' (of at most 20 types); 'questions', and where some have no true answer
+    'answer_type/...', 'question_type/...' (of at most 20 types); for NLVR2 'consistency', the share of the sentences
+    that are judged rightly of each of their pairs of pictures; 'questions', and where some have no true answer
     'unlabelled' ones; 'skipped' ones if any. Of a test set without answers only the counts.
 
     Args:
@@ -246,7 +247,9 @@ class VqaEvaluator(Evaluator):
                 example = op(example, np.random.default_rng(0))
         except BadRecord:
             return None
-        image = np.asarray(example.get("image"))
+        image = np.asarray(example.get("image", example.get("images")))
+        if image.ndim == 4:  # several pictures, beside each other
+            image = np.concatenate(list(image), axis=1)
         return image if image.ndim == 3 and image.dtype == np.uint8 else None
 
     def files(self) -> Mapping[str, bytes]:

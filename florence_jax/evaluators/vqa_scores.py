@@ -59,7 +59,7 @@ def judge_answers(
 
 
 def accuracies(judged: Answered, types: Sequence[str] = ()) -> dict[str, float]:
-    """'accuracy', and 'answer_type/...' and 'question_type/...'; {} for no questions.
+    """'accuracy', 'answer_type/...', 'question_type/...', and of NLVR2 'consistency'; {} for no questions.
 
     Args:
       judged: of N questions. types: of questions that are wanted.
@@ -71,6 +71,8 @@ def accuracies(judged: Answered, types: Sequence[str] = ()) -> dict[str, float]:
         for kind, rows in rows_by_value(judged, field).items():
             if field == "answer_type" or kind in types:
                 found[f"{field}/{kind.replace('/', '-')}"] = float(judged.accuracy[rows].mean())
+    if sentences := rows_by_value(judged, "sentence_id"):
+        found["consistency"] = float(np.mean([judged.accuracy[rows].min() for rows in sentences.values()]))
     return found
 
 

@@ -216,6 +216,23 @@ def _hue_matrix(angle: float) -> np.ndarray:
     return np.linalg.inv(YIQ) @ turn @ YIQ
 
 
+@op("stack")
+class Stack(Op):
+    """The pictures of a list, all of one size, as one array: stack(images) -> uint8 (K, H, W, 3)."""
+
+    def __init__(self, field: str = "images"):
+        self.field, self.reads = field, frozenset((field,))
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Raises UserError for pictures of several sizes."""
+        pictures = [np.asarray(picture) for picture in example[self.field]]
+        if len(shapes := {picture.shape for picture in pictures}) > 1:
+            raise UserError(
+                f"op {self.name!r}: pictures of the sizes {sorted(shapes)} cannot be one array: resize them"
+            )
+        return example | {self.field: np.stack(pictures)}
+
+
 @op("normalise")
 class Normalise(Op):
     """uint8 (..., 3) -> float32 (image / 255 - mean) / std. Training does this on the device instead."""

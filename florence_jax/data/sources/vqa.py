@@ -4,7 +4,6 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from florence_jax.data.question_files import (
     read_vqa,
 )
 from florence_jax.data.question_table import QuestionTable
-from florence_jax.data.records import BaseSource, Record, Source, Subset, evenly, picture_bytes
+from florence_jax.data.records import BaseSource, Record, evenly, picture_bytes
 from florence_jax.data.sources.picture_files import list_pictures, quoted, shown
 from florence_jax.errors import UserError
 
@@ -223,27 +222,3 @@ QUESTION_KINDS: dict[str, Callable[[str], QuestionSource]] = {
     "nlvr2": open_nlvr2,
     "snli_ve": open_snli_ve,
 }
-
-
-def split_by_image(source: Source, images: int) -> tuple[Subset, Subset]:
-    """All questions but those of some pictures, and those: what is trained on, and what is looked at on the way.
-
-    A picture is held out by a hash of its id, so that the same ones are, whatever else the set has or in which order:
-    no picture is on both sides.
-
-    Args:
-      source: its records have "image_id". images: how many pictures are held out.
-
-    Raises:
-      UserError: if the source has no more pictures than that.
-    """
-    ids = [str(record.get("image_id", record["key"])) for record in source.metadata()]
-    distinct = sorted(set(ids), key=lambda image: (blake2b(image.encode(), digest_size=8).digest(), image))
-    if not 0 < images < len(distinct):
-        raise UserError(
-            f"{source.name}: {images:,} pictures are to be held out, and its questions are about {len(distinct):,}"
-        )
-    chosen = set(distinct[:images])
-    held = np.array([image in chosen for image in ids])
-    name = f"{source.name} ({images:,} of {len(distinct):,} pictures)"
-    return Subset(source, np.flatnonzero(~held), source.name), Subset(source, np.flatnonzero(held), name)
