@@ -14,7 +14,14 @@ from florence_jax.errors import UserError
 from florence_jax.losses.language import answer_loss, masked_word_loss, match_loss
 from florence_jax.models.cross_attention import CoAttention, CoAttentionLayer, key_bias
 from florence_jax.models.dropout import drop_examples
-from florence_jax.models.fusion import HEADS, FusionConfig, build_fusion, image_token_count, images_of_texts
+from florence_jax.models.fusion import (
+    HEADS,
+    FusionConfig,
+    build_fusion,
+    image_token_count,
+    images_of_texts,
+    rank_as_match,
+)
 from florence_jax.models.sizes import resolve_config
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tools.import_torch.roberta import BERT_LAYER
@@ -243,6 +250,15 @@ def test_two_images(params, batch):
     np.testing.assert_allclose(
         both["nlvr2_logits"], hidden @ head["output"]["kernel"] + head["output"]["bias"], atol=1e-4
     )
+
+
+def test_what_begins_as_another_part(params, batch):
+    """The second image's token type as the first's; the score of a ranking as that of a match."""
+    types = np.arange(8, dtype=np.float32).reshape(2, 4)
+    grown = fusion().adapt("fusion/token_types", types, jax.ShapeDtypeStruct((3, 4), jnp.float32))
+    np.testing.assert_array_equal(grown, types[[0, 1, 1]])
+    out = run(params | {"fusion": rank_as_match(params["fusion"])}, batch)
+    np.testing.assert_allclose(out["rank_logits"], out["itm_logits"][:, 1:], atol=1e-6)
 
 
 @functools.cache

@@ -203,6 +203,11 @@ def images_of_texts(images: jax.Array, index: jax.Array | None, texts: int) -> j
     return images if texts == len(images) else jnp.repeat(images, texts // len(images), axis=0)
 
 
+def rank_as_match(fusion: Mapping[str, Any]) -> dict[str, Any]:
+    """The fusion's parameters with the head 'rank' as what 'itm' says for a match: how ranking begins in METER."""
+    return dict(fusion) | {"rank": {name: leaf[..., 1:] for name, leaf in fusion["itm"].items()}}
+
+
 class FusionTowers(TwoTowers):
     """The towers and the fusion; see `build_fusion`."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from florence_jax.errors import UserError
 
 BIAS_TABLE = "relative_position_bias_table"
+TOKEN_TYPES = "fusion/token_types"
 # Axis along which a table may grow: its further entries (words, places in a text, classes) say nothing about earlier
 # ones.
 GROWING = ((r"text/(token|position)_embedding", 0), (r"head/.*", -1))
@@ -19,7 +20,8 @@ def resize_or_grow(path: str, saved: np.ndarray, like: Any) -> np.ndarray | None
     """A saved parameter in the shape of `like`, or None; see `Model.adapt`.
 
     Bias tables and position embeddings of images are resized (bicubic). Tables with an entry a word, place in a text or
-    class keep the saved ones and take more from `like`, which then must hold values.
+    class keep the saved ones and take more from `like`, which then must hold values. The token type of a second image
+    is that of the first.
     """
     if saved.shape == like.shape:
         return np.asarray(saved, np.float32)
@@ -30,6 +32,8 @@ def resize_or_grow(path: str, saved: np.ndarray, like: Any) -> np.ndarray | None
             resized = resize_bias_table(saved, (_side(like.shape[-2]) + 1) // 2)
         elif path.endswith("image/position_embedding"):
             resized = resize_position_embedding(saved, _side(like.shape[0] - 1))
+        elif path == TOKEN_TYPES:  # text, image, further images, which begin as the first
+            resized = saved[np.minimum(np.arange(like.shape[0]), len(saved) - 1)].astype(np.float32)
         else:
             return _grow(path, saved, like)
     except UserError:  # not of a square window or map
