@@ -22,9 +22,9 @@ detections_NAME.json (COCO's result file) and report.html.
 Arguments: protocol = train | fewshot (on few pictures of each class, shots = 5 of them, drawn by --config.seed) |
 eval (a trained detector on config.data.test) | check (a report of a data set) | zeroshot (a class-agnostic detector,
 its proposals classified by the names of the classes of config.data.test);
-recipe = coco | objects365 | flod (the paper's figures where it gives some, DyHead's where not; never run here; flod
-trains the detector alone, on records of the FLOD builder or sets joined by '|') | proposals (a class-agnostic detector
-on a frozen encoder, for protocol=zeroshot); without one, and of proposals,
+recipe = coco | objects365 | vg | flod (the paper's figures where it gives some, DyHead's where not; never run here; vg
+learns attributes too, flod trains the detector alone, on records of the FLOD builder or sets joined by '|') | proposals
+(a class-agnostic detector on a frozen encoder, for protocol=zeroshot); without one, and of proposals,
 batch, epochs and learning rate follow the number of images; variant = size of the towers, for a preflight without
 weights; res = shorter side of the buckets in pixels; runlocal.
 
@@ -40,10 +40,12 @@ from florence_jax.train.defaults import common, detector_overrides, model_overri
 PROTOCOLS = ("train", "fewshot", "eval", "check", "zeroshot")
 PROPOSALS = "proposals"  # a recipe without sizes of its own
 # (height, width) of the buckets of a recipe. COCO: longer side 2,500 (paper), shorter 1,500 as in 800 x 1,333.
-# Objects365: longer side 1,333 (paper), shorter 800. Both at the next multiples of 128.
+# Objects365: longer side 1,333 (paper), shorter 800. Visual Genome: 3,000 (paper), shorter 1,800. All at the next
+# multiples of 128.
 RECIPES = {
     "coco": ((1536, 2560), (1536, 2048), (1536, 1536), (2048, 1536), (2560, 1536)),
     "objects365": ((896, 1408), (896, 1152), (896, 896), (1152, 896), (1408, 896)),
+    "vg": ((1920, 3072), (1920, 2560), (1920, 1920), (2560, 1920), (3072, 1920)),
 }
 RECIPES["flod"] = RECIPES["objects365"]  # the paper does not say; by far most of its boxes are of such sets
 
@@ -110,6 +112,7 @@ def _detector(config: ConfigDict, res: int) -> None:
         "crowd": "ignore",  # what crowds and groups are in training: ignore | background (as the references have it)
         "unknown": "ignore",  # classes that nobody looked for in a picture: ignore | background (what has no box)
         "sampled_classes": 512,  # of more classes a step takes its batch's own and others, drawn by frequency^(1/2)
+        "attributes": False,  # also learns the attributes of objects, where the set has them: vg:FOLDER
         "tower_lr": 1.0,  # learning rate of the image tower over the detector's; 0: frozen
         "agnostic": False,  # one class, "object", of all boxes, whatever their classes
     }
@@ -163,6 +166,9 @@ def _published(config: ConfigDict, recipe: str) -> None:
         config.batch_size, config.detector.tower_lr = 128, 0.0
         config.optim.learning_rate = 2e-4  # with the root of the batch, as Adam's noise wants it
         config.data.train = ""
+    if recipe == "vg":  # 24 epochs, attributes (paper); what has no box is background, as it is scored
+        config.epochs, config.detector.scales, config.detector.attributes = 24, (0.5, 0.75, 1.0), True
+        config.detector.unknown, config.data.train = "background", ""
     if recipe == "coco":
         config.detector.scales = (0.5, 0.75, 1.0)
         config.detections.scales, config.detections.flip = (0.5, 0.75, 1.0), True

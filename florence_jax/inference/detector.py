@@ -29,11 +29,13 @@ from florence_jax.inference.base import Answerer, Found
 from florence_jax.inference.class_names import read_names
 from florence_jax.params.sharding import make_mesh
 from florence_jax.pictures import Frame, draw_boxes, open_picture, picture_frame, picture_uri
+from florence_jax.tasks.attributes import attributes_of_folder
 from florence_jax.tasks.detector import Detector
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.tasks.zero_shot_detector import ZeroShotDetector, ZeroShotOptions
 
 TOLD_FROM = 0.3  # least score of a box that is told
+ATTRIBUTE_FROM = 0.1  # least probability of an attribute that is
 # By class, in turn.
 CLASS_COLOURS = ("#d1495b", "#2e6f95", "#3a7d44", "#8f5aa8", "#b3661a", "#00798c", "#a8325e", "#5b6c1f")
 FILE_SIDE, PAGE_SIDE = 1024, 320  # longer side, in pixels, of a picture with its boxes: as a file, on the page
@@ -47,6 +49,7 @@ class PictureBoxes:
       index: row of the picture in its source. key: its name. frame: of its file.
       boxes: float32 (n, 4), x1 y1 x2 y2 in pixels of the upright picture, within it.
       scores: float32 (n,). labels: int32 (n,), numbers of classes.
+      attributes: of each box the likely ones and how likely they are; None of a detector that tells none.
     """
 
     index: int
@@ -55,6 +58,7 @@ class PictureBoxes:
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+    attributes: list[list[tuple[str, float]]] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -68,10 +72,13 @@ class BoxFinder:
     Args:
       detector: of a folder of weights.
       batch_size: most pictures a call of the model.
+
+    Attributes:
+      detector. attributes: the folder's head for attributes, if it has one.
     """
 
     def __init__(self, detector: Detector, batch_size: int = 16):
-        self.detector = detector
+        self.detector, self.attributes = detector, attributes_of_folder(detector)
         self._mesh, self._batch_size = make_mesh(-1, 1), batch_size
         self._params = self._load()
         part = self.detector.part
@@ -90,7 +97,8 @@ class BoxFinder:
         return self.detector.part.get("category_ids") or range(1, len(self.names) + 1)
 
     def _load(self) -> dict[str, Any]:
-        return self.detector.load_on(self._mesh)
+        params = self.detector.load_on(self._mesh)
+        return params if self.attributes is None else params | self.attributes.load_on(self._mesh)
 
     @property
     def _inputs(self) -> Any:
@@ -98,7 +106,7 @@ class BoxFinder:
         return self._params
 
     def _detect(self, inputs: Any, batch: dict[str, jax.Array]) -> Mapping[str, jax.Array]:
-        return self.detector.detect(inputs, batch)
+        return (self.attributes or self.detector).detect(inputs, batch)
 
     def boxes(self, source: Source, threshold: float, top: int, on_corrupt: str = "skip") -> Iterator[PictureBoxes]:
         """What is found in each readable record, in order.
@@ -125,7 +133,17 @@ class BoxFinder:
             chosen = np.flatnonzero((row["labels"] >= 0) & (row["scores"] >= threshold))[:top]
             boxes = boxes_to_source(row["boxes"][chosen], row["warp"]).clip(0, (width, height, width, height))
             found = boxes.astype(np.float32), row["scores"][chosen], row["labels"][chosen]
-            yield PictureBoxes(row["index"], row["key"], frame, *found)
+            yield PictureBoxes(row["index"], row["key"], frame, *found, self._attributes_of(row, chosen))
+
+    def _attributes_of(self, row: Mapping[str, Any], chosen: np.ndarray) -> list[list[tuple[str, float]]] | None:
+        if self.attributes is None:
+            return None
+        names = self.attributes.names
+        ids, scores = row["attribute_ids"][chosen].tolist(), row["attribute_scores"][chosen].tolist()
+        return [
+            [(names[k], score) for k, score in zip(*each, strict=True) if score >= ATTRIBUTE_FROM]
+            for each in zip(ids, scores, strict=True)
+        ]
 
     def _predictor(self, count: int) -> Predictor:
         """For batches of a power of two, up to the largest: few sizes are compiled."""
@@ -234,9 +252,8 @@ class DetectorAnswerer(Answerer):
       threshold, top: see `BoxFinder.boxes`.
     """
 
-    columns = ("x1", "y1", "x2", "y2", "class", "score")
-
     def __init__(self, finder: BoxFinder, threshold: float = TOLD_FROM, top: int = 100):
+        self.columns = ("x1", "y1", "x2", "y2", "class", "score", *["attributes"] * (finder.attributes is not None))
         self.finder, self.threshold, self.top = finder, threshold, top
         self._list: ImageList | None = None  # that the pictures are of, if any
 
@@ -265,9 +282,10 @@ class DetectorAnswerer(Answerer):
             names = [self.finder.names[label] for label in found.labels]
             # As doubles: a rounded float32 has a dozen digits more.
             boxes, scores = found.boxes.astype(np.float64).round(2), found.scores.astype(np.float64).round(4)
+            described = [[", ".join(each)] for each in names_of_attributes(found)] or [[]] * len(names)
             rows = [
-                dict(zip(self.columns, (*box, name, score), strict=True))
-                for box, name, score in zip(boxes.tolist(), names, scores.tolist(), strict=True)
+                dict(zip(self.columns, (*box, name, score, *more), strict=True))
+                for box, name, score, more in zip(boxes.tolist(), names, scores.tolist(), described, strict=True)
             ]
             counts = {name: names.count(name) for name in dict.fromkeys(names)}
             text = ", ".join(f"{count} {name}" if count > 1 else name for name, count in counts.items())
@@ -295,6 +313,8 @@ class DetectorAnswerer(Answerer):
             return None
         boxes, labels, names = found.details.boxes, found.details.labels, self.finder.names
         texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, found.details.scores, strict=True)]
+        if described := names_of_attributes(found.details):
+            texts = [" ".join((*each[:1], text)) for each, text in zip(described, texts, strict=True)]
         colours = [CLASS_COLOURS[label % len(CLASS_COLOURS)] for label in labels]
         return draw_boxes(image, boxes.tolist(), texts, colours, side=side)
 
@@ -312,13 +332,20 @@ class DetectorAnswerer(Answerer):
             images.append({"id": number, "file_name": found.key, "width": width, "height": height})
             sides = np.concatenate([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], 1).astype(np.float64)
             lines = zip(sides.round(2).tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
-            for box, score, label in lines:
+            described = names_of_attributes(found)
+            for place, (box, score, label) in enumerate(lines):
                 annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": ids[label], "bbox": box}
-                annotations.append(annotation | {"area": box[2] * box[3], "iscrowd": 0, "score": round(score, 5)})
+                annotation |= {"area": box[2] * box[3], "iscrowd": 0, "score": round(score, 5)}
+                annotations.append(annotation | ({"attributes": described[place]} if described else {}))
         categories = [{"id": number, "name": name} for number, name in zip(ids, self.finder.names, strict=True)]
         content = {"images": images, "categories": categories, "annotations": annotations}
         listed = {} if self._list is None else list_results(self._list, answers, self.finder.names, ids)
         return {"detections.json": json.dumps(content).encode(), **listed}
+
+
+def names_of_attributes(found: PictureBoxes) -> list[list[str]]:
+    """Of each box the likely attributes, the likeliest first; [] of a detector that tells none."""
+    return [[name for name, _ in each] for each in found.attributes or ()]
 
 
 def list_results(

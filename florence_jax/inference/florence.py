@@ -245,7 +245,9 @@ class Florence:
 
         Returns:
           N dicts, boxes best first: "boxes" float32 (n, 4), x1 y1 x2 y2 in pixels of the upright picture, "scores"
-          float32 (n,), "labels" int32 (n,), numbers of classes, "names", n names of classes.
+          float32 (n,), "labels" int32 (n,), numbers of classes, "names", n names of classes; of a detector that has
+          learned attributes also "attributes", of each box a list of (name, probability) from .1 on, the likeliest
+          first.
 
         Raises:
           UserError: as `embed_images`; for a folder without a detector, a threshold outside 0 to 1, a top below 1,
@@ -262,6 +264,7 @@ class Florence:
                 "scores": found.scores,
                 "labels": found.labels,
                 "names": [told[label] for label in found.labels],
+                **({} if found.attributes is None else {"attributes": found.attributes}),
             }
             for found in finder.boxes(source, threshold, top, on_corrupt="error")
         ]

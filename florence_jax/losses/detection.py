@@ -28,7 +28,10 @@ DISTANCES_AT_ONCE = 2**18  # in memory, for each picture
 
 
 def detection_loss(
-    outputs: Mapping[str, jax.Array], batch: Mapping[str, jax.Array], level_sizes: Sequence[int]
+    outputs: Mapping[str, jax.Array],
+    batch: Mapping[str, jax.Array],
+    level_sizes: Sequence[int],
+    assigned: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of a global batch and its parts, float32 scalars.
 
@@ -38,11 +41,14 @@ def detection_loss(
       (loss, metrics): the sum of 'class_loss', 'box_loss' and 'centerness_loss'; 'positives', the anchors of the batch
       that answer for a box, and 'objects_without_anchor', the boxes that none answers for, which cannot be learnt.
     """
-    return loss_of_sums(loss_sums(outputs, batch, level_sizes))
+    return loss_of_sums(loss_sums(outputs, batch, level_sizes, assigned))
 
 
 def loss_sums(
-    outputs: Mapping[str, jax.Array], batch: Mapping[str, jax.Array], level_sizes: Sequence[int]
+    outputs: Mapping[str, jax.Array],
+    batch: Mapping[str, jax.Array],
+    level_sizes: Sequence[int],
+    assigned: tuple[jax.Array, jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
     """What `loss_of_sums` needs of a batch: numerators and denominators, which of two batches add up.
 
@@ -59,6 +65,7 @@ def loss_sums(
         it all of them. Perhaps "drawn" int (S,), different classes: the logits, (B, N, S), are of these, and the others
         cost nothing, see `class_sampling`; "judged" is of all K.
       level_sizes: anchors of each level; their sum is N.
+      assigned: what `assign_atss` gives, where it is known already.
 
     Raises:
       ValueError: if that sum is another.
@@ -66,7 +73,7 @@ def loss_sums(
     anchors, inside, boxes = outputs["detector/anchors"], outputs["detector/inside"], batch["boxes"]
     if sum(level_sizes) != len(anchors):
         raise ValueError(f"levels of {tuple(level_sizes)} anchors are not {len(anchors)}")
-    matched, answered = assign_atss(anchors, level_sizes, boxes, batch["objects"], inside)
+    matched, answered = assigned or assign_atss(anchors, level_sizes, boxes, batch["objects"], inside)
     positive, centres = matched >= 0, _centres(anchors)
     chosen = jnp.maximum(matched, 0)
     # Anchors without a box have themselves: all that is computed of them is finite, and counts for nothing.

@@ -19,17 +19,19 @@ from florence_jax.data.sources.agnostic import OBJECT, AgnosticBoxes
 from florence_jax.data.sources.boxes import BoxSource
 from florence_jax.data.sources.detection import box_parts, open_boxes
 from florence_jax.errors import UserError
+from florence_jax.evaluators.attributes import AttributeAccuracy
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.coco import CocoEvaluator
 from florence_jax.evaluators.coco_scores import need_pycocotools
 from florence_jax.evaluators.finetuning import BesideStart, Forgetting, Interpolated
-from florence_jax.losses.detection import detection_loss
+from florence_jax.losses.detection import assign_atss, detection_loss
 from florence_jax.models.anchors import level_shapes
 from florence_jax.models.base import Params
 from florence_jax.models.detector import detector_flops
 from florence_jax.params.layer_decay import layer_decay_rules
 from florence_jax.params.rules import Policy, frozen_paths, lr_multipliers
 from florence_jax.params.weights import make_description
+from florence_jax.tasks.attributes import HEAD, Attributes, attributes_of_folder, attributes_of_source
 from florence_jax.tasks.base import Suite, Task, make_identity, make_plan, model_identity
 from florence_jax.tasks.class_sampler import ClassSampler
 from florence_jax.tasks.detection_sizes import bucket_sizes, scaled_sizes
@@ -122,10 +124,15 @@ class DetectionSuite(Suite):
             own["category_ids"] = list(getattr(self.train_source, "category_ids", ()))
         return make_description(
             self.name,
-            {"towers": self.detector.encoder.towers_part(), DETECTOR: own},
+            {"towers": self.detector.encoder.towers_part(), DETECTOR: own, **self.more_parts},
             tokenizer=self.detector.encoder.tokenizer_spec,
             source={"init": self.config.init, "data": self.config.data.train},
         )
+
+    @property
+    def more_parts(self) -> dict[str, Any]:
+        """Parts of `model.json` beside the towers and the detector."""
+        return {}
 
     @property
     def sources(self) -> Sequence[Source]:
@@ -133,12 +140,41 @@ class DetectionSuite(Suite):
         return () if self.train_source is None else (self.train_source,)
 
     def load(self, mesh: Mesh) -> Params:
-        """The trained detector of `config.init`."""
-        return self.detector.load_on(mesh, self.config.mesh.sharding_rules)
+        """The trained detector of `config.init`, with its head for attributes."""
+        rules = self.config.mesh.sharding_rules
+        params = self.detector.load_on(mesh, rules)
+        return params if self.attributes is None else params | self.attributes.load_on(mesh, rules)
+
+    @functools.cached_property
+    def attributes(self) -> Attributes | None:
+        """The folder's head for attributes, if it has one."""
+        return attributes_of_folder(self.detector)
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
-        """COCO's numbers on each of the test sets."""
-        return self.scored(mesh)
+        """COCO's numbers on each of the test sets, and how well attributes are told."""
+        return [*self.scored(mesh), *self.described(mesh)]
+
+    def described(self, mesh: Mesh) -> list[Evaluator]:
+        """How well attributes are told, on each of the test sets that has them."""
+        if (head := self.attributes) is None:
+            return []
+        batch, on_corrupt = self.config.eval.batch_size, self.config.data.on_corrupt
+        return [
+            AttributeAccuracy(
+                source,
+                self.eval_ops,
+                make_buckets([source], self.sizes),
+                head.judge,
+                mesh,
+                batch,
+                self.detector.classes,
+                head.names,
+                f"{name}_attributes",
+                on_corrupt,
+            )  # fmt: skip
+            for name, source in self.test_sources.items()
+            if getattr(source, "attribute_names", ())
+        ]
 
     def scored(self, mesh: Mesh) -> list[CocoEvaluator]:
         """COCO's numbers on each of the test sets."""
@@ -234,10 +270,29 @@ class Detect(DetectionSuite, Task):
             "detector.most_boxes",
             "detector.crowd",
             "detector.unknown",
+            "detector.attributes",
         )
         return {**super().identity, **options, "detector.scales": list(self.config.detector.scales)}
 
+    @property
+    def more_parts(self) -> dict[str, Any]:
+        """See `DetectionSuite`."""
+        return {} if self.attributes is None else {HEAD: self.attributes.describe()}
+
     # -- model ------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def attributes(self) -> Attributes | None:
+        """The head for attributes that is trained, if any is."""
+        if self.config.detector.attributes:
+            return attributes_of_source(self.train_source, self.detector)
+        if HEAD in self.detector.encoder.description.parts:
+            logging.warning(
+                "the head for attributes of %s is left out: config.detector.attributes=True trains it, on data with "
+                "attributes",
+                self.config.init,
+            )
+        return None
 
     @functools.cached_property
     def policy(self) -> Policy:
@@ -263,11 +318,15 @@ class Detect(DetectionSuite, Task):
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters."""
-        return self.detector.init(key)
+        params = self.detector.init(key)
+        return params if self.attributes is None else params | self.attributes.init(jax.random.fold_in(key, 0))
 
     def start(self, params: Params) -> Params:
-        """The folder's towers, and its detector where it holds one."""
-        return self.detector.load(params)
+        """The folder's towers, and its detector and head for attributes where it holds one."""
+        if self.attributes is None:
+            return self.detector.load(params)
+        rest = {name: leaf for name, leaf in params.items() if name != HEAD}
+        return self.detector.load(rest) | self.attributes.load(params)
 
     def loss(
         self, params: Params, batch: dict[str, jax.Array], key: jax.Array
@@ -276,7 +335,12 @@ class Detect(DetectionSuite, Task):
         batch, drawn = self.class_sampler.draw(jax.random.fold_in(key, 0), batch)  # the key itself draws paths
         outputs = self.detector.outputs(params, batch, self.trains_tower, key)
         levels = tuple(height * width for height, width in level_shapes(*batch["image"].shape[1:3]))
-        loss, metrics = detection_loss(outputs, batch, levels)
+        anchors, inside = outputs["detector/anchors"], outputs["detector/inside"]
+        assigned = assign_atss(anchors, levels, batch["boxes"], batch["objects"], inside)
+        loss, metrics = detection_loss(outputs, batch, levels, assigned)
+        if self.attributes is not None:
+            more, described = self.attributes.loss(params, outputs, batch, assigned[0])
+            loss, metrics = loss + more, metrics | described
         return loss, metrics | drawn | {"boxes_cut": batch["boxes_cut"].sum().astype(jnp.float32)}
 
     # -- data -------------------------------------------------------------------------------------------------------
@@ -306,6 +370,8 @@ class Detect(DetectionSuite, Task):
         }
         if self.judges:
             common["judged"] = of((rows, len(self.detector.classes)), jnp.bool_)
+        if self.attributes is not None:
+            common |= self.attributes.batch(rows, most)
         sizes = [size for group in self._groups for size in group]
         return tuple({"image": of((rows, *size, 3), jnp.uint8), **common} for size in sizes)
 
@@ -316,7 +382,7 @@ class Detect(DetectionSuite, Task):
         except UserError as error:
             logging.warning("what is trained is not scored: %s; then --config.mode=eval", error)
             return []
-        return [*self._beside_start(self.scored(mesh)), *self.watched(mesh)]
+        return [*self._beside_start(self.scored(mesh)), *self.described(mesh), *self.watched(mesh)]
 
     def _beside_start(self, evaluators: Sequence[CocoEvaluator]) -> Sequence[Evaluator]:
         """With what the folder's detector scored before, where it knows classes of the run by name."""
@@ -351,6 +417,7 @@ class Detect(DetectionSuite, Task):
         given = self.config.detector
         pad = f"pad_boxes({given.most_boxes}, crowd={given.crowd}, judged={self.judges})"
         fields = ["image", "valid", "boxes", "class_ids", "objects", "ignore", "boxes_cut", *["judged"] * self.judges]
+        fields += [] if self.attributes is None else self.attributes.batch(0, 0)
         ops = f"{self.config.data.train_ops}|{pad}|keep({', '.join(fields)})"
         context = {"class_sets": class_sets_of(self.train_source)} if self.judges else {}
         buckets = [bucket for group in self._groups for bucket in make_buckets(sources, group)]
