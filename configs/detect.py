@@ -110,7 +110,7 @@ def _detector(config: ConfigDict, res: int) -> None:
         "scales": (1.0,),  # multi-scale training: every picture at each of these shares of its bucket
         "most_boxes": 100,  # of a picture in training; what is more is counted, and ignored
         "crowd": "ignore",  # what crowds and groups are in training: ignore | background (as the references have it)
-        "unknown": "ignore",  # classes that nobody looked for in a picture: ignore | background (what has no box)
+        "unknown": "ignore",  # what nobody looked for in a picture: ignore | background (what has no box)
         "sampled_classes": 512,  # of more classes a step takes its batch's own and others, drawn by frequency^(1/2)
         "attributes": False,  # also learns the attributes of objects, where the set has them: vg:FOLDER
         "tower_lr": 1.0,  # learning rate of the image tower over the detector's; 0: frozen

@@ -264,6 +264,28 @@ def test_what_nobody_judged_has_no_gradient():
     assert metrics["class_loss"] < all_metrics["class_loss"]
 
 
+def test_apart_from_all_boxes_of_a_picture_with_some_nothing_is_background():
+    outputs, batch, sizes = example()
+    learnt, others = split(outputs)
+    gradient_of = loss_and_gradients(sizes)
+    partly = np.arange(len(batch["boxes"])) % 2 == 0
+    (_, metrics), gradients = jax.device_get(gradient_of(learnt, others, batch | {"partly_boxed": partly}))
+    (_, all_metrics), all_gradients = jax.device_get(gradient_of(learnt, others, batch))
+    matched = assign(others["detector/anchors"], sizes, batch["boxes"], batch["objects"], others["detector/inside"])[0]
+    x, y = (np.asarray(others["detector/anchors"])[:, axis::2].mean(1) for axis in (0, 1))
+    near = np.zeros(matched.shape, bool)
+    for row in range(len(near)):
+        for (x1, y1, x2, y2), known in zip(batch["boxes"][row].tolist(), batch["objects"][row], strict=True):
+            across, down = abs(x - (x1 + x2) / 2) < x2 - x1, abs(y - (y1 + y2) / 2) < y2 - y1
+            near[row] |= across & down & known
+    kept = (near | (matched >= 0) | ~partly[:, None])[..., None]
+    everywhere = all_gradients["detector/logits"]
+    assert (everywhere[partly] != 0)[~kept[partly][..., 0]].any() and (near & (matched < 0))[partly].any()
+    np.testing.assert_array_equal(gradients["detector/logits"], np.where(kept, everywhere, 0))
+    for name in ("positives", "objects_without_anchor", "box_loss", "centerness_loss"):
+        assert metrics[name] == all_metrics[name]
+
+
 def test_without_boxes_all_is_background():
     outputs, batch, sizes = example()
     empty = batch | {"objects": np.zeros_like(batch["objects"]), "ignore": np.zeros_like(batch["ignore"])}

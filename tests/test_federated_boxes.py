@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from florence_jax.data.box_classes import (
 )
 from florence_jax.data.buckets import make_buckets
 from florence_jax.data.ops.parse import parse_ops
+from florence_jax.data.sources.agnostic import AgnosticBoxes
 from florence_jax.data.sources.boxes import pictures_by_class
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.detection import open_boxes
@@ -253,6 +255,21 @@ def test_joined_sets(world):
         open_boxes(f"coco:{world['coco']}*2|{world['vg']}")
 
 
+def test_of_one_class_records_say_where_objects_may_lack_a_box(world):
+    lists = {"exhaustive": False, "negative_ids": np.array([1]), "not_exhaustive_ids": np.array([], int)}
+    records = [{"exhaustive": True}, lists | {"class_ids": [0]}, lists | {"class_ids": []}]
+    sets = np.array([[True, True], [False, False]])
+    source = SimpleNamespace(name="made", class_names=("a", "b"), class_sets=sets, metadata=lambda: iter(records))
+    records = [{"boxes": [], "set_index": k, **record} for k, record in zip((0, 1, 1), records, strict=True)]
+    agnostic = AgnosticBoxes(source)
+    assert [bool(record["partly_boxed"]) for record in agnostic.metadata()] == [False, False, True]
+    merged = AgnosticBoxes(open_boxes(f"coco:{world['coco']}|{world['vg']}"))
+    assert [bool(record["partly_boxed"]) for record in merged.metadata()] == [False] * 3 + [True] * 2  # coco knows all
+    assert merged[0].keys() == merged.sample(1)[0].keys() | {"image"} and "judged" not in merged[0]
+    whole = AgnosticBoxes(open_boxes(f"coco:{world['coco']}"))
+    assert not whole.partly_boxed and "partly_boxed" not in whole[0]
+
+
 def test_names_of_pictures():
     assert picture_uid("train2017/000000000139.jpg", 1, 2) == "coco:000000000139"
     assert picture_uid("COCO_val2014_000000000139.jpg", 1, 2) == "coco:000000000139"
@@ -349,6 +366,15 @@ def test_the_task_trains_on_joined_sets(tmp_path):
     announced = {name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == announced
     assert batch["judged"].shape == (8, 7) and set(batch["judged"].sum(1).tolist()) == {2, 4}
+    config.detector.agnostic = True
+    agnostic = create_task(config)
+    with open_stream(config, agnostic, agnostic.train_data()) as stream:
+        batch = next(stream)
+    (shapes,) = agnostic.batches
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {k: (x.shape, x.dtype) for k, x in shapes.items()}
+    assert batch["partly_boxed"].all() and "judged" not in batch  # no set of them looked for all seven classes
+    agnostic.config.detector.unknown = "background"
+    assert "partly_boxed" not in agnostic.batches[0]
     task.config.detector.unknown = "background"
     assert "judged" not in task.batches[0] and not task.train_data().context
     task.config.detector.unknown = "x"

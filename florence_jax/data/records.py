@@ -125,6 +125,7 @@ class Subset:
         self.class_names: Sequence[str] = tuple(getattr(source, "class_names", ()))
         self.category_ids: Sequence[Any] = tuple(getattr(source, "category_ids", ()))
         self.class_sets: np.ndarray | None = getattr(source, "class_sets", None)
+        self.partly_boxed: bool = getattr(source, "partly_boxed", False)
         self.attribute_names: Sequence[str] = tuple(getattr(source, "attribute_names", ()))
         self.summary = summary_of(source)
 

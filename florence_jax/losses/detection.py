@@ -8,7 +8,8 @@ With B pictures of N anchors on all levels, of which the first `level_sizes[0]` 
 room for M boxes a picture, memory grows with B * (N + M), not with N * M.
 
 Unknown is not absent: where several sets are trained on together, nobody looked for the classes of the others, and an
-anchor is background for those classes only that people judged in its picture.
+anchor is background for those classes only that people judged in its picture. A class-agnostic detector has one class,
+of which an object without a box may be anywhere in such a picture: there only what lies around a box is background.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ NEAREST = 9  # candidates of a box on each level
 INSIDE = 0.01  # pixels that an anchor's centre lies within a box that it answers for
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2
 BOX_WEIGHT = 2.0
+KNOWN_AROUND = 2.0  # times the sides of a box: what is known around it, where other objects have none
 LEAST_WEIGHT = 1e-6  # of the boxes of a batch
 DISTANCES_AT_ONCE = 2**18  # in memory, for each picture
 
@@ -63,7 +65,9 @@ def loss_sums(
       batch: "boxes" float (B, M, 4), "class_ids" int (B, M), "objects" and "ignore" bool (B, M), both False for
         padding; perhaps "judged" bool (B, K): the classes that people looked for in the picture, everywhere; without
         it all of them. Perhaps "drawn" int (S,), different classes: the logits, (B, N, S), are of these, and the others
-        cost nothing, see `class_sampling`; "judged" is of all K.
+        cost nothing, see `class_sampling`; "judged" is of all K. Perhaps "partly_boxed" bool (B,): pictures in which
+        objects have no box. There an anchor that answers for none is background only where its centre lies in an
+        object's box, made `KNOWN_AROUND` times as wide and high; elsewhere it costs nothing.
       level_sizes: anchors of each level; their sum is N.
       assigned: what `assign_atss` gives, where it is known already.
 
@@ -82,6 +86,8 @@ def loss_sums(
     weights = jnp.where(positive, centred, 0)
     classes = jnp.where(positive, jnp.take_along_axis(batch["class_ids"], chosen, axis=1), -1)
     counted = inside & (positive | ~_covered(centres, boxes, batch["ignore"]))
+    if (partly := batch.get("partly_boxed")) is not None:
+        counted &= positive | ~partly[:, None] | _covered(centres, _widened(boxes, KNOWN_AROUND), batch["objects"])
     judged, drawn = batch.get("judged"), batch.get("drawn")
     if judged is not None and drawn is not None:
         judged = judged[:, drawn]
@@ -244,6 +250,12 @@ def _covered(points: jax.Array, boxes: jax.Array, which: jax.Array) -> jax.Array
 
     none = jnp.zeros((len(boxes), len(points)), bool)
     return jax.lax.scan(one_more, none, (boxes.swapaxes(0, 1), which.T))[0]
+
+
+def _widened(boxes: jax.Array, times: float) -> jax.Array:
+    """Boxes (..., 4) around the same centres, so many times as wide and high."""
+    centres, halves = _centres(boxes), (boxes[..., 2:] - boxes[..., :2]) * (times / 2)
+    return jnp.concatenate([centres - halves, centres + halves], -1)
 
 
 def _centres(boxes: jax.Array) -> jax.Array:

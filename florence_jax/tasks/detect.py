@@ -348,10 +348,20 @@ class Detect(DetectionSuite, Task):
     @property
     def judges(self) -> bool:
         """Whether batches say of which classes people looked for in each picture, and the loss covers only those."""
+        return self._ignores and self.train_source is not None and not is_exhaustive(self.train_source)
+
+    @property
+    def partly_boxed(self) -> bool:
+        """Whether batches of a class-agnostic detector say in which pictures objects have no box."""
+        return self._ignores and getattr(self.train_source, "partly_boxed", False)
+
+    @property
+    def _ignores(self) -> bool:
+        """Whether what nobody looked for is unknown, and no background."""
         unknown = self.config.detector.unknown
         if unknown not in UNKNOWN:
             raise UserError(f"config.detector.unknown={unknown!r}: choose one of {', '.join(UNKNOWN)}")
-        return self.train_source is not None and unknown == "ignore" and not is_exhaustive(self.train_source)
+        return unknown == "ignore"
 
     @property
     def batches(self) -> tuple[Mapping[str, jax.ShapeDtypeStruct], ...]:
@@ -370,6 +380,8 @@ class Detect(DetectionSuite, Task):
         }
         if self.judges:
             common["judged"] = of((rows, len(self.detector.classes)), jnp.bool_)
+        if self.partly_boxed:
+            common["partly_boxed"] = of((rows,), jnp.bool_)
         if self.attributes is not None:
             common |= self.attributes.batch(rows, most)
         sizes = [size for group in self._groups for size in group]
@@ -417,6 +429,7 @@ class Detect(DetectionSuite, Task):
         given = self.config.detector
         pad = f"pad_boxes({given.most_boxes}, crowd={given.crowd}, judged={self.judges})"
         fields = ["image", "valid", "boxes", "class_ids", "objects", "ignore", "boxes_cut", *["judged"] * self.judges]
+        fields += ["partly_boxed"] * self.partly_boxed
         fields += [] if self.attributes is None else self.attributes.batch(0, 0)
         ops = f"{self.config.data.train_ops}|{pad}|keep({', '.join(fields)})"
         context = {"class_sets": class_sets_of(self.train_source)} if self.judges else {}
