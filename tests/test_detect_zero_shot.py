@@ -19,6 +19,7 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.zero_shot_detection import CHANCES, ZeroShotDetection, class_inputs, name_problems
 from florence_jax.inference import Florence
 from florence_jax.inference.detector import check_names
+from florence_jax.models.florence import embed_maps
 from florence_jax.params.sharding import make_mesh, params_like, place
 from florence_jax.params.weights import make_description, save_pretrained
 from florence_jax.predict import main as predict
@@ -229,6 +230,28 @@ def test_the_towers_that_classify_are_the_detectors():
     assert 0 < same.count(False) < 8 and "detector" not in params["towers"]
     for leaf in jax.tree.leaves(params["towers"]):
         np.testing.assert_allclose(leaf, 0.5, rtol=1e-5)
+
+
+def test_regions_of_the_map_that_the_detector_has_seen():
+    """Of a map that is one thing on the left and another on the right; seen at half the size of the picture."""
+    zero_shot = object.__new__(ZeroShotDetector)
+    zero_shot.options = ZeroShotOptions(region="roi", margin=0.0)
+    zero_shot.detector = SimpleNamespace(options=SimpleNamespace(scales=(0.5,)))
+    encoder = Encoder("", variant="ti", overrides={"image_width": 8, "text_width": 16, "text_layers": 1})
+    zero_shot.encoder, channels = encoder, encoder.model.config.image_width * 8
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), shapes)
+    left, right = rng.normal(size=(2, channels)).astype(np.float32)
+    maps = np.where((np.arange(6) < 3)[None, None, :, None], left, right) * np.ones((1, 4, 1, 1), np.float32)
+    outputs = {"image/stage3": maps, "image/valid3": np.array([[4, 6]], np.int32)}
+    boxes = np.array([[[0, 0, 130, 200], [10, 60, 120, 90], [260, 30, 380, 250], [60, 10, 320, 250]]], np.float32)
+    found = np.asarray(jax.jit(lambda params: zero_shot._embed(params, {}, boxes, outputs))(params))[0]
+    np.testing.assert_allclose(np.linalg.norm(found, axis=-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)  # 64 pixels of the picture are a cell
+    own = jax.jit(lambda x: embed_maps(encoder.model.config, params, x))
+    np.testing.assert_allclose(found[[0, 2]], own(np.stack([left, right])[:, None, None]), atol=1e-5)
+    assert found[0] @ found[2] < 0.9 and found[0] @ found[3] > found[0] @ found[2]
 
 
 class Texts:

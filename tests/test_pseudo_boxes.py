@@ -27,7 +27,7 @@ def finder(names=("cat", "dog"), ids=(7, 3)):
             frame = upright_frame(source, index)
             yield PictureBoxes(index, source[index]["key"], frame, FOUND, SCORES, LABELS)
 
-    return SimpleNamespace(names=names, boxes=boxes, category_ids=ids)
+    return SimpleNamespace(names=names, boxes=boxes, category_ids=ids, attributes=None)
 
 
 def results_of(spec, **kind):
