@@ -69,6 +69,18 @@ def test_own_questions_as_a_table(tmp_path):
     assert row["answers"] == ["dog", "cat"] and row["question_id"] == "x"
 
 
+def test_pictures_that_are_there_twice_are_one(tmp_path):
+    pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / "c.png").write_bytes((tmp_path / "a.png").read_bytes())
+    lines(tmp_path / "questions.jsonl", *({"image": f"{name}.png", "question": "Q?", "answer": "x"} for name in "abc"))
+    source = open_source(str(tmp_path))
+    assert list(source.image_ids) == ["a.png", "b.png", "a.png"] and source[2]["image"] == source[0]["image"]
+    assert (
+        "bytes of another one: 1 (taken for one, also where pictures are held out), the first: c.png is a.png"
+        in (source.summary["says"])
+    )
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

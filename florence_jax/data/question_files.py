@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ def read_own_questions(path: str) -> QuestionTable:
         if fields.get("answer_type"):
             kinds["answer_type"] = str(fields["answer_type"])
         file = os.path.normpath(image.strip())
-        table.add((file,), file, question, number, answers, **kinds)
+        table.add((file,), file, question, number, answers, kinds)
     if not table.questions:
         raise UserError(f"{path} has no questions{table.said()}")
     table.check_ids(path)
@@ -112,7 +113,7 @@ def read_vqa(questions: str, annotations: str, pictures: PictureFiles) -> Questi
             table.wrong("no_picture", item["image_id"])
             continue
         answers, fields = annotation or _Annotation((), {})
-        table.add((file,), item["image_id"], str(item["question"]), item["question_id"], answers, **fields)
+        table.add((file,), item["image_id"], str(item["question"]), item["question_id"], answers, fields)
     if known and not listed:
         raise UserError(
             f"none of the {total:,} questions of {questions} has an annotation in {annotations}, whose first is of "
@@ -127,13 +128,15 @@ def read_vqa(questions: str, annotations: str, pictures: PictureFiles) -> Questi
 
 
 def _read_annotations(path: str) -> dict[str, _Annotation]:
-    known = {}
+    known, shared = {}, {}
     for item in _items(path, "annotations", ("question_id", "answers")):
-        fields = {name: item[name] for name in ("question_type", "answer_type") if item.get(name)}
+        fields = {name: sys.intern(str(item[name])) for name in ("question_type", "answer_type") if item.get(name)}
         if item.get("multiple_choice_answer"):
-            fields["answer"] = str(item["multiple_choice_answer"])
+            fields["answer"] = sys.intern(str(item["multiple_choice_answer"]))
         where = f"{path}, question {item['question_id']}"
-        known[str(item["question_id"])] = _Annotation(tuple(answer_texts(item["answers"], where)), fields)
+        answers = tuple(map(sys.intern, answer_texts(item["answers"], where)))
+        fields = shared.setdefault(tuple(fields.items()), fields)
+        known[str(item["question_id"])] = _Annotation(answers, fields)
     return known
 
 
@@ -190,7 +193,7 @@ def read_json_questions(path: str, pictures: PictureFiles, fields: Mapping[str, 
         if file := pictures.named(found["image"]) or pictures.numbered(found["image"]):
             kinds = {"question_type": str(found["type"])} if found.get("type") else {}
             answers = answer_texts(found.get("answer"), where)
-            table.add((file,), found["image"], str(found["question"]), number, answers, **kinds)
+            table.add((file,), found["image"], str(found["question"]), number, answers, kinds)
         else:
             table.wrong("no_picture", found["image"])
     table.check_ids(path)
@@ -217,11 +220,12 @@ def read_nlvr2(path: str, pictures: PictureFiles) -> QuestionTable:
         if not all(files):
             table.wrong("no_picture", pair)
             continue
-        more: dict[str, Any] = {"class_id": NLVR2_CLASSES.index(label)} if label else {}
+        more: dict[str, Any] = {"question_type": "nlvr2"}
+        more |= {"class_id": NLVR2_CLASSES.index(label)} if label else {}
         parts = identifier.split("-")  # split, set, pair, sentence: those of one sentence are judged together
         more["sentence_id"] = "-".join((*parts[:2], *parts[3:]))
         sentence = str(fields["sentence"])
-        table.add(files, pair, sentence, identifier, [label] * bool(label), question_type="nlvr2", **more)
+        table.add(files, pair, sentence, identifier, [label] * bool(label), more)
     table.check_ids(path)
     return table
 
@@ -242,10 +246,11 @@ def read_snli_ve(path: str, pictures: PictureFiles) -> QuestionTable:
         if label == "-":
             table.wrong("no_label", number)
         elif file := pictures.named(image):
-            more: dict[str, Any] = {"premise": fields["sentence1"]} if fields.get("sentence1") else {}
+            more: dict[str, Any] = {"question_type": "snli_ve"}
+            more |= {"premise": fields["sentence1"]} if fields.get("sentence1") else {}
             more |= {"class_id": SNLI_VE_CLASSES.index(label)} if label else {}
             answers = [label] * bool(label)
-            table.add((file,), str(image), str(fields["sentence2"]), number, answers, question_type="snli_ve", **more)
+            table.add((file,), str(image), str(fields["sentence2"]), number, answers, more)
         else:
             table.wrong("no_picture", image)
     table.check_ids(path)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from florence_jax.data.records import BaseSource, Record, evenly, picture_bytes
 from florence_jax.data.sources.picture_files import list_pictures, quoted, shown
 from florence_jax.errors import UserError
 
+MOST_COMPARED = 20_000  # pictures of one's own that are compared with each other
 OWN_QUESTIONS = ("questions.jsonl", "questions.csv", "questions.tsv")
 
 
@@ -85,6 +87,7 @@ def open_own_questions(spec: str) -> QuestionSource:
             )
     folder, table = os.path.dirname(path) or ".", read_own_questions(path)
     leave_out_missing(table, folder)
+    join_same_pictures(table, folder)
     return finish_questions(spec, table, folder, os.path.basename(path))
 
 
@@ -212,6 +215,27 @@ def leave_out_missing(table: QuestionTable, folder: str) -> None:
     for row in np.flatnonzero(~keep).tolist():
         table.wrong("no_picture", next(file for file in table.files[row] if file in missing))
     table.kept(keep)
+
+
+def join_same_pictures(table: QuestionTable, folder: str) -> None:
+    """Gives pictures that are the same file twice one image_id; of at most `MOST_COMPARED`, none in a bucket.
+
+    Only files of equal sizes are read.
+    """
+    files = list(dict.fromkeys(file for files in table.files for file in files))
+    if "://" in folder or len(files) > MOST_COMPARED:
+        return
+    sizes: dict[int, list[str]] = {}
+    for file in files:
+        sizes.setdefault(os.path.getsize(os.path.join(folder, file)), []).append(file)
+    first: dict[bytes, str] = {}
+    same = {}
+    for file in (file for alike in sizes.values() if len(alike) > 1 for file in alike):
+        digest = blake2b(picture_bytes(os.path.join(folder, file)), digest_size=16).digest()
+        if first.setdefault(digest, file) != file:
+            same[file] = first[digest]
+            table.wrong("same_picture", f"{file} is {first[digest]}")
+    table.image_ids = [same.get(image, image) for image in table.image_ids]
 
 
 # How a set is opened whose name begins with 'KIND:'.
