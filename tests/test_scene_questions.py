@@ -15,7 +15,7 @@ from florence_jax.data.sources.scene_questions import SCENE_QUESTIONS
 from florence_jax.data.sources.scenes import SCENE_NAMES
 from florence_jax.errors import UserError
 
-COUNT = 1500
+COUNT = 900
 TYPES = tuple(SCENE_QUESTIONS)
 
 
@@ -41,7 +41,7 @@ def accuracy_of_prior(train, test):
 
 
 def test_a_question_alone_says_little(rows):
-    test = list(open_source("scene_questions:held_out:600").metadata())
+    test = list(open_source("scene_questions:held_out:300").metadata())
     prior = accuracy_of_prior(rows, test)
     most = {"what": 0.12, "how many": 0.28, "which": 0.56, "is there": 0.58, "is it": 0.56, "what colour": 0.34}
     assert prior.keys() == most.keys() and all(prior[kind] < most[kind] for kind in most), prior
@@ -55,13 +55,13 @@ def test_answers_are_even(rows):
         assert abs(by_type[kind]["yes"] / COUNT - 0.5) < 0.05
     for kind, answers in (("what colour", COLOUR_NAMES), ("what", SCENE_NAMES), ("which", SCENE_NAMES)):
         shares = np.array([by_type[kind][answer] for answer in answers]) / COUNT
-        assert abs(shares * len(answers) - 1).max() < 0.4 and np.isclose(shares.sum(), 1)
+        assert abs(shares * len(answers) - 1).max() < 0.5 and np.isclose(shares.sum(), 1)
     counts = answers_by_text(rows)["How many things are there?"]
     assert sorted(counts) == [*"23456"] and max(counts.values()) < 0.28 * sum(counts.values())
 
 
 def test_answers_are_true(rows):
-    for row in rows[:1200]:
+    for row in rows[:900]:
         content = compose("train", row["image_id"])
         names = collections.defaultdict(list)
         for thing in content.things:
@@ -125,21 +125,21 @@ def holds(one, side, other):
 
 def test_new_pairs_are_seen_nowhere_else():
     for split in CONTENT_SPLITS:
-        scenes = [compose(split, index) for index in range(300)]
+        scenes = [compose(split, index) for index in range(150)]
         pairs = [
             [is_new_pair(thing.name, thing.colour) for thing in scene.things if thing.colour != OWN_COLOURS]
             for scene in scenes
         ]
         assert all(found[0] and not any(found[1:]) if split == "new_pairs" else not any(found) for found in pairs)
     for split, new in (("train", False), ("new_pairs", True)):
-        for row in open_source(f"scene_questions:{split}:200").metadata():
+        for row in open_source(f"scene_questions:{split}:100").metadata():
             colour, _, name = row["question"].removeprefix("Is there a ").rstrip("?").partition(" ")
             if row["question_type"] == "is there" and colour in COLOUR_NAMES:
                 assert is_new_pair(SCENE_NAMES.index(name), COLOUR_NAMES.index(colour)) == new
 
 
 def test_captions_are_true():
-    for row in open_source("scene_captions:train:300").metadata():
+    for row in open_source("scene_captions:train:150").metadata():
         content = compose("train", row["image_id"])
         assert len(set(row["captions"])) == 3 and row["caption"] == row["captions"][0]
         for caption in row["captions"]:

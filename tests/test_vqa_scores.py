@@ -217,7 +217,10 @@ class Pictures(BaseSource):
 
     def __getitem__(self, index):
         answer = ["yes", "no"][index]
-        questions = [{"question": "Is it?", "question_id": 3 * index + k, "answers": [answer]} for k in range(3)]
+        questions = [
+            {"question": "Is it?", "question_id": 3 * index + k, "answers": [answer], "sentence_id": str(k)}
+            for k in range(3)
+        ]
         return {"key": str(index), "questions": questions, "image": (self.folder / f"{index}.png").read_bytes()}
 
 
@@ -227,7 +230,9 @@ def test_questions_of_a_picture_share_it(folder):
 
     judge = evaluator(Pictures(folder), [Pictures(folder)], answer_all)  # room for four questions
     found = judge.run(jnp.float32(3))
-    assert found["questions"] == 6 and found["accuracy"] == 1 and judge.chance["accuracy"] == 0.5
+    assert (
+        found["questions"] == 6 and found["accuracy"] == found["consistency"] == 1 and judge.chance["accuracy"] == 0.5
+    )
     given = [(row["question_id"], row["answer"]) for row in json.loads(judge.files()["answers_test.json"])]
     assert given == [(n, "yes" if n < 3 else "no") for n in range(6)]
     assert "".join(judge.report()).count("<figure") == 6

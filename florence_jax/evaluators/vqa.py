@@ -28,7 +28,10 @@ from florence_jax.evaluators.vqa_scores import (
 )
 
 ASKED = "asked"  # the host field with what is asked
-ASKED_FIELDS = (*("key", "question", "question_id", "answers", "answer", "answer_type", "question_type", "image_id"),)
+ASKED_FIELDS = (
+    *("key", "image_id", "question", "question_id", "question_type"),
+    *("answers", "answer", "answer_type", "sentence_id"),
+)
 QUESTIONS = "questions"  # of a record of one picture with several: a list of theirs
 PRIOR_QUESTIONS = 50_000  # of a training set, at most, that the prior is counted on
 TYPES_IN_RESULTS = 20  # a result for each type of question of at most so many
@@ -58,10 +61,9 @@ class VqaEvaluator(Evaluator):
 
     Results: 'accuracy', and its 'accuracy_stderr' (questions of one image count together); 'accuracy_answerable' of
     those questions of which an answer is in the vocabulary (which METER's own validation gives), 'answerable', their
-    share;
-    'answer_type/...', 'question_type/...' (of at most 20 types); for NLVR2 'consistency', the share of the sentences
-    that are judged rightly of each of their pairs of pictures; 'questions', and where some have no true answer
-    'unlabelled' ones; 'skipped' ones if any. Of a test set without answers only the counts.
+    share; 'answer_type/...', 'question_type/...' (of at most 20 types); for NLVR2 'consistency', the share of the
+    sentences that are judged rightly of each of their pairs of pictures; 'questions', and where some have no true
+    answer 'unlabelled' ones; 'skipped' ones if any. Of a test set without answers only the counts.
 
     Args:
       source: questions; or pictures with up to K "questions" each, which share the encoding of their picture.
