@@ -103,6 +103,14 @@ def test_tables_of_addresses(folder, text):
     assert "captions" not in source[0]
 
 
+def test_flickr(folder):
+    path = write(folder / "results.token", "a.png#0\tA man in a hat .\na.png#1\tA hat .\nb.png#0\tA dog .\n")
+    assert captions_of(f"captions:{path}:{folder}/images")[0] == {
+        "a.png": ["A man in a hat .", "A hat ."],
+        "b.png": ["A dog ."],
+    }
+
+
 def test_sbu(folder):
     path = write(
         folder / "sbu.json", {"image_urls": ["http://f.com/b.png", DOG], "captions": ["b", "d"], "user_ids": [1]}
