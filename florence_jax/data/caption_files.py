@@ -241,8 +241,8 @@ def _tab_rows(path: str, mistakes: Mistakes) -> Iterator[CaptionRow]:
                 if len(cells) < 2:
                     mistakes.add("no_file", f"line {number}")
                     continue
-                file = re.sub(r"#\d+$", "", cells[at])  # Flickr30k numbers the captions of a picture
-                yield from _rows(file, cells[1 - at], None, f"line {number}", mistakes)
+                name = re.sub(r"#\d+$", "", cells[at])  # Flickr30k numbers the captions of a picture
+                yield from _rows(name, cells[1 - at], None, f"line {number}", mistakes)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason}): {AS_UTF8}") from error
 
