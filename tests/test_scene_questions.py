@@ -14,6 +14,8 @@ from florence_jax.data.sources.scene_content import COLOUR_NAMES, CONTENT_SPLITS
 from florence_jax.data.sources.scene_questions import SCENE_QUESTIONS
 from florence_jax.data.sources.scenes import SCENE_NAMES
 from florence_jax.errors import UserError
+from florence_jax.pictures import upright_rgb
+from florence_jax.tools import build_questions
 
 COUNT = 900
 TYPES = tuple(SCENE_QUESTIONS)
@@ -196,3 +198,18 @@ def test_ops_take_them():
 def test_other_names(name):
     with pytest.raises(UserError, match="write scene_|pixels"):
         open_source(name if ":" in name else f"{name}:")
+
+
+def test_questions_are_written_as_ones_own(tmp_path, capsys):
+    options = [f"--out={tmp_path / 'out'}", "--train=4", "--held_out=1", "--new_style=0", "--new_pairs=0"]
+    options += ["--each=2", "--side=32", "--backgrounds=noise"]
+    assert build_questions.main(options) == 0 and "4 pictures, 2 questions each" in capsys.readouterr().out
+    source, made = open_source(str(tmp_path / "out/train")), open_source("scene_questions:train:4:32:noise")
+    numbers = [0, 1, 8, 9, 16, 17, 18, 19]
+    names = ("question", "question_id", "question_type", "answers", "answer_type")
+    assert [{name: row[name] for name in names} for row in source.metadata()] == [
+        {name: made.described(number)[name] for name in names} for number in numbers
+    ]
+    assert np.array_equal(np.asarray(upright_rgb(source[2]["image"])), made[8]["image"])
+    assert build_questions.main(options) == 0 and build_questions.main([*options, "--train=5"]) == 2
+    assert build_questions.main([*options, "--each=7"]) == 2

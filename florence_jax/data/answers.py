@@ -16,7 +16,7 @@ from florence_jax.files import read_bytes, write_text
 
 ANSWERS_FILE = "answers.txt"  # the vocabulary, in the folder of a run and beside its weights
 MOST_LABELS = 10  # of an example: more answers than that have the rarest left out
-SOFT_SCORES = np.array([0.0, 0.3, 0.6, 0.9, 1.0], np.float32)  # by how many people gave the answer; 4 or more: 1
+SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)  # by how many people gave the answer; 4 or more: 1
 MATCHES = ("raw", "normalised")
 
 # -- the normal form --------------------------------------------------------------------------------------------------
@@ -86,6 +86,22 @@ def question_type(question: str) -> str:
     return " ".join(question.lower().split()[:2]).rstrip("?")
 
 
+def soft_answers(answers: Sequence[str], match: str = "normalised") -> dict[str, float]:
+    """What people answered, the commonest first, and how right each is: `SOFT_SCORES`; of one person alone 1.
+
+    Answers of which nothing is left are left out.
+
+    Args:
+      answers: of n people.
+      match: 'normalised', or 'raw': as they are written, as in METER.
+    """
+    given = map(normalise_answer, answers) if match == "normalised" else answers
+    counts = collections.Counter(filter(None, given)).most_common()
+    if len(answers) == 1:
+        return {answer: 1.0 for answer, _ in counts}
+    return {answer: SOFT_SCORES[min(count, len(SOFT_SCORES) - 1)] for answer, count in counts}
+
+
 # -- the vocabulary ---------------------------------------------------------------------------------------------------
 
 
@@ -127,19 +143,16 @@ class AnswerVocabulary:
 
         Args:
           answers: of n people.
-          match: 'normalised', or 'raw': only answers that are written as in the vocabulary count, as in METER.
+          match: see `soft_answers`; with 'raw' only answers that are written as in the vocabulary count.
 
         Returns:
-          int32 (10,) numbers, -1 where there are no more, and float32 (10,) their scores: `SOFT_SCORES` by how many
-          people gave the answer; where there is one person only, 1.
+          int32 (10,) numbers, -1 where there are no more, and float32 (10,) their scores, see `soft_answers`.
         """
-        given = map(normalise_answer, answers) if match == "normalised" else answers
-        counts = collections.Counter(number for answer in given if (number := self.number(answer)) >= 0)
         labels, scores = np.full(MOST_LABELS, -1, np.int32), np.zeros(MOST_LABELS, np.float32)
-        found = counts.most_common(MOST_LABELS)
+        soft = soft_answers(answers, match).items()
+        found = [(number, score) for answer, score in soft if (number := self.number(answer)) >= 0][:MOST_LABELS]
         labels[: len(found)] = [number for number, _ in found]
-        people = np.array([count for _, count in found], np.int32)
-        scores[: len(found)] = 1.0 if len(answers) == 1 else SOFT_SCORES[np.minimum(people, len(SOFT_SCORES) - 1)]
+        scores[: len(found)] = [score for _, score in found]
         return labels, scores
 
     def save(self, path: str | os.PathLike) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from florence_jax.data.answers import AnswerVocabulary, majority_answer, normalise_answer, stripped
+from florence_jax.data.answers import AnswerVocabulary, majority_answer, normalise_answer, soft_answers, stripped
 from florence_jax.data.records import Record
 
 ENOUGH = 3  # people who say the same make an answer right
@@ -107,12 +107,12 @@ class Prior:
     """
 
     def __init__(self, records: Iterable[Record]):
-        votes: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        votes: dict[tuple[str, str], dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
         for record in records:
-            if answer := normalise_answer(majority_answer(record)):
+            for answer, score in soft_answers(record.get("answers") or ()).items():
                 for place in self._places(record):
-                    votes[place][answer] += 1
-        self._best = {place: counts.most_common(1)[0][0] for place, counts in votes.items()}
+                    votes[place][answer] += score
+        self._best = {place: max(scores, key=scores.__getitem__) for place, scores in votes.items()}
 
     @staticmethod
     def _places(record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
