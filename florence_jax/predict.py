@@ -88,7 +88,8 @@ def write_predictions_page(
     counts = f"{len(answers.found)} pictures of {facts['input']} by {facts['init']}"
     if len(shown) < len(answers.found):
         counts += f"; the first {len(shown)} are shown, all are in predictions.csv"
-    parts = [f"<p>{markup(counts)}</p>", f'<div class="tiles">{"".join(cells)}</div>']
+    remarks = [f"<p>{markup(remark)}</p>" for remark in answerer.remarks(answers.found)]
+    parts = [f"<p>{markup(counts)}</p>", *remarks, f'<div class="tiles">{"".join(cells)}</div>']
     if answers.unread:
         parts += [f"<h2>Not read ({len(answers.unread)})</h2>", table_html((FILE, "reason"), answers.unread)]
     write_page(out / "report.html", "Predictions", "\n".join(parts))
@@ -150,9 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = open_pictures(args.input)
         print(summary_of(source).get("says", f"{source.name}: {len(source):,} pictures"), flush=True)
         facts = {"init": args.init, "input": args.input}
-        answers = predict(kind.open(args.init, args), source, Path(args.out), facts)
+        answerer = kind.open(args.init, args)
+        answers = predict(answerer, source, Path(args.out), facts)
         for key, reason in answers.unread:
             print(f"not read: {key}: {reason}", file=sys.stderr)
+        for remark in answerer.remarks(answers.found):
+            print(remark)
         read, unread = len(answers.found), len(answers.unread)
         print(f"{read} pictures, {unread} not read: {args.out}/report.html, predictions.csv, .json")
 

@@ -10,6 +10,7 @@ from detection_files import dump, picture, read, run
 from florence_jax.data.box_frames import PictureFrames, boxes_as_stated, boxes_in_picture
 from florence_jax.data.sources.catalog import open_pictures, open_source
 from florence_jax.errors import UserError
+from florence_jax.inference.base import Found
 from florence_jax.inference.detector import DetectorAnswerer, PictureBoxes, upright_frame
 from florence_jax.pictures import Frame
 
@@ -25,7 +26,7 @@ def finder(names=("cat", "dog"), ids=(7, 3)):
     def boxes(source, threshold, top):
         for index in range(len(source)):
             frame = upright_frame(source, index)
-            yield PictureBoxes(index, source[index]["key"], frame, FOUND, SCORES, LABELS)
+            yield PictureBoxes(index, source[index]["key"], frame, FOUND, SCORES, LABELS, 0.9)
 
     return SimpleNamespace(names=names, boxes=boxes, category_ids=ids, attributes=None)
 
@@ -114,3 +115,12 @@ def test_a_list_is_a_source_of_pictures(listed, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             open_source(spec)
+
+
+@pytest.mark.parametrize("threshold, said", [(0.4, False), (0.95, True)])
+def test_a_threshold_that_tells_nothing_is_told(threshold, said):
+    answerer = DetectorAnswerer(finder(), threshold)
+    boxes = () if said else FOUND
+    answers = [Found(0, "a", boxes, "", SimpleNamespace(best=best)) for best in (0.2, 0.9)]
+    remarks = answerer.remarks(answers)
+    assert len(remarks) == said and all("the best has 0.900: --threshold=0.45" in remark for remark in remarks)

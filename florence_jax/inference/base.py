@@ -54,6 +54,11 @@ class Answerer(Protocol):
         del record, found
         return None
 
+    def remarks(self, answers: Sequence[Found]) -> Sequence[str]:
+        """Sentences about all answers, for the terminal and the page."""
+        del answers
+        return ()
+
     def files(self, answers: Sequence[Found]) -> Mapping[str, bytes]:
         """Further files about all answers, by name."""
         del answers

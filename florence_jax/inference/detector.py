@@ -49,6 +49,7 @@ class PictureBoxes:
       index: row of the picture in its source. key: its name. frame: of its file.
       boxes: float32 (n, 4), x1 y1 x2 y2 in pixels of the upright picture, within it.
       scores: float32 (n,). labels: int32 (n,), numbers of classes.
+      best: score of the best box, also of one that is not told; 0 if there is none.
       attributes: of each box the likely ones and how likely they are; None of a detector that tells none.
     """
 
@@ -58,6 +59,7 @@ class PictureBoxes:
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+    best: float
     attributes: list[list[tuple[str, float]]] | None = None
 
     @property
@@ -133,7 +135,8 @@ class BoxFinder:
             chosen = np.flatnonzero((row["labels"] >= 0) & (row["scores"] >= threshold))[:top]
             boxes = boxes_to_source(row["boxes"][chosen], row["warp"]).clip(0, (width, height, width, height))
             found = boxes.astype(np.float32), row["scores"][chosen], row["labels"][chosen]
-            yield PictureBoxes(row["index"], row["key"], frame, *found, self._attributes_of(row, chosen))
+            best = float(np.max(row["scores"], initial=0, where=row["labels"] >= 0))
+            yield PictureBoxes(row["index"], row["key"], frame, *found, best, self._attributes_of(row, chosen))
 
     def _attributes_of(self, row: Mapping[str, Any], chosen: np.ndarray) -> list[list[tuple[str, float]]] | None:
         if self.attributes is None:
@@ -290,6 +293,15 @@ class DetectorAnswerer(Answerer):
             counts = {name: names.count(name) for name in dict.fromkeys(names)}
             text = ", ".join(f"{count} {name}" if count > 1 else name for name, count in counts.items())
             yield Found(found.index, found.key, rows, text or "nothing", found)
+
+    def remarks(self, answers: Sequence[Found]) -> Sequence[str]:
+        """Says which threshold would tell boxes, if this one tells none."""
+        best = max((found.details.best for found in answers), default=0.0)
+        if best >= self.threshold or not best:
+            return ()
+        return (
+            f"no box scores {self.threshold} or more; the best has {best:.3f}: --threshold={best / 2:.2g} tells more",
+        )
 
     def picture(self, record: Record, found: Found) -> str:
         """The picture with its boxes."""
