@@ -136,7 +136,7 @@ def test_attributes_beside_the_boxes(tmp_path):
     assert told == [[("large", 0.7), ("red", 0.2), ("round", 0.1)], [("round", 0.9)]]
     boxes = np.array([[1, 2, 30, 40], [5, 5, 20, 20]], np.float32)
     scores, labels = np.array([0.9, 0.5], np.float32), np.array([1, 0])
-    found = PictureBoxes(0, "a.png", Frame((64, 48), (64, 48), 1), boxes, scores, labels, told)
+    found = PictureBoxes(0, "a.png", Frame((64, 48), (64, 48), 1), boxes, scores, labels, 0.9, told)
     shown = SimpleNamespace(attributes=finder.attributes, names=("cat", "dog"), category_ids=(1, 2))
     shown.boxes = lambda *_: [found]
     answerer = DetectorAnswerer(shown)
