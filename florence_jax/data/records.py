@@ -99,6 +99,14 @@ def evenly(total: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))
 
 
+def scattered(total: int, count: int) -> np.ndarray:
+    """int64: up to `count` different numbers below `total`, ascending, drawn at random, always the same ones.
+
+    Unlike those of `evenly` they cannot fall in step with what repeats itself, such as the questions of each picture.
+    """
+    return np.sort(np.random.default_rng(0).choice(total, min(count, total), replace=False))
+
+
 def write_data(summaries: Iterable[Mapping[str, Any]], folder: str | os.PathLike) -> None:
     """Prints what was found, a sentence each, and writes it to data.json in a folder; empty summaries are left out."""
     found = {summary["says"]: summary for summary in summaries if summary}
@@ -156,7 +164,7 @@ class Subset:
     def sample(self, count: int) -> list[Record]:
         """See `sample_of`."""
         found = []
-        for index in evenly(len(self), count).tolist():
+        for index in scattered(len(self), count).tolist():
             with contextlib.suppress(BadRecord):
                 found.append(self.described(index))
         return found

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from florence_jax.data.answers import AnswerVocabulary, normalise_answer, stripped
 from florence_jax.data.ops.parse import parse_ops
-from florence_jax.data.records import BadRecord, Record, Source, WithCopy, described, evenly, sample_of
+from florence_jax.data.records import BadRecord, Record, Source, WithCopy, described, sample_of, scattered
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.metrics import TOP
@@ -35,7 +35,7 @@ ASKED_FIELDS = (
 QUESTIONS = "questions"  # of a record of one picture with several: a list of theirs
 PRIOR_QUESTIONS = 50_000  # of a training set, at most, that the prior is counted on
 TYPES_IN_RESULTS = 20  # a result for each type of question of at most so many
-CANDIDATES = 256  # questions, evenly spread, of which the page shows some
+CANDIDATES = 256  # records, spread over the source, of which the page shows some
 
 
 class Best(NamedTuple):
@@ -177,7 +177,7 @@ class VqaEvaluator(Evaluator):
     def _answer_all(self, params: Any) -> None:
         """Answers every question; the same on every process."""
         self._asked, self._best, self._shown = [], [], {}
-        candidates = set(evenly(len(self._source), CANDIDATES).tolist())
+        candidates = set(scattered(len(self._source), CANDIDATES).tolist())
         bad, read = 0, []
         rows = self._predictor.rows(
             params,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from florence_jax.data.records import BaseSource, Record, evenly
+from florence_jax.data.records import BaseSource, Record, scattered
 from florence_jax.data.sources.backgrounds import SCENE_PHOTOGRAPHS, choose_backgrounds
 from florence_jax.data.sources.scene_content import (
     COLOUR_NAMES,
@@ -199,7 +199,7 @@ class _ContentSource(BaseSource):
 
     def sample(self, count: int) -> list[Record]:
         """See `records.sample_of`; nothing is painted."""
-        return list(map(self.described, evenly(len(self), count).tolist()))
+        return list(map(self.described, scattered(len(self), count).tolist()))
 
     @property
     def image_ids(self) -> np.ndarray:

@@ -23,7 +23,7 @@ from florence_jax.data.question_files import (
     read_vqa,
 )
 from florence_jax.data.question_table import QuestionTable
-from florence_jax.data.records import BaseSource, Record, evenly, picture_bytes
+from florence_jax.data.records import BaseSource, Record, picture_bytes, scattered
 from florence_jax.data.sources.picture_files import list_pictures, quoted, shown
 from florence_jax.errors import UserError
 
@@ -73,7 +73,7 @@ class QuestionSource(BaseSource):
 
     def sample(self, count: int) -> list[Record]:
         """See `records.sample_of`; no picture is touched."""
-        return list(map(self.described, evenly(len(self), count).tolist()))
+        return list(map(self.described, scattered(len(self), count).tolist()))
 
 
 def open_own_questions(spec: str) -> QuestionSource:
