@@ -201,7 +201,8 @@ class AnswerVocabulary:
     def load(cls, path: str | os.PathLike) -> "AnswerVocabulary":
         """Reads a vocabulary: one answer a line, in the order of their numbers.
 
-        Also read: JSON with a list, or with an object of answer -> number; lines of {"answer": ..., "label": ...}.
+        Also read: JSON with a list, or with an object of answer -> number or of number -> answer; lines of
+        {"answer": ..., "label": ...}.
 
         Raises:
           UserError: if it is not there, or is none of these.
@@ -234,6 +235,8 @@ def _from_json(text: str, lines: Sequence[str]) -> list[str]:
         value = {row["answer"]: row["label"] for row in rows}
     if isinstance(value, dict) and isinstance(value.get("label2ans"), list):
         value = value["label2ans"]
+    if isinstance(value, dict) and value and all(isinstance(answer, str) for answer in value.values()):
+        value = {answer: number for number, answer in value.items()}
     if isinstance(value, dict):
         answers = sorted(value, key=lambda answer: int(value[answer]))
         if [int(value[answer]) for answer in answers] != list(range(len(answers))):

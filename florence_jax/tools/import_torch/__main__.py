@@ -5,12 +5,16 @@
     python -m florence_jax.tools.import_torch --from=clip --file=ViT-B-32.pt --out=DIR
     python -m florence_jax.tools.import_torch --from=openclip --file=open_clip_model.safetensors --out=DIR
     python -m florence_jax.tools.import_torch --from=dyhead --file=dyhead_swint_atss_fpn_2x_ms.pth --out=DIR
+    python -m florence_jax.tools.import_torch --from=meter --file=meter_clip16_288_roberta_vqa.ckpt --out=DIR
+    python -m florence_jax.tools.import_torch --from=roberta --file=roberta-base/model.safetensors --out=DIR
 
 Sizes are read from the tensors' shapes. What they do not show, the activation and the heads of a ViT, is read from
 open_clip_config.json, config.json and preprocessor_config.json beside the file, or known by the file's name; else
 --set activation=quick_gelu, --set 'heads=(12,)' and --set text_heads=8 say it. `--res` adapts the weights to other
 images: bias tables (also with `--window`; default res / 32) and position embeddings are interpolated. A detector's
-classes are COCO's or Objects365's, by their number, or those of `--set classes=FILE`. The folder goes to
+classes are COCO's or Objects365's, by their number, or those of `--set classes=FILE`. The answers of a METER that was
+trained on questions are those of answers.txt or vqa_dict.json beside it or of `--set answers=FILE`, RoBERTa's tokenizer
+is tokenizer.json or vocab.json beside it or `--set tokenizer=FILE`. The folder goes to
 `--config.init`; its model.json names the variant and the options that rebuild the model, and how pictures are made for
 it. A tensor is read when it is written, so that the memory is a few times that of the largest.
 """
@@ -58,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{file.name}: {error}") from error
     source = {"from": args.family, "file": file.name, "dropped": found.dropped}
     parts = family.parts(found.config, list(found.params), found.evaluation)
-    save_pretrained(args.out, found.params, make_description(family.task, parts, source=source))
+    description = make_description(family.task, parts, tokenizer=family.tokenizer(found.config), source=source)
+    save_pretrained(args.out, found.params, description)
     count = sum(leaf.size for leaf in jax.tree.leaves(found.params))
     told = "; ".join(
         f"{'' if name == 'towers' else f'{name}: '}variant {part['variant']}, "

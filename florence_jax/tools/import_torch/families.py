@@ -4,10 +4,23 @@ from florence_jax.tools.import_torch.clip import CLIP, OPENCLIP
 from florence_jax.tools.import_torch.dyhead import DYHEAD_FAMILY
 from florence_jax.tools.import_torch.family import Family
 from florence_jax.tools.import_torch.glip import GLIP_FAMILY
+from florence_jax.tools.import_torch.meter import METER_FAMILY
 from florence_jax.tools.import_torch.mmdet import MMDET_FAMILY
+from florence_jax.tools.import_torch.roberta import ROBERTA_FAMILY
 from florence_jax.tools.import_torch.swin import SWIN
 from florence_jax.tools.import_torch.unicl import UNICL
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (SWIN, UNICL, CLIP, OPENCLIP, DYHEAD_FAMILY, GLIP_FAMILY, MMDET_FAMILY)
+    family.name: family
+    for family in (
+        SWIN,
+        UNICL,
+        CLIP,
+        OPENCLIP,
+        DYHEAD_FAMILY,
+        GLIP_FAMILY,
+        MMDET_FAMILY,
+        METER_FAMILY,
+        ROBERTA_FAMILY,
+    )  # fmt: skip
 }

@@ -149,6 +149,10 @@ class Family:
         towers = {"variant": variant, "overrides": options, "entries": [*entries], "evaluation": dict(evaluation)}
         return {"towers": towers}
 
+    def tokenizer(self, config: Any) -> str:
+        """The file of the tokenizer that the text encoder was trained with; '' where it is not known."""
+        return ""
+
     def unrolled(self, config: Any) -> Model[ModelConfig]:
         """The model without scans over its blocks."""
         return build(config.variant, **differences(config, config.variant), scan=False)
