@@ -1,10 +1,27 @@
 """What an evaluator is, and what it shows on the page of a run."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from florence_jax.data.records import Source
+from florence_jax.data.records import Source, record_thumbnail
+
+
+class Payload(NamedTuple):
+    """What is evaluated: pictures, or something else that a record holds.
+
+    Attributes:
+      field: of a record, and of a batch.
+      plural: what people call many.
+      thumbnail: (source, row) -> data URI of a small picture of it; '' if it cannot be read.
+    """
+
+    field: str
+    plural: str
+    thumbnail: Callable[[Source, int], str]
+
+
+IMAGES = Payload("image", "images", record_thumbnail)
 
 
 class Chart(NamedTuple):

@@ -11,7 +11,7 @@ from absl import logging
 from florence_jax.data.classes import ClassIndex
 from florence_jax.data.records import Source
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Chart, Evaluator
+from florence_jax.evaluators.base import IMAGES, Chart, Evaluator, Payload
 from florence_jax.evaluators.classification_report import (
     classes_table,
     confusion_html,
@@ -111,6 +111,7 @@ class ClassificationMetrics:
       note: how labels and names were joined, for people.
       readable: float (n, K) -> float (n, K), what people are shown of the scores; None: their probabilities, by the
         softmax over classes or, with several classes an image, the sigmoid of each.
+      payload: what the source has instead of images.
 
     Attributes:
       chance: what guessing scores, by the names of the results, after the first call.
@@ -128,8 +129,9 @@ class ClassificationMetrics:
         multi: bool = False,
         note: str = "",
         readable: Callable[[np.ndarray], np.ndarray] | None = None,
+        payload: Payload = IMAGES,
     ):
-        self.name, self.metric = name, metric
+        self.name, self.metric, self._payload = name, metric, payload
         self._source, self._names, self._multi, self._note = source, list(names), multi, note
         self._readable = readable or (sigmoid if multi else softmax)
         self.chance: dict[str, float] = {}
@@ -168,7 +170,7 @@ class ClassificationMetrics:
         if self._multi:
             best, shown = scores.argmax(1), self._readable(scores)
             self._predicted = Predicted(keys, labels, best, shown[np.arange(len(best)), best])
-            self.report.append(several_html(self.name, self._source, shown, labels, index, self._names))
+            self.report.append(several_html(self.name, self._source, shown, labels, index, self._names, self._payload))
         else:
             given = answers(score_chunks, labels, self._readable)
             self._predicted = Predicted(keys, labels, given.top[:, 0], given.scores[:, 0])
@@ -183,7 +185,7 @@ class ClassificationMetrics:
         self._warn(judged[self.metric], hint, largest)
         headline = {self.metric: judged.pop(self.metric).value}
         others = {name: score.value for name, score in judged.items()}
-        return headline | shares | others | values | image_counts(self._source, index)
+        return headline | shares | others | values | image_counts(self._source, index, self._payload.plural)
 
     def files(self) -> dict[str, bytes]:
         """predictions.csv of the last call, see `Predicted.table`."""
@@ -241,7 +243,7 @@ class ClassificationMetrics:
     def _warn(self, headline: Score, hint: str, largest: Score | None) -> None:
         what = f"{self.name}: {self.metric} {headline.value:.3f}"
         if headline._replace(value=1.0).near_chance():
-            text = f"{what}: these are too few images to tell any result from chance ({headline.chance:.3f})"
+            text = f"{what}: these are too few {self._payload.plural} to tell any result from chance ({headline.chance:.3f})"
         elif headline.near_chance():
             text = f"{what} is near chance ({headline.chance:.3f}): check {hint}"
         elif largest is not None and self.metric == "top1" and largest.near_chance():
@@ -262,8 +264,8 @@ class ClassificationMetrics:
         return [
             f"<p>{html.escape(self._note)}</p>" if self._note else "",
             confusion_html(self.name, confusion, self._names),
-            classes_table(self.name, self._names, share, counts, "accuracy"),
-            examples_html(self.name, self._source, given, index, self._names),
+            classes_table(self.name, self._names, share, counts, "accuracy", self._payload.plural),
+            examples_html(self.name, self._source, given, index, self._names, self._payload),
         ]
 
 
@@ -300,9 +302,10 @@ class Classification(Evaluator):
         self.name, self.metric = name, metric
         self.charts = (Chart(f"{name}: {metric}", {"": metric}),)
         self._source, self._classes, self._embedder, self._scorer = source, classes, embedder, scorer
-        self._ops, self._on_corrupt = f"{ops}|class_label|keep(image, label, key)", on_corrupt
+        payload = embedder.payload
+        self._ops, self._on_corrupt = f"{ops}|class_label|keep({payload.field}, label, key)", on_corrupt
         self._metrics = ClassificationMetrics(
-            name, source, classes.first_names, metric, classes.multi, classes.note, readable
+            name, source, classes.first_names, metric, classes.multi, classes.note, readable, payload
         )
 
     @property

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from florence_jax.data.records import Source, record_thumbnail
+from florence_jax.data.records import Source
+from florence_jax.evaluators.base import IMAGES, Payload
 from florence_jax.evaluators.metrics import TOP, Answers, TwoClasses
 from florence_jax.page import GridCell, matches_html
 from florence_jax.pictures import data_uri
@@ -56,8 +57,8 @@ def _shade(share: float, right: bool) -> str:
     return f"rgba({'58,125,68' if right else '209,73,91'},{strength:.2f})"
 
 
-def classes_table(title: str, names: Sequence[str], values: np.ndarray, counts: np.ndarray, what: str) -> str:
-    """Numbers of each class that has images, worst first; `what` they are."""
+def classes_table(title: str, names: Sequence[str], values: np.ndarray, counts: np.ndarray, what: str, plural: str = IMAGES.plural) -> str:
+    """Numbers of each class that has images, or whatever `plural` says, worst first; `what` they are."""
     order = [k for k in np.argsort(values, kind="stable") if counts[k]]
     rows = "".join(
         f'<tr><td>{html.escape(names[k])}</td><td class="n">{values[k]:.3f}</td><td class="n">{counts[k]}</td></tr>'
@@ -65,13 +66,19 @@ def classes_table(title: str, names: Sequence[str], values: np.ndarray, counts: 
     )
     return (
         f"<h2>{html.escape(title)}: classes</h2><details{' open' if len(order) <= TABLE_CLASSES else ''}><summary>"
-        f"{len(order)} classes, worst first</summary><table><tr><th>class</th><th>{what}</th><th>images</th></tr>{rows}"
+        f"{len(order)} classes, worst first</summary><table><tr><th>class</th><th>{what}</th><th>{plural}</th></tr>{rows}"
         "</table></details>"
     )
 
 
 def examples_html(
-    title: str, source: Source, given: Answers, index: np.ndarray, names: Sequence[str], rows: int = EXAMPLE_ROWS
+    title: str,
+    source: Source,
+    given: Answers,
+    index: np.ndarray,
+    names: Sequence[str],
+    payload: Payload = IMAGES,
+    rows: int = EXAMPLE_ROWS,
 ) -> str:
     """Images with the classes they were given and their scores, best first: `rows` right ones, as many wrong ones."""
     body = ""
@@ -85,7 +92,7 @@ def examples_html(
         lines = []
         for i in chosen:
             right = int(given.labels[i])
-            query = GridCell(names[right], record_thumbnail(source, int(index[i])) or None, True)
+            query = GridCell(names[right], payload.thumbnail(source, int(index[i])) or None, True)
             shown = zip(given.top[i], given.scores[i], strict=True)
             lines.append((query, [GridCell(names[k], None, bool(k == right), f"{score:.2f}") for k, score in shown]))
         body += matches_html(f"{title}: {what} answers", lines)
@@ -99,6 +106,7 @@ def several_html(
     labels: np.ndarray,
     index: np.ndarray,
     names: Sequence[str],
+    payload: Payload = IMAGES,
     rows: int = EXAMPLE_ROWS,
 ) -> str:
     """Images with several classes each: those that are told best and worst, and random ones, `rows` of each.
@@ -109,7 +117,7 @@ def several_html(
     Args:
       title: of the section. source: the images.
       scores: float (N, K), as people read them. labels: int8 (N, K) of 1, 0 and -1 (not judged).
-      index: (N,), rows of the source. names: of the classes.
+      index: (N,), rows of the source. names: of the classes. payload: what the source has instead of images.
     """
     right, wrong = labels > 0, labels == 0
     lowest, highest = np.where(right, scores, np.inf).min(1), np.where(wrong, scores, -np.inf).max(1)
@@ -122,13 +130,13 @@ def several_html(
     body = ""
     for what, chosen in (("told best", best), ("told worst", worst), ("random images", drawn)):
         if len(chosen):
-            lines = [_told(source, scores[i], labels[i], int(index[i]), names) for i in chosen]
+            lines = [_told(source, scores[i], labels[i], int(index[i]), names, payload) for i in chosen]
             body += matches_html(f"{title}: {what}", lines)
     return body
 
 
 def _told(
-    source: Source, scores: np.ndarray, labels: np.ndarray, row: int, names: Sequence[str]
+    source: Source, scores: np.ndarray, labels: np.ndarray, row: int, names: Sequence[str], payload: Payload
 ) -> tuple[GridCell, list[GridCell]]:
     """An image with its classes, (K,) scores and labels, for `matches_html`."""
     order = np.argsort(-scores, kind="stable").tolist()
@@ -138,7 +146,7 @@ def _told(
         GridCell(names[k], None, bool(labels[k] > 0), f"{scores[k]:.2f}" + ("" if labels[k] >= 0 else ", not judged"))
         for k in [*order[:TOP], *missed]
     ]
-    return GridCell(said, record_thumbnail(source, row) or None, True), cells
+    return GridCell(said, payload.thumbnail(source, row) or None, True), cells
 
 
 def two_classes_html(title: str, names: Sequence[str], found: TwoClasses) -> str:

@@ -17,6 +17,7 @@ from florence_jax.data.pipeline import Batch, Process, eval_stream, to_global
 from florence_jax.data.records import Source
 from florence_jax.data.tokenizers import Tokenizer
 from florence_jax.errors import UserError
+from florence_jax.evaluators.base import IMAGES, Payload
 from florence_jax.params.sharding import batch_sharding, replicated
 
 COMPILED = " with compilation"  # said of a speed that could not be measured without it
@@ -179,10 +180,18 @@ class Embedder:
       tokenizer: of the text tower; None if only images are embedded.
       mesh: device mesh.
       batch_size: global images, or texts, a call; a multiple of the number of devices. One shape, one compilation.
+      payload: what 'image' takes instead of images.
     """
 
-    def __init__(self, predict: Mapping[str, Predict], tokenizer: Tokenizer | None, mesh: Mesh, batch_size: int):
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        predict: Mapping[str, Predict],
+        tokenizer: Tokenizer | None,
+        mesh: Mesh,
+        batch_size: int,
+        payload: Payload = IMAGES,
+    ):
+        self._tokenizer, self.payload = tokenizer, payload
         self._compiled_towers: set[str] = set()
         self._told: set[str] = set()
         self._towers: dict[str, Predictor] = {
@@ -288,7 +297,9 @@ class Embedder:
             self._told.add(what)
             rest = total - counted
             count, since, note = (rest, began, "") if rest > 0 else (total, started, COMPILED)
-            print(f"{what}: {total} images, {count / (time.perf_counter() - since):.0f} img/s{note}", flush=True)
+            plural = self.payload.plural
+            short = "img" if self.payload is IMAGES else plural
+            print(f"{what}: {total} {plural}, {count / (time.perf_counter() - since):.0f} {short}/s{note}", flush=True)
         found = {
             name: np.concatenate([np.asarray(out[name], object if name in host else None) for out in outputs])
             for name in outputs[0]
@@ -302,15 +313,16 @@ class Embedder:
         return found
 
 
-def image_counts(source: Source, index: np.ndarray) -> dict[str, float]:
+def image_counts(source: Source, index: np.ndarray, plural: str = IMAGES.plural) -> dict[str, float]:
     """For results: 'images' that were read, and where some were not, 'skipped' ones.
 
     Args:
       source: what was gone through.
       index: (N,), its rows that were read, see `Embedder.images`.
+      plural: what is counted instead of images.
     """
     skipped = len(source) - len(index)
-    return {"images": float(len(index))} | ({"skipped": float(skipped)} if skipped else {})
+    return {plural: float(len(index))} | ({"skipped": float(skipped)} if skipped else {})
 
 
 def _with_label(function: Predict) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:

@@ -188,7 +188,9 @@ class LinearProbe(Evaluator):
         self._train, self._test, self._validation = train, test, validation
         self._ops, self._embedder, self._on_corrupt = ops, embedder, on_corrupt
         self._seed, self._dtype, self._compare = seed, dtype, compare
-        self._metrics = ClassificationMetrics(name, test.source, train.names, metric, self._several)
+        self._metrics = ClassificationMetrics(
+            name, test.source, train.names, metric, self._several, payload=embedder.payload
+        )
         self._sweep: list[str] = []
 
     @property
@@ -248,12 +250,13 @@ class LinearProbe(Evaluator):
 
     def _features(self, params: Any, split: Labelled) -> tuple[np.ndarray, np.ndarray]:
         """Features and labels of the readable images."""
-        out = self._embedder.images(params, split.source, f"{self._ops}|keep(image)", on_corrupt=self._on_corrupt)
+        ops = f"{self._ops}|keep({self._embedder.payload.field})"
+        out = self._embedder.images(params, split.source, ops, on_corrupt=self._on_corrupt)
         return out["embedding"], split.labels[out["index"]]
 
     def _read_test(self, params: Any) -> Mapping[str, np.ndarray]:
         """See `Embedder.images`, with the keys."""
-        ops = f"{self._ops}|keep(image, key)"
+        ops = f"{self._ops}|keep({self._embedder.payload.field}, key)"
         return self._embedder.images(params, self._test.source, ops, on_corrupt=self._on_corrupt, keys=True)
 
     def _regression(self, features: np.ndarray, labels: np.ndarray) -> LogisticRegression:

@@ -8,6 +8,7 @@ give the same. Maps are (B, T, H, W, C).
 import dataclasses
 import functools
 import re
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -320,6 +321,34 @@ class VideoModel(Model[ModelConfig]):
         if path.endswith("_embed/kernel") and saved.shape == shape[1:]:
             return np.repeat(saved[None].astype(np.float32) / np.float32(shape[0]), shape[0], axis=0)
         return _like(saved, like)
+
+    def with_direction(self, params: Mapping[str, Any], amount: float, key: jax.Array) -> dict[str, Any]:
+        """The video tower's parameters, no longer blind to the direction of time, as an inflated tower is.
+
+        Kernels and bias tables get noise that is antisymmetric in time: of a clip of identical frames kernels still
+        give the same.
+
+        Args:
+          params: of the video tower.
+          amount: of the noise, over the standard deviation of the parameter.
+          key: PRNG key.
+        """
+
+        def noisy(path: Any, leaf: jax.Array) -> jax.Array:
+            name = f"{VIDEO}/" + jax.tree_util.keystr(path, simple=True, separator="/")
+            windows = self._windows(name)
+            if windows is not None:
+                depth, axis = 2 * windows[0] - 1, leaf.ndim - 2
+                shape = (*leaf.shape[:axis], depth, leaf.shape[axis] // depth, leaf.shape[-1])
+            elif name.endswith("_embed/kernel") and leaf.ndim == 5:
+                shape, axis = leaf.shape, 0
+            else:
+                return leaf
+            noise = jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), shape, leaf.dtype)
+            odd = (noise - jnp.flip(noise, axis)) / 2**0.5
+            return leaf + amount * leaf.std() * odd.reshape(leaf.shape)
+
+        return jax.tree_util.tree_map_with_path(noisy, dict(params))
 
     def _windows(self, path: str) -> tuple[int, int, int] | None:
         """Of the stage that a bias table of the video tower belongs to; None for other parameters."""

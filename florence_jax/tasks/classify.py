@@ -24,7 +24,7 @@ from florence_jax.data.classes import (
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.records import Source
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Evaluator
+from florence_jax.evaluators.base import IMAGES, Evaluator, Payload
 from florence_jax.evaluators.classification import Classification, check_metric
 from florence_jax.evaluators.fewshot import FewShot, flip_pair
 from florence_jax.evaluators.predictor import Embedder
@@ -57,6 +57,7 @@ class ClassificationSuite(Suite):
     needs_text = False  # of the weights
     learns = True  # from images of `data.train`
     prompted = False  # whether the weights learn prompts of the class names
+    payload: Payload = IMAGES
 
     def __init__(self, config: ConfigDict):
         self.config = config
@@ -84,9 +85,9 @@ class ClassificationSuite(Suite):
         spec = data.train or data.test
         dataset = dataset_name(spec) or config.classes.replace("/", "")
         names = config.classes or (dataset if dataset in shipped_class_names() else "")
-        self.train_source: Source | None = open_images(data.train) if data.train else None
+        self.train_source: Source | None = self._open(data.train) if data.train else None
         test = data.test or OWN_TEST.get(data.train, "")
-        self.test_source: Source | None = open_images(test) if test else None
+        self.test_source: Source | None = self._open(test) if test else None
         self.classes = self._open_classes(names)
         if self.train_source is not None and self.classes is not None and not test:
             self.train_source, self.test_source = hold_out(self.train_source, self.classes, config.holdout, config.seed)
@@ -94,11 +95,20 @@ class ClassificationSuite(Suite):
         multi = self.classes is not None and self.classes.multi
         self.metric = config.metric or ("voc_map" if multi else METRICS.get(dataset, "top1"))
         res = str(self.encoder.model.config.res)
-        large = self.train_source is None or len(self.train_source) >= LARGE
-        self.train_ops = (data.train_ops or (PAPER_OPS if large else OWN_OPS)).replace("{res}", res)
-        self.eval_ops = (data.eval_ops or EVAL_OPS.get(dataset, self.encoder.eval_ops)).replace("{res}", res)
+        train_ops, eval_ops = self._usual_ops(dataset)
+        self.train_ops = (data.train_ops or train_ops).replace("{res}", res)
+        self.eval_ops = (data.eval_ops or eval_ops).replace("{res}", res)
         for ops in (self.train_ops, self.eval_ops):
             parse_ops(ops, {})
+
+    def _open(self, spec: str) -> Source:
+        """Labelled data by name."""
+        return open_images(spec)
+
+    def _usual_ops(self, dataset: str) -> tuple[str, str]:
+        """Ops of training and of evaluation where the configuration has none; {res}: of the model."""
+        large = self.train_source is None or len(self.train_source) >= LARGE
+        return PAPER_OPS if large else OWN_OPS, EVAL_OPS.get(dataset, self.encoder.eval_ops)
 
     def _open_classes(self, names: str) -> ClassIndex | None:
         """Of the images, or without any, as where a step is only compiled, of the class names alone."""
@@ -176,7 +186,7 @@ class ClassificationSuite(Suite):
         if image not in self._embedders:
             predict = {"image": self.predict[image], "text": self.predict["text"]}
             tokenizer = self.encoder.tokenizer if self.encoder.can_embed_text else None
-            self._embedders[image] = Embedder(predict, tokenizer, mesh, self.config.eval.batch_size)
+            self._embedders[image] = Embedder(predict, tokenizer, mesh, self.config.eval.batch_size, self.payload)
         return self._embedders[image]
 
     def by_head(self, name: str, mesh: Mesh, source: Source | None = None) -> Classification:

@@ -144,9 +144,13 @@ class Encoder:
         """The folder's parameters on the devices of `like`, but for the entries `new`; see `params.weights.load`."""
         if not self.description.folder:
             raise UserError("no weights to load: give them with --config.init=DIR")
-        towers = RESIZED if self.model.config.size_mode == "detection" else TOWER_RULES
-        rules = (*((f"{name}(/.*)?", "new") for name in new), *towers)
+        rules = (*((f"{name}(/.*)?", "new") for name in new), *self.tower_rules)
         return load(self.description.folder, like, rules, self.model.adapt)
+
+    @property
+    def tower_rules(self) -> Rules[str]:
+        """How `params.weights.load` reads the folder's towers."""
+        return RESIZED if self.model.config.size_mode == "detection" else TOWER_RULES
 
     def load_on(self, mesh: Mesh, rules: Rules[int | str] = (), head: bool = False) -> dict[str, Any]:
         """The folder's parameters, sharded over a mesh.
@@ -167,7 +171,7 @@ class Encoder:
         return evaluation_ops(self._part.get("evaluation") or {}, self.model.config.res)
 
     def normalise(self, image: jax.Array) -> jax.Array:
-        """uint8 (B, H, W, 3) as the model was trained with."""
+        """uint8 (..., H, W, 3) as the model was trained with."""
         return normalise(image, self.model.config.image_mean, self.model.config.image_std)
 
     def _features(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -246,10 +250,11 @@ def _fresh(variant: str) -> Description:
 
 
 def normalise(image: jax.Array, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> jax.Array:
-    """uint8 (B, H, W, 3) on the device to float32 with mean 0 and deviation 1 per channel (default: of ImageNet)."""
+    """uint8 (..., H, W, 3) on the device to float32 with mean 0 and deviation 1 per channel (default: of ImageNet)."""
     scale = 1.0 / (255.0 * np.asarray(std, np.float32))
     shift = -np.asarray(mean, np.float32) / np.asarray(std, np.float32)
-    return image.astype(jnp.float32) * scale[None, None, None] + shift[None, None, None]
+    ones = (1,) * (image.ndim - 1)
+    return image.astype(jnp.float32) * scale.reshape(*ones, 3) + shift.reshape(*ones, 3)
 
 
 def build_model(config: ConfigDict) -> tuple[Tokenizer, Model]:

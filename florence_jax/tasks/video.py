@@ -1,0 +1,327 @@
+"""Videos: actions by a video tower that is trained, probed or asked by name, and retrieval of videos by texts."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from florence_jax.data.classes import ClassIndex, ClassNames, open_classes
+from florence_jax.data.pipeline import TrainData
+from florence_jax.data.records import Source
+from florence_jax.data.sides import sided_names
+from florence_jax.data.sources.video import open_videos
+from florence_jax.errors import UserError
+from florence_jax.evaluators.base import Chart, Evaluator
+from florence_jax.evaluators.predictor import Embedder
+from florence_jax.evaluators.video import VIDEOS, ActionRecognition, TextToVideo
+from florence_jax.models.base import Params
+from florence_jax.models.video_coswin import VIDEO
+from florence_jax.params.layer_decay import layer_decay_rules
+from florence_jax.params.rules import Policy
+from florence_jax.tasks.base import Task, frozen_parts, make_identity, make_plan
+from florence_jax.tasks.classify import ClassificationSuite
+from florence_jax.tasks.recipe import LARGE, video_recipe
+from florence_jax.tasks.video_tower import HEAD, VideoTower
+
+TOWERS = ("image", "video")
+PROMPTS = ("a video of a person {}.", "a video of {}.", "a person {}.")  # of the names of actions
+MIRROR = "|flip(0.5, field=video)"
+
+
+class VideoSuite(ClassificationSuite):
+    """What the protocols of configs/video.py share; as those of configs/classify.py, for videos.
+
+    Attributes:
+      tower: see `VideoTower`.
+
+    Raises:
+      UserError: as `ClassificationSuite`.
+    """
+
+    name = "video"
+    payload = VIDEOS
+    towers_only = "use protocol=train or probe"
+
+    def _open_sources(self) -> None:
+        given = self.config.video
+        sampling = {name: given[name] for name in ("interval", "clips", "crops")}
+        self.tower = VideoTower(self.encoder, given.overrides, (), sampling)
+        if given.tower not in TOWERS:
+            raise UserError(f"config.video.tower={given.tower!r}: choose 'image' or 'video'")
+        super()._open_sources()
+        if self.classes is not None and self.classes.multi:
+            raise UserError(f"{self.config.data.train or self.config.data.test} has several classes a video")
+
+    def _open(self, spec: str) -> Source:
+        return open_videos(spec)
+
+    def _usual_ops(self, dataset: str) -> tuple[str, str]:
+        del dataset
+        n, res = self.tower.frames, self.encoder.model.config.res
+        short = f"short={round(res * 8 / 7)}"
+        train = f"clip({n}, interval={self.tower.sampling['interval']}, {short})|rrc({res}, scale=(0.5, 1.0), field=video)"
+        return train + (MIRROR if self._mirrors() else ""), self.tower.view_ops
+
+    def _mirrors(self) -> bool:
+        """Whether a mirror changes no class: asked of large sets only, as nobody knows what is in one of one's own."""
+        if self.train_source is None or len(self.train_source) < LARGE or self.classes is None:
+            return False
+        return not sided_names(self.classes.first_names)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """See `Suite`."""
+        own = {f"video.{name}": value for name, value in {**self.tower.overrides, **self.tower.sampling}.items()}
+        return {**super().identity, **{name: list(v) if isinstance(v, tuple) else v for name, v in own.items()}}
+
+    def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
+        """Those of the protocol."""
+        return self.protocol_evaluators(mesh)
+
+    def load(self, mesh: Mesh) -> Params:
+        """The weights of `config.init`."""
+        if self.needs_video:
+            return self.tower.load_on(mesh, self.config.mesh.sharding_rules)
+        return super().load(mesh)
+
+    @property
+    def needs_video(self) -> bool:
+        """Whether the protocol asks the video tower."""
+        return self.config.video.tower == "video"
+
+    def embedder(self, mesh: Mesh, image: str = "frames") -> Embedder:
+        """See `VideoTower.predict`."""
+        self.predict |= self.tower.predict
+        return super().embedder(mesh, image)
+
+    def recognition(self, name: str, mesh: Mesh, predict: str = "views") -> ActionRecognition:
+        """Actions of the test videos, by the classifier."""
+        videos, classes = self.tested
+        sampling = self.tower.sampling
+        return ActionRecognition(
+            name,
+            videos,
+            classes,
+            self.eval_ops,
+            self.embedder(mesh, predict),
+            sampling["clips"],
+            sampling["crops"],
+            self.metric,
+            self.config.data.on_corrupt,
+        )
+
+
+class RecognitionSuite(VideoSuite):
+    """The trained classifier of actions of `config.init`, on `config.data.test`.
+
+    Raises:
+      UserError: as `VideoSuite`; for weights without one, and class names beside its own.
+    """
+
+    learns = False
+
+    def __init__(self, config: ConfigDict):
+        if config.classes:
+            raise UserError("config.classes: the classes are those of the weights; leave it out")
+        super().__init__(config)
+        if HEAD not in self.encoder.description.parts:
+            raise UserError(f"{config.init} holds no classifier of actions: train one with configs/video.py")
+
+    def _open_classes(self, names: str) -> ClassIndex | None:
+        known = self.encoder.description
+        given = ClassNames(known.classes, known.names)
+        return None if self.test_source is None else open_classes(self.test_source, given, self.config.label_field)
+
+    @property
+    def needs_video(self) -> bool:
+        """Always."""
+        return True
+
+    def parts(self) -> dict[str, Mapping[str, Any]]:
+        """The parts of the model."""
+        return super().parts() | self.tower.parts()
+
+    def protocol_evaluators(self, mesh: Mesh) -> list[Evaluator]:
+        """See the class."""
+        return [self.recognition("test", mesh)]
+
+
+class TrainVideo(VideoSuite, Task):
+    """A video tower inflated from the image tower of `config.init`, or a trained one, and a classifier of actions.
+
+    The image tower and all that is for texts stay as they are, so that the folder can still be searched by text.
+
+    Raises:
+      UserError: as `VideoSuite`.
+    """
+
+    charts = (Chart("accuracy on the batch", {"": "accuracy"}),)
+
+    def __init__(self, config: ConfigDict):
+        super().__init__(config)
+        if self.classes is not None:
+            self.tower = VideoTower(
+                self.encoder, self.tower.overrides, self.classes.first_names, self.tower.sampling
+            )
+        examples = None if self.train_source is None else len(self.train_source)
+        width = self.encoder.model.config.image_width * 2 ** (len(self.encoder.model.config.depths) - 1)
+        self.plan = make_plan(config, examples, video_recipe(examples, width, config.batch_size))
+        self.flops_per_example = 3.0 * self.tower.model.flops[VIDEO]
+
+    @property
+    def needs_video(self) -> bool:
+        """Always."""
+        return True
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """The video tower has its own rate, which falls towards the input; what is for pictures and texts is frozen."""
+        shapes, rate = jax.eval_shape(self.init, jax.random.key(0)), self.config.video.tower_lr
+        frozen = tuple((rf"{name}(/.*)?", 0.0) for name in shapes if name not in (VIDEO, HEAD))
+        layers = layer_decay_rules({"image": shapes[VIDEO]}, self.config.optim.layer_decay)
+
+        def times(factor: Any) -> Any:
+            return tuple(rate * one for one in factor) if isinstance(factor, tuple) else rate * factor
+
+        own = tuple(
+            (pattern.replace("image/", f"{VIDEO}/", 1), times(factor))
+            for pattern, factor in layers
+            if pattern.startswith("image/")
+        )
+        return Policy(lr=(*frozen, *own))
+
+    @functools.cached_property
+    def frozen(self) -> frozenset[str]:
+        """See `frozen_parts`."""
+        return frozen_parts(self, self.config)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """See `Suite`."""
+        return {**super().identity, **make_identity(self.config, "video.inflate_noise"), "data.train_ops": self.train_ops}
+
+    def parts(self) -> dict[str, Mapping[str, Any]]:
+        """The parts of the model."""
+        return super().parts() | self.tower.parts()
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters."""
+        return self.tower.init(key)
+
+    def start(self, params: Params) -> Params:
+        """The folder's parameters; its image tower inflated where it holds no video tower."""
+        return self.tower.load(params, self.config.video.inflate_noise, self.config.seed)
+
+    def load(self, mesh: Mesh) -> Params:
+        """As `RecognitionSuite`.
+
+        Raises:
+          UserError: for a folder without a classifier of these classes.
+        """
+        if HEAD not in self.encoder.description.parts or self.tower.classes != self.encoder.description.classes:
+            raise UserError(f"nothing is trained yet, and {self.config.init} has no classifier of these classes")
+        return super().load(mesh)
+
+    def loss(
+        self, params: Params, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Cross entropy of the classifier."""
+        train = VIDEO not in self.frozen
+        pooled = self.tower.outputs(params, batch, train, key if train else None)["video/pooled"]
+        logits = self.tower.logits(params, pooled, jax.random.fold_in(key, 0))  # the key itself draws paths
+        smooth = optax.smooth_labels(jax.nn.one_hot(batch["label"], logits.shape[1]), self.config.label_smoothing)
+        right = (logits.argmax(-1) == batch["label"]).astype(jnp.float32).mean()
+        return optax.softmax_cross_entropy(logits, smooth).mean(), {"accuracy": right}
+
+    @property
+    def batches(self) -> tuple[Mapping[str, jax.ShapeDtypeStruct], ...]:
+        """See `Task`."""
+        size, res = self.plan.batch_size, self.encoder.model.config.res
+        shapes = {
+            "video": jax.ShapeDtypeStruct((size, self.tower.frames, res, res, 3), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+            "corrupt": jax.ShapeDtypeStruct((size,), jnp.int32),
+        }
+        return (shapes,)
+
+    def train_data(self) -> TrainData:
+        """Clips with their classes."""
+        if self.train_source is None:
+            raise UserError("nothing to train on: give --config.data.train=DATA, a folder with a sub-folder a class")
+        ops = f"{self.train_ops}|class_label|keep(video, label)"
+        return TrainData([self.train_source], None, ops, {"classes": self.classes})
+
+    def protocol_evaluators(self, mesh: Mesh) -> list[Evaluator]:
+        """Of the test videos; on wish also of their frames in random order."""
+        if self.test_source is None:
+            return []
+        found: list[Evaluator] = [self.recognition("test", mesh)]
+        if self.config.video.shuffled:
+            found.append(self.recognition("test_shuffled", mesh, "shuffled"))
+        return found
+
+
+class VideoProbeSuite(VideoSuite):
+    """A linear probe on frozen features: of the video tower, or of the image tower, averaged over frames."""
+
+    def protocol_evaluators(self, mesh: Mesh) -> list[Evaluator]:
+        """See the class."""
+        if self.train_source is None:
+            raise UserError("a probe needs videos to learn from: give --config.data.train=DATA")
+        held = self._open(self.config.validation) if self.config.validation else None
+        return [self.linear_probe("probe", mesh, self.train_source, held)]
+
+    def _usual_ops(self, dataset: str) -> tuple[str, str]:
+        train, _ = super()._usual_ops(dataset)
+        return train, self.tower.frame_ops(self.tower.frames)
+
+    def embedder(self, mesh: Mesh, image: str = "features") -> Embedder:
+        """Of features."""
+        del image
+        return super().embedder(mesh, "features" if self.needs_video else "frame_features")
+
+
+class ZeroShotVideoSuite(VideoSuite):
+    """Actions by name, never trained: the unit vector of a video against those of prompts."""
+
+    needs_text, learns = True, False
+
+    def _usual_ops(self, dataset: str) -> tuple[str, str]:
+        train, _ = super()._usual_ops(dataset)
+        return train, self.tower.frame_ops(self.config.video.embedded_frames[-1])
+
+    def _open_sources(self) -> None:
+        super()._open_sources()
+        if not self.config.templates:
+            self.templates = PROMPTS
+
+    def embedder(self, mesh: Mesh, image: str = "") -> Embedder:
+        """Of unit vectors."""
+        del image
+        return super().embedder(mesh, "video" if self.needs_video else "frames")
+
+    def protocol_evaluators(self, mesh: Mesh) -> list[Evaluator]:
+        """See the class."""
+        return [self.zero_shot("zero_shot", mesh)]
+
+
+class TextToVideoSuite(ZeroShotVideoSuite):
+    """Retrieval of `config.data.test`, videos with captions, by their captions, never trained."""
+
+    def _open_classes(self, names: str) -> ClassIndex | None:
+        del names
+        return None
+
+    def protocol_evaluators(self, mesh: Mesh) -> list[Evaluator]:
+        """See the class."""
+        if self.test_source is None:
+            raise UserError("no videos to evaluate on: give --config.data.test=DATA")
+        frames = self.config.video.embedded_frames
+        ops = {n: self.config.data.eval_ops or self.tower.frame_ops(n) for n in frames}
+        dual, on_corrupt = self.config.video.dual_softmax, self.config.data.on_corrupt
+        return [TextToVideo("test", self.test_source, ops, self.embedder(mesh), dual, on_corrupt)]
