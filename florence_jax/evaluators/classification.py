@@ -243,7 +243,8 @@ class ClassificationMetrics:
     def _warn(self, headline: Score, hint: str, largest: Score | None) -> None:
         what = f"{self.name}: {self.metric} {headline.value:.3f}"
         if headline._replace(value=1.0).near_chance():
-            text = f"{what}: these are too few {self._payload.plural} to tell any result from chance ({headline.chance:.3f})"
+            few = f"{what}: these are too few {self._payload.plural}"
+            text = f"{few} to tell any result from chance ({headline.chance:.3f})"
         elif headline.near_chance():
             text = f"{what} is near chance ({headline.chance:.3f}): check {hint}"
         elif largest is not None and self.metric == "top1" and largest.near_chance():

@@ -57,7 +57,9 @@ def _shade(share: float, right: bool) -> str:
     return f"rgba({'58,125,68' if right else '209,73,91'},{strength:.2f})"
 
 
-def classes_table(title: str, names: Sequence[str], values: np.ndarray, counts: np.ndarray, what: str, plural: str = IMAGES.plural) -> str:
+def classes_table(
+    title: str, names: Sequence[str], values: np.ndarray, counts: np.ndarray, what: str, plural: str = IMAGES.plural
+) -> str:
     """Numbers of each class that has images, or whatever `plural` says, worst first; `what` they are."""
     order = [k for k in np.argsort(values, kind="stable") if counts[k]]
     rows = "".join(
@@ -66,8 +68,8 @@ def classes_table(title: str, names: Sequence[str], values: np.ndarray, counts: 
     )
     return (
         f"<h2>{html.escape(title)}: classes</h2><details{' open' if len(order) <= TABLE_CLASSES else ''}><summary>"
-        f"{len(order)} classes, worst first</summary><table><tr><th>class</th><th>{what}</th><th>{plural}</th></tr>{rows}"
-        "</table></details>"
+        f"{len(order)} classes, worst first</summary><table><tr><th>class</th><th>{what}</th><th>{plural}</th></tr>"
+        f"{rows}</table></details>"
     )
 
 

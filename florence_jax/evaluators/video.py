@@ -16,7 +16,7 @@ from florence_jax.data.records import BadRecord, Source
 from florence_jax.data.videos import open_video
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator, Payload
-from florence_jax.evaluators.classification import Classification
+from florence_jax.evaluators.classification import HINT, Classification
 from florence_jax.evaluators.metrics import recalls, retrieval_chance, softmax
 from florence_jax.evaluators.predictor import Embedder, image_counts
 from florence_jax.evaluators.retrieval import positive_ranks
@@ -66,14 +66,15 @@ VIDEOS = Payload("video", "videos", clip_strip)
 
 
 def reversed_classes(names: Sequence[str]) -> np.ndarray:
-    """int (K,): of each class the one that is its reversal by name, such as 'moves left' and 'moves right'; -1: none."""
+    """int (K,): of each class the one that is its reversal by name, as of 'moves left' 'moves right'; -1: none."""
     plain = [re.sub(r"[\s_-]+", " ", re.sub(r"\b(anti|counter)-", r"\1", name.lower())) for name in names]
     places = {name: i for i, name in enumerate(plain)}
     found = np.full(len(names), -1)
     for i, name in enumerate(plain):
         for one, other in OPPOSITES:
-            swap = {one: other, other: one}
-            turned = re.sub(rf"\b({one}|{other})\b", lambda match, swap=swap: swap[match[1]], name)
+            turned = "".join(
+                {one: other, other: one}.get(part, part) for part in re.split(rf"\b({one}|{other})\b", name)
+            )
             if turned != name and turned in places:
                 found[i] = places[turned]
     return found
@@ -108,7 +109,6 @@ class ActionRecognition(Classification):
         super().__init__(name, source, classes, ops, embedder, self._scores, metric, on_corrupt)
         self._clips, self._crops = clips, crops
         self._partner = reversed_classes(classes.first_names)
-        self._further: dict[str, float] = {}
         self._table: list[tuple[str, ...]] = []
 
     def _scores(self, params: Any, features: np.ndarray) -> Any:
@@ -138,8 +138,9 @@ class ActionRecognition(Classification):
         context = {"classes": self._classes}
         found = self._embedder.images(params, self._source, self._ops, context, self._on_corrupt, keys=True)
         labels, score = found["label"], self._scores(params, found["embedding"])
-        results = self._metrics([score(0, len(labels))], labels, found["index"], found["key"])
-        self._table, further = [], {}
+        results = self._metrics([score(0, len(labels))], labels, found["index"], found["key"], HINT)
+        self._table = []
+        further: dict[str, float] = {}
         views = {f"{self._clips}x{self._crops}": (slice(None), slice(None))}
         for name, (crops, clips) in (self._fewer | views).items():
             mean = self._views[:, crops, clips].mean((1, 2))
@@ -228,7 +229,9 @@ class TextToVideo(Evaluator):
             there = np.isin(self._text_ids, ids)
             results = self._measured(videos, texts[there], ids, self._text_ids[there])
             table.append((str(frames), *map(show_number, results.values())))
-            further |= {f"{name}_{frames}frames": value for name, value in results.items()} if len(self._ops) > 1 else {}
+            further |= (
+                {f"{name}_{frames}frames": value for name, value in results.items()} if len(self._ops) > 1 else {}
+            )
         chance = retrieval_chance(ids, self._text_ids[there])
         self._chance = {name.replace("i2t", "v2t").replace("t2i", "t2v"): value for name, value in chance.items()}
         head = f"<h2>{html.escape(self.name)}: frames of each video</h2>"
@@ -283,7 +286,7 @@ def _captions(source: Source) -> tuple[list[str], np.ndarray, np.ndarray]:
     if not given or not all(given):
         raise UserError(f"{source.name}: every record needs a caption, in its field 'caption' or 'captions'")
     if any(isinstance(texts, list) for texts in given):
-        lists = [[texts] if isinstance(texts, str) else list(texts) for texts in given]
+        lists = [list(texts) if isinstance(texts, list) else [str(texts)] for texts in given]
         flat, owners = [text for texts in lists for text in texts], [len(texts) for texts in lists]
         return flat, np.repeat(np.arange(len(lists)), owners), np.arange(len(lists))
     plain = [normalise_caption(str(text)) for text in given]

@@ -290,6 +290,12 @@ class VideoModel(Model[ModelConfig]):
         super().__init__(VideoTowers(config, video), config, inputs, tuple(inputs), flops)
         self.video = video
 
+    def init_video(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh parameters of the video tower alone; they do not depend on the number of frames."""
+        res = self.config.res
+        batch = {VIDEO: jnp.zeros((1, self.video.tube, res, res, 3), jnp.float32)}
+        return self._module.init({"params": key}, batch)["params"][VIDEO]
+
     def adapt(self, path: str, saved: np.ndarray, like: Any) -> np.ndarray | None:
         """See `Model`; bias tables of the video tower are resized in space."""
         windows = self._windows(path)

@@ -28,7 +28,7 @@ def layer_decay_rules(params: Mapping[str, Any], decay: float) -> tuple[Rule, ..
     if not 0 < decay <= 1:
         raise UserError(f"optim.layer_decay={decay}: must be above 0 and at most 1 (1: the same rate for all layers)")
     rules: list[Rule] = []
-    for tower in ("image", "text"):
+    for tower in ("image", "text", "video"):
         if tower not in params:
             continue
         parts = list(_parts(params[tower]))

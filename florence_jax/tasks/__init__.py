@@ -16,6 +16,7 @@ from florence_jax.tasks.finetune import FineTuneLinear, FineTuneUniCL
 from florence_jax.tasks.finetune_detection import FineTuneDetect
 from florence_jax.tasks.pretrain import Pretrain
 from florence_jax.tasks.retrieve import FineTuneRetrieval, RetrievalSuite
+from florence_jax.tasks.video import RecognitionSuite, TextToVideoSuite, TrainVideo, VideoProbeSuite, ZeroShotVideoSuite
 from florence_jax.tasks.zero_shot_detection import ZeroShotDetectionSuite
 
 CLASSIFIER = "florence_jax.inference.classifier:Classifier"
@@ -57,6 +58,16 @@ TASKS: dict[str, Registered] = {
             "check": BoxCheckSuite,
         },
         "florence_jax.inference.detector:DetectorAnswerer",
+    ),
+    "video": Registered(
+        {
+            "train": TrainVideo,
+            "eval": RecognitionSuite,
+            "probe": VideoProbeSuite,
+            "zeroshot": ZeroShotVideoSuite,
+            "retrieval": TextToVideoSuite,
+        },
+        CLASSIFIER,
     ),
     "retrieve": Registered({"zeroshot": RetrievalSuite, "finetune": FineTuneRetrieval}, CLASSIFIER),
 }

@@ -58,6 +58,7 @@ class ClassificationSuite(Suite):
     learns = True  # from images of `data.train`
     prompted = False  # whether the weights learn prompts of the class names
     payload: Payload = IMAGES
+    without_text = "use protocol=probe or finetune_linear"  # what one can do with weights without a text tower
 
     def __init__(self, config: ConfigDict):
         self.config = config
@@ -73,7 +74,7 @@ class ClassificationSuite(Suite):
         if self.needs_text and not self.encoder.has_text:
             raise UserError(
                 f"{self.config.init} holds no text tower, which protocol {self.config.protocol!r} needs for the class "
-                "names; use protocol=probe or finetune_linear"
+                f"names; {self.without_text}"
             )
         if self.needs_text:
             _ = self.encoder.tokenizer  # raises where nobody named it

@@ -36,6 +36,31 @@ def fine_tuning_recipe(examples: int | None, width: int, batch_size: int | None 
     return RunDefaults(batch, epochs, RATE * math.sqrt(batch / 64) * 256 / width, PAPER.warmup_steps)
 
 
+KINETICS = RunDefaults(batch_size=64, epochs=30, learning_rate=2e-4, warmup_steps=10_000)  # paper; warm-up: Video Swin
+MANY_VIDEOS = 20_000  # from which on its recipe is taken
+VIDEO_STEPS, VIDEO_BATCH = 600, 16
+VIDEO_RATE = 1e-3  # of that batch and features of 256 values
+
+
+def video_recipe(examples: int | None, width: int, batch_size: int | None = None) -> RunDefaults:
+    """The paper's recipe for Kinetics for sets of its size, and where nobody counted the videos; for smaller ones ours.
+
+    It is 600 steps of 16 clips, of 8 where there are not as many, but at least 10 epochs. The learning rate goes with
+    the root of the batch, as Adam's noise wants it, and falls with the width.
+
+    Args:
+      examples: videos that are trained on.
+      width: of the features of the video tower.
+      batch_size: where it is given.
+    """
+    if examples is None or examples >= MANY_VIDEOS:
+        return KINETICS
+    batch = batch_size or VIDEO_BATCH // (1 if examples >= VIDEO_BATCH else 2)
+    epochs = max(round(VIDEO_STEPS * batch / max(examples, 1)), EPOCHS[0])
+    rate = VIDEO_RATE * math.sqrt(batch / VIDEO_BATCH) * 256 / width
+    return RunDefaults(batch, epochs, rate, DETECTION_WARMUP)
+
+
 DYHEAD = RunDefaults(batch_size=32, epochs=12, learning_rate=1e-4, warmup_steps=1000)  # of COCO
 MANY_BOXED = 20_000  # images with boxes, from which on its recipe is taken
 DETECTION_STEPS = 1000

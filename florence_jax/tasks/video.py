@@ -25,6 +25,7 @@ from florence_jax.params.layer_decay import layer_decay_rules
 from florence_jax.params.rules import Policy
 from florence_jax.tasks.base import Task, frozen_parts, make_identity, make_plan
 from florence_jax.tasks.classify import ClassificationSuite
+from florence_jax.tasks.linear_head import feature_width
 from florence_jax.tasks.recipe import LARGE, video_recipe
 from florence_jax.tasks.video_tower import HEAD, VideoTower
 
@@ -45,7 +46,7 @@ class VideoSuite(ClassificationSuite):
 
     name = "video"
     payload = VIDEOS
-    towers_only = "use protocol=train or probe"
+    without_text = "use protocol=train or probe"
 
     def _open_sources(self) -> None:
         given = self.config.video
@@ -64,7 +65,9 @@ class VideoSuite(ClassificationSuite):
         del dataset
         n, res = self.tower.frames, self.encoder.model.config.res
         short = f"short={round(res * 8 / 7)}"
-        train = f"clip({n}, interval={self.tower.sampling['interval']}, {short})|rrc({res}, scale=(0.5, 1.0), field=video)"
+        train = (
+            f"clip({n}, interval={self.tower.sampling['interval']}, {short})|rrc({res}, scale=(0.5, 1.0), field=video)"
+        )
         return train + (MIRROR if self._mirrors() else ""), self.tower.view_ops
 
     def _mirrors(self) -> bool:
@@ -165,12 +168,10 @@ class TrainVideo(VideoSuite, Task):
     def __init__(self, config: ConfigDict):
         super().__init__(config)
         if self.classes is not None:
-            self.tower = VideoTower(
-                self.encoder, self.tower.overrides, self.classes.first_names, self.tower.sampling
-            )
+            self.tower = VideoTower(self.encoder, self.tower.overrides, self.classes.first_names, self.tower.sampling)
         examples = None if self.train_source is None else len(self.train_source)
-        width = self.encoder.model.config.image_width * 2 ** (len(self.encoder.model.config.depths) - 1)
-        self.plan = make_plan(config, examples, video_recipe(examples, width, config.batch_size))
+        recipe = video_recipe(examples, feature_width(self.encoder.model.config), config.batch_size)
+        self.plan = make_plan(config, examples, recipe)
         self.flops_per_example = 3.0 * self.tower.model.flops[VIDEO]
 
     @property
@@ -183,17 +184,13 @@ class TrainVideo(VideoSuite, Task):
         """The video tower has its own rate, which falls towards the input; what is for pictures and texts is frozen."""
         shapes, rate = jax.eval_shape(self.init, jax.random.key(0)), self.config.video.tower_lr
         frozen = tuple((rf"{name}(/.*)?", 0.0) for name in shapes if name not in (VIDEO, HEAD))
-        layers = layer_decay_rules({"image": shapes[VIDEO]}, self.config.optim.layer_decay)
+        layers = layer_decay_rules({VIDEO: shapes[VIDEO]}, self.config.optim.layer_decay)
 
         def times(factor: Any) -> Any:
             return tuple(rate * one for one in factor) if isinstance(factor, tuple) else rate * factor
 
-        own = tuple(
-            (pattern.replace("image/", f"{VIDEO}/", 1), times(factor))
-            for pattern, factor in layers
-            if pattern.startswith("image/")
-        )
-        return Policy(lr=(*frozen, *own))
+        own = tuple((pattern, times(factor)) for pattern, factor in layers if pattern.startswith(f"{VIDEO}/"))
+        return Policy(lr=(*frozen, *own, (f"{VIDEO}/.*", rate)))
 
     @functools.cached_property
     def frozen(self) -> frozenset[str]:
@@ -203,7 +200,11 @@ class TrainVideo(VideoSuite, Task):
     @property
     def identity(self) -> Mapping[str, Any]:
         """See `Suite`."""
-        return {**super().identity, **make_identity(self.config, "video.inflate_noise"), "data.train_ops": self.train_ops}
+        return {
+            **super().identity,
+            **make_identity(self.config, "video.inflate_noise"),
+            "data.train_ops": self.train_ops,
+        }
 
     def parts(self) -> dict[str, Mapping[str, Any]]:
         """The parts of the model."""

@@ -17,6 +17,7 @@ from florence_jax.params.rules import Rules
 from florence_jax.params.sharding import params_like
 from florence_jax.params.weights import load
 from florence_jax.tasks.encoder import Encoder
+from florence_jax.tasks.linear_head import feature_width
 
 HEAD = "video_head"  # the classifier's part in model.json, and the entry of its parameters
 HEAD_STD = 0.01  # of its first weights: with zeros an inflated tower, blind to the direction of time, would stay so
@@ -65,7 +66,13 @@ class VideoTower:
         self.classes = tuple(classes or known)
         self._known_classes = tuple(known)
         chosen = {name: value for name, value in (sampling or {}).items() if value is not None}
-        self.sampling: dict[str, Any] = {"interval": 2, "clips": 4, "crops": 3, **self.part.get("sampling", {}), **chosen}
+        self.sampling: dict[str, Any] = {
+            "interval": 2,
+            "clips": 4,
+            "crops": 3,
+            **self.part.get("sampling", {}),
+            **chosen,
+        }
         if self.sampling["crops"] not in (1, 3) or min(self.sampling.values()) < 1:
             raise UserError(f"config.video: {self.sampling}: crops are 1 or 3, clips and interval at least 1")
         self.predict = {
@@ -101,18 +108,19 @@ class VideoTower:
 
     def parts(self) -> dict[str, Mapping[str, Any]]:
         """Parts of `model.json`: the tower's, and the classifier's where there are classes."""
-        own = {VIDEO: {"overrides": self.overrides, "sampling": self.sampling, "entries": [VIDEO]}}
+        own: dict[str, Mapping[str, Any]] = {
+            VIDEO: {"overrides": self.overrides, "sampling": self.sampling, "entries": [VIDEO]}
+        }
         return own | ({HEAD: {"entries": [HEAD]}} if self.classes else {})
 
     # -- parameters -------------------------------------------------------------------------------------------------
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters: of the folder's towers, of the video tower, of the classifier where there are classes."""
-        params = self.encoder.init(key) | {VIDEO: self.model.init(key)[VIDEO]}
+        params = self.encoder.init(key) | {VIDEO: self.model.init_video(key)}
         if not self.classes:
             return params
-        width, last = self.encoder.model.config, len(self.encoder.model.config.depths) - 1
-        shape = (width.image_width * 2**last, len(self.classes))
+        shape = (feature_width(self.encoder.model.config), len(self.classes))
         weight = HEAD_STD * jax.random.normal(jax.random.fold_in(key, 1), shape, jnp.float32)
         return params | {HEAD: {"weight": weight, "bias": jnp.zeros(shape[1:], jnp.float32)}}
 

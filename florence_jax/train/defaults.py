@@ -7,6 +7,7 @@ from ml_collections import ConfigDict, config_dict
 
 from florence_jax.models.detector import DetectorConfig
 from florence_jax.models.sizes import ModelConfig
+from florence_jax.models.video_coswin import VideoConfig
 
 
 def model_overrides() -> ConfigDict:
@@ -20,6 +21,11 @@ def model_overrides() -> ConfigDict:
 def detector_overrides() -> ConfigDict:
     """The same of a detector: `--config.detector.overrides.x=`. Its compute dtype is that of the towers."""
     return _placeholders(DetectorConfig, ("dtype",))
+
+
+def video_overrides() -> ConfigDict:
+    """The same of a video tower: `--config.video.overrides.x=`."""
+    return _placeholders(VideoConfig, ())
 
 
 def _placeholders(sizes: type, without: Sequence[str]) -> ConfigDict:
