@@ -12,6 +12,7 @@ from pathlib import Path
 from etils import epath
 
 from florence_jax.data.records import Source
+from florence_jax.data.sources.action_sets import VIDEO_KINDS
 from florence_jax.data.sources.array_record import ArrayRecordSource, array_record_paths
 from florence_jax.data.sources.caption_lists import open_caption_list
 from florence_jax.data.sources.detection import BOX_KINDS
@@ -132,6 +133,7 @@ KINDS: dict[str, Callable[[str], Source]] = {
     "captions": open_caption_list,
     "images": ImageList,
     **BOX_KINDS,
+    **VIDEO_KINDS,
     "scene_questions": SceneQuestions,
     "scene_captions": SceneCaptions,
     **QUESTION_KINDS,

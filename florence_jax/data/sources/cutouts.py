@@ -160,3 +160,17 @@ def turned(steps: tuple[np.ndarray, ...], side: int, degrees: int) -> np.ndarray
     x = ((cos * u - sin * v) * ratio >> 17) + (picture.shape[1] - 1) * ONE // 2
     y = ((sin * u + cos * v) * ratio >> 17) + (picture.shape[0] - 1) * ONE // 2
     return sample(picture, x, y)
+
+
+def lay_over(canvas: np.ndarray, patch: np.ndarray, left: int, top: int) -> None:
+    """Lays a cut-out on a canvas, int32 (H, W, 3), which is changed; what reaches beyond it is not there.
+
+    Args:
+      canvas: of values from 0 to 255.
+      patch: premultiplied RGBA, (h, w, 4).
+      left, top: of the patch, in pixels of the canvas.
+    """
+    height, width = canvas.shape[:2]
+    inner = patch[max(0, -top) : height - top, max(0, -left) : width - left].astype(np.int32)
+    region = canvas[max(0, top) : top + patch.shape[0], max(0, left) : left + patch.shape[1]]
+    region[:] = inner[..., :3] + (region * (255 - inner[..., 3:]) + 127) // 255

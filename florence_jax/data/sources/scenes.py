@@ -18,7 +18,7 @@ from scipy import ndimage
 from florence_jax.data.box_problems import Problems
 from florence_jax.data.records import BaseSource, Record, evenly
 from florence_jax.data.sources.backgrounds import SCENE_PHOTOGRAPHS, choose_backgrounds, photograph_crop, smooth_noise
-from florence_jax.data.sources.cutouts import embedded_cutout, turned
+from florence_jax.data.sources.cutouts import embedded_cutout, lay_over, turned
 from florence_jax.data.sources.embedded import open_emoji
 from florence_jax.errors import UserError
 
@@ -298,9 +298,7 @@ def painted(
     else:
         canvas = smooth_noise(size, rng).astype(np.int32)
     for patch, left, top in patches:
-        inner = patch[max(0, -top) : size[0] - top, max(0, -left) : size[1] - left].astype(np.int32)
-        region = canvas[max(0, top) : top + patch.shape[0], max(0, left) : left + patch.shape[1]]
-        region[:] = inner[..., :3] + (region * (255 - inner[..., 3:]) + 127) // 255
+        lay_over(canvas, patch, left, top)
     if rng.random() < BLURRED:
         canvas = _blurred(canvas)
     return _lit(canvas, rng)
