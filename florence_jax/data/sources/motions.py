@@ -28,8 +28,8 @@ MOTION_PAIRS = (
 )
 MOTIONS = tuple(motion for pair in MOTION_PAIRS for motion in pair)
 # Shares of the frame's side.
-OBJECT = (0.3, 0.5)  # the longer side of the object
-SMALL, LARGE = (0.15, 0.3), (0.5, 0.8)  # the same, at both ends of growing
+MOVED_SIDES = (0.3, 0.5)  # the longer side of the object
+SMALL_SIDES, LARGE_SIDES = (0.15, 0.3), (0.5, 0.8)  # the same, at both ends of growing
 LEAST_WAY = 0.35  # from start to end of a movement
 LEAST_TURN, MOST_TURN = 60, 240  # degrees
 STARTS, LASTS = 0.3, 0.5  # of the clip: appearing begins up to the one share of it, and lasts at least the other
@@ -135,13 +135,13 @@ def _line(start: float, end: float, frames: int) -> np.ndarray:
 def _still(side: int, frames: int, rng: np.random.Generator, room: float) -> _Pose:
     """A drawing that stays where it is, its centre `room` pixels or more from the border."""
     x, y = (_between(room, side - room, rng) for _ in range(2))
-    values = x, y, side * _between(*OBJECT, rng), _between(-20, 20, rng), 255
+    values = x, y, side * _between(*MOVED_SIDES, rng), _between(-20, 20, rng), 255
     return _Pose(*(_line(value, value, frames) for value in values))
 
 
 def _way(side: int, rng: np.random.Generator) -> tuple[float, float]:
     """Ends of a movement along an axis, the far one first."""
-    room = side * OBJECT[0] / 2
+    room = side * MOVED_SIDES[0] / 2
     while True:
         near, far = sorted(_between(room, side - room, rng) for _ in range(2))
         if far - near >= LEAST_WAY * side:
@@ -149,21 +149,21 @@ def _way(side: int, rng: np.random.Generator) -> tuple[float, float]:
 
 
 def _across(side: int, frames: int, rng: np.random.Generator) -> _Pose:
-    return _still(side, frames, rng, side * OBJECT[0] / 2)._replace(x=_line(*_way(side, rng), frames))
+    return _still(side, frames, rng, side * MOVED_SIDES[0] / 2)._replace(x=_line(*_way(side, rng), frames))
 
 
 def _upwards(side: int, frames: int, rng: np.random.Generator) -> _Pose:
-    return _still(side, frames, rng, side * OBJECT[0] / 2)._replace(y=_line(*_way(side, rng), frames))
+    return _still(side, frames, rng, side * MOVED_SIDES[0] / 2)._replace(y=_line(*_way(side, rng), frames))
 
 
 def _grow(side: int, frames: int, rng: np.random.Generator) -> _Pose:
-    small, large = (side * _between(*range_, rng) for range_ in (SMALL, LARGE))
-    return _still(side, frames, rng, side * LARGE[0] / 2)._replace(side=_line(small, large, frames))
+    small, large = (side * _between(*range_, rng) for range_ in (SMALL_SIDES, LARGE_SIDES))
+    return _still(side, frames, rng, side * LARGE_SIDES[0] / 2)._replace(side=_line(small, large, frames))
 
 
 def _turn(side: int, frames: int, rng: np.random.Generator) -> _Pose:
     start, turn = _between(0, 360, rng), _between(LEAST_TURN, MOST_TURN, rng)
-    return _still(side, frames, rng, side * OBJECT[1] / 2)._replace(degrees=_line(start, start - turn, frames))
+    return _still(side, frames, rng, side * MOVED_SIDES[1] / 2)._replace(degrees=_line(start, start - turn, frames))
 
 
 def _appear(side: int, frames: int, rng: np.random.Generator) -> _Pose:
@@ -171,7 +171,7 @@ def _appear(side: int, frames: int, rng: np.random.Generator) -> _Pose:
     end = start + _between(LASTS, 1 - start, rng)
     share = (np.arange(frames) / (frames - 1) - start) / (end - start)
     opacity = np.round(255 * share.clip(0, 1)).astype(np.int64)
-    return _still(side, frames, rng, side * OBJECT[0] / 2)._replace(opacity=opacity)
+    return _still(side, frames, rng, side * MOVED_SIDES[0] / 2)._replace(opacity=opacity)
 
 
 _POSES = (_across, _upwards, _grow, _turn, _appear)
