@@ -22,6 +22,7 @@ from florence_jax.data.sources.image_list import ImageList
 from florence_jax.data.sources.karpathy import open_karpathy
 from florence_jax.data.sources.picture_files import is_picture, list_pictures
 from florence_jax.data.sources.scene_questions import SceneCaptions, SceneQuestions
+from florence_jax.data.sources.scene_statements import SceneEntailment, ScenePairs
 from florence_jax.data.sources.tables import PARQUET, TABLE_SUFFIXES, curation_command
 from florence_jax.data.sources.tfds import open_tfds
 from florence_jax.data.sources.vqa import QUESTION_KINDS, is_questions, open_own_questions
@@ -136,6 +137,8 @@ KINDS: dict[str, Callable[[str], Source]] = {
     **VIDEO_KINDS,
     "scene_questions": SceneQuestions,
     "scene_captions": SceneCaptions,
+    "scene_pairs": ScenePairs,
+    "scene_entailment": SceneEntailment,
     **QUESTION_KINDS,
 }
 

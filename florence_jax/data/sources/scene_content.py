@@ -43,6 +43,7 @@ CONTENT_SIDE, CONTENT_SIDES = 96, (32, 1024)  # pixels: usual, allowed
 THING_SIDES = (0.24, 0.34)  # of the scene's side
 TURNED = 20  # degrees to each side, at most
 JITTER = 0.035  # of the scene's side, from the middle of a cell
+CARD = (150, 150, 150, 255)  # RGBA
 LIGHTS = (215, 290)  # of 256, what a drawing's colours are multiplied by
 
 
@@ -73,6 +74,12 @@ class Content(NamedTuple):
     second: Thing
     third: int
     copies: tuple[Thing, ...]
+
+    @property
+    def free(self) -> list[tuple[int, int]]:
+        """The cells where nothing is, rows and columns."""
+        taken = {(thing.row, thing.column) for thing in self.things}
+        return [cell for cell in np.ndindex(GRID_SIDE, GRID_SIDE) if cell not in taken]
 
     @property
     def things(self) -> tuple[Thing, ...]:
@@ -146,10 +153,13 @@ class ContentPainter:
             rows.get(drawing["caption"], []).append(row)
         self._rows = list(rows.values())
 
-    def picture(self, index: int, content: Content) -> np.ndarray:
-        """uint8 (side, side, 3): scene `index`."""
+    def picture(self, index: int, content: Content, card: tuple[int, int] | None = None) -> np.ndarray:
+        """uint8 (side, side, 3): scene `index`; a grey card covers the cell `card`, a row and a column."""
         rng = content_rng(self._split, index, "picture")
         patches = [self._patch(thing, rng) for thing in content.things]
+        if card is not None:
+            cell, (row, column) = self._side // GRID_SIDE, card
+            patches.append((np.full((cell, cell, 4), CARD, np.uint8), column * cell, row * cell))
         return painted((self._side, self._side), patches, self._backgrounds, self._photographs, rng)
 
     def _patch(self, thing: Thing, rng: np.random.Generator) -> tuple[np.ndarray, int, int]:

@@ -1,23 +1,16 @@
 """Questions and captions that are true of composed scenes, see `scene_content`."""
 
-import functools
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from florence_jax.data.records import BaseSource, Record, scattered
-from florence_jax.data.sources.backgrounds import SCENE_PHOTOGRAPHS, choose_backgrounds
+from florence_jax.data.records import Record
+from florence_jax.data.sources.content_source import ContentSource
 from florence_jax.data.sources.scene_content import (
     COLOUR_NAMES,
-    CONTENT_COUNTS,
-    CONTENT_SIDE,
-    CONTENT_SIDES,
-    CONTENT_SPLITS,
     OWN_COLOURS,
     Content,
-    ContentPainter,
     Thing,
     below,
     compose,
@@ -26,7 +19,6 @@ from florence_jax.data.sources.scene_content import (
     withheld_colour,
 )
 from florence_jax.data.sources.scenes import SCENE_NAMES
-from florence_jax.errors import UserError
 
 Asked = tuple[str, str]  # question, answer
 DIRECTIONS = ("left of", "right of", "above", "below")
@@ -37,7 +29,8 @@ NUMBERS = ("no", "one", "two", "three", "four")
 IRREGULAR = {"cactus": "cactuses"}
 
 
-def _a(words: str) -> str:
+def with_article(words: str) -> str:
+    """'a key', 'an elephant'."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -93,10 +86,10 @@ def _ask_is_there(content: Content, new: bool, rng: np.random.Generator) -> Aske
     if not new and rng.random() < 0.5:
         there = sorted({thing.name for thing in content.things})
         names = there if yes else [name for name in range(len(SCENE_NAMES)) if name not in there]
-        return f"Is there {_a(SCENE_NAMES[names[below(rng, len(names))]])}?", "yes" if yes else "no"
+        return f"Is there {with_article(SCENE_NAMES[names[below(rng, len(names))]])}?", "yes" if yes else "no"
     thing = _either(content, new, rng)
     pair = (thing.name, thing.colour) if yes else _absent_pair(content, thing, new, rng)
-    return f"Is there {_a(_named(Thing(*pair, 0, 0)))}?", "yes" if yes else "no"
+    return f"Is there {with_article(_named(Thing(*pair, 0, 0)))}?", "yes" if yes else "no"
 
 
 def _absent_pair(content: Content, thing: Thing, new: bool, rng: np.random.Generator) -> tuple[int, int]:
@@ -148,14 +141,14 @@ def captions_of_content(content: Content, rng: np.random.Generator) -> list[str]
     one, other = (content.first, content.second) if rng.random() < 0.5 else (content.second, content.first)
     across, down = (next(d for d in pair if _is(one, d, other)) for pair in ((0, 1), (2, 3)))
     captions = [
-        f"{_a(_named(one))} {DIRECTIONS[across]} {_a(_named(other))}",
-        f"{_a(_named(other))} {DIRECTIONS[OPPOSITE[down]]} {_a(_named(one))}",
+        f"{with_article(_named(one))} {DIRECTIONS[across]} {with_article(_named(other))}",
+        f"{with_article(_named(other))} {DIRECTIONS[OPPOSITE[down]]} {with_article(_named(one))}",
     ]
-    pair = f"{_a(_named(one))} and {_a(_named(other))}"
+    pair = f"{with_article(_named(one))} and {with_article(_named(other))}"
     if content.copies:
         named = _named(content.copies[0])
         number = len(content.copies)
-        group = _a(named) if number == 1 else f"{NUMBERS[number]} {plural(named)}"
+        group = with_article(named) if number == 1 else f"{NUMBERS[number]} {plural(named)}"
         captions.append(f"{group}, {pair}")
     else:
         captions.append(f"only {pair}")
@@ -165,72 +158,7 @@ def captions_of_content(content: Content, rng: np.random.Generator) -> list[str]
 # -- sources ----------------------------------------------------------------------------------------------------------
 
 
-class _ContentSource(BaseSource):
-    """Records of scenes, `each` of every scene; a subclass says what they are.
-
-    Args:
-      name: 'KIND:SPLIT[:COUNT[:SIDE[:BACKGROUND]]]'.
-    """
-
-    kind: str
-    each: int
-
-    def __init__(self, name: str):
-        self.name = name
-        self._split, self._count, self._side, backgrounds = _parse(name, self.kind)
-        self._backgrounds = choose_backgrounds(backgrounds)
-        self._new = self._split == "new_pairs"
-
-    @functools.cached_property
-    def _painter(self) -> ContentPainter:
-        return ContentPainter(self._split, self._side, self._backgrounds)
-
-    def __len__(self) -> int:
-        return self.each * self._count
-
-    def __getitem__(self, index: int) -> Record:
-        scene = index // self.each
-        content = compose(self._split, scene)
-        return self._record(index, content) | {"image": self._painter.picture(scene, content)}
-
-    def metadata(self) -> Iterator[Record]:
-        """All records without their pictures; nothing is painted."""
-        return map(self.described, range(len(self)))
-
-    def sample(self, count: int) -> list[Record]:
-        """See `records.sample_of`; nothing is painted."""
-        return list(map(self.described, scattered(len(self), count).tolist()))
-
-    @property
-    def image_ids(self) -> np.ndarray:
-        """int (N,): the scene of each record."""
-        return np.arange(len(self)) // self.each
-
-    def described(self, index: int) -> Record:
-        """See `records.described`; nothing is painted."""
-        return self._record(index, compose(self._split, index // self.each))
-
-    def _record(self, index: int, content: Content) -> Record:
-        scene = index // self.each
-        return {"image_id": scene, "width": self._side, "height": self._side} | self._texts(index, content)
-
-    def _texts(self, index: int, content: Content) -> Record:
-        raise NotImplementedError
-
-    def _says(self, what: str) -> dict[str, Any]:
-        on = "smooth noise"
-        if self._backgrounds == "photographs":
-            count = len(SCENE_PHOTOGRAPHS[CONTENT_SPLITS[self._split][1]])
-            on = f"{count} photographs of scikit-image and scikit-learn"
-        says = (
-            f"{self.name}: {what} of {self._count:,} scenes, composed when they are asked for, of embedded drawings "
-            f"(emoji:{CONTENT_SPLITS[self._split][0]}, {len(SCENE_NAMES)} things, {len(COLOUR_NAMES)} colours) on "
-            f"{on}; they are no photographs"
-        )
-        return {"scenes": self._count, "backgrounds": self._backgrounds, "says": says}
-
-
-class SceneQuestions(_ContentSource):
+class SceneQuestions(ContentSource):
     """'scene_questions:SPLIT[:COUNT[:SIDE[:BACKGROUND]]]': six questions, one of each type, on each of COUNT scenes.
 
     SPLIT is train, held_out (the drawings of train, arranged anew on other photographs), new_style (a third vendor's
@@ -254,15 +182,17 @@ class SceneQuestions(_ContentSource):
     @property
     def summary(self) -> dict[str, Any]:
         """What the questions are of."""
-        return self._says(f"{len(self):,} questions")
+        return self.found(f"{len(self):,} questions of {self.count:,} scenes")
 
-    def _texts(self, index: int, content: Content) -> Record:
+    def described(self, index: int) -> Record:
+        """See `records.described`; nothing is painted."""
         scene, number = divmod(index, self.each)
         question_type = tuple(SCENE_QUESTIONS)[number]
         ask, answer_type = SCENE_QUESTIONS[question_type]
-        question, answer = ask(content, self._new, content_rng(self._split, index, "question"))
-        return {
-            "key": f"{self._split}-{scene:06}-{number}",
+        new, rng = self.split == "new_pairs", content_rng(self.split, index, "question")
+        question, answer = ask(compose(self.split, scene), new, rng)
+        return self.sizes(scene) | {
+            "key": f"{self.split}-{scene:06}-{number}",
             "question_id": index,
             "question": question,
             "question_type": question_type,
@@ -271,7 +201,7 @@ class SceneQuestions(_ContentSource):
         }
 
 
-class SceneCaptions(_ContentSource):
+class SceneCaptions(ContentSource):
     """'scene_captions:SPLIT[:COUNT[:SIDE[:BACKGROUND]]]': the same scenes, with what is true of each as captions.
 
     "captions" are three, two of them of where the two painted things are, one of all that is there; "caption" is the
@@ -283,24 +213,13 @@ class SceneCaptions(_ContentSource):
     @property
     def summary(self) -> dict[str, Any]:
         """What the captions are of."""
-        return self._says("captions")
+        return self.found(f"captions of {self.count:,} scenes")
 
-    def _texts(self, index: int, content: Content) -> Record:
-        captions = captions_of_content(content, content_rng(self._split, index, "captions"))
-        return {"key": f"{self._split}-{index:06}", "caption": captions[0], "captions": captions}
-
-
-def _parse(name: str, kind: str) -> tuple[str, int, int, str]:
-    """Split, count, side, backgrounds. Raises UserError."""
-    parts: Sequence[str] = name.partition(":")[2].split(":") + [""] * 4
-    split, count, side, backgrounds = parts[:4]
-    numbers = [word for word in (count, side) if word and not re.fullmatch(r"[1-9]\d{0,8}", word)]
-    if split not in CONTENT_SPLITS or numbers or any(parts[4:]):
-        raise UserError(
-            f"data source {name!r}: write {kind}:SPLIT[:COUNT[:SIDE[:BACKGROUND]]] with SPLIT of "
-            f"{', '.join(CONTENT_SPLITS)}; such as {kind}:train:1000"
-        )
-    pixels = int(side or CONTENT_SIDE)
-    if not CONTENT_SIDES[0] <= pixels <= CONTENT_SIDES[1]:
-        raise UserError(f"data source {name!r}: the side is of {CONTENT_SIDES[0]} to {CONTENT_SIDES[1]} pixels")
-    return split, int(count or CONTENT_COUNTS[split]), pixels, backgrounds
+    def described(self, index: int) -> Record:
+        """See `records.described`; nothing is painted."""
+        captions = captions_of_content(compose(self.split, index), content_rng(self.split, index, "captions"))
+        return self.sizes(index) | {
+            "key": f"{self.split}-{index:06}",
+            "caption": captions[0],
+            "captions": captions,
+        }
