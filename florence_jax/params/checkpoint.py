@@ -42,9 +42,12 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         return []
 
 
+OTHER_TYPES = [kind for kind in ocp.type_handlers.supported_types() if kind is not jax.Array]
+SLICED_FROM = 2**20  # bytes: a smaller array that all devices hold is written by one, not as a slice by each
 HANDLERS = ocp.type_handlers.create_type_handler_registry(
     (LazyArray, _LazyHandler(deepcopy_host_arrays=False)),  # first: they are restored as the plain arrays that they are
-    *((kind, ocp.type_handlers.get_type_handler(kind)) for kind in ocp.type_handlers.supported_types()),
+    *((kind, ocp.type_handlers.get_type_handler(kind)) for kind in OTHER_TYPES),
+    (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICED_FROM)),
 )
 
 
