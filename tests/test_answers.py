@@ -76,7 +76,7 @@ def test_a_vocabulary_needs_two_answers(rows, message):
 
 def test_vocabulary_is_read_as_it_is_written(tmp_path):
     path = tmp_path / "answers.txt"
-    AnswerVocabulary(["yes", "ice cream", "日本"]).save(path)
+    path.write_bytes(AnswerVocabulary(["yes", "ice cream", "日本"]).file())
     assert path.read_text() == "yes\nice cream\n日本\n"
     assert AnswerVocabulary.load(path).answers == ("yes", "ice cream", "日本")
     for text in (

@@ -14,6 +14,7 @@ from florence_jax.data.answers import AnswerVocabulary, normalise_answer
 from florence_jax.data.records import BaseSource
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
+from florence_jax.evaluators.base import all_files
 from florence_jax.evaluators.vqa import VqaEvaluator
 from florence_jax.evaluators.vqa_scores import (
     Prior,
@@ -166,12 +167,26 @@ def test_evaluator(folder):
     assert found["accuracy"] == pytest.approx(right / 11) and found["accuracy_answerable"] == pytest.approx(right / 9)
     assert found["answer_type/yes-no"] == 1 and found["accuracy_stderr"] > 0
     assert judge.chance.keys() <= found.keys() and 0 < judge.chance["accuracy"] < found["accuracy"]
-    (name, data), *others = judge.files().items()
-    assert not others and name == "answers_test.json"
-    assert json.loads(data)[:2] == [{"question_id": 0, "answer": "yes"}, {"question_id": 1, "answer": "no"}]
+    files = judge.files()
+    assert files.keys() == {"answers_test.json", "answers.txt"} and files["answers.txt"] == b"yes\nno\nred\n2\n"
+    assert json.loads(files["answers_test.json"])[:2] == [
+        {"question_id": 0, "answer": "yes"},
+        {"question_id": 1, "answer": "no"},
+    ]
     page = "".join(judge.report())
     assert "right answers" in page and "wrong answers" in page and "prior" in page and "where the last cross" in page
     assert "zebra" in page and "true: red (2), blue (1)" in page and page.count("<figure") == 11
+
+
+def test_two_evaluators_write_one_vocabulary(folder):
+    both = [evaluator(open_source(str(folder)), answer=answer_by_red) for _ in range(2)]
+    both[1].name = "other"
+    for each in both:
+        each.run(jnp.float32(3))
+    assert all_files(both).keys() == {"answers_test.json", "answers_other.json", "answers.txt"}
+    both[1].vocabulary = AnswerVocabulary(["no", "yes", "red", "2"])
+    with pytest.raises(ValueError, match="'answers.txt', which another one has written otherwise"):
+        all_files(both)
 
 
 def test_a_test_set_without_answers(folder, tmp_path):

@@ -12,9 +12,9 @@ import numpy as np
 
 from florence_jax.data.records import Record
 from florence_jax.errors import UserError
-from florence_jax.files import read_bytes, write_text
+from florence_jax.files import read_bytes
 
-ANSWERS_FILE = "answers.txt"  # the vocabulary, in the folder of a run and beside its weights
+ANSWERS_FILE = "answers.txt"  # the vocabulary, in the folder of a run
 MOST_LABELS = 10  # of an example: more answers than that have the rarest left out
 SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)  # by how many people gave the answer; 4 or more: 1
 MATCHES = ("raw", "normalised")
@@ -155,9 +155,9 @@ class AnswerVocabulary:
         scores[: len(found)] = [score for _, score in found]
         return labels, scores
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes one answer a line, the first line is class 0."""
-        write_text(path, "".join(f"{answer}\n" for answer in self.answers))
+    def file(self) -> bytes:
+        """What a file `ANSWERS_FILE` has: an answer a line, the first line is class 0."""
+        return "".join(f"{answer}\n" for answer in self.answers).encode("utf-8", "replace")
 
     @classmethod
     def build(cls, records: Iterable[Record], min_count: int = 9) -> "AnswerVocabulary":

@@ -94,12 +94,14 @@ def all_files(evaluators: Sequence[Evaluator]) -> dict[str, bytes]:
     """The files of all evaluators.
 
     Raises:
-      ValueError: for two with one name.
+      ValueError: for two of one name that differ.
     """
     found: dict[str, bytes] = {}
     for evaluator in evaluators:
         for name, content in evaluator.files().items():
-            if name in found:
-                raise ValueError(f"evaluator {evaluator.name!r} writes {name!r}, which another one has written")
+            if found.get(name, content) != content:
+                raise ValueError(
+                    f"evaluator {evaluator.name!r} writes {name!r}, which another one has written otherwise"
+                )
             found[name] = content
     return found

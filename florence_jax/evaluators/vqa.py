@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from florence_jax.data.answers import AnswerVocabulary, normalise_answer, stripped
+from florence_jax.data.answers import ANSWERS_FILE, AnswerVocabulary, normalise_answer, stripped
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.records import BadRecord, Record, Source, WithCopy, described, sample_of, scattered
 from florence_jax.errors import UserError
@@ -255,14 +255,16 @@ class VqaEvaluator(Evaluator):
         return image if image.ndim == 3 and image.dtype == np.uint8 else None
 
     def files(self) -> Mapping[str, bytes]:
-        """'answers_NAME.json' as VQA's server takes it: question_id and answer of every question that was read."""
+        """'answers_NAME.json' as VQA's server takes it, question_id and answer of every question that was read; and the
+        vocabulary, 'answers.txt'."""
         if not self._asked:
             return {}
         rows = [
             {"question_id": fields.get("question_id", fields.get("key")), "answer": self.vocabulary.answers[number]}
             for fields, number in zip(self._asked, self._best, strict=True)
         ]
-        return {f"answers_{self.name}.json": json.dumps(rows, ensure_ascii=False).encode()}
+        given = json.dumps(rows, ensure_ascii=False).encode("utf-8", "replace")
+        return {f"answers_{self.name}.json": given, ANSWERS_FILE: self.vocabulary.file()}
 
 
 def questions_of(record: Record) -> Sequence[Record]:
