@@ -185,7 +185,7 @@ def test_two_evaluators_write_one_vocabulary(folder):
         each.run(jnp.float32(3))
     assert all_files(both).keys() == {"answers_test.json", "answers_other.json", "answers.txt"}
     both[1].vocabulary = AnswerVocabulary(["no", "yes", "red", "2"])
-    with pytest.raises(ValueError, match="'answers.txt', which another has written otherwise"):
+    with pytest.raises(ValueError, match="'answers.txt', which another one has written otherwise"):
         all_files(both)
 
 
