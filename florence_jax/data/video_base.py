@@ -1,12 +1,15 @@
 """What an opened video is, and how large its frames may be."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from florence_jax.data.records import BadRecord
 
+CUT_ALREADY = 1.2  # times as long as the part that is meant: such a video is that part
+BLOCK = 32  # frames that are read at once, where all are
 MAX_FRAME_PIXELS = 4096 * 4096  # a frame of 8K would take 100 MB, a clip of 32 of them 3 GB
 
 
@@ -39,6 +42,34 @@ class Video(abc.ABC):
         Raises:
           BadRecord: if no frame can be decoded.
         """
+
+    def each(self, part: range, short: int | None = None) -> Iterator[np.ndarray]:
+        """The frames of a part, uint8 (H, W, 3), one after the other; few are in memory. See `read`."""
+        for start in range(part.start, part.stop, BLOCK):
+            yield from self.read(range(start, min(start + BLOCK, part.stop)), short)
+
+    def part(self, clip: Any, key: str) -> range:
+        """The numbers of the frames of a part (start, stop) in seconds; of all frames for None.
+
+        A video that is not longer than the part is the part, cut out already.
+
+        Raises:
+          BadRecord: for something else than two numbers, or a part that begins when the video has ended.
+        """
+        if clip is None:
+            return range(self.count)
+        try:
+            start, stop = map(float, clip)
+        except (TypeError, ValueError) as error:
+            raise BadRecord(key, f"its clip is {clip!r}, not (start, stop) in seconds") from error
+        times = self.times()
+        end = float(times[-1]) * (1 + 1 / max(1, len(times) - 1))
+        if end <= CUT_ALREADY * (stop - start):
+            return range(self.count)
+        first, last = np.searchsorted(times, (start, stop)).tolist()
+        if first >= last:
+            raise BadRecord(key, f"it ends after {end:.1f} s, before its part from {start:g} to {stop:g} s")
+        return range(first, last)
 
     def checked(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """Int64 (T,). Raises ValueError unless all are frames of the video."""

@@ -15,14 +15,11 @@ from florence_jax.data.video_base import Video
 from florence_jax.data.videos import open_video
 from florence_jax.errors import UserError
 
-CUT_ALREADY = 1.2  # times as long as the part that is meant: such a video is that part
-
 
 class FramesOp(Op):
     """An op that reads frames of a video, which is bytes, a path, or frames: a subclass says which.
 
-    The record's "clip" (start, stop), in seconds, is the part of the video that is meant. A video that is not longer
-    than that part is the part, cut out already.
+    The record's "clip" (start, stop), in seconds, is the part of the video that is meant, see `Video.part`.
 
     Attributes:
       field: of the example.
@@ -39,7 +36,8 @@ class FramesOp(Op):
         if self.field not in example:
             raise BadRecord(key_of(example), f"it has no {self.field}")
         with open_video(example[self.field], key_of(example)) as video:
-            return example | self.read(video, _part(video, example), rng)
+            part = video.part(example.get("clip"), key_of(example))
+            return example | self.read(video, part, rng)
 
     @abc.abstractmethod
     def read(self, video: Video, part: range, rng: np.random.Generator) -> Example:
@@ -47,25 +45,6 @@ class FramesOp(Op):
 
     def _read(self, video: Video, numbers: np.ndarray) -> Example:
         return {self.field: video.read(numbers, self.short)}
-
-
-def _part(video: Video, example: Example) -> range:
-    """The numbers of the frames of the part that is meant."""
-    clip = example.get("clip")
-    if clip is None:
-        return range(video.count)
-    try:
-        start, stop = map(float, clip)
-    except (TypeError, ValueError) as error:
-        raise BadRecord(key_of(example), f"its clip is {clip!r}, not (start, stop) in seconds") from error
-    times = video.times()
-    end = float(times[-1]) * (1 + 1 / max(1, len(times) - 1))
-    if end <= CUT_ALREADY * (stop - start):
-        return range(video.count)
-    first, last = np.searchsorted(times, (start, stop)).tolist()
-    if first >= last:
-        raise BadRecord(key_of(example), f"it ends after {end:.1f} s, before its part from {start:g} to {stop:g} s")
-    return range(first, last)
 
 
 def checked_count(name: str, value: int) -> int:
