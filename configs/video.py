@@ -5,6 +5,7 @@
     python -m florence_jax.main --config=configs/video.py:protocol=probe --config.init=DIR --config.data.train=DATA
     python -m florence_jax.main --config=configs/video.py:protocol=zeroshot --config.init=DIR --config.data.test=DATA
     python -m florence_jax.main --config=configs/video.py:protocol=retrieval --config.init=DIR --config.data.test=DATA
+    python -m florence_jax.main --config=configs/video.py:protocol=check --config.data.train=DATA
     python -m florence_jax.main --config=configs/video.py:recipe=k400,res=384 --config.init=DIR \
         --config.data.train=DATA --config.data.test=DATA
 
@@ -14,9 +15,10 @@ florence_jax.tools.import_torch. Results are in WORKDIR/result.json, predictions
 
 Arguments: protocol = train | eval (a trained classifier on config.data.test) | probe (logistic regression on frozen
 features of config.video.tower) | zeroshot (actions by the names of their classes) | retrieval (videos with captions, by
-text and the other way round); recipe = k400 | k600 | ssv2 (the paper's figures where it gives some, Video Swin's where
-not; never run here), without one batch, epochs and learning rate follow the number of videos; variant = size of the
-towers, for a preflight without weights; res = side of the frames in pixels (0: the weights' own); runlocal.
+text and the other way round) | check (a report of data, without weights); recipe = k400 | k600 | ssv2 (the paper's
+figures where it gives some, Video Swin's where not; never run here), without one batch, epochs and learning rate follow
+the number of videos; variant = size of the towers, for a preflight without weights; res = side of the frames in pixels
+(0: the weights' own); runlocal.
 
 A preflight (florence_jax.tools.aot_compile) needs neither weights nor data: --config.init= and variant=NAME,
 --config.classes=NAMES for the size of the classifier.
@@ -28,7 +30,7 @@ from florence_jax.config_files import parse_arg
 from florence_jax.errors import UserError
 from florence_jax.train.defaults import common, model_overrides, video_overrides
 
-PROTOCOLS = ("train", "eval", "probe", "zeroshot", "retrieval")
+PROTOCOLS = ("train", "eval", "probe", "zeroshot", "retrieval", "check")
 RECIPES = ("k400", "k600", "ssv2")
 
 

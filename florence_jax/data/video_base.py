@@ -18,11 +18,17 @@ class Video(abc.ABC):
 
     Attributes:
       count: of frames, at least 1.
-      size: (height, width) of its frames, upright, as far as the file says so.
+      size: (height, width) of its frames as they are stored.
+      codec: FFmpeg's or Pillow's name of how it is encoded; '' for frames in memory.
+      declared: frames that the file says it has, 0 where it does not say.
+      stamped: whether each frame has a time stamp of its own; if not, reading starts at the first frame each time.
     """
 
     count: int
     size: tuple[int, int]
+    codec: str = ""
+    declared: int = 0
+    stamped: bool = True
 
     @abc.abstractmethod
     def times(self) -> np.ndarray:

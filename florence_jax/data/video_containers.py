@@ -65,7 +65,7 @@ class ContainerVideo(Video):
         except BaseException:
             self.close()
             raise
-        self.count = len(self._index.stamps)
+        self.count, self.stamped = len(self._index.stamps), self._index.kind != "order"
 
     def close(self) -> None:
         """Lets go of the file."""
@@ -96,6 +96,7 @@ class ContainerVideo(Video):
             raise too_large(self._key, context.width, context.height)
         context.thread_count = 1  # a worker process is one
         self.size = context.height, context.width
+        self.codec, self.declared = context.name, self._stream.frames
 
     def times(self) -> np.ndarray:
         """See `Video`."""

@@ -136,6 +136,7 @@ class AnimatedPicture(Video):
             raise BadRecord(key, f"corrupt animation ({trouble_of(error)})") from error
         if self.count < 2 and image.format != "GIF":
             raise BadRecord(key, f"it is a still picture ({image.format}), not a video")
+        self.codec = str(image.format)
 
     def times(self) -> np.ndarray:
         """See `Video`; as if all frames were shown as long as the first."""

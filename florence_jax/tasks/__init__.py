@@ -17,6 +17,7 @@ from florence_jax.tasks.finetune_detection import FineTuneDetect
 from florence_jax.tasks.pretrain import Pretrain
 from florence_jax.tasks.retrieve import FineTuneRetrieval, RetrievalSuite
 from florence_jax.tasks.video import RecognitionSuite, TextToVideoSuite, TrainVideo, VideoProbeSuite, ZeroShotVideoSuite
+from florence_jax.tasks.video_check import VideoCheckSuite
 from florence_jax.tasks.zero_shot_detection import ZeroShotDetectionSuite
 
 CLASSIFIER = "florence_jax.inference.classifier:Classifier"
@@ -66,6 +67,7 @@ TASKS: dict[str, Registered] = {
             "probe": VideoProbeSuite,
             "zeroshot": ZeroShotVideoSuite,
             "retrieval": TextToVideoSuite,
+            "check": VideoCheckSuite,
         },
         CLASSIFIER,
     ),

@@ -23,6 +23,9 @@ class VideoSource(BaseSource):
       rows: a dict for each record with "key" (file name relative to the folder) and further fields.
       summary: what was found.
       class_names: of the numbers in "class_id"; () where classes are texts.
+
+    Attributes:
+      name, folder, summary, class_names: as given.
     """
 
     def __init__(
@@ -34,7 +37,7 @@ class VideoSource(BaseSource):
         class_names: Sequence[str] = (),
     ):
         self.name, self.summary, self.class_names = name, dict(summary or {}), tuple(class_names)
-        self._folder, self._rows = folder, list(rows)
+        self.folder, self._rows = folder, list(rows)
         if not self._rows:
             raise UserError(f"data source {name} has no records")
 
@@ -43,7 +46,7 @@ class VideoSource(BaseSource):
 
     def __getitem__(self, index: int) -> Record:
         row = self._rows[index]
-        return row | {"video": os.path.join(self._folder, row["key"])}
+        return row | {"video": os.path.join(self.folder, row["key"])}
 
     def metadata(self) -> Iterator[Record]:
         """All rows in order; no video is touched."""
