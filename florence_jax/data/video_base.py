@@ -9,7 +9,7 @@ import numpy as np
 from florence_jax.data.records import BadRecord
 
 CUT_ALREADY = 1.2  # times as long as the part that is meant: such a video is that part
-BLOCK = 32  # frames that are read at once, where all are
+AT_ONCE = 32  # frames that are read at once, where all are
 MAX_FRAME_PIXELS = 4096 * 4096  # a frame of 8K would take 100 MB, a clip of 32 of them 3 GB
 
 
@@ -51,8 +51,8 @@ class Video(abc.ABC):
 
     def each(self, part: range, short: int | None = None) -> Iterator[np.ndarray]:
         """The frames of a part, uint8 (H, W, 3), one after the other; few are in memory. See `read`."""
-        for start in range(part.start, part.stop, BLOCK):
-            yield from self.read(range(start, min(start + BLOCK, part.stop)), short)
+        for start in range(part.start, part.stop, AT_ONCE):
+            yield from self.read(range(start, min(start + AT_ONCE, part.stop)), short)
 
     def part(self, clip: Any, key: str) -> range:
         """The numbers of the frames of a part (start, stop) in seconds; of all frames for None.

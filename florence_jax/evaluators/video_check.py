@@ -20,10 +20,10 @@ from florence_jax.files import csv_bytes
 from florence_jax.page import share_bar, table_html
 
 OPENED, WATCHED = 2000, 200  # videos whose packets are counted, and that are decoded to the end, at most
-SMALLEST = 16  # pixels of the shorter side that frames are decoded to: only their number is asked
-LISTED = 100  # of each kind of mistake
-SHOWN = 5  # of each kind on the page
-CLASSES_SHOWN = 200
+WATCHED_SIDE = 16  # pixels of the shorter side that frames are decoded to: only their number is asked
+KEYS_LISTED = 100  # of each kind of mistake
+KEYS_SHOWN = 5  # of each kind on the page
+CLASS_LINES = 200
 # Kind of mistake -> what it is, and what becomes of it.
 VIDEO_MISTAKES = {
     "unreadable": ("videos that cannot be read", "passed over in training, left out of a test, counted"),
@@ -96,7 +96,7 @@ class VideoCheck(Evaluator):
 
     def _add(self, kind: str, where: str, detail: str, count: int = 1) -> None:
         self._counts[kind] += count
-        if len(self._found[kind]) < LISTED:
+        if len(self._found[kind]) < KEYS_LISTED:
             self._found[kind].append((where, detail))
 
     def _add_missing(self) -> None:
@@ -176,7 +176,7 @@ class VideoCheck(Evaluator):
         mistakes = []
         for kind, (what, done) in VIDEO_MISTAKES.items():
             if count := self._counts[kind]:
-                places = [" ".join(filter(None, place)) for place in self._found[kind][:SHOWN]]
+                places = [" ".join(filter(None, place)) for place in self._found[kind][:KEYS_SHOWN]]
                 mistakes.append((count, what, done, "; ".join(places)))
         table = table_html(("count", "what", "what becomes of it", "such as"), mistakes) or "<p>None was found.</p>"
         totals = self._totals()
@@ -209,7 +209,7 @@ class VideoCheck(Evaluator):
             "counts": self._totals(),
             "classes": dict(self._classes.most_common()),
             "problems": {kind: self._counts[kind] for kind in VIDEO_MISTAKES if self._counts[kind]},
-            "listed_of_each": LISTED,
+            "listed_of_each": KEYS_LISTED,
         }
         return {
             f"{self.name}_problems.csv": csv_bytes(("kind", "what", "done", "where", "detail"), lines),
@@ -228,7 +228,7 @@ def _look_at(record: Record, watch: bool) -> _Looked:
     if "video" not in record:
         raise UserError(f"{key} has no video: protocol=check of configs/video.py is for videos")
     with open_video(record["video"], key) as video:
-        watched = sum(1 for _ in video.each(range(video.count), SMALLEST)) if watch else None
+        watched = sum(1 for _ in video.each(range(video.count), WATCHED_SIDE)) if watch else None
         if watched == 0:
             raise BadRecord(key, "none of its frames can be decoded")
         times = video.times()
@@ -246,6 +246,6 @@ def _band(value: float, edges: Sequence[int]) -> str:
 
 def _shares(what: str, counts: Counter[str]) -> str:
     total = max(1, sum(counts.values()))
-    rows = [(name, count, share_bar(count / total)) for name, count in counts.most_common(CLASSES_SHOWN)]
-    left = len(counts) - CLASSES_SHOWN
+    rows = [(name, count, share_bar(count / total)) for name, count in counts.most_common(CLASS_LINES)]
+    left = len(counts) - CLASS_LINES
     return table_html((what, "videos", ""), rows) + (f"<p>{left:,} rarer ones are not shown.</p>" if left > 0 else "")

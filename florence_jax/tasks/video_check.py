@@ -9,7 +9,7 @@ from florence_jax.evaluators.base import Evaluator
 from florence_jax.evaluators.video_check import VideoCheck
 from florence_jax.tasks.box_check import CHECKED, BoxCheckSuite
 
-CLIP_FRAMES, CLIP_INTERVAL = 32, 2  # of a clip, unless config.video says others
+USUAL_FRAMES, USUAL_INTERVAL = 32, 2  # of a clip, unless config.video says others
 
 
 class VideoCheckSuite(BoxCheckSuite):
@@ -20,6 +20,6 @@ class VideoCheckSuite(BoxCheckSuite):
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
         """A check of each set."""
         video = self.config.video
-        span = ((video.overrides.frames or CLIP_FRAMES) - 1) * (video.interval or CLIP_INTERVAL) + 1
+        span = ((video.overrides.frames or USUAL_FRAMES) - 1) * (video.interval or USUAL_INTERVAL) + 1
         given = [(name, self.config.data[name]) for name in CHECKED if self.config.data[name]]
         return [VideoCheck(open_videos(spec), name, span) for name, spec in given]

@@ -14,7 +14,7 @@ from florence_jax.data.video_writer import encode_video
 from florence_jax.data.videos import open_video
 from florence_jax.files import exists, read_json, write_bytes
 
-LEFT_OUT = ".left_out.json"  # beside a file: [key, reason] of the videos that are not in it
+LEFT_OUT_NOTE = ".left_out.json"  # beside a file: [key, reason] of the videos that are not in it
 
 
 class Shard(NamedTuple):
@@ -37,7 +37,7 @@ class Shard(NamedTuple):
 
 def pack_shard(shard: Shard) -> tuple[int, list[tuple[str, str]]]:
     """Writes a file, unless it is there whole; returns how many videos it has, and (key, reason) of those left out."""
-    note = shard.path.removesuffix(".array_record") + LEFT_OUT
+    note = shard.path.removesuffix(".array_record") + LEFT_OUT_NOTE
     if all(map(exists, (shard.path, shard.path + META, note))):
         found = [(key, reason) for key, reason in read_json(note)]
         return len(shard.rows) - len(found), found
