@@ -8,6 +8,7 @@
     python -m florence_jax.tools.bench boxes             # the same of a detector's input, with boxes
     python -m florence_jax.tools.bench detect            # the detector: deformable convolution, steps by size of image
     python -m florence_jax.tools.bench vocabulary        # memory of a detector of 25,190 classes, before and after
+    python -m florence_jax.tools.bench vl                # vision and language: the fusion's layers, its training steps
     python -m florence_jax.tools.bench start             # bytes and seconds before the first step, by size of the data
     python -m florence_jax.tools.bench curate            # images a second of curation's hash stage, and its join
     python -m florence_jax.tools.bench curate_memory     # memory of curation's main process by the number of pairs
@@ -38,6 +39,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "boxes": ("florence_jax.tools.bench.boxes", "images a second of a detector's input, compared with bare decoding"),
     "detect": ("florence_jax.tools.bench.detect", "the detector: its deformable convolution, steps by size of image"),
     "vocabulary": ("florence_jax.tools.bench.vocabulary", "memory of a detector of many classes, all at once or not"),
+    "vl": ("florence_jax.tools.bench.vl", "the fusion of image and text: its layers beside PyTorch's, training steps"),
     "start": ("florence_jax.tools.bench.start", "bytes read and seconds before the first step, by size of the data"),
     "curate": ("florence_jax.tools.bench.curate", "images a second of curation's hash stage, cost of its join"),
     "curate_memory": ("florence_jax.tools.bench.curate_memory", "memory of curation's main process, by pairs"),
