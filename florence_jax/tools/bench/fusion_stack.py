@@ -38,7 +38,7 @@ def measure_stack(sizes: FusionConfig, streams: Streams, rounds: int, dropout: b
       where it is not installed; `ratio`, `ratio_of_best`, `ratio_range`: the time of the faster of those over ours.
     """
     module = CoAttention(sizes.layers, sizes.width // sizes.head_width, sizes.mlp_ratio)
-    arrays = make_arrays(sizes, streams)
+    arrays = make_streams(sizes, streams)
     lengths = jnp.full(streams.batch, streams.words - PADDED)
     params = jax.jit(module.init)(jax.random.key(0), *arrays[:2])["params"]
 
@@ -52,7 +52,7 @@ def measure_stack(sizes: FusionConfig, streams: Streams, rounds: int, dropout: b
     rate = sizes.dropout if dropout else 0.0
     contestants |= {name: run for name in TORCH_ATTENTIONS if (run := make_torch(name, sizes, params, arrays, rate))}
     if not dropout:
-        check(contestants)
+        check_stacks(contestants)
     times = timing.interleaved(contestants, rounds)
     ours = times.pop("ours")
     report: dict[str, Any] = {
@@ -66,7 +66,7 @@ def measure_stack(sizes: FusionConfig, streams: Streams, rounds: int, dropout: b
     return report
 
 
-def make_arrays(sizes: FusionConfig, streams: Streams) -> tuple[jax.Array, ...]:
+def make_streams(sizes: FusionConfig, streams: Streams) -> tuple[jax.Array, ...]:
     """Random text and image streams, and the gradients of what becomes of them; 0 for padding."""
     rng = np.random.default_rng(0)
     shapes = [(streams.batch, length, sizes.width) for length in (streams.words, streams.tokens)]
@@ -75,7 +75,7 @@ def make_arrays(sizes: FusionConfig, streams: Streams) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(array) for array in (text, image, text_gradient, image_gradient))
 
 
-def check(contestants: Mapping[str, Callable[[], Any]]) -> None:
+def check_stacks(contestants: Mapping[str, Callable[[], Any]]) -> None:
     """Raises `RuntimeError` unless all give the loss and the gradients of both streams that ours gives."""
     value, (_, *expected) = contestants["ours"]()
     for name, run in contestants.items():

@@ -66,13 +66,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     functions = (measure_layers, measure_pretraining, measure_questions, measure_policies, measure_words)
     measures = dict(zip(VL_PARTS, functions, strict=True))
     report: dict[str, Any] = {part: measures[part](args) for part in VL_PARTS if part in parts}
-    config = towers_of(args)
+    config = towers_config(args)
     names = ("variant", "fusion", "batch", "answers", "remat", "dtype", "rounds")
     shapes = {"res": config.res, "image_tokens": image_token_count(config), "text_tokens": config.text_length}
     return report | {name: getattr(args, name) for name in names} | shapes | step.device()
 
 
-def towers_of(args: argparse.Namespace, remat: str = "") -> ModelConfig:
+def towers_config(args: argparse.Namespace, remat: str = "") -> ModelConfig:
     """The towers of the options."""
     options = dict(res=args.res, text_length=args.words, dtype=args.dtype, drop_path=0.0)
     return resolve_config(args.variant, **options, remat=remat or args.remat)
@@ -80,7 +80,7 @@ def towers_of(args: argparse.Namespace, remat: str = "") -> ModelConfig:
 
 def measure_layers(args: argparse.Namespace) -> dict[str, Any]:
     """The stack, without and with dropout."""
-    config, sizes = towers_of(args), resolve_fusion(args.fusion)
+    config, sizes = towers_config(args), resolve_fusion(args.fusion)
     streams = fusion_stack.Streams(args.batch, config.text_length, image_token_count(config))
     measure = functools.partial(fusion_stack.measure_stack, sizes, streams, args.rounds)
     return {"plain": measure(False), "dropout": measure(True)}
@@ -88,7 +88,7 @@ def measure_layers(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_pretraining(args: argparse.Namespace) -> dict[str, Any]:
     """Steps of pretraining by where negatives are from, in turns."""
-    model = build_fusion(towers_of(args), args.fusion, heads=("mlm", "itm"))
+    model = build_fusion(towers_config(args), args.fusion, heads=("mlm", "itm"))
     params = jax.jit(model.init)(jax.random.key(0))
     steps = {name: pretraining_step(model, params, args.batch, name) for name in ("batch", "dataset")}
     return timed(steps, args.rounds)
@@ -96,7 +96,7 @@ def measure_pretraining(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_policies(args: argparse.Namespace) -> dict[str, Any]:
     """The step of pretraining for every policy, in turns."""
-    models = {name: build_fusion(towers_of(args, name), args.fusion, heads=("mlm", "itm")) for name in REMATS}
+    models = {name: build_fusion(towers_config(args, name), args.fusion, heads=("mlm", "itm")) for name in REMATS}
     params = jax.jit(models["none"].init)(jax.random.key(0))
     steps = {name: pretraining_step(model, params, args.batch, "batch") for name, model in models.items()}
     return timed(steps, args.rounds)
@@ -104,7 +104,7 @@ def measure_policies(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_questions(args: argparse.Namespace) -> dict[str, Any]:
     """Steps of answering, in turns."""
-    model = build_fusion(towers_of(args), args.fusion, heads=("vqa",), answers=args.answers)
+    model = build_fusion(towers_config(args), args.fusion, heads=("vqa",), answers=args.answers)
     params = jax.jit(model.init)(jax.random.key(0))
     make = functools.partial(questions_step, model, params, args.batch)
     steps = {"1": make(1), "4": make(4), "frozen": make(1, ENCODERS)}
@@ -115,7 +115,7 @@ def measure_questions(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_words(args: argparse.Namespace) -> dict[str, Any]:
     """The head of masked words at some places and at all tokens, in turns; its step alone, after the fusion."""
-    config, width = towers_of(args), resolve_fusion(args.fusion).width
+    config, width = towers_config(args), resolve_fusion(args.fusion).width
     model = build_fusion(config, args.fusion, heads=("mlm",), layers=1, dropout=0.0)
     params = jax.jit(model.init)(jax.random.key(0))
     frozen = {name: value for name, value in params.items() if name != "fusion"}
