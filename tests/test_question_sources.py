@@ -4,6 +4,7 @@ import json
 import pickle
 import types
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -11,6 +12,7 @@ from florence_jax.data.pipeline import eval_stream
 from florence_jax.data.records import BadRecord, described, sample_of, without_payloads
 from florence_jax.data.sources import vqa
 from florence_jax.data.sources.catalog import open_source
+from florence_jax.data.sources.joined_questions import open_questions
 from florence_jax.errors import UserError
 
 
@@ -266,3 +268,34 @@ def test_snli_ve(tmp_path):
         row["class_id"] == 2 and row["question"] == "B." and row["premise"] == "A." and source.class_names[0][0] == "c"
     )
     assert "pairs that people did not agree on: 1" in source.summary["says"]
+
+
+def test_several_sets_are_one(tmp_path):
+    spec = "scene_questions:train:2:32:noise|scene_questions:held_out:1:32:noise"
+    source = pickle.loads(pickle.dumps(open_questions(spec)))
+    train, held_out = map(open_source, spec.split("|"))
+    assert len(source) == 18 and source.image_ids == ["0:0"] * 6 + ["0:1"] * 6 + ["1:0"] * 6
+    rows = list(source.metadata())
+    assert [row["image_id"] for row in rows] == source.image_ids and len({row["key"] for row in rows}) == 18
+    found = source.__getitems__([13, 1, 12])
+    assert (
+        [without_payloads(record) for record in found]
+        == [rows[13], rows[1], rows[12]]
+        == [source.described(index) for index in (13, 1, 12)]
+    )
+    assert np.array_equal(found[0]["image"], held_out[1]["image"])
+    assert np.array_equal(source[1]["image"], train[1]["image"]) and sample_of(source, 99) == rows
+    assert "scene_questions:held_out:1" in source.summary["says"]
+    assert open_questions("scene_questions:train:2").name == "scene_questions:train:2"
+    pictures(tmp_path, "a.png")
+    for name in ("q.json", "r.json"):
+        whole(tmp_path / name, {name: {"question": "Q?", "answer": "a", "imageId": "a"}})
+    one = open_questions(f"gqa:{tmp_path}/q.json:{tmp_path}|gqa:{tmp_path}/r.json:{tmp_path}")
+    assert one.image_ids == ["0:a", "0:a"]  # of one folder: one picture
+    for bad, message in (
+        ("scene_questions:train:2*2|scene_questions:held_out", "without a weight"),
+        ("scene_questions:train:2|emoji:train", "emoji:train: its records are no questions"),
+        ("scene_pairs:train:2|scene_entailment:train:2", "the sets have different classes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_questions(bad)
