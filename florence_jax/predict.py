@@ -4,7 +4,8 @@
     python -m florence_jax.predict --init=runs/pretrain --input=my_pictures --out=found --names=cat,dog,horse
 
 What the folder was trained for decides what is done: a classifier gives its classes; weights of a pretraining classify
-by the names that --names gives (zero-shot). --input is a folder, whose pictures are taken at any depth, one picture, or
+by the names that --names gives (zero-shot); actions of videos are told for each second of a long one. --input is a
+folder, whose pictures (videos, where the weights are of these) are taken at any depth, one file, or
 a data source of the project. Into --out go predictions.csv (a line for each picture and answer), predictions.json (one
 object for each picture) and report.html with pictures. Files that cannot be read are listed and passed over.
 """
@@ -20,9 +21,7 @@ import numpy as np
 from absl import logging
 
 from florence_jax.command_line import enter, exit_code
-from florence_jax.data.ops.image import Decode
 from florence_jax.data.records import BadRecord, Source, summary_of
-from florence_jax.data.sources.catalog import open_pictures
 from florence_jax.errors import UserError
 from florence_jax.files import csv_bytes, with_home, write_bytes, write_json
 from florence_jax.inference.base import Answerer, Found
@@ -47,26 +46,27 @@ def answer_all(answerer: Answerer, source: Source) -> Predictions:
     """Goes through a source, once."""
     found = list(answerer.answers(source))
     missing = np.setdiff1d(np.arange(len(source)), [answer.index for answer in found])
-    return Predictions(found, [why_unread(source, int(index)) for index in missing])
+    return Predictions(found, [why_unread(answerer, source, int(index)) for index in missing])
 
 
-def why_unread(source: Source, index: int) -> tuple[str, str]:
+def why_unread(answerer: Answerer, source: Source, index: int) -> tuple[str, str]:
     """(name, reason) of a record without an answer."""
     try:
         record = source[index]
-        Decode()(record, np.random.default_rng(0))
+        answerer.check(record)
     except BadRecord as bad:
         return bad.key, bad.reason
     return str(record["key"]), "its answer is not a number"
 
 
-def write_tables(out: Path, columns: Sequence[str], answers: Predictions, facts: dict[str, Any]) -> None:
+def write_tables(out: Path, answerer: Answerer, answers: Predictions, facts: dict[str, Any]) -> None:
     """predictions.csv and predictions.json."""
+    columns = answerer.columns
     rows = ((found.key, *(row.get(name, "") for name in columns)) for found in answers.found for row in found.rows)
     write_bytes(str(out / "predictions.csv"), csv_bytes((FILE, *columns), rows))
-    pictures = [{FILE: found.key, "found": list(found.rows)} for found in answers.found]
+    files = [{FILE: found.key, "found": list(found.rows)} for found in answers.found]
     unread = [{FILE: key, "reason": reason} for key, reason in answers.unread]
-    write_json(str(out / "predictions.json"), {**facts, "pictures": pictures, "unread": unread})
+    write_json(str(out / "predictions.json"), {**facts, answerer.plural: files, "unread": unread})
 
 
 def write_pictures(out: Path, answerer: Answerer, source: Source, answers: Predictions) -> None:
@@ -85,7 +85,7 @@ def write_predictions_page(
     """report.html: the first pictures with what was found, and the files that could not be read."""
     shown = answers.found[:PAGE_PICTURES]
     cells = [figure_html([answerer.picture(source[found.index], found)], found.text, found.key) for found in shown]
-    counts = f"{len(answers.found)} pictures of {facts['input']} by {facts['init']}"
+    counts = f"{len(answers.found)} {answerer.plural} of {facts['input']} by {facts['init']}"
     if len(shown) < len(answers.found):
         counts += f"; the first {len(shown)} are shown, all are in predictions.csv"
     remarks = [f"<p>{markup(remark)}</p>" for remark in answerer.remarks(answers.found)]
@@ -112,10 +112,10 @@ def predict(answerer: Answerer, source: Source, out: Path, facts: dict[str, Any]
     if not answers.found:
         key, reason = answers.unread[0]
         raise UserError(
-            f"none of the {len(source)} pictures of {source.name} could be read; the first, {key}: {reason}"
+            f"none of the {len(source)} {answerer.plural} of {source.name} could be read; the first, {key}: {reason}"
         )
     try:
-        write_tables(out, answerer.columns, answers, facts)
+        write_tables(out, answerer, answers, facts)
         for name, content in answerer.files(answers.found).items():
             write_bytes(str(out / name), content)
         write_pictures(out, answerer, source, answers)
@@ -131,7 +131,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, type[Answe
         prog="python -m florence_jax.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--init", required=True, help="workdir of a run, its checkpoints/, or an imported folder")
-    parser.add_argument("--input", required=True, help="folder of pictures, one picture, or a data source")
+    parser.add_argument("--input", required=True, help="folder of pictures or videos, one file, or a data source")
     parser.add_argument("--out", required=True, help="folder for the tables and the page")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures a call of the model")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -148,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         args, kind = parse_arguments(with_home(argv))
-        source = open_pictures(args.input)
-        print(summary_of(source).get("says", f"{source.name}: {len(source):,} pictures"), flush=True)
+        source = kind.open_input(args.input)
+        print(summary_of(source).get("says", f"{source.name}: {len(source):,} {kind.plural}"), flush=True)
         facts = {"init": args.init, "input": args.input}
         answerer = kind.open(args.init, args)
         answers = predict(answerer, source, Path(args.out), facts)
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for remark in answerer.remarks(answers.found):
             print(remark)
         read, unread = len(answers.found), len(answers.unread)
-        print(f"{read} pictures, {unread} not read: {args.out}/report.html, predictions.csv, .json")
+        print(f"{read} {kind.plural}, {unread} not read: {args.out}/report.html, predictions.csv, .json")
 
     return exit_code(work)
 

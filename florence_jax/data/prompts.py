@@ -132,6 +132,8 @@ _ACTIONS = tuple(
     for kind in ("photo", "video", "example", "demonstration")
 )
 # Data set name (TFDS's where it has one, without "/") -> CLIP's templates for zero-shot classification on it.
+# Of the names of actions.
+VIDEO_PROMPTS = ("a video of a person {}.", "a video of {}.", "a person {}.")
 TEMPLATE_SETS = {
     "default": TEMPLATES,
     "imagenet2012": TEMPLATES[:80],

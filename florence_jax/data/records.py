@@ -302,15 +302,17 @@ class RowSource(BaseSource):
 
 
 class ListSource(BaseSource):
-    """Pictures that a caller has at hand, without captions.
+    """Pictures, or videos, that a caller has at hand, without captions.
 
     Args:
       name: for messages.
-      images: paths, PIL pictures or uint8 arrays, see op 'decode'. The key of a path is the path, of others the number.
+      images: paths, PIL pictures or uint8 arrays, see op 'decode'; as "video" what `videos.open_video` takes. The key
+        of a path is the path, of others the number.
+      field: of the records that they are in; of pictures files are read here.
     """
 
-    def __init__(self, name: str, images: Sequence[Any]):
-        self.name, self._images = name, images
+    def __init__(self, name: str, images: Sequence[Any], field: str = "image"):
+        self.name, self._images, self._field = name, images, field
 
     def __len__(self) -> int:
         return len(self._images)
@@ -318,8 +320,8 @@ class ListSource(BaseSource):
     def __getitem__(self, index: int) -> Record:
         image = self._images[index]
         if isinstance(image, (str, os.PathLike)):
-            image = picture_bytes(os.fspath(image))
-        return {"key": self._key(index), "image": image}
+            image = picture_bytes(os.fspath(image)) if self._field == "image" else os.fspath(image)
+        return {"key": self._key(index), self._field: image}
 
     def metadata(self) -> Iterator[Record]:
         """The keys of all pictures; no file is touched."""

@@ -27,6 +27,7 @@ STRIP, STRIP_SIDE = 5, 72  # frames of a clip in a row, and the height of each
 MOVING, MOVING_SIDE, MOVING_MS = 12, 96, 120  # frames of a moving picture, their shorter side, how long each is shown
 SHOWN_QUERIES, SHOWN_ANSWERS = 10, 5
 FEW = 5  # of top-5
+TEST = "test"  # the evaluator of a run's test videos
 # Actions that are each other's reversal in time, or in a mirror.
 OPPOSITES = (
     ("left", "right"), ("up", "down"), ("upward", "downward"), ("upwards", "downwards"), ("grow", "shrink"),
@@ -171,6 +172,10 @@ class ActionRecognition(Classification):
         top = ["top-1", *(["top-5"] if len(self._table[0]) > 3 else [])]
         head = ("clips x crops", *(f"{name} ± standard error" for name in top), "mean per class")
         return [f"<h2>{html.escape(self.name)}: views</h2>", table_html(head, self._table), *super().report()]
+
+    def files(self) -> dict[str, bytes]:
+        """predictions.csv; with the name before it where that is not 'test'."""
+        return {name if self.name == TEST else f"{self.name}_{name}": file for name, file in super().files().items()}
 
 
 class TextToVideo(Evaluator):

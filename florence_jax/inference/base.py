@@ -5,7 +5,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
+from florence_jax.data.ops.image import Decode
 from florence_jax.data.records import Record, Source
+from florence_jax.data.sources.catalog import open_pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +35,20 @@ class Answerer(Protocol):
 
     Attributes:
       columns: of the CSV file, after the one with the file's name.
+      plural: what it answers about.
     """
 
     columns: tuple[str, ...]
+    plural: str = "pictures"
+
+    @staticmethod
+    def open_input(spec: str) -> Source:
+        """What is answered about, by the name that a user gives."""
+        return open_pictures(spec)
+
+    def check(self, record: Record) -> None:
+        """Raises BadRecord, which says why, for a record about which nothing can be answered."""
+        Decode()(record, np.random.default_rng(0))
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,3 +78,9 @@ class Answerer(Protocol):
         """Further files about all answers, by name."""
         del answers
         return {}
+
+
+def best_classes(probabilities: np.ndarray, names: Sequence[str], top: int) -> list[tuple[str, float]]:
+    """(name, probability) of the `top` likeliest of K classes, best first; of equals the first."""
+    order = np.argsort(-probabilities, kind="stable")[:top]
+    return [(names[place], float(probabilities[place])) for place in order]

@@ -11,6 +11,8 @@
     found = Florence("runs/detect").detect(["street.jpg"])  # [{"boxes": ..., "scores": ..., "labels": ..., "names"}]
     found = Florence("runs/proposals").detect(["street.jpg"], names=["cat", "traffic light"])
 
+    actions = Florence("runs/video").recognise(["clip.mp4"])  # [[("juggling", .93), ...]]
+
 `docs/colab.ipynb` does this in a notebook. For evaluations with metrics use `python -m florence_jax.main`.
 """
 
@@ -22,18 +24,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from florence_jax.data.prompts import TEMPLATES
+from florence_jax.data.prompts import TEMPLATES, VIDEO_PROMPTS
 from florence_jax.data.records import ListSource, Source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.metrics import softmax
 from florence_jax.evaluators.predictor import Embedder, Predictor
 from florence_jax.evaluators.zero_shot import class_embeddings
+from florence_jax.inference.base import best_classes
 from florence_jax.inference.detector import TOLD_FROM, BoxFinder, NamedBoxFinder
+from florence_jax.inference.video import VideoReader
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks.detector import Detector
 from florence_jax.tasks.encoder import Encoder
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
+Video = str | os.PathLike | bytes | np.ndarray
 
 
 class Florence:
@@ -285,6 +290,60 @@ class Florence:
             self.encoder.description.folder, None, self.encoder.tokenizer_spec, self.encoder.model.config.dtype
         )
 
+    def recognise(self, videos: Sequence[Video], top: int = 5) -> list[list[tuple[str, float]]]:
+        """Actions in videos, by the classifier that the folder holds (configs/video.py), best first.
+
+        Args:
+          videos: N paths, encoded bytes, or uint8 arrays (T, H, W, 3).
+          top: classes given of each.
+
+        Returns:
+          N lists of (name, probability), means over several clips and crops of each video.
+
+        Raises:
+          UserError: for no videos, one that cannot be read, or a folder without such a classifier.
+        """
+        reader, names = self._reader, self._reader.classes
+        found = reader.probabilities(_as_source(videos, "video"), "error")
+        return [best_classes(row, names, top) for _, row in found]
+
+    def embed_videos(self, videos: Sequence[Video], frames: int = 8, tower: str = "image") -> np.ndarray:
+        """Unit vectors in the joint space of pictures and texts.
+
+        Args:
+          videos: as for `recognise`.
+          frames: of each, evenly spread by time.
+          tower: 'image': the mean of the vectors of the frames; 'video': of the folder's video tower, or of one
+            inflated from its image tower.
+
+        Returns:
+          float32 (N, D).
+
+        Raises:
+          UserError: as `recognise`; for another tower, and one that cannot be made of the image tower.
+        """
+        return self._reader.vectors(_as_source(videos, "video"), frames, tower)
+
+    def classify_videos(
+        self,
+        videos: Sequence[Video],
+        names: Sequence[str | Sequence[str]],
+        templates: Sequence[str] = VIDEO_PROMPTS,
+        frames: int = 8,
+        tower: str = "image",
+    ) -> np.ndarray:
+        """Zero-shot classification of videos, as `classify` of pictures: float32 (N, K), rows sum to 1.
+
+        Args:
+          videos, frames, tower: as for `embed_videos`.
+          names, templates: as for `classify`.
+        """
+        return softmax(self.embed_videos(videos, frames, tower) @ self._class_vectors(names, templates))
+
+    @functools.cached_property
+    def _reader(self) -> VideoReader:
+        return VideoReader(self.encoder, self._batch_size, self.params)
+
     def _check_text(self) -> None:
         if not self.encoder.has_text:
             raise UserError(f"{self.encoder.description.folder} holds no text tower: only pictures can be embedded")
@@ -300,12 +359,6 @@ class Florence:
         return self._embedders[tower, size]
 
 
-def best_classes(probabilities: np.ndarray, names: Sequence[str], top: int) -> list[tuple[str, float]]:
-    """(name, probability) of the `top` likeliest of K classes, best first; of equals the first."""
-    order = np.argsort(-probabilities, kind="stable")[:top]
-    return [(names[place], float(probabilities[place])) for place in order]
-
-
 def _check_list(values: Any, what: str) -> None:
     if isinstance(values, (str, bytes, os.PathLike, Image.Image)):
         raise UserError(f"{what} are given in a list, such as [{values!r}]")
@@ -313,8 +366,9 @@ def _check_list(values: Any, what: str) -> None:
         raise UserError(f"no {what} given")
 
 
-def _as_source(images: Sequence[Picture]) -> Source:
-    _check_list(images, "images")
-    if isinstance(images, np.ndarray) and images.ndim < 4:
-        raise UserError(f"an array {images.shape} is one picture: give [array], or many as (N, H, W, 3)")
-    return ListSource("images", images)
+def _as_source(images: Sequence[Picture | Video], field: str = "image") -> Source:
+    _check_list(images, f"{field}s")
+    if isinstance(images, np.ndarray) and images.ndim < (4 if field == "image" else 5):
+        many = "many as (N, H, W, 3)" if field == "image" else "many as (N, T, H, W, 3)"
+        raise UserError(f"an array {images.shape} is one {field}: give [array], or {many}")
+    return ListSource(f"{field}s", images, field)

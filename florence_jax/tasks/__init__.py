@@ -69,7 +69,7 @@ TASKS: dict[str, Registered] = {
             "retrieval": TextToVideoSuite,
             "check": VideoCheckSuite,
         },
-        CLASSIFIER,
+        "florence_jax.inference.video:ActionAnswerer",
     ),
     "retrieve": Registered({"zeroshot": RetrievalSuite, "finetune": FineTuneRetrieval}, CLASSIFIER),
 }

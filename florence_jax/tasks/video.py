@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from florence_jax.data.classes import ClassIndex, ClassNames, open_classes
 from florence_jax.data.pipeline import TrainData
+from florence_jax.data.prompts import VIDEO_PROMPTS
 from florence_jax.data.records import Source
 from florence_jax.data.sides import sided_names
 from florence_jax.data.sources.video import open_videos
@@ -30,7 +31,6 @@ from florence_jax.tasks.recipe import LARGE, video_recipe
 from florence_jax.tasks.video_tower import HEAD, VideoTower
 
 TOWERS = ("image", "video")
-PROMPTS = ("a video of a person {}.", "a video of {}.", "a person {}.")  # of the names of actions
 MIRROR = "|flip(0.5, field=video)"
 
 
@@ -132,11 +132,11 @@ class RecognitionSuite(VideoSuite):
         if config.classes:
             raise UserError("config.classes: the classes are those of the weights; leave it out")
         super().__init__(config)
-        if HEAD not in self.encoder.description.parts:
-            raise UserError(f"{config.init} holds no classifier of actions: train one with configs/video.py")
 
     def _open_classes(self, names: str) -> ClassIndex | None:
         known = self.encoder.description
+        if HEAD not in known.parts:
+            raise UserError(f"{self.config.init} holds no classifier of actions: train one with configs/video.py")
         given = ClassNames(known.classes, known.names)
         return None if self.test_source is None else open_classes(self.test_source, given, self.config.label_field)
 
@@ -299,7 +299,7 @@ class ZeroShotVideoSuite(VideoSuite):
     def _open_sources(self) -> None:
         super()._open_sources()
         if not self.config.templates:
-            self.templates = PROMPTS
+            self.templates = VIDEO_PROMPTS
 
     def embedder(self, mesh: Mesh, image: str = "") -> Embedder:
         """Of unit vectors."""

@@ -1,0 +1,200 @@
+"""configs/video.py: trained on a folder of clips, tested, used from its folder alone; by names and by texts."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_images import run_main, tiny_checkpoint
+from video_files import encode, moving_frames
+
+from configs.video import get_config
+from florence_jax.data.classes import ClassIndex
+from florence_jax.data.records import ListSource
+from florence_jax.errors import UserError
+from florence_jax.evaluators.base import evaluate
+from florence_jax.evaluators.retrieval import positive_ranks
+from florence_jax.evaluators.video import ActionRecognition, dual_softmax_ranks, reversed_classes
+from florence_jax.inference import Florence
+from florence_jax.params.rules import path_string
+from florence_jax.params.sharding import make_mesh
+from florence_jax.predict import main as predict
+from florence_jax.tasks import create_suite, create_task
+from florence_jax.tasks.encoder import Encoder
+from florence_jax.tasks.video_tower import VideoTower
+
+pytest.importorskip("av")
+CLIPS = 4  # of each class
+FLAGS = ["--config=configs/video.py:runlocal", "--config.eval.batch_size=8", "--config.video.shuffled=True"]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Folder of clips of 10 frames, eight of two classes; one of them is damaged."""
+    folder = tmp_path_factory.mktemp("clips")
+    for name, step in (("moves_left", -1), ("moves_right", 1)):
+        (folder / name).mkdir()
+        for i in range(CLIPS):
+            file = encode(moving_frames(10, seed=i)[::step])
+            (folder / name / f"{i}.mp4").write_bytes(file)
+    (folder / "moves_left" / "4.mp4").write_bytes(b"no video")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    """Checkpoints of a tiny pretraining."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("towers"))
+
+
+@pytest.fixture(scope="module")
+def trained(clips, towers, tmp_path_factory):
+    """Workdir of a run."""
+    workdir = tmp_path_factory.mktemp("video") / "run"
+    data = f"--config.data.train={clips}", f"--config.data.test={clips}"
+    assert run_main(*FLAGS, *data, f"--config.init={towers}", f"--workdir={workdir}") == 0
+    return workdir
+
+
+def changed_config(arg="runlocal", **changes):
+    config = get_config(arg)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_a_run_tests_by_views_and_says_what_it_left_out(trained, capsys):
+    result = json.loads((trained / "result.json").read_text())
+    assert result["eval/test/videos"] == 2 * CLIPS and result["eval/test/skipped"] == 1
+    assert {"eval/test/top1", "eval/test/top1_1x1", "eval/test/within_pair", "eval/test/top1_error"} <= result.keys()
+    assert "eval/test_shuffled/top1" in result
+    page = (trained / "report.html").read_text()
+    assert "clips x crops" in page and "moves left" in page
+    parts = json.loads((trained / "checkpoints" / "model.json").read_text())["parts"]
+    assert parts["video"] == {
+        "overrides": {"frames": 4},
+        "sampling": {"interval": 2, "clips": 2, "crops": 1},
+        "entries": ["video"],
+    }
+
+
+def test_only_the_video_tower_learned(trained, towers):
+    before = Encoder(towers).load_on(make_mesh(-1, 1))
+    after = VideoTower(Encoder(str(trained))).load_on(make_mesh(-1, 1))
+    start = VideoTower(Encoder(towers)).load_on(make_mesh(-1, 1))["video"]
+    jax.tree.map(np.testing.assert_array_equal, {name: after[name] for name in before}, before)
+    changed = jax.tree.map(lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), start, after["video"])
+    assert all(jax.tree.leaves(changed)), changed
+
+
+def test_noise_that_is_blind_to_frames_that_stand_still(towers):
+    tower = VideoTower(Encoder(towers), {"frames": 4})
+    shapes = jax.eval_shape(tower.model.init_video, jax.random.key(0))
+    plain = jax.tree.map(lambda leaf: jnp.arange(leaf.size, dtype=jnp.float32).reshape(leaf.shape), shapes)
+    noisy = tower.model.with_direction(plain, 0.1, jax.random.key(0))
+    changed = {
+        path_string(path)
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(plain), jax.tree.leaves(noisy), strict=True)
+        if (np.asarray(a) != np.asarray(b)).any()
+    }
+    assert changed == {name for name in changed if name.endswith(("_embed/kernel", "bias_table"))} and len(changed) == 3
+    kernel = [tree["stage0_embed"]["kernel"].sum(0) for tree in (plain, noisy)]
+    np.testing.assert_allclose(*kernel, rtol=1e-5)
+
+
+def test_predict_tells_seconds_of_long_videos(trained, clips, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "long.mp4").write_bytes(encode(moving_frames(45)))
+    (tmp_path / "in" / "short.mp4").write_bytes((clips / "moves_left" / "0.mp4").read_bytes())
+    (tmp_path / "in" / "broken.mp4").write_bytes(b"no video")
+    assert predict([f"--init={trained}", f"--input={tmp_path / 'in'}", f"--out={tmp_path / 'out'}", "--top=2"]) == 0
+    with open(tmp_path / "out" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    seconds = [row["second"] for row in rows if row["file"] == "long.mp4"]
+    assert seconds == ["", "", "0", "1", "2", "3"]  # 4.5 seconds, clips of .8
+    assert [row["second"] for row in rows if row["file"] == "short.mp4"] == ["", ""]
+    found = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [entry["file"] for entry in found["videos"]] == ["long.mp4", "short.mp4"]
+    assert [entry["file"] for entry in found["unread"]] == ["broken.mp4"]
+
+
+def test_florence_recognises_and_embeds(trained, clips):
+    model = Florence(trained)
+    path, frames = clips / "moves_left" / "0.mp4", moving_frames(6)
+    ((best, _),) = model.recognise([path])
+    assert {best[0], _[0]} == {"moves left", "moves right"}
+    vectors = model.embed_videos([path, path.read_bytes(), frames, np.repeat(frames[:1], 6, 0)], frames=3)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)
+    np.testing.assert_allclose(vectors[3], model.embed_images([frames[0]])[0], atol=1e-5)
+    np.testing.assert_allclose(model.classify_videos([frames], ["left", "right"]).sum(1), 1, atol=1e-6)
+    with pytest.raises(UserError, match="one video: give"):
+        model.embed_videos(frames)
+
+
+@pytest.mark.parametrize("protocol", ["eval", "probe", "zeroshot", "retrieval"])
+def test_protocols(protocol, trained, clips):
+    data = "data.train" if protocol == "probe" else "data.test"
+    changes = {data: str(clips), "init": str(trained), "video.tower": "image"}
+    if protocol == "probe":
+        changes["data.test"] = str(clips)
+    suite = create_suite(changed_config(f"protocol={protocol},runlocal", **changes))
+    mesh = make_mesh(-1, 1)
+    results = evaluate(suite.evaluators(mesh), suite.load(mesh))
+    assert {value for name, value in results.items() if name.endswith("/videos")} == {2.0 * CLIPS}
+    if protocol == "retrieval":
+        assert 1 <= results["eval/test/t2v_median_rank"] <= 2 * CLIPS and "eval/test/v2t_r@1" in results
+    else:
+        assert any(name.endswith("/top1") for name in results)
+
+
+def test_what_does_not_fit_is_said(towers, clips):
+    with pytest.raises(UserError, match="holds no classifier of actions"):
+        create_suite(changed_config("protocol=eval", init=towers, **{"data.test": str(clips)}))
+    with pytest.raises(UserError, match="crops are 1 or 3"):
+        create_suite(changed_config("protocol=zeroshot", init=towers, **{"video.crops": 2, "data.test": str(clips)}))
+    task = create_task(changed_config(init="", **{"model.variant": "ti", "video.overrides.frames": 8}))
+    assert task.batches[0]["video"].shape == (8, 8, 32, 32, 3)
+
+
+def test_reversed_classes():
+    names = ["Moves left", "moves_right", "turn anti-clockwise", "turn clockwise", "from left to right", "grow", "sit"]
+    assert reversed_classes(names).tolist() == [1, 0, 3, 2, -1, -1, -1]
+    assert reversed_classes(["from left to right", "from right to left"]).tolist() == [1, 0]
+
+
+class Embedded:
+    """Stands for an embedder: gives probabilities (N, views, K)."""
+
+    def __init__(self, found, labels):
+        from florence_jax.evaluators.video import VIDEOS
+
+        self.payload, self._found = VIDEOS, {"embedding": found, "label": labels, "index": np.arange(len(labels))}
+        self._found["key"] = [str(i) for i in range(len(labels))]
+
+    def images(self, *args, **options):
+        return self._found
+
+
+def test_views_are_averaged_after_the_softmax():
+    """Three crops of two clips; the first video is right with all views only, the second with one clip only."""
+    rng = np.random.default_rng(0)
+    found = rng.dirichlet(np.ones(6), (40, 6)).astype(np.float32)
+    labels = rng.integers(0, 6, 40)
+    classes = ClassIndex([(f"class {i}",) for i in range(6)], {})
+    source = ListSource("videos", [np.zeros((2, 8, 8, 3), np.uint8)] * 40, "video")
+    results = ActionRecognition("t", source, classes, "views(2, 2)", Embedded(found, labels), 2, 3).run(None)
+    views = {"": found, "_2x1": found[:, 4:], "_1x1": found[:, 5:]}  # crop * clips + clip; the last crop is the middle
+    for name, chosen in views.items():
+        best = chosen.mean(1).argsort(1)[:, ::-1]
+        assert results[f"top1{name}"] == pytest.approx((best[:, 0] == labels).mean())
+        assert results[f"top5{name}"] == pytest.approx((best[:, :5] == labels[:, None]).any(1).mean())
+    assert results["top1_error"] == pytest.approx((results["top1"] * (1 - results["top1"]) / 40) ** 0.5)
+
+
+def test_dual_softmax_knows_the_other_queries():
+    queries, targets = np.eye(3, dtype=np.float32), np.array([[0.9, 0.8, 0], [0, 0.5, 0], [0, 0, 1]], np.float32)
+    ids = np.arange(3)
+    assert positive_ranks(queries, targets, ids, ids).tolist() == [0, 1, 0]
+    assert dual_softmax_ranks(queries, targets, ids, ids, 10.0).tolist() == [0, 0, 0]
