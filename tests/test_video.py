@@ -168,9 +168,9 @@ class Embedded:
     """Stands for an embedder: gives probabilities (N, views, K)."""
 
     def __init__(self, found, labels):
-        from florence_jax.evaluators.video import VIDEOS
+        from florence_jax.evaluators.video import OF_VIDEOS
 
-        self.payload, self._found = VIDEOS, {"embedding": found, "label": labels, "index": np.arange(len(labels))}
+        self.payload, self._found = OF_VIDEOS, {"embedding": found, "label": labels, "index": np.arange(len(labels))}
         self._found["key"] = [str(i) for i in range(len(labels))]
 
     def images(self, *args, **options):

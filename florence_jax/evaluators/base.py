@@ -21,7 +21,7 @@ class Payload(NamedTuple):
     thumbnail: Callable[[Source, int], str]
 
 
-IMAGES = Payload("image", "images", record_thumbnail)
+OF_IMAGES = Payload("image", "images", record_thumbnail)
 
 
 class Chart(NamedTuple):

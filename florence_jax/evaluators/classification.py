@@ -11,7 +11,7 @@ from absl import logging
 from florence_jax.data.classes import ClassIndex
 from florence_jax.data.records import Source
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import IMAGES, Chart, Evaluator, Payload
+from florence_jax.evaluators.base import OF_IMAGES, Chart, Evaluator, Payload
 from florence_jax.evaluators.classification_report import (
     classes_table,
     confusion_html,
@@ -129,7 +129,7 @@ class ClassificationMetrics:
         multi: bool = False,
         note: str = "",
         readable: Callable[[np.ndarray], np.ndarray] | None = None,
-        payload: Payload = IMAGES,
+        payload: Payload = OF_IMAGES,
     ):
         self.name, self.metric, self._payload = name, metric, payload
         self._source, self._names, self._multi, self._note = source, list(names), multi, note

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from florence_jax.data.records import Source
-from florence_jax.evaluators.base import IMAGES, Payload
+from florence_jax.evaluators.base import OF_IMAGES, Payload
 from florence_jax.evaluators.metrics import TOP, Answers, TwoClasses
 from florence_jax.page import GridCell, matches_html
 from florence_jax.pictures import data_uri
@@ -58,7 +58,7 @@ def _shade(share: float, right: bool) -> str:
 
 
 def classes_table(
-    title: str, names: Sequence[str], values: np.ndarray, counts: np.ndarray, what: str, plural: str = IMAGES.plural
+    title: str, names: Sequence[str], values: np.ndarray, counts: np.ndarray, what: str, plural: str = OF_IMAGES.plural
 ) -> str:
     """Numbers of each class that has images, or whatever `plural` says, worst first; `what` they are."""
     order = [k for k in np.argsort(values, kind="stable") if counts[k]]
@@ -79,7 +79,7 @@ def examples_html(
     given: Answers,
     index: np.ndarray,
     names: Sequence[str],
-    payload: Payload = IMAGES,
+    payload: Payload = OF_IMAGES,
     rows: int = EXAMPLE_ROWS,
 ) -> str:
     """Images with the classes they were given and their scores, best first: `rows` right ones, as many wrong ones."""
@@ -108,7 +108,7 @@ def several_html(
     labels: np.ndarray,
     index: np.ndarray,
     names: Sequence[str],
-    payload: Payload = IMAGES,
+    payload: Payload = OF_IMAGES,
     rows: int = EXAMPLE_ROWS,
 ) -> str:
     """Images with several classes each: those that are told best and worst, and random ones, `rows` of each.

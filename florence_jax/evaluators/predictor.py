@@ -17,7 +17,7 @@ from florence_jax.data.pipeline import Batch, Process, eval_stream, to_global
 from florence_jax.data.records import Source
 from florence_jax.data.tokenizers import Tokenizer
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import IMAGES, Payload
+from florence_jax.evaluators.base import OF_IMAGES, Payload
 from florence_jax.params.sharding import batch_sharding, replicated
 
 COMPILED = " with compilation"  # said of a speed that could not be measured without it
@@ -189,7 +189,7 @@ class Embedder:
         tokenizer: Tokenizer | None,
         mesh: Mesh,
         batch_size: int,
-        payload: Payload = IMAGES,
+        payload: Payload = OF_IMAGES,
     ):
         self._tokenizer, self.payload = tokenizer, payload
         self._compiled_towers: set[str] = set()
@@ -298,7 +298,7 @@ class Embedder:
             rest = total - counted
             count, since, note = (rest, began, "") if rest > 0 else (total, started, COMPILED)
             plural = self.payload.plural
-            short = "img" if self.payload is IMAGES else plural
+            short = "img" if self.payload is OF_IMAGES else plural
             print(f"{what}: {total} {plural}, {count / (time.perf_counter() - since):.0f} {short}/s{note}", flush=True)
         found = {
             name: np.concatenate([np.asarray(out[name], object if name in host else None) for out in outputs])
@@ -313,7 +313,7 @@ class Embedder:
         return found
 
 
-def image_counts(source: Source, index: np.ndarray, plural: str = IMAGES.plural) -> dict[str, float]:
+def image_counts(source: Source, index: np.ndarray, plural: str = OF_IMAGES.plural) -> dict[str, float]:
     """For results: 'images' that were read, and where some were not, 'skipped' ones.
 
     Args:

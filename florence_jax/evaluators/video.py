@@ -26,7 +26,7 @@ from florence_jax.pictures import data_uri, thumbnail
 STRIP, STRIP_SIDE = 5, 72  # frames of a clip in a row, and the height of each
 MOVING, MOVING_SIDE, MOVING_MS = 12, 96, 120  # frames of a moving picture, their shorter side, how long each is shown
 SHOWN_QUERIES, SHOWN_ANSWERS = 10, 5
-FEW = 5  # of top-5
+AMONG = 5  # of top-5
 TEST = "test"  # the evaluator of a run's test videos
 # Actions that are each other's reversal in time, or in a mirror.
 OPPOSITES = (
@@ -63,7 +63,7 @@ def moving_picture(source: Source, row: int) -> str:
     return data_uri(file.getvalue(), "image/webp")
 
 
-VIDEOS = Payload("video", "videos", clip_strip)
+OF_VIDEOS = Payload("video", "videos", clip_strip)
 
 
 def reversed_classes(names: Sequence[str]) -> np.ndarray:
@@ -147,7 +147,7 @@ class ActionRecognition(Classification):
             mean = self._views[:, crops, clips].mean((1, 2))
             own = mean[np.arange(len(labels)), labels]
             above = (mean >= own[:, None]).sum(1) - 1  # ties count against it
-            values = {"top1": above < 1} | ({"top5": above < FEW} if mean.shape[1] > FEW else {})
+            values = {"top1": above < 1} | ({"top5": above < AMONG} if mean.shape[1] > AMONG else {})
             line = [name]
             for what, right in values.items():
                 share = float(right.mean())
@@ -241,7 +241,7 @@ class TextToVideo(Evaluator):
         self._chance = {name.replace("i2t", "v2t").replace("t2i", "t2v"): value for name, value in chance.items()}
         head = f"<h2>{html.escape(self.name)}: frames of each video</h2>"
         self._report = [head, table_html(("frames", *results), table), self._grid(videos, found["index"], texts)]
-        return results | further | image_counts(self._source, found["index"], VIDEOS.plural)
+        return results | further | image_counts(self._source, found["index"], OF_VIDEOS.plural)
 
     def _measured(
         self, videos: np.ndarray, texts: np.ndarray, video_ids: np.ndarray, text_ids: np.ndarray

@@ -11,6 +11,8 @@ from florence_jax.data.ops.image import Decode
 from florence_jax.data.records import Record, Source
 from florence_jax.data.sources.catalog import open_pictures
 
+SHOWN_CLASSES = 3  # below a picture of the page
+
 
 @dataclasses.dataclass(frozen=True)
 class Found:

@@ -7,12 +7,10 @@ from typing import Any
 from florence_jax.data.classes import choose_templates
 from florence_jax.data.records import Record, Source
 from florence_jax.errors import UserError
-from florence_jax.inference.base import Answerer, Found, best_classes
+from florence_jax.inference.base import SHOWN_CLASSES, Answerer, Found, best_classes
 from florence_jax.inference.class_names import read_names
 from florence_jax.inference.florence import Florence
 from florence_jax.pictures import thumbnail
-
-SHOWN_CLASSES = 3  # classes below a picture of the page
 
 
 class Classifier(Answerer):

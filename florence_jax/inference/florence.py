@@ -38,7 +38,7 @@ from florence_jax.tasks.detector import Detector
 from florence_jax.tasks.encoder import Encoder
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
-Video = str | os.PathLike | bytes | np.ndarray
+VideoLike = str | os.PathLike | bytes | np.ndarray
 
 
 class Florence:
@@ -290,7 +290,7 @@ class Florence:
             self.encoder.description.folder, None, self.encoder.tokenizer_spec, self.encoder.model.config.dtype
         )
 
-    def recognise(self, videos: Sequence[Video], top: int = 5) -> list[list[tuple[str, float]]]:
+    def recognise(self, videos: Sequence[VideoLike], top: int = 5) -> list[list[tuple[str, float]]]:
         """Actions in videos, by the classifier that the folder holds (configs/video.py), best first.
 
         Args:
@@ -307,7 +307,7 @@ class Florence:
         found = reader.probabilities(_as_source(videos, "video"), "error")
         return [best_classes(row, names, top) for _, row in found]
 
-    def embed_videos(self, videos: Sequence[Video], frames: int = 8, tower: str = "image") -> np.ndarray:
+    def embed_videos(self, videos: Sequence[VideoLike], frames: int = 8, tower: str = "image") -> np.ndarray:
         """Unit vectors in the joint space of pictures and texts.
 
         Args:
@@ -326,7 +326,7 @@ class Florence:
 
     def classify_videos(
         self,
-        videos: Sequence[Video],
+        videos: Sequence[VideoLike],
         names: Sequence[str | Sequence[str]],
         templates: Sequence[str] = VIDEO_PROMPTS,
         frames: int = 8,
@@ -366,7 +366,7 @@ def _check_list(values: Any, what: str) -> None:
         raise UserError(f"no {what} given")
 
 
-def _as_source(images: Sequence[Picture | Video], field: str = "image") -> Source:
+def _as_source(images: Sequence[Picture | VideoLike], field: str = "image") -> Source:
     _check_list(images, f"{field}s")
     if isinstance(images, np.ndarray) and images.ndim < (4 if field == "image" else 5):
         many = "many as (N, H, W, 3)" if field == "image" else "many as (N, T, H, W, 3)"

@@ -14,13 +14,12 @@ from florence_jax.data.videos import open_video
 from florence_jax.errors import UserError
 from florence_jax.evaluators.predictor import Predictor
 from florence_jax.evaluators.video import clip_strip
-from florence_jax.inference.base import Answerer, Found, best_classes
+from florence_jax.inference.base import SHOWN_CLASSES, Answerer, Found, best_classes
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks.encoder import Encoder
-from florence_jax.tasks.video_tower import HEAD, VideoTower
+from florence_jax.tasks.video_tower import VIDEO_HEAD, VideoTower
 
-SHOWN_CLASSES = 3  # below a video of the page
-LONG = 2.0  # times as long as a clip, from which on a video is told second by second
+LONG_VIDEO = 2.0  # times as long as a clip, from which on a video is told second by second
 
 
 class Parts(BaseSource):
@@ -60,7 +59,7 @@ class VideoReader:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the actions. Raises UserError for a folder without a classifier of them."""
-        if HEAD not in self.tower.encoder.description.parts:
+        if VIDEO_HEAD not in self.tower.encoder.description.parts:
             folder = self.tower.encoder.description.folder
             raise UserError(f"{folder} holds no classifier of actions: train one with configs/video.py")
         return self.tower.classes
@@ -96,7 +95,7 @@ class VideoReader:
         each = float(times[-1]) / max(length - 1, 1)
         clip = self.tower.frames * self.tower.sampling["interval"] * each
         end = float(times[-1]) + each
-        if end < LONG * clip or end < LONG:
+        if end < LONG_VIDEO * clip or end < LONG_VIDEO:
             return np.zeros(0, int), np.zeros((0, len(self.classes)), np.float32)
         starts = np.arange(max(int(end - clip), 0) + 1)
         parts = [record | {"clip": (float(start), float(start) + clip)} for start in starts]

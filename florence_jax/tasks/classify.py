@@ -24,7 +24,7 @@ from florence_jax.data.classes import (
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.records import Source
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import IMAGES, Evaluator, Payload
+from florence_jax.evaluators.base import OF_IMAGES, Evaluator, Payload
 from florence_jax.evaluators.classification import Classification, check_metric
 from florence_jax.evaluators.fewshot import FewShot, flip_pair
 from florence_jax.evaluators.predictor import Embedder
@@ -57,7 +57,7 @@ class ClassificationSuite(Suite):
     needs_text = False  # of the weights
     learns = True  # from images of `data.train`
     prompted = False  # whether the weights learn prompts of the class names
-    payload: Payload = IMAGES
+    payload: Payload = OF_IMAGES
     without_text = "use protocol=probe or finetune_linear"  # what one can do with weights without a text tower
 
     def __init__(self, config: ConfigDict):

@@ -19,7 +19,7 @@ from florence_jax.data.sources.video import open_videos
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.predictor import Embedder
-from florence_jax.evaluators.video import VIDEOS, ActionRecognition, TextToVideo
+from florence_jax.evaluators.video import OF_VIDEOS, ActionRecognition, TextToVideo
 from florence_jax.models.base import Params
 from florence_jax.models.video_coswin import VIDEO
 from florence_jax.params.layer_decay import layer_decay_rules
@@ -28,9 +28,9 @@ from florence_jax.tasks.base import Task, frozen_parts, make_identity, make_plan
 from florence_jax.tasks.classify import ClassificationSuite
 from florence_jax.tasks.linear_head import feature_width
 from florence_jax.tasks.recipe import LARGE, video_recipe
-from florence_jax.tasks.video_tower import HEAD, VideoTower
+from florence_jax.tasks.video_tower import VIDEO_HEAD, VideoTower
 
-TOWERS = ("image", "video")
+LOOKED_BY = ("image", "video")
 MIRROR = "|flip(0.5, field=video)"
 
 
@@ -45,14 +45,14 @@ class VideoSuite(ClassificationSuite):
     """
 
     name = "video"
-    payload = VIDEOS
+    payload = OF_VIDEOS
     without_text = "use protocol=train or probe"
 
     def _open_sources(self) -> None:
         given = self.config.video
         sampling = {name: given[name] for name in ("interval", "clips", "crops")}
         self.tower = VideoTower(self.encoder, given.overrides, (), sampling)
-        if given.tower not in TOWERS:
+        if given.tower not in LOOKED_BY:
             raise UserError(f"config.video.tower={given.tower!r}: choose 'image' or 'video'")
         super()._open_sources()
         if self.classes is not None and self.classes.multi:
@@ -135,7 +135,7 @@ class RecognitionSuite(VideoSuite):
 
     def _open_classes(self, names: str) -> ClassIndex | None:
         known = self.encoder.description
-        if HEAD not in known.parts:
+        if VIDEO_HEAD not in known.parts:
             raise UserError(f"{self.config.init} holds no classifier of actions: train one with configs/video.py")
         given = ClassNames(known.classes, known.names)
         return None if self.test_source is None else open_classes(self.test_source, given, self.config.label_field)
@@ -183,7 +183,7 @@ class TrainVideo(VideoSuite, Task):
     def policy(self) -> Policy:
         """The video tower has its own rate, which falls towards the input; what is for pictures and texts is frozen."""
         shapes, rate = jax.eval_shape(self.init, jax.random.key(0)), self.config.video.tower_lr
-        frozen = tuple((rf"{name}(/.*)?", 0.0) for name in shapes if name not in (VIDEO, HEAD))
+        frozen = tuple((rf"{name}(/.*)?", 0.0) for name in shapes if name not in (VIDEO, VIDEO_HEAD))
         layers = layer_decay_rules({VIDEO: shapes[VIDEO]}, self.config.optim.layer_decay)
 
         def times(factor: Any) -> Any:
@@ -224,7 +224,7 @@ class TrainVideo(VideoSuite, Task):
         Raises:
           UserError: for a folder without a classifier of these classes.
         """
-        if HEAD not in self.encoder.description.parts or self.tower.classes != self.encoder.description.classes:
+        if VIDEO_HEAD not in self.encoder.description.parts or self.tower.classes != self.encoder.description.classes:
             raise UserError(f"nothing is trained yet, and {self.config.init} has no classifier of these classes")
         return super().load(mesh)
 

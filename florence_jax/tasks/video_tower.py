@@ -19,8 +19,8 @@ from florence_jax.params.weights import load
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.tasks.linear_head import feature_width
 
-HEAD = "video_head"  # the classifier's part in model.json, and the entry of its parameters
-HEAD_STD = 0.01  # of its first weights: with zeros an inflated tower, blind to the direction of time, would stay so
+VIDEO_HEAD = "video_head"  # the classifier's part in model.json, and the entry of its parameters
+FIRST_STD = 0.01  # of its first weights: with zeros an inflated tower, blind to the direction of time, would stay so
 SMALL_FRAMES = 8  # of a clip for the smallest towers
 FRAME_OPS = "uniform({frames}, short={res})|resize({res}, field=video)|center_crop({res}, field=video)"
 NOISE_KEY = 7  # folded into the seed
@@ -62,7 +62,7 @@ class VideoTower:
         given = {name: value for name, value in (overrides or {}).items() if value is not None}
         usual = {"frames": SMALL_FRAMES} if encoder.variant == "ti" else {}
         self.overrides: dict[str, Any] = {**usual, **self.part.get("overrides", {}), **given}
-        known = encoder.description.classes if HEAD in encoder.description.parts else ()
+        known = encoder.description.classes if VIDEO_HEAD in encoder.description.parts else ()
         self.classes = tuple(classes or known)
         self._known_classes = tuple(known)
         chosen = {name: value for name, value in (sampling or {}).items() if value is not None}
@@ -111,7 +111,7 @@ class VideoTower:
         own: dict[str, Mapping[str, Any]] = {
             VIDEO: {"overrides": self.overrides, "sampling": self.sampling, "entries": [VIDEO]}
         }
-        return own | ({HEAD: {"entries": [HEAD]}} if self.classes else {})
+        return own | ({VIDEO_HEAD: {"entries": [VIDEO_HEAD]}} if self.classes else {})
 
     # -- parameters -------------------------------------------------------------------------------------------------
 
@@ -121,8 +121,8 @@ class VideoTower:
         if not self.classes:
             return params
         shape = (feature_width(self.encoder.model.config), len(self.classes))
-        weight = HEAD_STD * jax.random.normal(jax.random.fold_in(key, 1), shape, jnp.float32)
-        return params | {HEAD: {"weight": weight, "bias": jnp.zeros(shape[1:], jnp.float32)}}
+        weight = FIRST_STD * jax.random.normal(jax.random.fold_in(key, 1), shape, jnp.float32)
+        return params | {VIDEO_HEAD: {"weight": weight, "bias": jnp.zeros(shape[1:], jnp.float32)}}
 
     def load(self, like: Mapping[str, Any], noise: float = 0.0, seed: int = 0) -> dict[str, Any]:
         """The folder's parameters on the devices of `like`, whose fresh classifier is taken for one that it lacks.
@@ -136,7 +136,7 @@ class VideoTower:
             raise UserError("no weights to load: give them with --config.init=DIR")
         rules: Rules[str] = self.encoder.tower_rules
         if self.classes != self._known_classes:
-            rules = ((f"{HEAD}/.*", "new"), *rules)
+            rules = ((f"{VIDEO_HEAD}/.*", "new"), *rules)
         if not self.trained:
             rules = ((f"{VIDEO}/.*", "inflated"), *rules)
         params = load(folder, like, rules, self.model.adapt, inflate=self.model.inflate)
@@ -151,7 +151,7 @@ class VideoTower:
         """The parameters, sharded over a mesh; a classifier only where the folder has it."""
         shapes = jax.eval_shape(self.init, jax.random.key(0))
         if self.classes != self._known_classes:
-            shapes.pop(HEAD, None)
+            shapes.pop(VIDEO_HEAD, None)
         return self.load(params_like(shapes, mesh, policy=rules))
 
     # -- use --------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class VideoTower:
         rate = self.model.video.dropout
         if key is not None and rate:
             pooled = drop_examples(key, jnp.arange(len(pooled)), rate)(pooled)
-        head = params[HEAD]
+        head = params[VIDEO_HEAD]
         return jnp.matmul(pooled, head["weight"], precision="highest") + head["bias"][None]
 
     def _views(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
