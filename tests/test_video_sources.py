@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from stream_tools import assert_same, take
 from video_files import encode, moving_frames
 
 from florence_jax.data.classes import open_classes
-from florence_jax.data.ops.parse import parse_ops
+from florence_jax.data.pipeline import TrainData, eval_stream, train_stream
 from florence_jax.data.records import sample_of
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.video import open_clips, open_videos
@@ -181,15 +182,22 @@ def test_msrvtt(make):
         open_videos(f"{data}:val:{folder}/v")
 
 
-def test_a_clip_of_a_source(tmp_path):
+def test_a_stream_of_clips_goes_on_where_it_stopped_and_passes_over_broken_files(tmp_path):
     for name in ("to_the_left", "to_the_right"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "0.mp4").write_bytes(encode(moving_frames(9)))
+        for i in range(3):
+            (tmp_path / name / f"{i}.mp4").write_bytes(encode(moving_frames(9, seed=i)))
+    whole = (tmp_path / "to_the_left/1.mp4").read_bytes()
+    (tmp_path / "to_the_left/1.mp4").write_bytes(whole[:500])
     source = open_videos(str(tmp_path))
-    ops = parse_ops(
-        "clip(4, interval=2)|resize(24, field=video)|rrc(16, field=video)|flip(field=video)|keep(video)", {}
-    )
-    example, rng = source[1], np.random.default_rng(0)
-    for op in ops:
-        example = op(example, rng)
-    assert example["video"].shape == (4, 16, 16, 3) and example["video"].dtype == np.uint8
+    ops = "clip(4, interval=2)|resize(24, field=video)|rrc(16, field=video)|flip(field=video)|class_label"
+    data = TrainData([source], None, f"{ops}|keep(video, label)", {"classes": open_classes(source)})
+    batches = take(train_stream(data, batch_size=4, seed=3), 5)
+    assert batches[0]["video"].shape == (4, 4, 16, 16, 3) and batches[0]["video"].dtype == np.uint8
+    assert sum(batch["corrupt"].sum() for batch in batches) >= 2
+    assert_same(take(train_stream(data, batch_size=4, seed=3, start_step=3), 2), batches[3:])
+    with pytest.raises(UserError, match="record 'to_the_left/1.mp4': it cannot be read as a video"):
+        take(train_stream(data, batch_size=6, seed=3, on_corrupt="error"), 1)
+    tested = "views(2, 3)|resize(16, field=video)|three_crops(16)|split_views(3)|class_label|keep(video, label)"
+    found = take(eval_stream(source, tested, data.context, batch_size=4, on_corrupt="skip"), 2)
+    assert [batch["mask"].sum() for batch in found] == [3, 2] and found[0]["video"].shape == (4, 6, 3, 16, 16, 3)
