@@ -3,13 +3,12 @@
 import argparse
 import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from florence_jax.data.records import BaseSource, Record, Source, without_payloads
-from florence_jax.data.sources.video import VideoSource, list_videos
+from florence_jax.data.sources.video import open_clips
 from florence_jax.data.videos import open_video
 from florence_jax.errors import UserError
 from florence_jax.evaluators.predictor import Predictor
@@ -113,23 +112,6 @@ class VideoReader:
         return np.stack([out for _, out in self.rows(what, source, self.tower.frame_ops(frames), "error")])
 
 
-def open_clips(spec: str) -> Source:
-    """Videos to be looked at: a folder, whose videos are taken at any depth, sorted; or one file.
-
-    Raises:
-      UserError: for neither.
-    """
-    path = Path(spec)
-    if path.is_file():
-        return VideoSource(str(path.parent), str(path.parent), [{"key": path.name}])
-    if not path.is_dir():
-        raise UserError(f"--input={spec}: there is no such file or folder of videos")
-    listing = list_videos(spec)
-    if not listing.pictures:
-        raise UserError(f"no videos in {listing.sentence()}")
-    return VideoSource(spec, spec, [{"key": key} for key in listing.pictures])
-
-
 class ActionAnswerer(Answerer):
     """See `inference.base.Answerer`: the actions of a video, and of a long one those of each second.
 
@@ -151,7 +133,7 @@ class ActionAnswerer(Answerer):
 
     @staticmethod
     def open_input(spec: str) -> Source:
-        """See `open_clips`."""
+        """See `data.sources.video.open_clips`."""
         return open_clips(spec)
 
     @staticmethod
