@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from stream_tools import assert_same, take
 from video_files import encode, moving_frames
 
@@ -12,6 +13,7 @@ from florence_jax.data.pipeline import TrainData, eval_stream, train_stream
 from florence_jax.data.records import sample_of
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.video import open_clips, open_videos
+from florence_jax.data.videos import read_frames
 from florence_jax.errors import UserError
 
 
@@ -180,6 +182,24 @@ def test_msrvtt(make):
     assert len(open_videos(f"{data}:test:{folder}/v")) == 2
     with pytest.raises(UserError, match=r"val is neither a file nor a split of .* \(test, train\)"):
         open_videos(f"{data}:val:{folder}/v")
+
+
+def test_animated_emoji(tmp_path):
+    pictures = [Image.fromarray(frame) for frame in moving_frames(3)]
+    for name in ("1f426", "1f600", "ffff"):
+        pictures[0].save(tmp_path / f"{name}-fe0f.webp", save_all=True, append_images=pictures[1:])
+    pictures[0].save(tmp_path / "1f601.webp")
+    source = open_videos(f"animated_emoji:{tmp_path}")
+    assert rows(source, "caption", "seen") == [("1f426-fe0f.webp", "bird", 0), ("1f600-fe0f.webp", "grinning face", 1)]
+    assert (
+        "2 animated drawings with a name in the embedded set; left out: 1 without one, 1 that do not move"
+        in (source.summary["says"])
+    )
+    assert read_frames(source[0]["video"], [2]).shape == (1, 32, 48, 3)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="no animated WebP called by code points"):
+        open_videos(f"animated_emoji:{empty}")
 
 
 def test_a_stream_of_clips_goes_on_where_it_stopped_and_passes_over_broken_files(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from florence_jax.data.records import Record
+from florence_jax.data.sources.animated_emoji import open_animated_emoji
 from florence_jax.data.sources.video_source import VideoSource, listed_videos, videos_by_stem
 from florence_jax.errors import UserError
 from florence_jax.files import table_rows
@@ -197,4 +198,5 @@ VIDEO_KINDS: dict[str, Callable[[str], VideoSource]] = {
     "ucf101": open_ucf101,
     "hmdb51": open_hmdb51,
     "msrvtt": open_msrvtt,
+    "animated_emoji": open_animated_emoji,
 }
