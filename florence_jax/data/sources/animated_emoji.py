@@ -43,9 +43,7 @@ def open_animated_emoji(spec: str) -> VideoSource:
             still += 1
     if not rows:
         raise UserError(f"data source {spec}: no animated WebP called by code points of the embedded set in {folder}")
-    says = (
-        f"{spec}: {len(rows):,} animated drawings with a name in the embedded set; left out: {nameless:,} without one, "
-    )
+    says = f"{spec}: {len(rows):,} animated drawings with a name in the embedded set; left out: "
     says += f"{nameless:,} without one, {still:,} that do not move"
     return VideoSource(spec, folder, rows, {"videos": len(rows), "says": says})
 
