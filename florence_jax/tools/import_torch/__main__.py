@@ -6,6 +6,7 @@
     python -m florence_jax.tools.import_torch --from=openclip --file=open_clip_model.safetensors --out=DIR
     python -m florence_jax.tools.import_torch --from=dyhead --file=dyhead_swint_atss_fpn_2x_ms.pth --out=DIR
     python -m florence_jax.tools.import_torch --from=meter --file=meter_clip16_288_roberta_vqa.ckpt --out=DIR
+    python -m florence_jax.tools.import_torch --from=videoswin --file=swin_base_patch244_window877.pth --out=DIR
     python -m florence_jax.tools.import_torch --from=roberta --file=roberta-base/model.safetensors --out=DIR
 
 Sizes are read from the tensors' shapes. What they do not show, the activation and the heads of a ViT, is read from
@@ -62,13 +63,21 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{file.name}: {error}") from error
     source = {"from": args.family, "file": file.name, "dropped": found.dropped}
     parts = family.parts(found.config, list(found.params), found.evaluation)
-    description = make_description(family.task, parts, tokenizer=family.tokenizer(found.config), source=source)
+    description = make_description(
+        family.task,
+        parts,
+        tokenizer=family.tokenizer(found.config),
+        classes=family.classes(found.config),
+        source=source,
+    )
     save_pretrained(args.out, found.params, description)
     count = sum(leaf.size for leaf in jax.tree.leaves(found.params))
     told = "; ".join(
-        f"{'' if name == 'towers' else f'{name}: '}variant {part['variant']}, "
+        f"{'' if name == 'towers' else f'{name}: '}"
+        + (f"variant {part['variant']}, " if "variant" in part else "")
         + (" ".join(f"{option}={value}" for option, value in part["overrides"].items()) or "no options")
         for name, part in parts.items()
+        if "overrides" in part
     )
     print(f"{args.out}: {told}; {count / 1e6:.2f} M parameters from {len(state)} tensors")
     for note in found.notes:

@@ -9,6 +9,7 @@ from florence_jax.tools.import_torch.mmdet import MMDET_FAMILY
 from florence_jax.tools.import_torch.roberta import ROBERTA_FAMILY
 from florence_jax.tools.import_torch.swin import SWIN
 from florence_jax.tools.import_torch.unicl import UNICL
+from florence_jax.tools.import_torch.video_swin import SWIN3D, VIDEO_SWIN
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -22,5 +23,7 @@ FAMILIES: dict[str, Family] = {
         MMDET_FAMILY,
         METER_FAMILY,
         ROBERTA_FAMILY,
+        VIDEO_SWIN,
+        SWIN3D,
     )  # fmt: skip
 }

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, ItemsView, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +71,10 @@ class Shapes:
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
+
+    def items(self) -> ItemsView[str, tuple[int, ...]]:
+        """(canonical name, shape) of all tensors."""
+        return self._shapes.items()
 
     def vote(self, pattern: str, value: Callable[[tuple[int, ...]], Any], rank: int) -> Any:
         """The most frequent `value(shape)` among the tensors of `rank` axes whose name matches.
@@ -152,6 +156,10 @@ class Family:
     def tokenizer(self, config: Any) -> str:
         """The file of the tokenizer that the text encoder was trained with; '' where it is not known."""
         return ""
+
+    def classes(self, config: Any) -> Sequence[str]:
+        """Names of the classes that a classifier of the file tells apart; () for none."""
+        return ()
 
     def unrolled(self, config: Any) -> Model[ModelConfig]:
         """The model without scans over its blocks."""
