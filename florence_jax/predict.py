@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         args, kind = parse_arguments(with_home(argv))
-        source = kind.open_input(args.input)
+        source = kind.open_input(args)
         print(summary_of(source).get("says", f"{source.name}: {len(source):,} {kind.plural}"), flush=True)
         facts = {"init": args.init, "input": args.input}
         answerer = kind.open(args.init, args)

@@ -17,9 +17,9 @@ from florence_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 TRAINING = ("pretrain",)
-# These start from other runs or from raw data: test_classify.py, test_index.py, test_detect.py,
-# test_video.py and test_curation_sample.py run each of their protocols, at this size.
-ELSEWHERE = ("classify", "retrieve", "detect", "video", "curate")
+# These start from other runs or from raw data: test_classify.py, test_index.py, test_detect.py, test_video.py,
+# test_vlp.py, test_vqa.py and test_curation_sample.py run each of their protocols, at this size.
+ELSEWHERE = ("classify", "retrieve", "detect", "video", "vlp", "vqa", "curate")
 SCHEMA = {
     "data": {"train", "test", "train_ops", "eval_ops", "workers", "cache", "on_corrupt"},
     "eval": {"every", "batch_size", "source"},

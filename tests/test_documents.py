@@ -70,7 +70,8 @@ def test_a_command_is_understood(module, arguments, monkeypatch, capsys):
 
     parse = argparse.ArgumentParser.parse_known_args
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
-    monkeypatch.setattr(predict, "describe", lambda folder: SimpleNamespace(task=PRETRAINED))
+    task = "vqa" if any(argument.startswith("--question") for argument in arguments) else PRETRAINED
+    monkeypatch.setattr(predict, "describe", lambda folder: SimpleNamespace(task=task))
     with pytest.raises((Parsed, SystemExit)) as stopped:
         load_program(module).main(arguments)
     if stopped.type is Parsed:

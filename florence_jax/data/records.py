@@ -124,12 +124,12 @@ class Subset:
       source: random access. rows: of the source. name: for messages.
 
     Attributes:
-      whole: that source.
+      whole: that source. rows: int64, of it.
     """
 
     def __init__(self, source: Source, rows: np.ndarray, name: str):
         self.name = name
-        self.whole, self._rows = source, np.asarray(rows, np.int64)
+        self.whole, self.rows = source, np.asarray(rows, np.int64)
         self.class_names: Sequence[str] = tuple(getattr(source, "class_names", ()))
         self.category_ids: Sequence[Any] = tuple(getattr(source, "category_ids", ()))
         self.class_sets: np.ndarray | None = getattr(source, "class_sets", None)
@@ -138,28 +138,28 @@ class Subset:
         self.summary = summary_of(source)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Record:
-        return self.whole[int(self._rows[index])]
+        return self.whole[int(self.rows[index])]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
-        return self.whole.__getitems__([int(self._rows[i]) for i in indices])
+        return self.whole.__getitems__([int(self.rows[i]) for i in indices])
 
     def metadata(self) -> Iterator[Record]:
         """Of the chosen records, in their order. Raises UserError if the source has unreadable ones."""
-        wanted, found, count = set(self._rows.tolist()), {}, 0
+        wanted, found, count = set(self.rows.tolist()), {}, 0
         for i, record in enumerate(self.whole.metadata()):
             count += 1
             if i in wanted:
                 found[i] = record
         if count != len(self.whole):
             raise UserError(f"{self.name}: {len(self.whole) - count} of {len(self.whole)} records cannot be read")
-        return (found[i] for i in self._rows.tolist())
+        return (found[i] for i in self.rows.tolist())
 
     def described(self, index: int) -> Record:
         """See `records.described`."""
-        return described(self.whole, int(self._rows[index]))
+        return described(self.whole, int(self.rows[index]))
 
     def sample(self, count: int) -> list[Record]:
         """See `sample_of`."""

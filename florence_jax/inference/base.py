@@ -44,9 +44,9 @@ class Answerer(Protocol):
     plural: str = "pictures"
 
     @staticmethod
-    def open_input(spec: str) -> Source:
-        """What is answered about, by the name that a user gives."""
-        return open_pictures(spec)
+    def open_input(args: argparse.Namespace) -> Source:
+        """What is answered about, by the name that a user gives, `args.input`. Raises UserError."""
+        return open_pictures(args.input)
 
     def check(self, record: Record) -> None:
         """Raises BadRecord, which says why, for a record about which nothing can be answered."""

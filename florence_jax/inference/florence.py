@@ -10,6 +10,8 @@
     answers = Florence("runs/mine").predict(["cat.jpg"])  # of weights fine-tuned for classes: [[("cat", .98)]]
     found = Florence("runs/detect").detect(["street.jpg"])  # [{"boxes": ..., "scores": ..., "labels": ..., "names"}]
     found = Florence("runs/proposals").detect(["street.jpg"], names=["cat", "traffic light"])
+    answers = Florence("runs/vqa").answer(["street.jpg"], ["How many cars are there?"])  # [[("2", .9), ...]]
+    matches = Florence("runs/vlp").match(["street.jpg"], ["two cars in a street"])  # [.97]
 
     actions = Florence("runs/video").recognise(["clip.mp4"])  # [[("juggling", .93), ...]]
 
@@ -30,12 +32,14 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.metrics import softmax
 from florence_jax.evaluators.predictor import Embedder, Predictor
 from florence_jax.evaluators.zero_shot import class_embeddings
+from florence_jax.inference.answers import Beside, FusionReader
 from florence_jax.inference.base import best_classes
 from florence_jax.inference.detector import TOLD_FROM, BoxFinder, NamedBoxFinder
 from florence_jax.inference.video import VideoReader
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks.detector import Detector
 from florence_jax.tasks.encoder import Encoder
+from florence_jax.tasks.fusion import FusedTowers, text_ids
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 VideoLike = str | os.PathLike | bytes | np.ndarray
@@ -274,6 +278,91 @@ class Florence:
             for found in finder.boxes(source, threshold, top, on_corrupt="error")
         ]
 
+    def answer(
+        self, images: Sequence[Picture], questions: Sequence[str], top: int = 5
+    ) -> list[list[tuple[str, float]]]:
+        """Answers to questions about pictures, by a folder of configs/vqa.py.
+
+        Args:
+          images: N pictures as for `embed_images`; or one, for all questions. A path or an object that is there several
+            times is encoded once.
+          questions: N; or one, for all pictures.
+          top: answers given of each.
+
+        Returns:
+          N lists of (answer, probability), best first. Each answer's probability is its own (a sigmoid): that it is
+          right, as people gave it; those of one question do not add up to 1.
+
+        Raises:
+          UserError: as `embed_images`; for a folder without a head of answers, an empty question.
+        """
+        texts = self._beside(images, questions, "questions")
+        return list(self._reader.answers(texts, _checked_top(top), len(texts)))
+
+    def match(self, images: Sequence[Picture], texts: Sequence[str]) -> np.ndarray:
+        """Whether texts belong to pictures, by a folder of configs/vlp.py.
+
+        Args:
+          images, texts: N of both, or one of one of them, as for `answer`.
+
+        Returns:
+          float32 (N,): probability of a match.
+
+        Raises:
+          UserError: as `answer`.
+        """
+        return self._reader.match(self._beside(images, texts, "texts"))
+
+    def fill(self, images: Sequence[Picture], texts: Sequence[str], top: int = 5) -> list[list[tuple[str, float]]]:
+        """The word behind a mask in a text beside a picture, by a folder of configs/vlp.py.
+
+        Args:
+          images, texts: N of both, or one of one of them, as for `answer`. Each text has '<mask>' once: it stands for a
+            token of the vocabulary, which may be a part of a word.
+          top: tokens given of each.
+
+        Returns:
+          N lists of (token, probability), best first; the probabilities of all tokens add up to 1.
+
+        Raises:
+          UserError: as `answer`; for a text without '<mask>', or with several.
+        """
+        return self._reader.words(self._beside(images, texts, "texts", masked=True), _checked_top(top))
+
+    @functools.cached_property
+    def _reader(self) -> FusionReader:
+        """Loaded when it is first asked."""
+        return FusionReader(FusedTowers(self._again()), self._batch_size)
+
+    def _beside(self, images: Sequence[Picture], texts: Sequence[str], what: str, masked: bool = False) -> list[Beside]:
+        _check_list(images, "images")
+        _check_list(texts, what)
+        if len(images) != len(texts) and 1 not in (len(images), len(texts)):
+            raise UserError(
+                f"{len(images)} images and {len(texts)} {what}: give as many of both, or one of one of them"
+            )
+        numbers = {_same(image): place for place, image in reversed(list(enumerate(images)))}
+        different = sorted(numbers.values())
+        source = _as_source([images[place] for place in different])
+        rows = self._reader.pictures(source, on_corrupt="error")
+        tokens = {place: row["tokens"] for place, row in zip(different, rows, strict=True)}
+        ids = [self._ids(text, masked) for text in texts]
+        return [
+            Beside(tokens[numbers[_same(images[k % len(images)])]], *ids[k % len(texts)])
+            for k in range(max(len(images), len(texts)))
+        ]
+
+    def _ids(self, text: str, masked: bool) -> tuple[np.ndarray, int, int]:
+        """Ids of a text, their number, and the place of its mask."""
+        tokenizer = self._reader.fused.tokenizer
+        if not masked:
+            return (*text_ids(tokenizer, text), 0)
+        ids = tokenizer.with_masks(text)
+        places = np.flatnonzero(ids == tokenizer.mask_id)
+        if len(places) > 1:
+            raise UserError(f"text {text!r} has {len(places)} masks: ask for one word at a time")
+        return ids, int(tokenizer.lengths(ids)), int(places[0])
+
     @functools.cached_property
     def _finder(self) -> BoxFinder:
         """Loaded when it is first asked."""
@@ -357,6 +446,17 @@ class Florence:
             functions = {as_tower: self.encoder.predict[tower]}
             self._embedders[tower, size] = Embedder(functions, tokenizer, self._mesh, size)
         return self._embedders[tower, size]
+
+
+def _checked_top(top: int) -> int:
+    if top < 1:
+        raise UserError(f"top={top} must be at least 1")
+    return top
+
+
+def _same(image: Picture) -> Any:
+    """Equal for pictures that are known to be the same."""
+    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else id(image)
 
 
 def _check_list(values: Any, what: str) -> None:

@@ -132,9 +132,9 @@ class ActionAnswerer(Answerer):
         self._reader, self._names, self._top = reader, reader.classes, top
 
     @staticmethod
-    def open_input(spec: str) -> Source:
+    def open_input(args: argparse.Namespace) -> Source:
         """See `data.sources.video.open_clips`."""
-        return open_clips(spec)
+        return open_clips(args.input)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -59,7 +59,7 @@ def match_loss(logits: jax.Array, match: jax.Array) -> LossSums:
     return class_loss(logits, match.astype(jnp.int32))
 
 
-def answer_loss(logits: jax.Array, labels: jax.Array, scores: jax.Array) -> LossSums:
+def answer_loss(logits: jax.Array, labels: jax.Array, scores: jax.Array, asked: jax.Array | None = None) -> LossSums:
     """Binary cross entropy of soft scores, summed over the answers (METER, Dou et al. 2022).
 
     With x the logits and t the scores of all answers it is sum_a softplus(x_a) - t_a x_a, and t is 0 but for a few: no
@@ -69,13 +69,15 @@ def answer_loss(logits: jax.Array, labels: jax.Array, scores: jax.Array) -> Loss
       logits: (N, A).
       labels: int (N, K), different answers, padded with -1.
       scores: float (N, K), of those answers, in [0, 1].
+      asked: bool (N,), rows that are questions and no padding; None: all.
 
     Returns:
-      `right` is the score of the answers with the largest logit; `number` is N.
+      `right` is the score of the answers with the largest logit; `number` is of the questions.
     """
     logits = logits.astype(jnp.float32)
+    real = jnp.ones(len(logits), bool) if asked is None else asked
     scores = jnp.where(labels >= 0, scores, 0).astype(jnp.float32)
     picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0), axis=1)
-    loss = jax.nn.softplus(logits).sum() - (scores * picked).sum()
-    right = jnp.where(labels == logits.argmax(1, keepdims=True), scores, 0).sum()
-    return LossSums(loss, right, jnp.float32(len(logits)))
+    loss = jax.nn.softplus(logits).sum(1) - (scores * picked).sum(1)
+    right = jnp.where(labels == logits.argmax(1, keepdims=True), scores, 0).sum(1)
+    return LossSums(jnp.where(real, loss, 0).sum(), jnp.where(real, right, 0).sum(), real.sum(dtype=jnp.float32))

@@ -15,9 +15,13 @@ from florence_jax.tasks.few_shot_detection import FewShotDetect
 from florence_jax.tasks.finetune import FineTuneLinear, FineTuneUniCL
 from florence_jax.tasks.finetune_detection import FineTuneDetect
 from florence_jax.tasks.pretrain import Pretrain
+from florence_jax.tasks.rerank import RerankSuite
 from florence_jax.tasks.retrieve import FineTuneRetrieval, RetrievalSuite
+from florence_jax.tasks.sentences import Nlvr2, SnliVe
 from florence_jax.tasks.video import RecognitionSuite, TextToVideoSuite, TrainVideo, VideoProbeSuite, ZeroShotVideoSuite
 from florence_jax.tasks.video_check import VideoCheckSuite
+from florence_jax.tasks.vlp import VLP
+from florence_jax.tasks.vqa import Vqa, VqaSuite
 from florence_jax.tasks.zero_shot_detection import ZeroShotDetectionSuite
 
 CLASSIFIER = "florence_jax.inference.classifier:Classifier"
@@ -72,6 +76,11 @@ TASKS: dict[str, Registered] = {
         "florence_jax.inference.video:ActionAnswerer",
     ),
     "retrieve": Registered({"zeroshot": RetrievalSuite, "finetune": FineTuneRetrieval}, CLASSIFIER),
+    "vlp": Registered({"": VLP}, CLASSIFIER),
+    "vqa": Registered(
+        {"train": Vqa, "eval": VqaSuite, "nlvr2": Nlvr2, "snli_ve": SnliVe, "rerank": RerankSuite},
+        "florence_jax.inference.answers:QuestionAnswerer",
+    ),
 }
 
 

@@ -6,6 +6,7 @@ from typing import Any, get_origin, get_type_hints
 from ml_collections import ConfigDict, config_dict
 
 from florence_jax.models.detector import DetectorConfig
+from florence_jax.models.fusion import FusionConfig
 from florence_jax.models.sizes import ModelConfig
 from florence_jax.models.video_coswin import VideoConfig
 
@@ -26,6 +27,11 @@ def detector_overrides() -> ConfigDict:
 def video_overrides() -> ConfigDict:
     """The same of a video tower: `--config.video.overrides.x=`."""
     return _placeholders(VideoConfig, ())
+
+
+def fusion_overrides() -> ConfigDict:
+    """The same of a fusion: `--config.fusion.overrides.x=`. Its heads and their answers are the task's."""
+    return _placeholders(FusionConfig, ("heads", "answers", "vocabulary", "token_types"))
 
 
 def _placeholders(sizes: type, without: Sequence[str]) -> ConfigDict:

@@ -14,6 +14,7 @@ from florence_jax.data.ops import (
     image,
     labels,
     language,
+    questions,
     rand_augment,
     resizes,
     video,
@@ -23,7 +24,7 @@ from florence_jax.data.ops.registry import OPS, Op
 from florence_jax.errors import UserError
 
 # Importing a module registers its ops.
-MODULES = (affine, answers, boxes, captions, crops, image, labels, language, rand_augment, resizes, video)
+MODULES = (affine, answers, boxes, captions, crops, image, labels, language, questions, rand_augment, resizes, video)
 
 
 def parse_ops(spec: str, context: Mapping[str, Any]) -> list[Op]:
