@@ -79,7 +79,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def _model(config: ConfigDict, variant: str) -> None:
     """The model, its answers, and what stands beside it."""
-    config.model = {"variant": given.variant, "overrides": model_overrides()}  # as config.init says
+    config.model = {"variant": variant, "overrides": model_overrides()}  # as config.init says
     config.fusion = {
         "variant": "",  # see models/fusion.py; '': the folder's, else by the size of the towers
         "overrides": fusion_overrides(),

@@ -297,7 +297,7 @@ class Florence:
           UserError: as `embed_images`; for a folder without a head of answers, an empty question.
         """
         texts = self._beside(images, questions, "questions")
-        return list(self._reader.answers(texts, _checked_top(top), len(texts)))
+        return list(self._fusion_reader.answers(texts, _checked_top(top), len(texts)))
 
     def match(self, images: Sequence[Picture], texts: Sequence[str]) -> np.ndarray:
         """Whether texts belong to pictures, by a folder of configs/vlp.py.
@@ -311,7 +311,7 @@ class Florence:
         Raises:
           UserError: as `answer`.
         """
-        return self._reader.match(self._beside(images, texts, "texts"))
+        return self._fusion_reader.match(self._beside(images, texts, "texts"))
 
     def fill(self, images: Sequence[Picture], texts: Sequence[str], top: int = 5) -> list[list[tuple[str, float]]]:
         """The word behind a mask in a text beside a picture, by a folder of configs/vlp.py.
@@ -327,10 +327,10 @@ class Florence:
         Raises:
           UserError: as `answer`; for a text without '<mask>', or with several.
         """
-        return self._reader.words(self._beside(images, texts, "texts", masked=True), _checked_top(top))
+        return self._fusion_reader.words(self._beside(images, texts, "texts", masked=True), _checked_top(top))
 
     @functools.cached_property
-    def _reader(self) -> FusionReader:
+    def _fusion_reader(self) -> FusionReader:
         """Loaded when it is first asked."""
         return FusionReader(FusedTowers(self._again()), self._batch_size)
 
@@ -344,7 +344,7 @@ class Florence:
         numbers = {_same(image): place for place, image in reversed(list(enumerate(images)))}
         different = sorted(numbers.values())
         source = _as_source([images[place] for place in different])
-        rows = self._reader.pictures(source, on_corrupt="error")
+        rows = self._fusion_reader.pictures(source, on_corrupt="error")
         tokens = {place: row["tokens"] for place, row in zip(different, rows, strict=True)}
         ids = [self._ids(text, masked) for text in texts]
         return [
@@ -354,7 +354,7 @@ class Florence:
 
     def _ids(self, text: str, masked: bool) -> tuple[np.ndarray, int, int]:
         """Ids of a text, their number, and the place of its mask."""
-        tokenizer = self._reader.fused.tokenizer
+        tokenizer = self._fusion_reader.fused.tokenizer
         if not masked:
             return (*text_ids(tokenizer, text), 0)
         ids = tokenizer.with_masks(text)
