@@ -112,6 +112,7 @@ def test_meter(tower, heads, tmp_path):
         np.testing.assert_array_equal(fusion["vqa"]["output"]["kernel"], tensors["vqa_classifier.3.weight"].T)
         np.testing.assert_array_equal(params["image"]["norm"]["scale"], tensors["vit_model.visual.ln_post.weight"])
         assert config.tower.depths == (3,) and config.tower.res == 24 and config.tower.image_activation == "quick_gelu"
+        assert parts["fusion"]["eval_ops"] == "decode|resize(24)|center_crop(24)"
         assert parts["fusion"]["answers"] == list(ANSWERS) and parts["fusion"]["overrides"]["token_types"] == 3
         wider = convert(tensors, FAMILIES["meter"], file=tmp_path / "meter.ckpt", res=40)
         assert wider.params["image"]["position_embedding"].shape == (26, 16) and wider.config.tower.res == 40

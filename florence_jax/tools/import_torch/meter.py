@@ -12,6 +12,7 @@ from florence_jax.errors import UserError
 from florence_jax.models.base import Model
 from florence_jax.models.fusion import FUSIONS, HEAD_WIDTH, build_fusion
 from florence_jax.models.sizes import ModelConfig, resolve_config
+from florence_jax.tasks.encoder import evaluation_ops
 from florence_jax.tools.import_torch.clip import VIT_RULES, resize_vit, vit_resolution
 from florence_jax.tools.import_torch.family import DROPPED, Family, Shapes, Told, evaluation, nearest_variant
 from florence_jax.tools.import_torch.names import Renames, rename_all
@@ -109,6 +110,7 @@ class MeterFamily(Family):
             "overrides": dict(config.overrides),
             "heads": list(config.heads),
             "entries": [FUSION_ENTRY],
+            "eval_ops": evaluation_ops(evaluation, config.tower.res),
         }
         if config.answers:
             part["answers"] = list(config.answers)
