@@ -184,11 +184,11 @@ def test_a_training_on_classes_is_watched_by_what_it_costs(folder, caplog):
     assert "scenes:new_names:2 is not watched" in caplog.text
     kept = KeptZeroShot(task.config, task.test_sources)
     assert kept.zero_shot.options == ZeroShotOptions() and kept.sizes == [(128, 128)]
-    like = params_like(jax.eval_shape(task.init, jax.random.key(0)), mesh)
+    like = params_like(task._shapes, mesh)
     trained = jax.tree.map(lambda leaf: place(np.full(leaf.shape, 0.5, np.float32), leaf.sharding), like)
-    made, first = kept.maker(mesh)(trained), jax.device_get(kept.load(mesh)["model"]["detector"])
+    made = kept.maker(mesh)(trained)
     layer = made["model"]["detector"].pop("class_logits")
-    jax.tree.map(np.testing.assert_array_equal, layer, first["class_logits"])
+    assert all(leaf.shape[-1] == 1 and (np.asarray(leaf) != 0.5).all() for leaf in layer.values())
     assert all((np.asarray(leaf) == 0.5).all() for leaf in jax.tree.leaves(made["model"]["detector"]))
     np.testing.assert_array_equal(made["towers"]["text_projection"]["kernel"], 0.5)
 

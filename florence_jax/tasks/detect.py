@@ -295,9 +295,13 @@ class Detect(DetectionSuite, Task):
         return None
 
     @functools.cached_property
+    def _shapes(self) -> Params:
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    @functools.cached_property
     def policy(self) -> Policy:
         """What the loss does not reach is frozen; the image tower has its own rate, which falls towards the input."""
-        shapes, optim = jax.eval_shape(self.init, jax.random.key(0)), self.config.optim
+        shapes, optim = self._shapes, self.config.optim
         rate = self.config.detector.tower_lr
 
         def times(factor: float | tuple[float, ...]) -> float | tuple[float, ...]:
@@ -310,7 +314,7 @@ class Detect(DetectionSuite, Task):
     @functools.cached_property
     def trains_tower(self) -> bool:
         """Whether anything of the image tower but the norms of its maps is trained."""
-        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        shapes = self._shapes
         frozen = frozen_paths(lr_multipliers(self.config.optim.lr_rules, shapes, self.policy))
         stages = jax.tree_util.tree_leaves_with_path(shapes["image"])
         names = (f"image/{jax.tree_util.keystr(path, simple=True, separator='/')}" for path, _ in stages)

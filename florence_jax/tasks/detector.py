@@ -127,22 +127,26 @@ class Detector:
         """The parameters of a folder that holds a detector of these classes, sharded over a mesh."""
         return self.load(params_like(jax.eval_shape(self.init, jax.random.key(0)), mesh, rules))
 
+    def saved_class_layer(self, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The class layer of the folder's detector, of its own classes, whole on the devices of `like`, another one."""
+        shapes = {
+            name: jax.ShapeDtypeStruct(
+                (*leaf.shape[:-1], len(self.part["classes"])), leaf.dtype, sharding=whole_like(leaf.sharding)
+            )
+            for name, leaf in like.items()
+        }
+        rules = ((f"{DETECTOR}/{CLASS_LAYER}/.*", "read"), (".*", "new"))
+        return load(self.encoder.description.folder, {DETECTOR: {CLASS_LAYER: shapes}}, rules)[DETECTOR][CLASS_LAYER]
+
     def _known_classes(self, fresh: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """The class layer: columns of the folder's, by name, in place of fresh ones."""
         saved = list(self.part["classes"])
         common = [name for name in self.classes if name in saved]
         to = np.array([self.classes.index(name) for name in common], np.int64)
         source = np.array([saved.index(name) for name in common], np.int64)
-        places = {name: whole_like(leaf.sharding) for name, leaf in fresh.items()}
-        shapes = {
-            name: jax.ShapeDtypeStruct((*leaf.shape[:-1], len(saved)), leaf.dtype, sharding=places[name])
-            for name, leaf in fresh.items()
-        }
-        rules = ((f"{DETECTOR}/{CLASS_LAYER}/.*", "read"), (".*", "new"))
-        old = load(self.encoder.description.folder, {DETECTOR: {CLASS_LAYER: shapes}}, rules)[DETECTOR][CLASS_LAYER]
-        found = {}
+        old, found = self.saved_class_layer(fresh), {}
         for name, leaf in fresh.items():
-            values = np.array(jax.jit(jnp.copy, out_shardings=places[name])(leaf))
+            values = np.array(jax.jit(jnp.copy, out_shardings=whole_like(leaf.sharding))(leaf))
             values[..., to] = np.asarray(old[name])[..., source]
             found[name] = place(values, leaf.sharding)
         return found

@@ -1,6 +1,5 @@
 """Training of detectors, watched by what it costs a class-agnostic one: classes by name, before and after."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,15 +45,14 @@ class KeptZeroShot(ZeroShotDetectionSuite):
 
     def maker(self, mesh: Mesh) -> Any:
         """A function from the parameters of the training to those that the evaluators take."""
-        rules = self.config.mesh.sharding_rules
-
-        @functools.cache
-        def first() -> Any:
-            return self.load(mesh)["model"][DETECTOR][CLASS_LAYER]
+        first: dict[str, Params] = {}
 
         def made(params: Params) -> Params:
+            detector = params[DETECTOR]
+            if not first:
+                first[CLASS_LAYER] = self.detector.saved_class_layer(detector[CLASS_LAYER])
             return self.zero_shot.with_towers(
-                {**params, DETECTOR: {**params[DETECTOR], CLASS_LAYER: first()}}, mesh, rules
+                {**params, DETECTOR: {**detector, **first}}, mesh, self.config.mesh.sharding_rules
             )
 
         return made
