@@ -10,6 +10,9 @@ from detection_files import (
     BBOX_HEADER,
     HEIGHT,
     WIDTH,
+    coco_box,
+    coco_image,
+    coco_json,
     dump,
     fails,
     imagenet_info,
@@ -367,6 +370,23 @@ def test_mistakes(world, tmp_path, capsys, args, message):
     places = world | {"coco_json": world["coco"].split(":")[0]}
     assert message in fails(capsys, *(arg.format(**places) for arg in args), f"--out={tmp_path / 'o'}")
     assert not list(tmp_path.rglob("*.array_record*"))
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_two_sets_given_as_one(tmp_path, capsys, renamed):
+    """Own sets number their classes and pictures alike, and mean others."""
+    specs = []
+    for number, name in ((1, "a"), (2, "b")):
+        picture(tmp_path / name / f"{name}.jpg", number)
+        image = coco_image(1) | {"file_name": f"{name}.jpg", "coco_url": ""}
+        content = coco_json([image], [coco_box(1, 1, 18, [5, 5, 30, 30])])
+        if renamed:
+            content["categories"] = [each | {"name": f"{name} {each['name']}"} for each in content["categories"]]
+        specs.append(f"{dump(tmp_path / f'{name}.json', content)}:{tmp_path / name}")
+    message = fails(capsys, *(f"--coco={spec}" for spec in specs), f"--out={tmp_path / 'o'}")
+    why = "only one of them has a class" if renamed else "is a.jpg in the one and b.jpg in the other"
+    assert "a.json and " in message and "are not of one set" in message and why in message
+    run(f"--coco={specs[0]}", f"--objects365={specs[1]}", f"--out={tmp_path / 'o'}")
 
 
 def test_spec_of_a_bucket(monkeypatch):

@@ -34,7 +34,7 @@ from etils import epath
 from florence_jax.command_line import enter, exit_code
 from florence_jax.curation.detection.boxes import ACROSS_IOU, WITHIN_IOU
 from florence_jax.curation.detection.images import image_facts
-from florence_jax.curation.detection.join import Merged, find_leaks, join_rows, refuse_leaks
+from florence_jax.curation.detection.join import Merged, find_leaks, join_rows, refuse_leaks, refuse_other_sets
 from florence_jax.curation.detection.labels import RULES, LabelSpace, csv_text, read_rules
 from florence_jax.curation.detection.pseudo import (
     THRESHOLD,
@@ -96,6 +96,7 @@ def build_detection_set(
     space = LabelSpace(tables, rules)
     paths = [path for table in tables for path in file_paths(table.spec, table.files)]
     rows = join_rows(tables, image_facts(paths, workers, verify))
+    refuse_other_sets(rows)
     leaks = find_leaks(rows)
     if not drop_leaks:
         refuse_leaks(leaks)

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from florence_jax.curation.detection.boxes import (
 )
 from florence_jax.curation.detection.images import STATUSES, ImageFacts
 from florence_jax.curation.detection.labels import LabelSpace
-from florence_jax.data.annotations import Annotations
+from florence_jax.data.annotations import FORMATS, Annotations
 from florence_jax.data.box_frames import REASONS, PictureFrames, boxes_in_picture, clean_boxes
 from florence_jax.errors import UserError
 
@@ -96,6 +97,39 @@ def join_rows(tables: Sequence[Annotations], facts: ImageFacts) -> Rows:
         facts=facts,
         group=group_rows(id_code, hash_code),
         validation=np.array([t.spec.split == "validation" for t in tables])[table],
+    )
+
+
+def refuse_other_sets(rows: Rows) -> None:
+    """Raises UserError where files that are given as one set are of two: a class or a picture of an id is another."""
+    first: dict[str, Annotations] = {}
+    for table in rows.tables:
+        known = first.setdefault(table.spec.kind, table) if table.exhaustive else table
+        ours, theirs = ({(each.id, each.name) for each in one.categories} for one in (table, known))
+        for number, name in sorted(ours ^ theirs)[:1]:
+            raise _two_sets(known, table, f"only one of them has a class {name!r} of id {number}")
+    kinds = np.array([FORMATS.index(table.spec.kind) for table in rows.tables])[rows.table]
+    order = np.argsort(rows.id_code, kind="stable")
+    one, other = order[:-1], order[1:]
+    same = (rows.id_code[one] == rows.id_code[other]) & (kinds[one] == kinds[other])
+    same &= rows.table[one] != rows.table[other]
+    for pair in zip(one[same].tolist(), other[same].tolist(), strict=True):
+        tables = [rows.tables[rows.table[row]] for row in pair]
+        names = [_file_name(table.files[rows.local[row]]) for table, row in zip(tables, pair, strict=True)]
+        if names[0] != names[1]:
+            raise _two_sets(*tables, f"{rows.ids[pair[0]]} is {names[0]} in the one and {names[1]} in the other")
+
+
+def _file_name(path: str) -> str:
+    """Without what COCO's names of 2014 begin with."""
+    return re.sub(r"^COCO_(train|val|test)\d{4}_", "", path.rpartition("/")[2])
+
+
+def _two_sets(one: Annotations, other: Annotations, why: str) -> UserError:
+    kind, paths = one.spec.kind, f"{one.spec.annotations} and {other.spec.annotations}"
+    return UserError(
+        f"--{kind}: {paths} are not of one set: {why}. Files of one kind share ids of classes and pictures: give the "
+        "second as another kind that has the same form, such as --objects365, or train on 'one|other' instead"
     )
 
 
