@@ -131,7 +131,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_the_folder_finds_what_is_named(folder, tmp_path, monkeypatch):
+def test_the_folder_finds_what_is_named(folder, tmp_path, monkeypatch, capsys):
     """With a stand-in for the network, which finds a box of each of the first two classes."""
 
     def found(self, params, batch):
@@ -153,6 +153,8 @@ def test_the_folder_finds_what_is_named(folder, tmp_path, monkeypatch):
     for wrong, message in (([], "at least one"), (["cat"] * 2, "'cat' is there twice"), ("cat", r"such as \['cat'\]")):
         with pytest.raises(UserError, match=message):
             model.detect(pictures, names=wrong)
+    model.detect(pictures, names=["cat", "Cat"])
+    assert "the same to the model, which finds both or none: 'cat' and 'Cat'" in capsys.readouterr().out
     out = tmp_path / "out"
     assert (
         predict([f"--init={folder}", "--input=scenes:new_names:3", f"--out={out}", "--names=cat, traffic light"]) == 0

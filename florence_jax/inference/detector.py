@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from PIL import Image
 
 from florence_jax.data.box_classes import match_classes
@@ -208,7 +207,7 @@ class NamedBoxFinder(BoxFinder):
         tokenizer = self._zero_shot.encoder.tokenizer
         assert tokenizer is not None, "ZeroShotDetector has checked it"
         for problem in name_problems(groups, tokenizer):
-            logging.warning("%s", problem)
+            print(problem, flush=True)  # also where warnings are turned off, as in florence_jax.predict
         embedder = Embedder({"text": self._zero_shot.encoder.predict["text"]}, tokenizer, self._mesh, TEXTS_AT_ONCE)
         templates = self._zero_shot.encoder.description.templates or TEMPLATES
         self._classes, self._names = class_inputs(embedder, self._params["towers"], groups, templates), groups
