@@ -125,7 +125,7 @@ def test_places_after_another_order():
     assert reranked_places(before, scores, right).tolist() == [0, 1, 3]  # ties count against the query
 
 
-@pytest.mark.parametrize("negatives", ["dataset", "hard"])
+@pytest.mark.parametrize("negatives", ["dataset", pytest.param("hard", marks=pytest.mark.slow)])
 def test_same_loss_in_micro_batches_and_on_several_devices(towers, negatives):
     losses = []
     for micro, devices in ((0, 1), (2, 2)):

@@ -13,9 +13,11 @@ from tiny_images import run_main, tiny_checkpoint
 from configs.vqa import get_config
 from florence_jax.data.answers import AnswerVocabulary
 from florence_jax.data.ops.parse import parse_ops
+from florence_jax.data.pipeline import TrainData
 from florence_jax.data.records import BadRecord
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.question_groups import QuestionGroups
+from florence_jax.data.text_lengths import text_lengths
 from florence_jax.data.tokenizers import load_tokenizer
 from florence_jax.errors import UserError
 from florence_jax.inference import Florence
@@ -139,6 +141,9 @@ def test_groups_and_what_cannot_be_answered(questions):
     (ask,) = parse_ops("each_question(3)", context)
     made = ask(groups[0], np.random.default_rng(0))
     assert made["asked"].tolist() == [True, True, False] and made["left_out"] == 0
+    short = context | {"tokenizer": load_tokenizer("sentencepiece", 5)}
+    told = text_lengths(TrainData([groups], None, "each_question(2)", short))
+    assert told["looked_at"] == 12 and told["cut"] == 12  # the first question of each
     with pytest.raises(BadRecord, match="none of its answers"):
         ask({"key": "a", "questions": groups[1]["questions"][:1]}, np.random.default_rng(0))
 

@@ -8,6 +8,7 @@ import numpy as np
 from florence_jax.data.captions import normalise_caption
 from florence_jax.data.ops.captions import Caption, Texts, Tokenize, candidate_texts
 from florence_jax.data.ops.parse import parse_ops
+from florence_jax.data.ops.questions import EachQuestion
 from florence_jax.data.ops.registry import Op
 from florence_jax.data.pipeline import TrainData, ops_of
 from florence_jax.data.records import sample_of
@@ -60,7 +61,8 @@ def _drawn(ops: Sequence[Op]) -> tuple[list[str], Tokenizer | None]:
     fields: dict[str, None] = {}
     tokenizer = None
     for op in ops:
-        for step in [inner for chain in op.chains for inner in chain] if isinstance(op, Texts) else [op]:
+        chains = op.chains if isinstance(op, Texts) else [op.chain] if isinstance(op, EachQuestion) else [[op]]
+        for step in [inner for chain in chains for inner in chain]:
             if isinstance(step, Caption):
                 fields |= dict.fromkeys(step.fields)
             elif isinstance(step, Tokenize):

@@ -142,7 +142,8 @@ class VLP(Task):
         sums = summed(function, params, inputs, config.micro_batch.texts)
         loss = sum(config[name].weight * total.mean for name, total in sums.items())
         metrics = {f"{name}_{told}": getattr(total, of) for name, total in sums.items() for told, of in OF_SUMS.items()}
-        return loss, metrics
+        redrawn = {"redrawn": batch["redrawn"].sum().astype(jnp.float32)} if self.from_data else {}
+        return loss, metrics | redrawn
 
     def _similarity(self, params: Params, batch: Mapping[str, jax.Array], found: Mapping[str, jax.Array]) -> jax.Array:
         """The towers' logits, (texts, images): without gradients, and of towers that learn something else by now."""
@@ -168,6 +169,7 @@ class VLP(Task):
         shapes |= {name: of((size, places), jnp.int32) for name in MASK_FIELDS[1:]} if mlm.weight else {}
         if self.from_data:
             shapes |= {"other_image": shapes["image"], "match": of((size,), jnp.int32)}
+            shapes["redrawn"] = of((size,), jnp.int32)
         elif self.config.itm.weight:
             captions = self.config.itm.captions
             shapes |= {"label": of((size, 2), jnp.int32), "caption_labels": of((size, captions, 2), jnp.int32)}
@@ -203,7 +205,7 @@ class VLP(Task):
         if fixed:
             kept += ["label", "caption"]
         elif self.from_data:
-            ops, kept = [*ops, "other"], [*kept, "other_image", "match"]
+            ops, kept = [*ops, "other"], [*kept, "other_image", "match", "redrawn"]
         elif itm.weight:
             ops, kept = [*ops, f"caption_labels({itm.captions})"], [*kept, "label", "caption_labels"]
         ops.append("tokenize")
