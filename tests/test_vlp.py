@@ -149,7 +149,8 @@ def test_same_loss_in_micro_batches_and_on_several_devices(towers, negatives):
 
 def test_half_of_the_batch_matches_and_wrong_options_are_said(towers):
     task = tiny_task(towers, **{"itm.negatives": "dataset"})
-    assert first_batch(task)["match"].sum() == 4
+    batch = first_batch(task)
+    assert batch["match"].sum() == 4 and not batch["redrawn"][batch["match"] == 1].any()
     for changes, message in (
         ({"itm.negatives": "none"}, "choose one of"),
         ({"itm.weight": 0.0, "mlm.weight": 0.0}, "nothing is learned"),
