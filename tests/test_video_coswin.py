@@ -121,16 +121,16 @@ def test_windows_of_the_stages():
 def test_size_of_the_paper():
     """Table 10 has 647 M parameters; ours are counted with 400 classes."""
     tower = resolve_config("H", res=384)
-    shapes = jax.eval_shape(build_video(tower, resolve_video(tower)).init, jax.random.key(0))
-    count = sum(leaf.size for leaf in jax.tree.leaves(shapes["video"])) + 2049 * 400
-    assert 640e6 < count < 655e6, count
+    model = build_video(tower, resolve_video(tower, window_frames=(8,) * 4))
+    shapes = jax.eval_shape(model.init_video, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) + 2049 * 400 == 647_548_384
 
 
 def test_no_large_constants():
     """Masks and indices of large windows are made of small arrays."""
-    tower = resolve_config("ti", res=384, image_width=8, window=12)
-    model = build_video(tower, resolve_video(tower, window_frames=(8,) * 4))
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    tower = resolve_config("ti", res=384, image_width=8, window=12, depths=(2,))
+    model = build_video(tower, resolve_video(tower, window_frames=(8,)))
+    shapes = {"video": jax.eval_shape(model.init_video, jax.random.key(0))}
     clip = jax.ShapeDtypeStruct((1, 20, 384, 390, 3), jnp.float32)  # padded along time and width
     text = jax.jit(lambda p, v: model.apply(p, {"video": v})["video/pooled"]).lower(shapes, clip).as_text()
     assert max(map(len, text.splitlines())) < 2 * 2**20, "a constant is spelled out in the program"
