@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -169,10 +170,19 @@ class TrainVideo(VideoSuite, Task):
         super().__init__(config)
         if self.classes is not None:
             self.tower = VideoTower(self.encoder, self.tower.overrides, self.classes.first_names, self.tower.sampling)
+            self._warn_of_mirrors(self.classes.first_names)
         examples = None if self.train_source is None else len(self.train_source)
         recipe = video_recipe(examples, feature_width(self.encoder.model.config), config.batch_size)
         self.plan = make_plan(config, examples, recipe)
         self.flops_per_example = 3.0 * self.tower.model.flops[VIDEO]
+
+    def _warn_of_mirrors(self, names: Sequence[str]) -> None:
+        if "flip(" in self.config.data.train_ops and (sided := sided_names(names)):
+            logging.warning(
+                "config.data.train_ops mirror clips, which changes %d of the classes, such as %r: leave flip out",
+                len(sided),
+                sided[0],
+            )
 
     @property
     def needs_video(self) -> bool:
@@ -211,7 +221,15 @@ class TrainVideo(VideoSuite, Task):
         return super().parts() | self.tower.parts()
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters."""
+        """Fresh parameters.
+
+        Raises:
+          UserError: where nobody says how many classes there are.
+        """
+        if not self.tower.classes:
+            raise UserError(
+                "how many classes has the classifier? Give --config.data.train=DATA or --config.classes=NAMES"
+            )
         return self.tower.init(key)
 
     def start(self, params: Params) -> Params:
