@@ -149,13 +149,18 @@ def test_protocols(protocol, trained, clips):
         assert any(name.endswith("/top1") for name in results)
 
 
-def test_what_does_not_fit_is_said(towers, clips):
+def test_what_does_not_fit_is_said(towers, clips, tmp_path, caplog):
     with pytest.raises(UserError, match="holds no classifier of actions"):
         create_suite(changed_config("protocol=eval", init=towers, **{"data.test": str(clips)}))
     with pytest.raises(UserError, match="crops are 1 or 3"):
         create_suite(changed_config("protocol=zeroshot", init=towers, **{"video.crops": 2, "data.test": str(clips)}))
-    task = create_task(changed_config(init="", **{"model.variant": "ti", "video.overrides.frames": 8}))
+    sizes = {"model.variant": "ti", "video.overrides.frames": 8, "data.train_ops": "clip(8)|flip(0.5, field=video)"}
+    with pytest.raises(UserError, match="how many classes"):
+        create_task(changed_config(init="", **sizes)).init(jax.random.key(0))
+    (tmp_path / "names.txt").write_text("push left\npush right\nsit\n")
+    task = create_task(changed_config(init="", classes=str(tmp_path / "names.txt"), **sizes))
     assert task.batches[0]["video"].shape == (8, 8, 32, 32, 3)
+    assert "changes 2 of the classes, such as 'push left'" in caplog.text
 
 
 def test_reversed_classes():
