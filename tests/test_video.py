@@ -24,6 +24,7 @@ from florence_jax.predict import main as predict
 from florence_jax.tasks import create_suite, create_task
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.tasks.video_tower import VideoTower
+from florence_jax.tools.index import main as index_main
 
 pytest.importorskip("av")
 CLIPS = 4  # of each class
@@ -117,6 +118,16 @@ def test_predict_tells_seconds_of_long_videos(trained, clips, tmp_path):
     found = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [entry["file"] for entry in found["videos"]] == ["long.mp4", "short.mp4"]
     assert [entry["file"] for entry in found["unread"]] == ["broken.mp4"]
+
+
+def test_an_index_of_videos(trained, clips, tmp_path, capsys):
+    """Found by a picture that is a frame of one of them; what could not be read is told."""
+    index, page = tmp_path / "index", tmp_path / "found.html"
+    assert index_main(["embed", f"--init={trained}", f"--videos={clips / 'moves_left'}", f"--out={index}"]) == 0
+    assert f"{CLIPS} videos in" in capsys.readouterr().out
+    assert json.loads((index / "index.json").read_text())["unread"] == ["4.mp4"]
+    assert index_main(["query", f"--index={index}", "--text=left", "--k=2", f"--html={page}"]) == 0
+    assert page.read_text().count("data:image/webp") == 2
 
 
 def test_florence_recognises_and_embeds(trained, clips):

@@ -411,7 +411,17 @@ class Florence:
         Raises:
           UserError: as `recognise`; for another tower, and one that cannot be made of the image tower.
         """
-        return self._reader.vectors(_as_source(videos, "video"), frames, tower)
+        return self.embed_video_source(_as_source(videos, "video"), frames, tower, "error")["embedding"]
+
+    def embed_video_source(
+        self, source: Source, frames: int = 8, tower: str = "image", on_corrupt: str = "skip"
+    ) -> dict[str, np.ndarray]:
+        """As `embed_videos`, of a source (`data.sources.video.open_clips`) of any length: what `embed_source` gives.
+
+        Raises:
+          UserError: as `embed_videos`; where none can be read.
+        """
+        return self._reader.vectors(source, frames, tower, on_corrupt)
 
     def classify_videos(
         self,

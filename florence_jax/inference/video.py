@@ -104,12 +104,16 @@ class VideoReader:
         found = list(self.rows("views", Parts(str(record["key"]), parts), ops))
         return starts[[index for index, _ in found]], np.array([views[0] for _, views in found])
 
-    def vectors(self, source: Source, frames: int, tower: str) -> np.ndarray:
-        """Unit vectors of the joint space, float32 (N, D): see `Florence.embed_videos`."""
+    def vectors(self, source: Source, frames: int, tower: str, on_corrupt: str) -> dict[str, np.ndarray]:
+        """See `Florence.embed_video_source`."""
         what = {"image": "frames", "video": "video"}.get(tower)
         if what is None:
             raise UserError(f"tower={tower!r}: choose 'image' or 'video'")
-        return np.stack([out for _, out in self.rows(what, source, self.tower.frame_ops(frames), "error")])
+        found = list(self.rows(what, source, self.tower.frame_ops(frames), on_corrupt))
+        if not found:
+            raise UserError(f"none of the {len(source)} videos of {source.name} could be read")
+        vectors = np.stack([vector for _, vector in found])
+        return {"embedding": vectors, "index": np.array([index for index, _ in found], np.int32)}
 
 
 class ActionAnswerer(Answerer):

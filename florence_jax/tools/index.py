@@ -1,11 +1,13 @@
-"""A searchable index of images: embed a folder once, then look for pictures by text or by picture.
+"""A searchable index of images or videos: embed a folder once, then look for them by text or by picture.
 
     python -m florence_jax.tools.index embed --init=runs/pretrain/checkpoints --images=my_pictures --out=my_index
     python -m florence_jax.tools.index query --index=my_index --text="a red car" --text="two dogs" --html=found.html
     python -m florence_jax.tools.index query --index=my_index --image=like_this.jpg --k=20
+    python -m florence_jax.tools.index embed --init=runs/pretrain/checkpoints --videos=my_clips --out=my_index
 
 --images is a folder, whose image files are taken at any depth, or a data source of the project (emoji:train,
-ArrayRecord files, tfds:NAME:SPLIT). The index is a folder: index.json (which weights, which images), embeddings.npy
+ArrayRecord files, tfds:NAME:SPLIT); --videos a folder of videos or one, each of which is the mean of the vectors of 8
+frames. The index is a folder: index.json (which weights, which images), embeddings.npy
 (N, D) of unit vectors, keys.json (N names). The images stay where they are; the page of results holds small copies.
 """
 
@@ -25,7 +27,10 @@ from florence_jax.command_line import enter, exit_code
 from florence_jax.data.records import BadRecord, ListSource, Record, record_thumbnail, summary_of
 from florence_jax.data.sources.catalog import is_picture_folder, open_pictures, open_source
 from florence_jax.data.sources.folder import FolderSource
+from florence_jax.data.sources.video import open_clips
+from florence_jax.data.sources.video_source import VideoSource
 from florence_jax.errors import UserError
+from florence_jax.evaluators.video import moving_picture
 from florence_jax.files import with_home
 from florence_jax.inference.florence import Florence
 from florence_jax.page import GridCell, matches_html, write_page
@@ -48,17 +53,20 @@ class Index(NamedTuple):
     info: dict[str, Any]
 
 
-def write_index(out: str, model: Florence, images: str, dtype: str = "float32") -> Index:
+def write_index(out: str, model: Florence, images: str, dtype: str = "float32", videos: bool = False) -> Index:
     """Embeds all readable images and writes the folder `out`, which appears only when it is complete.
+
+    With `videos`, `images` names videos.
 
     Raises:
       UserError: if `out` exists or cannot be written, or for what reading the images raises.
     """
     if Path(out).exists():
         raise UserError(f"--out={out} exists already: choose another folder, or remove it")
-    source = open_pictures(images)
-    print(summary_of(source).get("says", f"{source.name}: {len(source):,} pictures"), flush=True)
-    found = model.embed_source(source)
+    source = open_clips(images) if videos else open_pictures(images)
+    told = f"{source.name}: {len(source):,} {'videos' if videos else 'pictures'}"
+    print(summary_of(source).get("says", told), flush=True)
+    found = model.embed_video_source(source) if videos else model.embed_source(source)
     keys = [row["key"] for row in source.metadata()]
     if len(keys) != len(source):  # unreadable records have no key
         keys = [str(i) for i in range(len(source))]
@@ -67,6 +75,7 @@ def write_index(out: str, model: Florence, images: str, dtype: str = "float32") 
         "init": folder if "://" in folder else str(Path(folder).absolute()),
         "tokenizer": model.encoder.tokenizer_spec,
         "images": str(Path(images).absolute()) if Path(images).exists() else images,
+        "videos": videos,
         "rows": found["index"].tolist(),
         "unread": [keys[i] for i in np.setdiff1d(np.arange(len(source)), found["index"])],
         "mark": model.embed_texts([MARK])[0].tolist() if model.encoder.can_embed_text else None,
@@ -151,6 +160,10 @@ class Shown(NamedTuple):
 def shown_images(index: Index) -> Callable[[int], Shown]:
     """What is shown of each row of the index, as the images are now."""
     images, rows = index.info["images"], index.info["rows"]
+    if index.info.get("videos"):
+        folder = images if Path(images).is_dir() else str(Path(images).parent)
+        clips = VideoSource(images, folder, [{"key": key} for key in index.keys])
+        return lambda i: Shown(moving_picture(clips, i), "", link_of(folder, index.keys[i]))
     if is_picture_folder(images):  # by name: files may have come and gone
         files, captions = (
             FolderSource(images, [{"key": key, "caption": ""} for key in index.keys]),
@@ -205,18 +218,19 @@ def results_html(index: Index, queries: Sequence[GridCell], rows: np.ndarray, co
             picture, caption, link = show(i)
             cells.append(GridCell(caption, picture or None, False, f"{index.keys[i]} ({value:.3f})", link))
         lines.append((query, cells))
-    return matches_html(f"nearest of {len(index.keys)} images", lines, judged=False)
+    plural = "videos" if index.info.get("videos") else "images"
+    return matches_html(f"nearest of {len(index.keys)} {plural}", lines, judged=False)
 
 
 def _embed(args: argparse.Namespace) -> None:
     model = Florence(args.init, tokenizer=args.tokenizer, batch_size=args.batch_size)
-    index = write_index(args.out, model, args.images, args.dtype)
+    index = write_index(args.out, model, args.videos or args.images, args.dtype, bool(args.videos))
     unread = index.info["unread"]
     for key in unread[:UNREAD_SAID]:
         print(f"not read: {key}", file=sys.stderr)
     print(
-        f"{len(index.keys)} images in {args.out}, {index.embeddings.nbytes / 1e6:.1f} MB of vectors; {len(unread)} not "
-        f"read{f', listed in {INDEX_FILE}' if unread else ''}"
+        f"{len(index.keys)} {'videos' if args.videos else 'images'} in {args.out}, "
+        f"{index.embeddings.nbytes / 1e6:.1f} MB of vectors; {len(unread)} not read{f', listed in {INDEX_FILE}' if unread else ''}"
     )
 
 
@@ -257,7 +271,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     embed = commands.add_parser("embed", help="make an index of images")
     embed.add_argument("--init", default="runs/pretrain/checkpoints", help="weights: a run's or an imported folder")
-    embed.add_argument("--images", required=True, help="folder or data source")
+    what = embed.add_mutually_exclusive_group(required=True)
+    what.add_argument("--images", default="", help="folder or data source")
+    what.add_argument("--videos", default="", help="folder of videos, or one")
     embed.add_argument("--out", required=True, help="new folder")
     embed.add_argument("--dtype", choices=VECTOR_DTYPES, default="float32", help="of the vectors on disk")
     embed.add_argument("--batch-size", type=int, default=256)
