@@ -230,7 +230,8 @@ def _embed(args: argparse.Namespace) -> None:
         print(f"not read: {key}", file=sys.stderr)
     print(
         f"{len(index.keys)} {'videos' if args.videos else 'images'} in {args.out}, "
-        f"{index.embeddings.nbytes / 1e6:.1f} MB of vectors; {len(unread)} not read{f', listed in {INDEX_FILE}' if unread else ''}"
+        f"{index.embeddings.nbytes / 1e6:.1f} MB of vectors; {len(unread)} not "
+        f"read{f', listed in {INDEX_FILE}' if unread else ''}"
     )
 
 
