@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from florence_jax.data.video_writer import encode_video
+from florence_jax.data.videos import read_frames
 from florence_jax.errors import UserError
 from florence_jax.models import florence
 from florence_jax.models.anchors import anchors
@@ -33,6 +35,7 @@ from florence_jax.tools.bench import (
     timing,
     timm_swin,
     torch_swin,
+    video_data,
     vocabulary,
 )
 from florence_jax.train.optim import DECAY_RULES
@@ -219,6 +222,17 @@ def test_data_prints_one_line(capsys, workers):
     assert (result["cpu_ratio"] is None) == (workers > 0)
     for name in ("decode_images_per_s", "pipeline_images_per_s", "kilobytes_per_image"):
         assert result[name] > 0
+
+
+def test_video_data_prints_one_line_and_the_bare_loop_reads_the_same_frames(capsys):
+    pytest.importorskip("av")
+    arguments = "video_data --side 32 --length 30 --key_every 8 --frames 4 --clips 2 --rounds 1 --codecs mpeg4"
+    code, result = run(capsys, arguments.split())
+    assert code == 0 and set(result["results"]["mpeg4"]) == {"bare", "sequential", "op", "ops", "op_ratio", "ops_ratio"}
+    made = encode_video(np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), np.uint8), 25, "mpeg4", 8)
+    for numbers in (np.array([9, 11, 13]), np.array([0, 2])):
+        for seeks in (True, False):
+            np.testing.assert_array_equal(video_data.bare_frames(made, numbers, seeks), read_frames(made, numbers))
 
 
 def test_boxes_print_one_line(capsys):
