@@ -83,7 +83,7 @@ class ContainerVideo(Video):
             self._container = av.open(file, options={"format_whitelist": CONTAINERS}, metadata_errors="replace")
         except (av.FFmpegError, ValueError) as error:
             what = getattr(error, "strerror", "") or first_line(error)
-            raise BadRecord(self._key, f"it cannot be read as a video ({what}): is it one, and whole?") from error
+            raise BadRecord(self._key, f"it cannot be read as a video ({what}): is it whole?") from error
         streams = [s for s in self._container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams:
             audio = " but sound" if self._container.streams.audio else ""
