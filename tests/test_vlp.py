@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_images import run_main, tiny_checkpoint
+from two_processes import run_job
 
 from configs.vlp import get_config
 from florence_jax.data.sources.catalog import open_source
@@ -92,6 +93,20 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(trained, towers, tmp_path):
     flags = [*FLAGS, "--config.fusion.freeze=image", f"--config.init={towers}"]
     assert run_main(*flags, f"--workdir={again}") == 0
     assert jax.tree.all(jax.tree.map(np.array_equal, params_of(trained), params_of(again)))
+
+
+@pytest.mark.slow
+def test_two_processes_do_the_same(trained, towers, tmp_path):
+    flags = [*FLAGS, "--config.fusion.freeze=image", f"--config.init={towers}", f"--workdir={tmp_path / 'run'}"]
+    run_job(tmp_path, 2, [flags], devices=4)
+    for name in ("itm_loss", "mlm_loss", "itm_accuracy"):
+        alone, both = (
+            [line[f"train/{name}"] for line in read_metrics(run / "metrics.jsonl") if f"train/{name}" in line]
+            for run in (trained, tmp_path / "run")
+        )
+        np.testing.assert_allclose(both, alone, rtol=1e-5)
+    results = [json.loads((run / "result.json").read_text()) for run in (trained, tmp_path / "run")]
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
 def test_it_puts_what_was_found_in_order_and_answers(trained, tmp_path):
