@@ -36,6 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.fusion = {
         "variant": "",  # see models/fusion.py; '': the folder's, else by the size of the towers
         "overrides": fusion_overrides(),
+        "begin": "joint",  # of a fresh one: in the joint space of the towers, where that fits; or 'random' (METER)
         "fusion_lr": 5.0,  # learning rate of the fusion over that of the towers,
         "head_lr": 5.0,  # of its heads
         "freeze": "",  # towers that are not trained: image | text | both
@@ -87,7 +88,7 @@ def _paper(config: ConfigDict) -> None:
     config.model.overrides.update(res=384, text_length=50)
     config.data.train = ""
     config.data.train_ops = config.data.eval_ops = "decode|resize({res})|center_crop({res})"
-    config.itm.negatives = "dataset"
+    config.itm.negatives, config.fusion.begin = "dataset", "random"
     config.batch_size, config.total_steps = 4096, 147_000  # 43 epochs of 14 M images
     config.optim.learning_rate, config.optim.warmup_steps = 1e-5, 14_700
     config.eval.every, config.eval.batch_size = 5000, 256

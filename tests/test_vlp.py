@@ -15,6 +15,7 @@ from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.rerank import positive_places, reranked_places
 from florence_jax.inference import Florence
+from florence_jax.models.fusion import begin_in_joint_space
 from florence_jax.params.sharding import batch_sharding, make_mesh
 from florence_jax.params.weights import describe
 from florence_jax.tasks import create_task
@@ -131,6 +132,20 @@ def test_it_puts_what_was_found_in_order_and_answers(trained, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             call()
+
+
+def test_a_fresh_fusion_begins_in_the_joint_space(towers):
+    fused = tiny_task(towers).fusion
+    assert fused.begins_joint and not tiny_task(towers, **{"fusion.begin": "random"}).fusion.begins_joint
+    fresh = jax.jit(fused.init)(jax.random.key(0))
+    begun = jax.jit(begin_in_joint_space)(fresh)
+    for name in ("image", "text"):
+        kernel, projection = begun["fusion"][f"{name}_input"]["kernel"], fresh[f"{name}_projection"]["kernel"]
+        ratio = kernel[:, : projection.shape[1]] / projection
+        np.testing.assert_allclose(ratio, jnp.full_like(ratio, ratio[0, 0]), rtol=1e-4)
+        cross = begun["fusion"]["co_attention"]["layer0"][name]["cross_attention"]
+        np.testing.assert_array_equal(cross["kv"]["kernel"][:, :16], cross["q"]["kernel"])
+    assert jax.tree.map(jnp.shape, begun) == jax.tree.map(jnp.shape, fresh)
 
 
 def test_places_after_another_order():

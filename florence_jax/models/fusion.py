@@ -28,6 +28,7 @@ from florence_jax.models.sizes import ModelConfig
 HEADS = ("mlm", "itm", "vqa", "nlvr2", "snli_ve", "rank")
 CLASSES = {"itm": 2, "nlvr2": 2, "snli_ve": 3, "rank": 1}  # of the heads that choose; index 1 of itm: they match
 HEAD_WIDTH = 64
+KEY_SCALE = 4.0  # see `begin_in_joint_space`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +207,34 @@ def images_of_texts(images: jax.Array, index: jax.Array | None, texts: int) -> j
 def rank_as_match(fusion: Mapping[str, Any]) -> dict[str, Any]:
     """The fusion's parameters with the head 'rank' as what 'itm' says for a match: how ranking begins in METER."""
     return dict(fusion) | {"rank": {name: leaf[..., 1:] for name, leaf in fusion["itm"].items()}}
+
+
+def begin_in_joint_space(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with a fresh fusion that begins with what the towers' training has aligned.
+
+    The input projections begin as the towers' projections into their joint space, scaled to keep the size of what they
+    project, and the keys of each cross-attention as its queries, `KEY_SCALE` times: a token of the text looks at those
+    of the image that are like it. Drawn at random as in METER, the fusion needs far more steps to find that out.
+
+    Args:
+      params: "fusion", "image_projection", "text_projection"; the joint space has at most the width of the fusion.
+    """
+    fusion = dict(params["fusion"])
+    for name in ("image", "text"):
+        kernel, own = params[f"{name}_projection"]["kernel"], fusion[f"{name}_input"]
+        kernel = kernel / (jnp.std(kernel) * kernel.shape[0] ** 0.5)
+        fusion[f"{name}_input"] = own | {"kernel": own["kernel"].at[:, : kernel.shape[1]].set(kernel)}
+    layers = {}
+    for layer, streams in fusion["co_attention"].items():
+        changed = {}
+        for stream, parts in streams.items():
+            attention = parts["cross_attention"]
+            query = KEY_SCALE * attention["q"]["kernel"]
+            both = attention["kv"]["kernel"].at[..., : query.shape[-1]].set(query)
+            new = {"q": attention["q"] | {"kernel": query}, "kv": attention["kv"] | {"kernel": both}}
+            changed[stream] = parts | {"cross_attention": attention | new}
+        layers[layer] = changed
+    return dict(params) | {"fusion": fusion | {"co_attention": layers}}
 
 
 class FusionTowers(TwoTowers):

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from florence_jax.data.tokenizers import Tokenizer, load_tokenizer
 from florence_jax.errors import UserError
 from florence_jax.losses.grad_cache import encode_cached
-from florence_jax.models.fusion import HEADS, build_fusion, resolve_fusion
+from florence_jax.models.fusion import HEADS, begin_in_joint_space, build_fusion, resolve_fusion
 from florence_jax.models.resize import TOKEN_TYPES
 from florence_jax.models.roberta import resolve_roberta
 from florence_jax.params.rules import Policy, Rules
@@ -24,6 +24,7 @@ from florence_jax.tasks.encoder import MAP_NORMS, RESIZED, Encoder, open_encoder
 FUSION_PART, ROBERTA_PART = "fusion", "roberta"  # parts in model.json, and entries of parameters
 # Sizes of towers that were trained on smaller pictures: 3 x 3 image tokens.
 LAPTOP = {"res": 96, "window": 6, "text_length": 26}
+BEGINS = ("joint", "random")  # of a fresh fusion
 FREEZES = ("", "image", "text", "both")
 # The table of words gets a row for the mask, that of places rows for longer texts.
 GROWN = ((r"text/(token|position)_embedding", "adapt"),)
@@ -82,6 +83,7 @@ class FusedTowers:
       answers: of the head 'vqa', in the order of its logits; () for the folder's.
       overrides: fields of the fusion's sizes on top of the folder's; None leaves one alone.
       text: reads the texts; None for the folder's RoBERTa, or else its text tower.
+      begin: of a fresh fusion, one of `BEGINS`: 'joint', see `begin_in_joint_space`, or 'random'.
 
     Attributes:
       encoder. model: `Model`. variant, overrides, heads, answers. tokenizer: of the texts. text_length: their tokens.
@@ -99,7 +101,11 @@ class FusedTowers:
         answers: Sequence[str] = (),
         overrides: Mapping[str, Any] | None = None,
         text: RobertaEncoder | None = None,
+        begin: str = BEGINS[0],
     ):
+        if begin not in BEGINS:
+            raise UserError(f"config.fusion.begin={begin!r}: choose one of {', '.join(BEGINS)}")
+        self.begin = begin
         folder = encoder.description.folder
         self.part: dict[str, Any] = encoder.description.parts.get(FUSION_PART, {})
         self.encoder, self.trained = encoder, bool(self.part)
@@ -176,7 +182,18 @@ class FusedTowers:
             fresh = [f"{FUSION_PART}/{name}" for name in heads]
         rules: Rules[str] = tuple((rf"{name}/.*", "new") for name in fresh)
         rules = (*rules, (TOKEN_TYPES, "adapt"), (MAP_NORMS, "new"), *GROWN, *RESIZED)
-        return load(description.folder, like, rules, self.model.adapt) | read
+        params = load(description.folder, like, rules, self.model.adapt) | read
+        if self.trained or not self.begins_joint:
+            return params
+        places = jax.tree.map(lambda leaf: leaf.sharding, params)
+        return jax.jit(begin_in_joint_space, out_shardings=places)(params)
+
+    @property
+    def begins_joint(self) -> bool:
+        """Whether a fresh fusion begins in the joint space of the towers, if they have one that fits into its width."""
+        there = {"text", "text_projection", "image_projection"} <= set(self.encoder.description.entries)
+        fits = there and self.encoder.model.config.projection <= self.config.width
+        return self.begin == "joint" and self.roberta is None and fits
 
     def load_on(self, mesh: Mesh, rules: Rules[int | str] = ()) -> dict[str, Any]:
         """The parameters of a folder that holds a fusion with these heads, sharded over a mesh."""
@@ -318,13 +335,17 @@ def open_fusion(
     encoder, language, text = open_fusion_encoder(config), config.language, None
     if language.init or ROBERTA_PART in encoder.description.parts:
         text = RobertaEncoder(describe(language.init) if language.init else encoder.description, language.length)
-    return FusedTowers(encoder, config.fusion.variant, heads, answers, given, text)
+    return FusedTowers(encoder, config.fusion.variant, heads, answers, given, text, config.fusion.begin)
 
 
 def fusion_identity(fusion: FusedTowers) -> dict[str, Any]:
     """What says which model it is, for `Suite.identity`."""
     found = {f"fusion.{name}": value for name, value in sorted(fusion.overrides.items())}
-    found |= {"fusion.variant": fusion.variant, "text.tokenizer": fusion.encoder.tokenizer_spec}
+    found |= {
+        "fusion.begin": fusion.begin,
+        "fusion.variant": fusion.variant,
+        "text.tokenizer": fusion.encoder.tokenizer_spec,
+    }
     found |= {} if fusion.roberta is None else {f"language.{k}": v for k, v in fusion.roberta.describe().items()}
     return found | model_identity(fusion.encoder.model)
 
