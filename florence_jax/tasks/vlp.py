@@ -198,10 +198,10 @@ class VLP(Task):
         """What the ops need."""
         return {"tokenizer": self.fusion.tokenizer}
 
-    def text_ops(self, fixed: bool = False) -> str:
+    def text_ops(self, captions: str, fixed: bool = False) -> str:
         """Ops that make the texts of a record, and keep what is wanted; `fixed`: without draws, for an evaluation."""
         itm, mlm = self.config.itm, self.config.mlm
-        ops, kept = [f"caption({self.captions})", "label"], ["image", "text", "text_length"]
+        ops, kept = [f"caption({captions})", "label"], ["image", "text", "text_length"]
         if fixed:
             kept += ["label", "caption"]
         elif self.from_data:
@@ -220,7 +220,7 @@ class VLP(Task):
             raise UserError("nothing to train on: give --config.data.train=DATA")
         sources, weights = self.mixture
         check_fields(sources, [Caption(**parse_fields(self.captions))])
-        return TrainData(sources, weights, f"{self.train_ops}|{self.text_ops()}", self.context)
+        return TrainData(sources, weights, f"{self.train_ops}|{self.text_ops(self.captions)}", self.context)
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
         """ITM and MLM on held-out pairs: of scenes on their held-out splits, else on `config.data.test`."""
@@ -233,9 +233,11 @@ class VLP(Task):
 
     def _evaluator(self, spec: str, number: int, mesh: Mesh) -> Evaluator:
         name = spec.split(":")[1] if spec.startswith(CAPTION_SCENES) else f"test{number or ''}"
-        ops, data = f"{self.eval_ops}|{self.text_ops(fixed=True)}", self.config.data
+        data, source = self.config.data, open_source(spec)
+        (field, *_) = parse_fields(data.captions or known_captions([source])[0])  # of several an op would draw
+        ops = f"{self.eval_ops}|{self.text_ops(f'{field}=1', fixed=True)}"
         judge, size = functools.partial(match_and_words, self.fusion), self.config.eval.batch_size
-        return MatchAndWords(name, open_source(spec), ops, self.context, judge, mesh, size, data.on_corrupt)
+        return MatchAndWords(name, source, ops, self.context, judge, mesh, size, data.on_corrupt)
 
 
 def pass_sums(
