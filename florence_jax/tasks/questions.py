@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from florence_jax.data.answers import AnswerVocabulary
 from florence_jax.data.records import Record, Source, sample_of
 from florence_jax.data.sources.catalog import open_source
+from florence_jax.data.sources.joined_questions import open_questions
 from florence_jax.data.sources.question_groups import hold_out_pictures, picture_numbers
 from florence_jax.errors import UserError
 
@@ -31,10 +32,10 @@ class QuestionSets:
 
     def __init__(self, config: ConfigDict):
         data = config.data
-        self.train: Source | None = open_source(data.train) if data.train else None
+        self.train: Source | None = open_questions(data.train) if data.train else None
         self.tests: dict[str, Source] = {}
         specs = [spec.strip() for spec in data.test.split("|") if spec.strip()]
-        if not specs and data.train.startswith(QUESTION_SCENES):
+        if not specs and data.train.startswith(QUESTION_SCENES) and "|" not in data.train:
             options = "".join(f":{part}" for part in data.train.split(":")[3:])
             specs = [f"{QUESTION_SCENES}{split}:{TESTED_SCENES}{options}" for split in QUESTION_SPLITS]
         for spec in specs:

@@ -15,6 +15,7 @@ from florence_jax.data.pipeline import TrainData
 from florence_jax.data.question_files import NLVR2_CLASSES, SNLI_VE_CLASSES
 from florence_jax.data.records import Source
 from florence_jax.data.sources.catalog import open_source
+from florence_jax.data.sources.joined_questions import open_questions
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.vqa import VqaEvaluator
@@ -47,7 +48,7 @@ class SentenceTask(Task):
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        self.train_source: Source | None = open_source(config.data.train) if config.data.train else None
+        self.train_source: Source | None = open_questions(config.data.train) if config.data.train else None
         types = {"token_types": 1 + self.pictures}
         self.fusion = open_fusion(config, (self.head,), (), types)
         res = str(self.fusion.encoder.model.config.res)
