@@ -100,7 +100,7 @@ def test_few_sizes_are_compiled(model):
         (lambda m: m.embed_images(["gone.jpg"]), r"record 'gone\.jpg': cannot read the file: No such file"),
         (lambda m: m.embed_images([np.zeros((4, 4, 3))]), "record 'number 0': its image is float64"),
         (lambda m: m.embed_images([None]), "record 'number 0': its image is NoneType"),
-        (lambda m: m.embed_images(np.zeros((4, 4, 3), np.uint8)), "is one picture"),
+        (lambda m: m.embed_images(np.zeros((4, 4, 3), np.uint8)), "is one image"),
         (lambda m: m.embed_texts("a cat"), r"texts are given in a list, such as \['a cat'\]"),
         (lambda m: m.embed_texts(["a cat", " "]), "empty"),
         (lambda m: m.classify([np.zeros((4, 4, 3), np.uint8)], "cat"), "names are given in a list"),
