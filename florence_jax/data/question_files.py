@@ -257,6 +257,16 @@ def read_snli_ve(path: str, pictures: PictureFiles) -> QuestionTable:
     return table
 
 
+def _listed(text: str) -> list[Any] | None:
+    """The list that a text is, as JSON writes it; None for another text, also one in brackets."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
 def answer_texts(value: Any, where: str) -> list[str]:
     """The answers in a field: a text, a number, yes or no, an object with "answer", or a list of these; [] for none.
 
@@ -270,11 +280,9 @@ def answer_texts(value: Any, where: str) -> list[str]:
     if isinstance(value, (int, float)):
         return [f"{value:g}" if isinstance(value, float) else str(value)]
     if isinstance(value, str):
-        if value.strip().startswith("[") and value.strip().endswith("]"):
-            try:
-                return answer_texts(json.loads(value), where)
-            except ValueError:
-                pass  # a text in brackets
+        listed = _listed(value.strip())
+        if listed is not None:
+            return answer_texts(listed, where)
         return [value] if value.strip() else []
     if isinstance(value, Mapping) and "answer" in value:
         return answer_texts(value["answer"], where)
