@@ -21,16 +21,16 @@ from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.vqa import VqaEvaluator
 from florence_jax.losses.language import LossSums, class_loss
 from florence_jax.models.base import Params
-from florence_jax.params.rules import Policy
-from florence_jax.tasks.base import Task, frozen_parts, make_identity, make_plan
+from florence_jax.tasks.base import make_identity, make_plan
 from florence_jax.tasks.fusion import FusedTowers, describe_fusion, fusion_identity, open_fusion, summed
+from florence_jax.tasks.fusion_task import FusionTask
 from florence_jax.tasks.recipe import question_recipe
 
 SENTENCE_OPS = "caption(question=1)|tokenize"
 OF_SENTENCES = ("image", "text", "text_length")
 
 
-class SentenceTask(Task):
+class SentenceTask(FusionTask):
     """Training of a head of classes on the fusion of `config.init`.
 
     Attributes:
@@ -79,28 +79,6 @@ class SentenceTask(Task):
     def sources(self) -> Sequence[Source]:
         """See `Suite`."""
         return () if self.train_source is None else (self.train_source,)
-
-    @functools.cached_property
-    def policy(self) -> Policy:
-        """METER's groups; see `FusedTowers.policy`."""
-        return self.fusion.policy(self.config.fusion)
-
-    @functools.cached_property
-    def frozen(self) -> frozenset[str]:
-        """See `frozen_parts`."""
-        return frozen_parts(self, self.config)
-
-    def init(self, key: jax.Array) -> Params:
-        """Fresh parameters."""
-        return self.fusion.init(key)
-
-    def start(self, params: Params) -> Params:
-        """The folder's towers, and its fusion where it holds one."""
-        return self.fusion.load(params)
-
-    def load(self, mesh: Mesh) -> Params:
-        """The trained model of `config.init`."""
-        return self.fusion.load_on(mesh, self.config.mesh.sharding_rules)
 
     def loss(
         self, params: Params, batch: dict[str, jax.Array], key: jax.Array

@@ -23,9 +23,9 @@ from florence_jax.evaluators.vlp import PAIRING_GROUP, MatchAndWords
 from florence_jax.losses.language import LossSums, masked_word_loss, match_loss
 from florence_jax.losses.pairing import next_other, pair_in_batch, with_others
 from florence_jax.models.base import Params
-from florence_jax.params.rules import Policy
-from florence_jax.tasks.base import Task, frozen_parts, make_identity, make_plan
+from florence_jax.tasks.base import make_identity, make_plan
 from florence_jax.tasks.fusion import FusedTowers, describe_fusion, fusion_identity, open_fusion, summed
+from florence_jax.tasks.fusion_task import FusionTask
 
 NEGATIVES = ("dataset", "batch", "hard")
 CAPTION_SCENES = "scene_captions:"
@@ -34,7 +34,7 @@ OF_SUMS = {"loss": "mean", "accuracy": "accuracy"}  # of `LossSums`
 MASK_FIELDS = ("masked_text", "places", "mask_targets")  # what op 'mask_words' adds
 
 
-class VLP(Task):
+class VLP(FusionTask):
     """The `Task` of configs/vlp.py.
 
     Attributes:
@@ -93,28 +93,6 @@ class VLP(Task):
         return describe_fusion(self.name, self.fusion, self.config, eval_ops=self.eval_ops)
 
     # -- model ------------------------------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def policy(self) -> Policy:
-        """METER's groups; see `FusedTowers.policy`."""
-        return self.fusion.policy(self.config.fusion)
-
-    @functools.cached_property
-    def frozen(self) -> frozenset[str]:
-        """See `frozen_parts`."""
-        return frozen_parts(self, self.config)
-
-    def init(self, key: jax.Array) -> Params:
-        """Fresh parameters."""
-        return self.fusion.init(key)
-
-    def start(self, params: Params) -> Params:
-        """The folder's towers, and its fusion where it holds one."""
-        return self.fusion.load(params)
-
-    def load(self, mesh: Mesh) -> Params:
-        """The fusion of `config.init`."""
-        return self.fusion.load_on(mesh, self.config.mesh.sharding_rules)
 
     def loss(
         self, params: Params, batch: dict[str, jax.Array], key: jax.Array

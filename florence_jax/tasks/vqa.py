@@ -22,8 +22,7 @@ from florence_jax.evaluators.vqa import VqaEvaluator
 from florence_jax.evaluators.vqa_towers import TowersOnly, of_questions
 from florence_jax.losses.language import LossSums, answer_loss
 from florence_jax.models.base import Params
-from florence_jax.params.rules import Policy
-from florence_jax.tasks.base import Suite, Task, frozen_parts, make_identity, make_plan
+from florence_jax.tasks.base import Suite, make_identity, make_plan
 from florence_jax.tasks.fusion import (
     FusedTowers,
     describe_fusion,
@@ -33,6 +32,7 @@ from florence_jax.tasks.fusion import (
     summed,
     towers_folder,
 )
+from florence_jax.tasks.fusion_task import FusionTask
 from florence_jax.tasks.questions import MOST_PLACES, QuestionSets
 from florence_jax.tasks.recipe import question_recipe
 
@@ -135,7 +135,7 @@ class VqaSuite(Suite):
         return jnp.broadcast_to(jnp.asarray(colour)[None, None, None], image.shape)
 
 
-class Vqa(VqaSuite, Task):
+class Vqa(VqaSuite, FusionTask):
     """Training on the questions of `config.data.train`, on the fusion of `config.init`, or on its towers alone.
 
     Attributes:
@@ -198,24 +198,6 @@ class Vqa(VqaSuite, Task):
         return [evaluator, TowersOnly(name, tested, train, ops, *given)]
 
     # -- model ------------------------------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def policy(self) -> Policy:
-        """METER's groups; see `FusedTowers.policy`."""
-        return self.fusion.policy(self.config.fusion)
-
-    @functools.cached_property
-    def frozen(self) -> frozenset[str]:
-        """See `frozen_parts`."""
-        return frozen_parts(self, self.config)
-
-    def init(self, key: jax.Array) -> Params:
-        """Fresh parameters."""
-        return self.fusion.init(key)
-
-    def start(self, params: Params) -> Params:
-        """The folder's towers, and its fusion where it holds one."""
-        return self.fusion.load(params)
 
     def loss(
         self, params: Params, batch: dict[str, jax.Array], key: jax.Array
