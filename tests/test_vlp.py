@@ -13,7 +13,8 @@ from two_processes import run_job
 from configs.vlp import get_config
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
-from florence_jax.evaluators.rerank import positive_places, reranked_places
+from florence_jax.evaluators.metrics import positive_places
+from florence_jax.evaluators.rerank import reranked_places
 from florence_jax.inference import Florence
 from florence_jax.models.fusion import begin_in_joint_space
 from florence_jax.params.sharding import batch_sharding, make_mesh

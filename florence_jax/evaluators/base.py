@@ -71,6 +71,34 @@ class Evaluator(Protocol):
         return {}
 
 
+class SourceEvaluator(Evaluator):
+    """An evaluator of one source; a subclass's `run` says what guessing scores, and what the page shows.
+
+    Args:
+      name: prefix of the results.
+      source: what is evaluated on.
+    """
+
+    def __init__(self, name: str, source: Source):
+        self.name, self._source = name, source
+        self._chance: dict[str, float] = {}
+        self._report: list[str] = []
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """See `Evaluator`."""
+        return (self._source,)
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """Of the last `run`: it depends on what could be read."""
+        return self._chance
+
+    def report(self) -> list[str]:
+        """See `Evaluator`."""
+        return self._report
+
+
 def evaluate(evaluators: Sequence[Evaluator], params: Any) -> dict[str, float]:
     """Runs all evaluators; the results are named 'eval/<evaluator>/<metric>'."""
     return {f"eval/{e.name}/{metric}": value for e in evaluators for metric, value in e.run(params).items()}

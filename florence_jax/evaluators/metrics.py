@@ -191,6 +191,16 @@ def recalls(ranks: np.ndarray, prefix: str, ks: Sequence[int] = KS) -> dict[str,
     return {f"{prefix}r@{k}": float((ranks < k).mean()) for k in ks}
 
 
+def positive_places(similarity: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """int (Q,): wrong targets that are at least as similar to each query as its best right one; T without a right one.
+
+    Args:
+      similarity: (Q, T). right: bool (Q, T).
+    """
+    best = np.where(right, similarity, -np.inf).max(1, keepdims=True)
+    return ((similarity >= best) & ~right).sum(1)
+
+
 def recall_chance(right: np.ndarray, total: int, k: int) -> float:
     """Expected recall@k of a random order, mean over queries with `right[q]` right ones among `total` targets.
 

@@ -1,6 +1,6 @@
 """Retrieval in two steps: two towers find the first k for each query, a fusion puts these in order."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,13 +10,14 @@ from jax.sharding import Mesh
 from florence_jax.data.records import Source
 from florence_jax.data.tokenizers import Tokenizer
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Evaluator
-from florence_jax.evaluators.metrics import recalls, retrieval_chance
+from florence_jax.evaluators.base import SourceEvaluator
+from florence_jax.evaluators.metrics import positive_places, recalls, retrieval_chance
 from florence_jax.evaluators.predictor import Embedder, Predictor, image_counts
+from florence_jax.evaluators.retrieval import owned_captions
 from florence_jax.evaluators.vlp import error_of_mean
 
 
-class Reranking(Evaluator):
+class Reranking(SourceEvaluator):
     """R@1/5/10 of two towers, and after a fusion has put the first k of each query in order, both ways.
 
     An image is found by any of its captions. Results: 'i2t_r@k', 't2i_r@k' with 'i2t_r@1_stderr', 't2i_r@1_stderr', and
@@ -55,26 +56,12 @@ class Reranking(Evaluator):
     ):
         if k < 2:
             raise UserError(f"config.rerank.k={k} must be at least 2: of one there is no order")
-        self.name, self._source, self._k, self._on_corrupt = name, source, k, on_corrupt
+        super().__init__(name, source)
+        self._k, self._on_corrupt = k, on_corrupt
         self._ops = f"{ops}|keep(image)"
         self._embedder, self._load, self._tokenizer, self._mesh = embedder, load, tokenizer, mesh
         self._encode, self._score = Predictor(encode, mesh, batch_size), Predictor(score, mesh, batch_size)
-        lists = [_captions_of(record) for record in source.metadata()]
-        if len(lists) != len(source) or not all(lists):
-            raise UserError(f"{source.name}: every record needs captions, in 'captions' or 'caption'")
-        self._captions = [caption for captions in lists for caption in captions]
-        self._owners = np.repeat(np.arange(len(lists)), list(map(len, lists)))
-        self._chance: dict[str, float] = {}
-
-    @property
-    def sources(self) -> Sequence[Source]:
-        """See `Evaluator`."""
-        return (self._source,)
-
-    @property
-    def chance(self) -> Mapping[str, float]:
-        """Of the last `run`: it depends on what could be read."""
-        return self._chance
+        self._captions, self._owners = owned_captions(name, source)
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
@@ -131,16 +118,6 @@ class Reranking(Evaluator):
         return np.concatenate([found["score"] for found in columns])
 
 
-def positive_places(similarity: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """int (Q,): wrong targets that are at least as similar to each query as its best right one.
-
-    Args:
-      similarity: (Q, T). right: bool (Q, T).
-    """
-    best = np.where(right, similarity, -np.inf).max(1, keepdims=True)
-    return ((similarity >= best) & ~right).sum(1)
-
-
 def reranked_places(before: np.ndarray, scores: np.ndarray, right: np.ndarray) -> np.ndarray:
     """int (Q,): the places after the first k of each query have been put in the order of their scores.
 
@@ -151,8 +128,3 @@ def reranked_places(before: np.ndarray, scores: np.ndarray, right: np.ndarray) -
     """
     after = positive_places(scores, right)
     return np.where(right.any(1), after, np.maximum(before, scores.shape[1]))
-
-
-def _captions_of(record: Mapping[str, Any]) -> list[str]:
-    value = record.get("captions") or record.get("caption") or ()
-    return [value] if isinstance(value, str) else list(value)

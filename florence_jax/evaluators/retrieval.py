@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,8 +16,8 @@ from florence_jax.data.records import Record, Source, record_thumbnail
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.karpathy import PREFIX
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Chart, Evaluator
-from florence_jax.evaluators.metrics import recalls, retrieval_chance
+from florence_jax.evaluators.base import Chart, Evaluator, SourceEvaluator
+from florence_jax.evaluators.metrics import positive_places, recalls, retrieval_chance
 from florence_jax.evaluators.predictor import Embedder, image_counts
 from florence_jax.page import GridCell, matches_html
 from florence_jax.params.sharding import place
@@ -31,10 +31,7 @@ def positive_ranks_reference(
     queries: np.ndarray, targets: np.ndarray, query_ids: np.ndarray, target_ids: np.ndarray
 ) -> np.ndarray:
     """The definition of `positive_ranks`, from the whole similarity matrix."""
-    similarity = queries @ targets.T
-    positive = query_ids[:, None] == target_ids[None, :]
-    best = np.where(positive, similarity, -np.inf).max(1, keepdims=True)
-    return ((similarity >= best) & ~positive).sum(1)
+    return positive_places(queries @ targets.T, query_ids[:, None] == target_ids[None, :])
 
 
 def rank_chunk(queries: jax.Array, query_ids: jax.Array, targets: jax.Array, target_ids: jax.Array) -> jax.Array:
@@ -123,7 +120,7 @@ def recall_chart(name: str) -> Chart:
     return Chart(f"{name}: recall@1", {"image to text": "i2t_r@1", "text to image": "t2i_r@1"})
 
 
-class Retrieval(Evaluator):
+class Retrieval(SourceEvaluator):
     """Retrieval on held-out pairs of any source: every image against every distinct caption.
 
     Args:
@@ -138,8 +135,8 @@ class Retrieval(Evaluator):
     """
 
     def __init__(self, name: str, source: Source, ops: str, embedder: Embedder, on_corrupt: str = "skip"):
-        self.name, self.charts = name, (recall_chart(name),)
-        self._source, self._embedder, self._on_corrupt = source, embedder, on_corrupt
+        super().__init__(name, source)
+        self.charts, self._embedder, self._on_corrupt = (recall_chart(name),), embedder, on_corrupt
         found = {normalise_caption(str(row.get("caption", ""))) for row in source.metadata()} - {""}
         if not found:
             raise UserError(f"{source.name}: no record has a caption in the field 'caption'")
@@ -148,18 +145,6 @@ class Retrieval(Evaluator):
         order = np.argsort(numbers)
         self._captions, self._numbers = [captions[i] for i in order], numbers[order]
         self._ops = f"{ops}|caption|label|keep(image, label)"
-        self._chance: dict[str, float] = {}
-        self._report: list[str] = []
-
-    @property
-    def sources(self) -> Sequence[Source]:
-        """See `Evaluator`."""
-        return (self._source,)
-
-    @property
-    def chance(self) -> Mapping[str, float]:
-        """Of the last `run`: it depends on what could be read."""
-        return self._chance
 
     def run(self, params: Any) -> dict[str, float]:
         """'i2t_r@k' and 't2i_r@k', and the number of images."""
@@ -176,14 +161,30 @@ class Retrieval(Evaluator):
         ]
         return results | image_counts(self._source, images["index"])
 
-    def report(self) -> list[str]:
-        """Grids image -> texts and text -> images."""
-        return self._report
-
 
 def _numbers(labels: np.ndarray) -> np.ndarray:
     """int32 (N, 2) labels as int64 (N,)."""
     return np.ascontiguousarray(labels).view(np.int64)[:, 0]
+
+
+def owned_captions(name: str, source: Source, most: int = 0) -> tuple[list[str], np.ndarray]:
+    """The captions of all records, in "captions" or "caption", and int (T,) the record of each.
+
+    Args:
+      name: of the evaluator, for what is printed. source: N records.
+      most: of a record, the first ones; 0 for all. What is not used is printed.
+
+    Raises:
+      UserError: for a record without captions.
+    """
+    lists = [_captions(row) for row in source.metadata()]
+    if len(lists) != len(source) or not all(lists):
+        raise UserError(f"{source.name}: every record needs readable captions, in the field 'captions' or 'caption'")
+    total, lists = sum(map(len, lists)), [captions[: most or None] for captions in lists]
+    if (unused := total - sum(map(len, lists))) and jax.process_index() == 0:
+        print(f"{name}: the first {most} captions of an image count; {unused:,} of {total:,} do not")
+    owners = np.repeat(np.arange(len(lists)), [len(captions) for captions in lists])
+    return [caption for captions in lists for caption in captions], owners
 
 
 def _captions(row: Record) -> list[str]:
@@ -191,7 +192,7 @@ def _captions(row: Record) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-class CaptionRetrieval(Evaluator):
+class CaptionRetrieval(SourceEvaluator):
     """Retrieval where each image has several captions of its own: the protocols of Flickr30k 1K and COCO 5K.
 
     Every image against every caption; an image is found by any of its captions, and captions of other images are wrong
@@ -216,30 +217,10 @@ class CaptionRetrieval(Evaluator):
         on_corrupt: str = "error",
         per_image: int = 0,
     ):
-        self.name, self.charts = name, (recall_chart(name),)
-        self._source, self._embedder, self._on_corrupt = source, embedder, on_corrupt
-        lists = [_captions(row) for row in source.metadata()]
-        if len(lists) != len(source) or not all(lists):
-            raise UserError(f"{source.name}: every record needs readable captions in the list field 'captions'")
-        if per_image:
-            total, lists = sum(map(len, lists)), [captions[:per_image] for captions in lists]
-            if (unused := total - sum(map(len, lists))) and jax.process_index() == 0:
-                print(f"{name}: the first {per_image} captions of an image count; {unused:,} of {total:,} do not")
-        self._captions = [caption for captions in lists for caption in captions]
-        self._owners = np.repeat(np.arange(len(lists)), [len(captions) for captions in lists])
+        super().__init__(name, source)
+        self.charts, self._embedder, self._on_corrupt = (recall_chart(name),), embedder, on_corrupt
+        self._captions, self._owners = owned_captions(name, source, per_image)
         self._ops = f"{ops}|keep(image)"
-        self._chance: dict[str, float] = {}
-        self._report: list[str] = []
-
-    @property
-    def sources(self) -> Sequence[Source]:
-        """See `Evaluator`."""
-        return (self._source,)
-
-    @property
-    def chance(self) -> Mapping[str, float]:
-        """Of the last `run`: it depends on what could be read."""
-        return self._chance
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
@@ -255,10 +236,6 @@ class CaptionRetrieval(Evaluator):
         shown = images["embedding"][: len(pictures)]
         self._report = [matches_report(self.name, shown, pictures, ids, texts[first], names)]
         return results | image_counts(self._source, images["index"]) | {"captions": float(used.sum())}
-
-    def report(self) -> list[str]:
-        """Grids image -> captions and caption -> images."""
-        return self._report
 
 
 def choose_retrieval(

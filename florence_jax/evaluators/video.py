@@ -15,9 +15,9 @@ from florence_jax.data.classes import ClassIndex
 from florence_jax.data.records import BadRecord, Source
 from florence_jax.data.videos import open_video
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Chart, Evaluator, Payload
+from florence_jax.evaluators.base import Chart, Payload, SourceEvaluator
 from florence_jax.evaluators.classification import HINT, Classification
-from florence_jax.evaluators.metrics import recalls, retrieval_chance, softmax
+from florence_jax.evaluators.metrics import positive_places, recalls, retrieval_chance, softmax
 from florence_jax.evaluators.predictor import Embedder, image_counts
 from florence_jax.evaluators.retrieval import positive_ranks
 from florence_jax.page import GridCell, matches_html, show_number, table_html
@@ -178,7 +178,7 @@ class ActionRecognition(Classification):
         return {name if self.name == TEST else f"{self.name}_{name}": file for name, file in super().files().items()}
 
 
-class TextToVideo(Evaluator):
+class TextToVideo(SourceEvaluator):
     """Retrieval of videos by texts and of texts by videos. Equal captions are one text, unless records have lists.
 
     Results, of the last number of frames 't2v_r@1', '@5', '@10', 't2v_median_rank', 't2v_mean_rank' and the same of
@@ -206,22 +206,11 @@ class TextToVideo(Evaluator):
         dual_softmax: bool = False,
         on_corrupt: str = "skip",
     ):
-        self.name, self._source, self._embedder, self._on_corrupt = name, source, embedder, on_corrupt
+        super().__init__(name, source)
+        self._embedder, self._on_corrupt = embedder, on_corrupt
         self.charts = (Chart(f"{name}: recall@1", {"text to video": "t2v_r@1", "video to text": "v2t_r@1"}),)
         self._ops, self._dual = dict(ops), dual_softmax
         self._texts, self._text_ids, self._video_ids = _captions(source)
-        self._chance: dict[str, float] = {}
-        self._report: list[str] = []
-
-    @property
-    def sources(self) -> Sequence[Source]:
-        """See `Evaluator`."""
-        return (self._source,)
-
-    @property
-    def chance(self) -> Mapping[str, float]:
-        """Of the last `run`: it depends on what could be read."""
-        return self._chance
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
@@ -276,10 +265,6 @@ class TextToVideo(Evaluator):
             lines.append((GridCell(self._texts[query], None, True), answers))
         return matches_html(f"{self.name}: text to video", lines)
 
-    def report(self) -> list[str]:
-        """The table of numbers of frames, and a grid of texts with moving pictures."""
-        return self._report
-
 
 def _captions(source: Source) -> tuple[list[str], np.ndarray, np.ndarray]:
     """(T texts, int (T,) their ids, int (N,) ids of the records): a text is right for a record if the ids are equal.
@@ -305,6 +290,4 @@ def dual_softmax_ranks(
     """As `positive_ranks`, of similarities times their softmax over all queries (Cheng et al. 2021)."""
     similarity = temperature * (queries @ targets.T)
     similarity = similarity * softmax(similarity.T).T
-    positive = query_ids[:, None] == target_ids[None, :]
-    best = np.where(positive, similarity, -np.inf).max(1, keepdims=True)
-    return ((similarity >= best) & ~positive).sum(1)
+    return positive_places(similarity, query_ids[:, None] == target_ids[None, :])
