@@ -1,5 +1,7 @@
 """Fine-tuning: what it takes from the size of the set, which parameters it keeps, what it says beside a probe."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,11 +172,22 @@ def test_what_the_first_weights_scored_stands_beside():
         return {"a": 0.25}
 
     beside = BesideStart(Sum(), initial, "the detector of DIR")
-    assert not beside.report() and beside.chance == {"AP": 0.1, "start_AP": 0.1} and beside.sources == ("data",)
+    assert (
+        beside.report() == ["<p>inner</p>"]
+        and beside.chance == {"AP": 0.1, "start_AP": 0.1}
+        and beside.sources == ("data",)
+    )
     assert beside.run({"a": 0.5}) == {"AP": 0.5, "images": 3.0, "start_AP": 0.25}
     assert beside.run({"a": 0.75})["start_AP"] == 0.25 and len(asked) == 1  # measured once
     said = "test: AP 0.250 before this training, by the detector of DIR, 0.750 after it."
     assert beside.report() == [f"<p>{said}</p>", "<p>inner</p>"] and beside.files() == {"boxes.json": b"[]"}
+
+
+def test_a_set_without_anything_to_find_has_no_headline():
+    empty = SimpleNamespace(name="empty", metric="AP", charts=(), run=lambda params: {"images": 1.0}, report=list)
+    assert BesideStart(empty, dict, "the detector of DIR").run({}) == {"images": 1.0}
+    watch = Forgetting(empty, dict, 0.05)
+    assert watch.run({}) == {} and "there is nothing to find" in watch.report()[0]
 
 
 def test_forgetting_of_parameters_that_are_made_of_the_trained_ones():

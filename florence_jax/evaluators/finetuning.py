@@ -25,17 +25,28 @@ class WithHeadline(Evaluator, Protocol):
     metric: str
 
 
-class Validation(Evaluator):
-    """The headline number alone of a classification, by which the parameters of a run are chosen."""
+class _Around(Evaluator):
+    """An evaluator that runs another one, whose data and chance levels are its own."""
 
-    def __init__(self, evaluator: Classification):
-        self.name, self.charts, self.metric = evaluator.name, evaluator.charts, evaluator.metric
-        self._evaluator = evaluator
+    _evaluator: Evaluator
 
     @property
     def sources(self) -> Sequence[Source]:
         """Of the evaluator."""
         return self._evaluator.sources
+
+    @property
+    def chance(self) -> Mapping[str, float]:
+        """Of the evaluator."""
+        return self._evaluator.chance
+
+
+class Validation(_Around):
+    """The headline number alone of a classification, by which the parameters of a run are chosen."""
+
+    def __init__(self, evaluator: Classification):
+        self.name, self.charts, self.metric = evaluator.name, evaluator.charts, evaluator.metric
+        self._evaluator = evaluator
 
     @property
     def chance(self) -> Mapping[str, float]:
@@ -47,16 +58,11 @@ class Validation(Evaluator):
         return {self.metric: self._evaluator.run(params)[self.metric]}
 
 
-class _Beside(Evaluator):
+class _Beside(_Around):
     """An evaluator of trained weights, with another result on the same pictures as '<word>_<metric>'."""
 
     word: str
     _evaluator: WithHeadline
-
-    @property
-    def sources(self) -> Sequence[Source]:
-        """Of the evaluator."""
-        return self._evaluator.sources
 
     @property
     def chance(self) -> Mapping[str, float]:
@@ -116,8 +122,8 @@ def _compared(name: str, metric: str, tuned: float, probe: float, images: int) -
 class BesideStart(_Beside):
     """What trained weights score, and what the first ones scored on the same pictures.
 
-    Results: the evaluator's, and 'start_<metric>'. For a set that the first weights were not trained on that is their
-    zero-shot result.
+    Results: the evaluator's, and 'start_<metric>', unless there is nothing to find. For a set that the first weights
+    were not trained on that is their zero-shot result.
 
     Args:
       evaluator: of the trained weights.
@@ -131,27 +137,27 @@ class BesideStart(_Beside):
         self.name, self.charts = evaluator.name, evaluator.charts
         self._evaluator, self._initial, self._what = evaluator, initial, what
         self._before: float | None = None
-        self._now = 0.0
+        self._now: float | None = None
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
         metric = self._evaluator.metric
         if self._before is None:
-            self._before = self._evaluator.run(self._initial(params))[metric]
+            self._before = self._evaluator.run(self._initial(params)).get(metric)
         results = self._evaluator.run(params)
-        self._now = results[metric]
-        return results | {f"start_{metric}": self._before}
+        self._now = results.get(metric)
+        return results | ({} if self._before is None else {f"start_{metric}": self._before})
 
     def report(self) -> list[str]:
         """Both numbers, then the evaluator's."""
-        if self._before is None:
-            return []
+        if self._before is None or self._now is None:
+            return self._evaluator.report()
         said = f"{self.name}: {self._evaluator.metric} {self._before:.3f} before this training, by {self._what}, "
         said += f"{self._now:.3f} after it"
         return [f"<p>{html.escape(said)}.</p>", *self._evaluator.report()]
 
 
-class Remade(Evaluator):
+class Remade(_Around):
     """An evaluator of parameters that are made of those of a run.
 
     Args:
@@ -164,22 +170,12 @@ class Remade(Evaluator):
         self.name, self.metric = name, evaluator.metric
         self._evaluator, self._made = evaluator, made
 
-    @property
-    def sources(self) -> Sequence[Source]:
-        """Of the evaluator."""
-        return self._evaluator.sources
-
-    @property
-    def chance(self) -> Mapping[str, float]:
-        """Of the evaluator."""
-        return self._evaluator.chance
-
     def run(self, params: Any) -> dict[str, float]:
         """The evaluator's results."""
         return self._evaluator.run(self._made(params))
 
 
-class Interpolated(Evaluator):
+class Interpolated(_Around):
     """Weight-space ensembling (WiSE-FT, Wortsman et al. 2022): evaluates (1 - alpha) initial + alpha fine-tuned.
 
     Args:
@@ -191,11 +187,6 @@ class Interpolated(Evaluator):
     def __init__(self, evaluator: Evaluator, initial: Callable[[Any], Any], alpha: float):
         self.name = evaluator.name
         self._evaluator, self._initial, self._alpha = evaluator, initial, alpha
-
-    @property
-    def chance(self) -> Mapping[str, float]:
-        """Of the evaluator."""
-        return self._evaluator.chance
 
     def run(self, params: Any) -> dict[str, float]:
         """The evaluator's results on the interpolated parameters."""
@@ -215,10 +206,10 @@ def interpolate(start: Any, end: Any, alpha: float) -> Any:
     return jax.tree.map(lambda a, b: (1 - alpha) * a + alpha * b, start, end)
 
 
-class Forgetting(Evaluator):
+class Forgetting(_Around):
     """Zero-shot results on another set before and after fine-tuning: warns where they dropped.
 
-    Results: 'before', 'now' and 'drop' of the inner evaluator's metric.
+    Results: 'before', 'now' and 'drop' of the inner evaluator's metric; none where there is nothing to find.
 
     Args:
       evaluator: on a set that is not fine-tuned on.
@@ -226,6 +217,8 @@ class Forgetting(Evaluator):
       threshold: drop above which it warns.
       mixing: the option that evaluates interpolated weights, for the warning.
     """
+
+    _evaluator: WithHeadline
 
     def __init__(
         self,
@@ -251,8 +244,11 @@ class Forgetting(Evaluator):
         """See the class."""
         metric = self._evaluator.metric
         if self._before is None:
-            self._before = self._evaluator.run(self._initial(params))[metric]
-        now = self._evaluator.run(params)[metric]
+            self._before = self._evaluator.run(self._initial(params)).get(metric)
+        now = self._evaluator.run(params).get(metric)
+        if self._before is None or now is None:
+            self._said = f"{self.name}: no zero-shot {metric}: there is nothing to find in this set"
+            return {}
         drop = self._before - now
         self._said = f"{self.name}: zero-shot {metric} {self._before:.3f} before this training, {now:.3f} after it."
         self._warning = ""

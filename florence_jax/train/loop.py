@@ -128,9 +128,9 @@ def mesh_of(config: ConfigDict, devices: list[Any] | None = None) -> Mesh:
 
 
 def found_data(suite: Suite, evaluators: Sequence[Evaluator]) -> list[Mapping[str, Any]]:
-    """What the sources of a run say that they found."""
+    """What the sources of a run say that they found; of one that several evaluators share, once."""
     sources = [*suite.sources, *(source for evaluator in evaluators for source in evaluator.sources)]
-    return [summary_of(source) for source in sources]
+    return [summary_of(source) for source in {id(source): source for source in sources}.values()]
 
 
 def open_stream(config: ConfigDict, task: Task, data: TrainData, start_step: int = 0) -> Stream:
