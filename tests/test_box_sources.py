@@ -14,6 +14,7 @@ from florence_jax.data.buckets import make_buckets
 from florence_jax.data.pipeline import eval_stream
 from florence_jax.data.records import BadRecord, sample_of
 from florence_jax.data.sources.array_record import write_array_record
+from florence_jax.data.sources.boxes import pictures_by_class
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.detection import box_parts, open_boxes
 from florence_jax.errors import UserError
@@ -409,6 +410,15 @@ def test_records_of_the_detection_builder(tmp_path):
     assert record["iscrowd"].dtype == bool and record["iscrowd"].sum() == 1 and "scores" not in record
     assert by_key["openimages:000026e7ee790996"]["is_group_of"].any()
     assert source.__getitems__([0])[0]["image"] and len(source.sample(2)) == 2
+    counts, empty = pictures_by_class(source), "; without boxes: animal, bat (animal), computer mouse"
+    counted = [sum(k in record["class_ids"] for record in by_key.values()) for k in range(len(source.class_names))]
+    assert counts.tolist() == counted and source.summary["says"].endswith(empty)
+    assert source.problems.first("no_boxes").where == "animal"
+    content = json.loads((tmp_path / "flod/classes.json").read_text())
+    write(tmp_path / "flod/classes.json", content | {"records": {"train": 4}})  # of another set
+    source = open_boxes(f"{tmp_path}/flod/train")
+    assert "does not say in how many of these records a class has boxes" in source.summary["says"]
+    assert pictures_by_class(source).tolist() == counted and not source.problems.counts
     (tmp_path / "flod/classes.json").unlink()
     with pytest.raises(UserError, match="the names of its classes, is not there"):
         open_boxes(f"{tmp_path}/flod/train")

@@ -1,5 +1,6 @@
 """Sets in which people looked for some classes only, and sets that are joined: unknown is not absent."""
 
+import dataclasses
 import json
 import pickle
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from florence_jax.data.box_classes import (
 )
 from florence_jax.data.buckets import make_buckets
 from florence_jax.data.ops.parse import parse_ops
+from florence_jax.data.records import Subset
 from florence_jax.data.sources.agnostic import AgnosticBoxes
 from florence_jax.data.sources.boxes import pictures_by_class
 from florence_jax.data.sources.catalog import open_source
@@ -340,6 +342,38 @@ def test_lvis_numbers(world):
     wrong = found_boxes(image, np.array([1, 1, 1, 3, 3]), np.array(boxes), scores[::-1], truth)
     assert coco_scores(truth, wrong).values["AP300"] == pytest.approx(0.75, abs=0.01)
     assert best_of_classes(wrong, 1).labels.tolist() == [1, 3] and best_of_classes(wrong, 1).scores.max() == 0.9
+
+
+def test_lvis_numbers_by_frequency(tmp_path):
+    """Rare: not found. Common: all found. Frequent: one class of two found, the other half. One says nothing."""
+    size = {"width": WIDTH, "height": HEIGHT}
+    for number in (1, 2):
+        picture(tmp_path / f"{number}.jpg", number)
+    letters = {"rat": "r", "cat": "c", "car": "f", "man": "f", "odd": None}
+    categories = [
+        {"id": 10 - k, "name": name} | ({"frequency": letter} if letter else {})
+        for k, (name, letter) in enumerate(letters.items())
+    ]
+    images = [{"id": n, "file_name": f"{n}.jpg", "neg_category_ids": [], **size} for n in (1, 2)]
+    placed = [(10, 1), (9, 1), (8, 1), (7, 1), (7, 2), (6, 2)]  # category, picture
+    annotations = [
+        {"id": k + 1, "image_id": n, "category_id": category, "bbox": [8 * k, 8, 8, 8]}
+        for k, (category, n) in enumerate(placed)
+    ]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    whole = open_boxes(f"coco:{dump(tmp_path / 'a.json', content)}")
+    assert whole.frequencies == ("r", "c", "f", "f", "")
+    source = Subset(whole, np.arange(2), "part")
+    truth = make_truth(list(source.metadata()), source)
+    seen = np.array([1, 2, 3])  # of the annotations
+    found = found_boxes(truth.image[seen], truth.labels[seen], whole.columns.boxes[seen], np.ones(3), truth)
+    values = coco_scores(truth, found).values
+    half = 51 / 101  # all found up to a recall of .5
+    expected = {"APr": 0, "APc": 1, "APf": (1 + half) / 2, "AP300": (0 + 1 + 1 + half + 0) / 5}
+    expected |= {f"fixed_{name}": expected[name] for name in ("APr", "APc", "APf")} | {"fixed_AP": expected["AP300"]}
+    assert {name: values[name] for name in expected} == pytest.approx(expected)
+    without = coco_scores(dataclasses.replace(truth, frequencies=()), found).values
+    assert "APr" not in without and without["AP300"] == values["AP300"]
 
 
 def test_the_task_trains_on_joined_sets(tmp_path):

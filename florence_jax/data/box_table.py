@@ -21,6 +21,7 @@ class BoxTable:
       image_ids: N ids as the set has them.
       sizes: int32 (N, 2), stated width and height; 0 where it states none.
       class_names: K names. category_ids: K ids as the set has them.
+      frequencies: LVIS's letters for how many pictures have each of the K classes, see `BoxSource`; () for none.
       box_image, box_class: int32 (M,), indices.
       boxes: float64 (M, 4), x1 y1 x2 y2, pixels of the stated size; anything that the set says.
       crowd, group_of: bool (M,). areas: float32 (M,), stated areas, NaN where there is none.
@@ -66,6 +67,7 @@ class BoxTable:
     uids: Mapping[Any, str] = dataclasses.field(default_factory=dict)
     drops_repeats: bool = False
     relative: bool = False
+    frequencies: Sequence[str] = ()
 
     def add(self, kind: str, mask: np.ndarray) -> None:
         """Counts the boxes of a mask (M,) as a problem, and keeps the first with their places."""
@@ -110,6 +112,7 @@ class BoxTable:
         )
         rows = np.flatnonzero(keep).tolist()
         self.class_names, self.category_ids = [self.class_names[k] for k in rows], [self.category_ids[k] for k in rows]
+        self.frequencies = [self.frequencies[k] for k in rows] if self.frequencies else ()
 
 
 def _renumbered(pairs: IdPairs, number: np.ndarray) -> IdPairs:
@@ -148,7 +151,8 @@ class TableBuilder:
     def table(self, sides: bool = False) -> BoxTable:
         """Classes by their names, sorted: the order is that of any other part of the data set with the same classes."""
         names = sorted(self._names)
-        order = np.array([names.index(name) for name in self._names], np.int32)
+        numbers = {name: k for k, name in enumerate(names)}
+        order = np.array([numbers[name] for name in self._names], np.int32)
         boxes = np.array(self._boxes, np.float64).reshape(-1, 4)
         return BoxTable(
             name=self.name,

@@ -40,6 +40,7 @@ class OwnColumns(CocoColumns):
         self.places, self.areas, self.box_ids = array.array("i"), array.array("f"), array.array("q")
         self.category_ids: list[int] = []
         self.names: list[str] = []
+        self.frequencies: list[str] = []
         self.parents: set[str] = set()
         self._numbers: dict[str, int] = {}
         self._texts: dict[int, str] = {}
@@ -127,6 +128,7 @@ class OwnColumns(CocoColumns):
             name = item["id"]
         self.category_ids.append(number)
         self.names.append(str(name).strip())
+        self.frequencies.append(str(item.get("frequency", "")))
         parent = item.get("supercategory")
         self.parents |= {parent} if isinstance(parent, str) and parent != name else set()
 
@@ -168,7 +170,7 @@ def read_own_coco(path: str, problems: Problems, kind: str = "coco") -> BoxTable
             f"{path}: its images have no {NEGATIVE!r}: is it a file of LVIS? A file of COCO's is coco:{path}"
         )
     columns.check_box_ids()
-    names, category_ids, class_of = _classes(columns, problems)
+    names, category_ids, frequencies, class_of = _classes(columns, problems)
     boxes = np.array(columns.boxes, np.float64).reshape(-1, 4)
     image_rows = rows_by_id(np.array(columns.image_ids, np.int64))
     category_rows = rows_by_id(np.array(columns.category_ids, np.int64))
@@ -186,6 +188,7 @@ def read_own_coco(path: str, problems: Problems, kind: str = "coco") -> BoxTable
         sizes=np.array(columns.sizes, np.int32).reshape(-1, 2),
         class_names=names,
         category_ids=category_ids,
+        frequencies=frequencies,
         box_image=box_image[keep],
         box_class=class_of[category[keep]],
         boxes=boxes[keep],
@@ -230,10 +233,11 @@ def _list_pairs(
     return images, class_of[categories]
 
 
-def _classes(columns: OwnColumns, problems: Problems) -> tuple[list[str], list[Any], np.ndarray]:
-    """Names, ids, and int32 (C,): the class of each category of the file."""
+def _classes(columns: OwnColumns, problems: Problems) -> tuple[list[str], list[Any], list[str], np.ndarray]:
+    """Names, ids and frequencies of classes, and int32 (C,): the class of each category of the file."""
     names: dict[str, int] = {}
     category_ids: list[Any] = []
+    frequencies: list[str] = []
     seen: dict[int, str] = {}
     class_of = np.zeros(len(columns.names), np.int32)
     for i, (number, name) in enumerate(zip(columns.category_ids, columns.names, strict=True)):
@@ -246,8 +250,9 @@ def _classes(columns: OwnColumns, problems: Problems) -> tuple[list[str], list[A
         else:
             names[name] = len(names)
             category_ids.append(columns.given(number))
+            frequencies.append(columns.frequencies[i])
         class_of[i] = names[name]
-    return list(names), category_ids, class_of
+    return list(names), category_ids, frequencies, class_of
 
 
 def _drop_shared_ids(table: BoxTable, numbers: np.ndarray) -> None:

@@ -135,6 +135,7 @@ class Subset:
         self.class_sets: np.ndarray | None = getattr(source, "class_sets", None)
         self.partly_boxed: bool = getattr(source, "partly_boxed", False)
         self.attribute_names: Sequence[str] = tuple(getattr(source, "attribute_names", ()))
+        self.frequencies: Sequence[str] = tuple(getattr(source, "frequencies", ()))
         self.summary = summary_of(source)
 
     def __len__(self) -> int:

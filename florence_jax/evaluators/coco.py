@@ -45,8 +45,8 @@ class CocoEvaluator(Evaluator):
     Results: those of pycocotools, AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, without those of
     which the test set has no boxes; 'agnostic_AP50', AP50 whatever the classes of boxes (see
     `coco_scores.one_of_each`); 'AP/NAME' of at most 20 classes; of a set in which not every class was looked for
-    'AP300' and 'fixed_AP', see `coco_scores`;
-    'images', 'skipped' ones if any, 'boxes' and 'crowds'. A class that the detector does not know counts with AP 0.
+    'AP300' and 'fixed_AP', of LVIS's also 'APr', 'APc', 'APf' and 'fixed_APr', ..., see `coco_scores`; 'images',
+    'skipped' ones if any, 'boxes' and 'crowds'. A class that the detector does not know counts with AP 0.
 
     Args:
       source: N pictures with boxes.

@@ -33,6 +33,7 @@ class GroundTruth:
       crowd: bool (M,), regions of several objects: what is found in them counts neither way.
       areas: float64 (M,), by which a box is small, medium or large: those of the file, of masks in COCO's.
       judged: bool (N, K), which classes people looked for; what is found of others counts neither way. None: all.
+      frequencies: K letters, see `BoxSource`; () for none.
     """
 
     keys: tuple[str, ...]
@@ -46,6 +47,7 @@ class GroundTruth:
     crowd: np.ndarray
     areas: np.ndarray
     judged: np.ndarray | None = None
+    frequencies: tuple[str, ...] = ()
 
     def subset(self, rows: np.ndarray) -> "GroundTruth":
         """Of some pictures; `rows` ascending."""
@@ -130,6 +132,7 @@ def make_truth(records: Iterable[Record], source: BoxSource) -> GroundTruth:
         crowd=crowd,
         areas=areas,
         judged=None if class_sets is None else np.stack(judged),
+        frequencies=tuple(getattr(source, "frequencies", ())),
     )
 
 

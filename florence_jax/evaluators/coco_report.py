@@ -19,7 +19,7 @@ from florence_jax.evaluators.coco_errors import (
 )
 from florence_jax.evaluators.coco_files import FoundBoxes, GroundTruth
 from florence_jax.evaluators.coco_pictures import Painter
-from florence_jax.evaluators.coco_scores import AGNOSTIC, COCO_METRICS, CocoScores, absent_words
+from florence_jax.evaluators.coco_scores import AGNOSTIC, COCO_METRICS, FIXED_AP, LVIS_AP, CocoScores, absent_words
 from florence_jax.page import curve, share_bar, table_html
 
 METRIC_MEANINGS = {
@@ -36,6 +36,14 @@ METRIC_MEANINGS = {
     "ARm": "of medium boxes",
     "ARl": "of large boxes",
     AGNOSTIC: "AP50 whatever the classes, a thing's boxes of several classes counted once",
+    LVIS_AP: "AP of up to 300 boxes a picture, as LVIS has it",
+    "APr": "of these the rare classes, in 1 to 10 pictures of LVIS's training set",
+    "APc": "the common ones, to 100",
+    "APf": "the frequent ones",
+    FIXED_AP: "AP of the 10,000 best boxes of each class, however many a picture has",
+    f"{FIXED_AP}r": "of these the rare classes",
+    f"{FIXED_AP}c": "the common ones",
+    f"{FIXED_AP}f": "the frequent ones",
 }
 FALSE_MEANINGS = (
     "a box of its class lies there (IoU .5), but another has found it",

@@ -19,6 +19,7 @@ COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100
 AGNOSTIC = "agnostic_AP50"
 LVIS_AP, FIXED_AP = "AP300", "fixed_AP"
 LVIS_BOXES, FIXED_BOXES = 300, 10_000  # of a picture; of a class in all pictures
+FREQUENCIES = "rcf"  # endings of metrics of LVIS's rare, common and frequent classes
 ONE_THING = 0.6  # IoU above which two boxes of different classes say the same, where classes do not count
 ALL_SIZES = {"areaRng": [[0, 1e10]], "areaRngLbl": ["all"]}  # parameters of COCOeval that leave sizes aside
 
@@ -28,7 +29,8 @@ class CocoScores(NamedTuple):
 
     Attributes:
       values: COCO_METRICS and AGNOSTIC; those of which there are no boxes, such as large ones, are left out. Of a set
-        in which not every class was looked for also LVIS_AP and FIXED_AP.
+        in which not every class was looked for also LVIS_AP and FIXED_AP, and the same of the rare, common and frequent
+        classes, where the set says which those are: 'APr', 'APc', 'APf', 'fixed_APr', ...
       precision: float64 (10, 101, K), at IoU .50, .55, ... .95 and recall 0, .01, ... 1; NaN for classes without boxes.
     """
 
@@ -50,7 +52,7 @@ def need_pycocotools() -> None:
 def coco_scores(truth: GroundTruth, found: FoundBoxes, by_size: bool = True) -> CocoScores:
     """The numbers that pycocotools prints of the two files; AGNOSTIC is its AP50 with `useCats=0` of `one_of_each`.
 
-    Without `by_size` those of small, medium and large boxes are left out: a quarter of the time.
+    Without `by_size` those of small, medium and large boxes and LVIS's are left out: a quarter of the time.
     """
     data = coco_data(truth, found)
     # Classes without a box have no AP: leaving them out changes no mean.
@@ -64,10 +66,9 @@ def coco_scores(truth: GroundTruth, found: FoundBoxes, by_size: bool = True) -> 
             result.summarize()
         values = dict(zip(COCO_METRICS, result.stats.tolist(), strict=True))
         values[AGNOSTIC] = agnostic_ap50(coco_data(truth, one_of_each(found)))
-        if truth.judged is not None:
-            values[LVIS_AP] = _mean_ap(data, LVIS_BOXES)
-            values[FIXED_AP] = _mean_ap(coco_data(truth, best_of_classes(found)), max(len(found.scores), 1))
-        order = {category_id: k for k, category_id in enumerate(truth.category_ids)}
+        if truth.judged is not None and by_size:
+            values |= _lvis_values(truth, data, found)
+        order = _numbers_of_classes(truth)
         numbers = result.eval["precision"][:, :, :, 0, -1]
         precision[:, :, [order[i] for i in result.params.catIds]] = np.where(numbers < 0, np.nan, numbers)
     return CocoScores({name: value for name, value in values.items() if value >= 0}, precision)
@@ -81,11 +82,31 @@ def best_of_classes(found: FoundBoxes, most: int = FIXED_BOXES) -> FoundBoxes:
     return found.subset(np.sort(order[place < most]))
 
 
-def _mean_ap(data: tuple[Any, Any], most: int) -> float:
-    """AP over all IoUs of up to so many boxes of each class a picture; -1 without boxes."""
-    precision = coco_eval(data, maxDets=[most], **ALL_SIZES).eval["precision"]
-    some = precision > -1
-    return float(precision[some].mean()) if some.any() else -1.0
+def _lvis_values(truth: GroundTruth, data: tuple[Any, Any], found: FoundBoxes) -> dict[str, float]:
+    """LVIS_AP and FIXED_AP, of all classes and of those of each frequency; -1 without boxes."""
+    fixed = coco_data(truth, best_of_classes(found))
+    order, values = _numbers_of_classes(truth), {}
+    for name, ending, given, most in (
+        (LVIS_AP, "AP", data, LVIS_BOXES),
+        (FIXED_AP, FIXED_AP, fixed, max(len(found.scores), 1)),
+    ):
+        result = coco_eval(given, maxDets=[most], **ALL_SIZES)
+        precision = result.eval["precision"][:, :, :, 0, 0]
+        letters = [truth.frequencies[order[i]] if truth.frequencies else "" for i in result.params.catIds]
+        values[name] = _mean_of(precision)
+        for letter in FREQUENCIES:
+            values[ending + letter] = _mean_of(precision[:, :, np.array(letters) == letter])
+    return values
+
+
+def _mean_of(precision: np.ndarray) -> float:
+    """Mean over the classes that have boxes, in which it is not -1; -1 for none."""
+    some = precision[precision > -1]
+    return float(some.mean()) if len(some) else -1.0
+
+
+def _numbers_of_classes(truth: GroundTruth) -> dict[Any, int]:
+    return {category_id: k for k, category_id in enumerate(truth.category_ids)}
 
 
 def one_of_each(found: FoundBoxes) -> FoundBoxes:
@@ -108,9 +129,7 @@ def one_of_each(found: FoundBoxes) -> FoundBoxes:
 
 def agnostic_ap50(data: tuple[Any, Any]) -> float:
     """AP at IoU .5 whatever the classes; -1 without boxes."""
-    precision = coco_eval(data, useCats=0, iouThrs=np.array([0.5]), **ALL_SIZES).eval["precision"]
-    some = precision[..., -1] > -1
-    return float(precision[..., -1][some].mean()) if some.any() else -1.0
+    return _mean_of(coco_eval(data, useCats=0, iouThrs=np.array([0.5]), **ALL_SIZES).eval["precision"][..., -1])
 
 
 def coco_data(truth: GroundTruth, found: FoundBoxes) -> tuple[Any, Any]:

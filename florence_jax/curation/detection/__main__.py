@@ -15,8 +15,9 @@ is_group_of, scores (None for boxes made by people); teacher and threshold of ps
 negative_ids (people checked: not there), not_exhaustive_ids (there, but not every instance has a box) and positive_ids.
 A class in none of these lists and without box is unknown, unless a source in "exhaustive" of classes.json covers it.
 
-DIR gets train/ and validation/ (ArrayRecord), classes.json, label_merges.csv, kept_apart.csv, leaks.csv, report.json
-and sheet.html. The same inputs give the same bytes. A run that was interrupted is finished by the same command.
+DIR gets train/ and validation/ (ArrayRecord), classes.json (names, in how many pictures of each split a class has a
+box, and how many records a split has), label_merges.csv, kept_apart.csv, leaks.csv, report.json and sheet.html. The
+same inputs give the same bytes. A run that was interrupted is finished by the same command.
 The Florence paper gives FLOD-9M as 8,967,286 images, 25,190 categories and 33,408,237 boxes; how it
 merged names and found pseudo boxes is not stated, so the rules here are this project's.
 """
@@ -164,7 +165,19 @@ def _write_tables(merged: Merged, out: str, leaks: list[dict[str, Any]]) -> None
     space = merged.space
     covered = {t.spec.kind: t for t in merged.rows.tables if t.exhaustive}
     exhaustive = {k: sorted(set(space.ids(k, t.categories).tolist())) for k, t in sorted(covered.items())}
-    classes = json.dumps({"classes": space.classes(), "exhaustive": exhaustive}, ensure_ascii=False, indent=1)
+    pictures = {split: _pictures_by_class(merged, split) for split in SPLITS}
+    classes = json.dumps(
+        {
+            "classes": [
+                one | {"pictures": {split: found[one["id"]] for split, found in pictures.items()}}
+                for one in space.classes()
+            ],
+            "exhaustive": exhaustive,
+            "records": {split: int((merged.validation == (split == "validation")).sum()) for split in SPLITS},
+        },
+        ensure_ascii=False,
+        indent=1,
+    )
     counts = np.bincount(merged.boxes.class_id, minlength=len(space))
     merges = [row | {"boxes_of_class": int(counts[row["class_id"]])} for row in space.merge_table()]
     apart = [{"text": a, "other": b, "why": why} for a, b, why in space.kept_apart]
@@ -175,6 +188,13 @@ def _write_tables(merged: Merged, out: str, leaks: list[dict[str, Any]]) -> None
         "leaks.csv": csv_text(("image", "source", "why", "other"), leaks),
     }.items():
         write_text(os.path.join(out, name), text)
+
+
+def _pictures_by_class(merged: Merged, split: str) -> list[int]:
+    """In how many pictures of a split each class has a box."""
+    mine = merged.validation[merged.boxes.record] == (split == "validation")
+    pairs = np.unique(np.stack([merged.boxes.record[mine], merged.boxes.class_id[mine]]), axis=1)
+    return np.bincount(pairs[1], minlength=len(merged.space)).tolist()
 
 
 def _parser() -> argparse.ArgumentParser:

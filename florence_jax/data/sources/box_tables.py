@@ -99,13 +99,15 @@ def _source(spec: str, table: BoxTable, folder: str, text: str) -> FileBoxSource
         looked_for=None if table.exhaustive else lists,
         attribute_names=table.attribute_names,
         uids=table.uids,
+        frequencies=table.frequencies,
     )
 
 
 def _summary(spec: str, table: BoxTable, folder: str, text: str, columns: BoxColumns) -> dict[str, Any]:
     without = int((np.diff(columns.offsets) == 0).sum())
     says = "; ".join(_found(spec, table, text, columns, without)) + table.problems.said()
-    if empty := [flaw.where for flaw in table.problems if flaw.kind == "no_boxes"]:
+    counts = np.bincount(columns.class_ids, minlength=len(table.class_names)).tolist()
+    if empty := [name for name, count in zip(table.class_names, counts, strict=True) if not count]:
         says += f"; without boxes: {some(empty)}"
     return {
         "folder": folder,

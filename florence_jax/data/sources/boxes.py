@@ -42,6 +42,8 @@ class BoxSource(Source, Protocol):
     Attributes:
       class_names: in the order of class ids.
       category_ids: the id of each class in the set's own numbering.
+      frequencies: of LVIS's classes 'r' (rare: in 1 to 10 pictures of its training set), 'c' (common: to 100) or 'f'
+        (frequent), '' for a class of which it does not say; () or absent for another set.
     """
 
     class_names: Sequence[str]
@@ -110,13 +112,17 @@ COUNTED = 20_000  # records that frequencies of classes are counted in
 def pictures_by_class(source: BoxSource) -> np.ndarray:
     """float64 (K,): in how many pictures each class has a box; no picture is read.
 
-    Of a source that knows its boxes without its records, which then has a method of this name, all are counted, else
-    those of 20,000 records, for all. Of a part of a source the whole is counted.
+    Of a source that knows it without its records, which then has a method of this name, all are counted, else those of
+    20,000 records, for all. Of a part of a source the whole is counted.
     """
     if isinstance(source, Subset):
         return pictures_by_class(source.whole)
     if hasattr(source, "pictures_by_class"):
         return source.pictures_by_class()
+    return _sampled_pictures(source)
+
+
+def _sampled_pictures(source: BoxSource) -> np.ndarray:
     found = np.zeros(len(source.class_names))
     records = sample_of(source, COUNTED)
     for record in records:
@@ -161,6 +167,7 @@ class FileBoxSource(BaseSource):
         of which only some objects have boxes.
       attribute_names: of the numbers in `columns.attributes`.
       uids: by which other sets know a picture, by its image id.
+      frequencies: see `BoxSource`.
     """
 
     def __init__(
@@ -178,6 +185,7 @@ class FileBoxSource(BaseSource):
         looked_for: tuple[ClassLists, ClassLists] | None = None,
         attribute_names: Sequence[str] = (),
         uids: Mapping[Any, str] | None = None,
+        frequencies: Sequence[str] = (),
     ):
         self.name, self.folder, self.files, self.image_ids = name, folder, list(files), list(image_ids)
         self.sizes, self.columns = np.asarray(sizes, np.int32), columns
@@ -185,6 +193,7 @@ class FileBoxSource(BaseSource):
         self.summary, self.problems = dict(summary), problems
         self._looked_for, self.attribute_names, self.uids = looked_for, tuple(attribute_names), uids or {}
         self.class_sets = np.full((1, len(self.class_names)), looked_for is None)
+        self.frequencies = tuple(frequencies)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -254,6 +263,7 @@ class RecordBoxSource(BaseSource):
       exhaustive: which classes each of the "sources" of a record looked for in all its pictures; sources that are not
         named looked for no class so. None: there is no such thing, every class was looked for.
       parents: of each class the numbers of those right above it; () for none.
+      pictures: float64 (K,), in how many records each class has a box; None where nobody counted.
     """
 
     def __init__(
@@ -263,8 +273,9 @@ class RecordBoxSource(BaseSource):
         summary: Mapping[str, Any],
         exhaustive: Mapping[str, Sequence[int]] | None = None,
         parents: Sequence[Sequence[int]] = (),
+        pictures: np.ndarray | None = None,
     ):
-        self.name, self._records = records.name, records
+        self.name, self._records, self._pictures = records.name, records, pictures
         self.class_names, self.category_ids = tuple(class_names), tuple(range(len(class_names)))
         self.summary, self.problems = dict(summary), Problems()
         self.class_sets: np.ndarray | None = None
@@ -291,6 +302,10 @@ class RecordBoxSource(BaseSource):
             return self._with_arrays(record)
         except BadRecord as bad:
             return bad
+
+    def pictures_by_class(self) -> np.ndarray:
+        """See the function of this name."""
+        return _sampled_pictures(self) if self._pictures is None else self._pictures
 
     def metadata(self) -> Iterator[Record]:
         """All readable records in order, from the side files."""

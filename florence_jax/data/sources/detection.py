@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from etils import epath
 
 from florence_jax.data.box_files import TABLE_HEADING, is_box_table, read_box_table, read_voc
@@ -221,7 +223,8 @@ def _open_records(paths: Sequence[str], spec: str) -> RecordBoxSource:
             [numbers[text] for text in item.get("parents", ()) if text in numbers] for item in content["classes"]
         ]
         looked_for = content.get("exhaustive")
-        source = RecordBoxSource(records, names, {}, looked_for, parents)
+        pictures = _stated_pictures(content, os.path.basename(folder), len(records))
+        source = RecordBoxSource(records, names, {}, looked_for, parents, pictures)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(
             f"{path} does not hold classes as curation.detection writes them ({first_line(error)})"
@@ -230,8 +233,21 @@ def _open_records(paths: Sequence[str], spec: str) -> RecordBoxSource:
     if looked_for is not None:
         sets = ", ".join(f"{len(ids):,} in all of {name}" for name, ids in sorted(looked_for.items()))
         says += f"; classes that were looked for: {sets or 'in no set all'}, else those that a picture names"
+    if pictures is None:
+        says += f"; {path} does not say in how many of these records a class has boxes"
+    elif empty := [name for name, count in zip(names, pictures.tolist(), strict=True) if not count]:
+        says += f"; without boxes: {some(empty)}"
+        for name in empty:
+            source.problems.add("no_boxes", name)
     source.summary |= {"folder": spec, "pictures": len(records), "texts": "records", "says": says}
     return source
+
+
+def _stated_pictures(content: Mapping[str, Any], split: str, records: int) -> np.ndarray | None:
+    """In how many pictures of a split each class has a box; None where the file does not say it of so many records."""
+    if content.get("records", {}).get(split) != records:
+        return None
+    return np.array([item["pictures"][split] for item in content["classes"]], np.float64)
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------

@@ -178,4 +178,4 @@ def name_classes(table: BoxTable, known: OdinwSet) -> None:
     table.box_class = box_class
     table.keep_boxes(box_class >= 0)
     table.category_ids = [table.category_ids[k] for k in order[unused:]]
-    table.class_names = list(known.names)
+    table.class_names, table.frequencies = list(known.names), ()
