@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -237,12 +238,12 @@ def check_names(names: Sequence[str | Sequence[str]]) -> tuple[tuple[str, ...], 
     """The names of each class; raises UserError for none, an empty one, or one that occurs twice."""
     if isinstance(names, str):
         raise UserError(f"names are given in a list, such as [{names!r}]")
-    groups = tuple((given,) if isinstance(given, str) else tuple(given) for given in names)
-    flat = [name.strip() for group in groups for name in group]
+    groups = tuple(tuple(map(str.strip, (given,) if isinstance(given, str) else given)) for given in names)
+    flat = [name for group in groups for name in group]
     if not groups or not all(groups) or not all(flat):
         raise UserError(f"names={names!r}: name at least one class, and give each a name")
-    if repeated := [name for i, name in enumerate(flat) if name in flat[:i]]:
-        raise UserError(f"names={names!r}: {repeated[0]!r} is there twice")
+    if repeated := next((name for name, count in Counter(flat).items() if count > 1), ""):
+        raise UserError(f"names: {repeated!r} is there twice")
     return groups
 
 

@@ -96,11 +96,11 @@ class DetectionSuite(Suite):
         self._open_tests(self.config.data.test.split("|"))
 
     def _open_tests(self, specs: Sequence[str]) -> None:
-        for spec in specs:
+        for spec in map(str.strip, specs):
             name = spec.split(":")[1] if spec.startswith(SCENES) else "test"
             if name in self.test_sources:
                 name += str(len(self.test_sources) + 1)
-            self.test_sources[name] = self._open(spec.strip(), "test")
+            self.test_sources[name] = self._open(spec, "test")
 
     @property
     def identity(self) -> Mapping[str, Any]:

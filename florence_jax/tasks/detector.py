@@ -140,10 +140,9 @@ class Detector:
 
     def _known_classes(self, fresh: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """The class layer: columns of the folder's, by name, in place of fresh ones."""
-        saved = list(self.part["classes"])
-        common = [name for name in self.classes if name in saved]
-        to = np.array([self.classes.index(name) for name in common], np.int64)
-        source = np.array([saved.index(name) for name in common], np.int64)
+        places = {name: place for place, name in enumerate(self.part["classes"])}
+        known = [(k, places[name]) for k, name in enumerate(self.classes) if name in places]
+        to, source = np.array(known, np.int64).reshape(-1, 2).T
         old, found = self.saved_class_layer(fresh), {}
         for name, leaf in fresh.items():
             values = np.array(jax.jit(jnp.copy, out_shardings=whole_like(leaf.sharding))(leaf))
