@@ -419,6 +419,9 @@ def test_records_of_the_detection_builder(tmp_path):
     source = open_boxes(f"{tmp_path}/flod/train")
     assert "does not say in how many of these records a class has boxes" in source.summary["says"]
     assert pictures_by_class(source).tolist() == counted and not source.problems.counts
+    write(tmp_path / "flod/classes.json", {"classes": content["classes"][:2]})
+    with pytest.raises(UserError, match=r"class \d of 2; are the records and their classes.json of one build"):
+        list(open_boxes(f"{tmp_path}/flod/train").metadata())
     (tmp_path / "flod/classes.json").unlink()
     with pytest.raises(UserError, match="the names of its classes, is not there"):
         open_boxes(f"{tmp_path}/flod/train")

@@ -21,6 +21,7 @@ from detection_files import (
     picture,
 )
 from detection_files import run as build
+from planted_boxes import good_folder
 
 from configs.detect import get_config
 from florence_jax.data.box_classes import (
@@ -38,7 +39,7 @@ from florence_jax.data.sources.agnostic import AgnosticBoxes
 from florence_jax.data.sources.boxes import pictures_by_class
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.sources.detection import open_boxes
-from florence_jax.data.sources.merged_boxes import picture_uid
+from florence_jax.data.sources.merged_boxes import MergedBoxSource, picture_uid
 from florence_jax.errors import UserError
 from florence_jax.evaluators.coco_files import found_boxes, make_truth
 from florence_jax.evaluators.coco_scores import best_of_classes, coco_scores
@@ -224,6 +225,15 @@ def test_records_of_the_detection_builder_say_what_was_looked_for(world, tmp_pat
     content = json.loads((tmp_path / "flod/classes.json").read_text())
     (tmp_path / "flod/classes.json").write_text(json.dumps({"classes": content["classes"]}))
     assert is_exhaustive(open_boxes(f"{tmp_path}/flod/train"))  # nobody says that a class was not looked for
+
+
+def test_a_part_of_a_set_is_described_without_its_files(tmp_path):
+    good_folder(tmp_path, 4)
+    source = open_boxes(str(tmp_path))
+    part = Subset(AgnosticBoxes(MergedBoxSource("both", [source, source])), np.array([1, 6]), "part")
+    for file in tmp_path.glob("*.png"):
+        file.unlink()
+    assert [record["key"] for record in part.sample(2)] == ["1:1.png", "2:2.png"]
 
 
 # -- joined -----------------------------------------------------------------------------------------------------------

@@ -114,17 +114,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         trains = read_config(args.config).mode == "train"
         seeds, names = parse_seeds(args.seeds), chosen_sets(args.sets)
         options = {name: set_options(args.odinw, name, args.part, args.glip, trains) for name in names}
-        found: dict[str, list[float]] = {}
+        runs: list[tuple[str, Path, dict[str, Any]]] = []
         for seed in seeds:
             for name in names:
-                workdir = Path(args.workdir) / f"{name}_seed{seed}"
-                settings: dict[str, Any] = {"config": args.config, "seed": seed, "name": "", "value": ""}
+                settings = {"config": args.config, "seed": seed, "name": "", "value": ""}
                 settings["extra"] = [*options[name], *extra]
-                claim(workdir, settings)
-                result = train_run(workdir, settings).get(METRIC)
-                if result is None:
-                    raise UserError(f"the run in {workdir} has no {METRIC}: pycocotools is needed, and boxes")
-                found.setdefault(name, []).append(result)
+                runs.append((name, Path(args.workdir) / f"{name}_seed{seed}", settings))
+                claim(*runs[-1][1:])  # all before the first: one that is taken is no news for the last hour
+        found: dict[str, list[float]] = {}
+        for name, workdir, settings in runs:
+            result = train_run(workdir, settings).get(METRIC)
+            if result is None:
+                raise UserError(f"the run in {workdir} has no {METRIC}: pycocotools is needed, and boxes")
+            found.setdefault(name, []).append(result)
         what = f"{args.config}, seeds {args.seeds}, part {args.part}: AP in per cent"
         print(f"{what}\n{write_summary(Path(args.workdir), what, found)}")
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from florence_jax.data.box_classes import class_sets_of, is_exhaustive, judged_classes
-from florence_jax.data.records import BadRecord, BaseSource, Record, sample_of, summary_of
+from florence_jax.data.records import BadRecord, BaseSource, Record, described, sample_of, summary_of
 from florence_jax.data.sources.boxes import LOOKED_FOR, BoxSource
 
 OBJECT = "object"  # the one class
@@ -53,6 +53,10 @@ class AgnosticBoxes(BaseSource):
     def metadata(self) -> Iterator[Record]:
         """Of all readable records, in order."""
         return map(self._agnostic, self._source.metadata())
+
+    def described(self, index: int) -> Record:
+        """See `records.described`."""
+        return self._agnostic(described(self._source, index))
 
     def sample(self, count: int) -> list[Record]:
         """See `records.sample_of`."""

@@ -23,6 +23,7 @@ from florence_jax.data.records import (
 )
 from florence_jax.data.sources.array_record import ArrayRecordSource
 from florence_jax.data.visual_genome import MOST_ATTRIBUTES
+from florence_jax.errors import UserError
 from florence_jax.pictures import Frame, open_picture, picture_frame, trouble_of
 
 LOOKED_FOR = ("negative_ids", "not_exhaustive_ids")  # of a record, see `data.box_classes`
@@ -203,7 +204,7 @@ class FileBoxSource(BaseSource):
         return self.sizes[:, ::-1].astype(np.float32)
 
     def __getitem__(self, index: int) -> Record:
-        record = self._described(index)
+        record = self.described(index)
         data = picture_bytes(os.path.join(self.folder, record["key"]), record["key"])
         try:
             with open_picture(data) as image:
@@ -214,7 +215,8 @@ class FileBoxSource(BaseSource):
             record |= _in_frame(record, frame)
         return record | {"image": data}
 
-    def _described(self, index: int) -> Record:
+    def described(self, index: int) -> Record:
+        """See `records.described`; no file is touched."""
         width, height = self.sizes[index].tolist()
         key = self.files[index]
         head = {"key": key, "image_id": self.image_ids[index], "width": width, "height": height}
@@ -228,11 +230,11 @@ class FileBoxSource(BaseSource):
 
     def metadata(self) -> Iterator[Record]:
         """All records in order; no file is touched."""
-        return map(self._described, range(len(self)))
+        return map(self.described, range(len(self)))
 
     def sample(self, count: int) -> list[Record]:
         """See `records.sample_of`; no file is touched."""
-        return [self._described(i) for i in evenly(len(self), count).tolist()]
+        return [self.described(i) for i in evenly(len(self), count).tolist()]
 
 
 def _in_frame(record: Record, frame: Frame) -> Record:
@@ -308,12 +310,20 @@ class RecordBoxSource(BaseSource):
         return _sampled_pictures(self) if self._pictures is None else self._pictures
 
     def metadata(self) -> Iterator[Record]:
-        """All readable records in order, from the side files."""
-        return map(self._with_arrays, self._records.metadata())
+        """All readable records in order, from the side files. Raises UserError for one that is of other classes."""
+        return map(self._fitting, self._records.metadata())
 
     def sample(self, count: int) -> list[Record]:
-        """See `records.sample_of`; of the side files."""
-        return list(map(self._with_arrays, self._records.sample(count)))
+        """See `records.sample_of`; of the side files. Raises UserError as `metadata`."""
+        return list(map(self._fitting, self._records.sample(count)))
+
+    def _fitting(self, record: Record) -> Record:
+        try:
+            return self._with_arrays(record)
+        except BadRecord as bad:
+            raise UserError(
+                f"{self.name}: {bad.key}: {bad.reason}; are the records and their classes.json of one build?"
+            ) from bad
 
     def _with_arrays(self, record: Record) -> Record:
         record = _with_arrays(record)

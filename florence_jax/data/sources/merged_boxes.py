@@ -10,7 +10,7 @@ import numpy as np
 from florence_jax.data.box_classes import NO_CLASSES, class_sets_of, is_exhaustive, join_classes
 from florence_jax.data.box_problems import Problems
 from florence_jax.data.buckets import shapes_of
-from florence_jax.data.records import BadRecord, BaseSource, Record, sample_of, summary_of
+from florence_jax.data.records import BadRecord, BaseSource, Record, described, sample_of, summary_of
 from florence_jax.data.sources.boxes import LOOKED_FOR, BoxSource, FileBoxSource, RecordBoxSource, pictures_by_class
 from florence_jax.data.sources.picture_files import shown
 
@@ -116,8 +116,13 @@ class MergedBoxSource(BaseSource):
         return found
 
     def __getitem__(self, index: int) -> Record:
+        part, row = self._place(index)
+        return self._joined(part, self._parts[part][row])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Set, and row of it."""
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._joined(part, self._parts[part][index - int(self._starts[part])])
+        return part, index - int(self._starts[part])
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record | BadRecord]:
         parts = np.searchsorted(self._starts, np.asarray(indices, np.int64), side="right") - 1
@@ -134,6 +139,11 @@ class MergedBoxSource(BaseSource):
         for number, part in enumerate(self._parts):
             for record in part.metadata():
                 yield self._joined(number, record)
+
+    def described(self, index: int) -> Record:
+        """See `records.described`."""
+        part, row = self._place(index)
+        return self._joined(part, described(self._parts[part], row))
 
     def sample(self, count: int) -> list[Record]:
         """See `records.sample_of`: of each set as many."""
