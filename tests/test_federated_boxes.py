@@ -35,6 +35,7 @@ from florence_jax.data.box_classes import (
 from florence_jax.data.buckets import make_buckets
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.records import Subset
+from florence_jax.data.sources import merged_boxes
 from florence_jax.data.sources.agnostic import AgnosticBoxes
 from florence_jax.data.sources.boxes import pictures_by_class
 from florence_jax.data.sources.catalog import open_source
@@ -210,7 +211,7 @@ def test_visual_genome_without_a_vocabulary_with_a_split_and_with_a_bad_one(tmp_
         open_boxes(f"vg:{folder}")
 
 
-def test_records_of_the_detection_builder_say_what_was_looked_for(world, tmp_path):
+def test_records_of_the_detection_builder_say_what_was_looked_for(world, tmp_path, monkeypatch):
     kinds = ("coco", "lvis", "openimages")
     build(*(f"--{kind}={world[kind]}" for kind in kinds), f"--out={tmp_path}/flod")
     source = open_boxes(f"{tmp_path}/flod/train")
@@ -222,6 +223,12 @@ def test_records_of_the_detection_builder_say_what_was_looked_for(world, tmp_pat
     third = records["openimages:000026e7ee790996"]
     assert not third["exhaustive"] and judged_names(source, third) == {"dog", "man", "mouse (animal)"}
     assert not is_exhaustive(source) and "4 in all of coco" in source.summary["says"]
+    # Of some records it is known which pictures they are, not where they lie: no other picture is tied to a row.
+    monkeypatch.setattr(merged_boxes, "RECORDS_COMPARED", 2)
+    joined = MergedBoxSource("joined", [source, *[open_boxes(f"coco:{world['coco']}")] * 2])
+    first, second = np.arange(len(source)), len(source) + np.arange(3)
+    assert joined.same.tolist() == [*first, *second, *second]
+    assert "2 pictures were compared with the others" in joined.summary["says"]
     content = json.loads((tmp_path / "flod/classes.json").read_text())
     (tmp_path / "flod/classes.json").write_text(json.dumps({"classes": content["classes"]}))
     assert is_exhaustive(open_boxes(f"{tmp_path}/flod/train"))  # nobody says that a class was not looked for

@@ -247,7 +247,7 @@ class Forgetting(_Around):
             self._before = self._evaluator.run(self._initial(params)).get(metric)
         now = self._evaluator.run(params).get(metric)
         if self._before is None or now is None:
-            self._said = f"{self.name}: no zero-shot {metric}: there is nothing to find in this set"
+            self._said = f"{self.name}: no zero-shot {metric}: there is nothing to find in this set."
             return {}
         drop = self._before - now
         self._said = f"{self.name}: zero-shot {metric} {self._before:.3f} before this training, {now:.3f} after it."

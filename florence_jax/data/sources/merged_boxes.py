@@ -81,15 +81,14 @@ class MergedBoxSource(BaseSource):
         for start, part in zip(self._starts.tolist(), self._parts, strict=False):
             own: dict[str, int] = {}
             for row, names in enumerate(uids(part)):
-                found = next((name for name in names if name in first), None)
-                place = start + row
-                if found is not None:
-                    place = first[found]
-                    twice, example = twice + 1, example or found
-                if not _is_sampled(part):  # else the row is not that of the record
-                    same[start + row] = place
+                known = [name for name in names if name in first]
+                place = next((first[name] for name in known if first[name] >= 0), -1)
+                if known:
+                    twice, example = twice + 1, example or known[0]
+                if not _is_sampled(part):  # else the row is not that of the record: nobody knows where that is
+                    same[start + row] = place = place if place >= 0 else start + row
                 own.update(dict.fromkeys(names, place))
-            first = own | first
+            first |= {name: place for name, place in own.items() if first.get(name, -1) < 0}
         said = ""
         if twice:
             said = (
