@@ -279,8 +279,10 @@ class DetectorAnswerer(Answerer):
         return cls(finder, args.threshold, args.top)
 
     def answers(self, source: Source) -> Iterator[Found]:
-        """Of every readable record, in order."""
+        """Of every readable record, in order. Raises UserError for a list of pictures that names other classes."""
         self._list = source if isinstance(source, ImageList) else None
+        if self._list is not None:
+            listed_classes(self._list, self.finder.names)  # before all pictures are looked at
         for found in self.finder.boxes(source, self.threshold, self.top):
             names = [self.finder.names[label] for label in found.labels]
             # As doubles: a rounded float32 has a dozen digits more.
@@ -360,6 +362,20 @@ def names_of_attributes(found: PictureBoxes) -> list[list[str]]:
     return [[name for name, _ in each] for each in found.attributes or ()]
 
 
+def listed_classes(source: ImageList, names: Sequence[str]) -> np.ndarray:
+    """int32 (len(names),): which of a list's classes each name is, -1 for none; in order where it names no classes.
+
+    Raises:
+      UserError: where the list names classes, and none of these.
+    """
+    place = match_classes(names, source.class_names or names)
+    if (place < 0).all():
+        raise UserError(
+            f"{source.name} names none of the detector's classes, such as {names[0]}, but {some(source.class_names)}"
+        )
+    return place
+
+
 def list_results(
     source: ImageList, answers: Sequence[Found], names: Sequence[str], ids: Sequence[Any]
 ) -> dict[str, bytes]:
@@ -373,12 +389,10 @@ def list_results(
       answers: about its pictures. names, ids: of the detector's classes.
 
     Raises:
-      UserError: where the list names classes, and the detector knows none of them.
+      UserError: as `listed_classes`.
     """
     wanted, numbers = (source.class_names, source.category_ids) if source.class_names else (tuple(names), tuple(ids))
-    place = match_classes(names, wanted)
-    if (place < 0).all():
-        raise UserError(f"{source.name} names none of the detector's classes, such as {names[0]}, but {some(wanted)}")
+    place = listed_classes(source, names)
     if others := [name for name, found in zip(names, place.tolist(), strict=True) if found < 0]:
         print(f"results.json is without {len(others)} classes that the list does not name: {some(others)}", flush=True)
     results: list[dict[str, Any]] = []
