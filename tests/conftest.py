@@ -18,11 +18,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Most of the time goes into compiling programs that run for milliseconds: LLVM's part of it is left out, here and in
 # the commands that tests start; XLA's own passes are not. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests what users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Most of the rest goes into MLIR's code for each fusion: XLA's older emitters take a third of the time. It is read when
-# the first program is compiled. A flag that XLA does not know ends the process, so it is for versions that have it.
-EMITTERS, XLA_FLAGS = "--xla_cpu_use_fusion_emitters", os.environ.get("XLA_FLAGS", "")
-if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and jax.__version_info__ < (0, 11) and EMITTERS not in XLA_FLAGS:
-    os.environ["XLA_FLAGS"] = f"{EMITTERS}=false {XLA_FLAGS}".strip()
+# Most of the rest goes into MLIR's code for each fusion: XLA's older emitters take a third of the time. LLVM gets each
+# program whole: in parts, for threads that a test run has no cores for, a program takes a sixth longer. Flags are read
+# with the first program. One that XLA does not know ends the process, so they are for versions that have them.
+FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and jax.__version_info__ < (0, 11):
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in FLAGS if flag.split("=")[0] not in given), given]).strip()
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update(
     "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
