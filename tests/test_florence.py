@@ -72,6 +72,20 @@ def encoded():
     return params, jax.jit(model.apply)(params, small_batch())
 
 
+def test_parameters_of_equal_models_are_traced_once(monkeypatch):
+    """They are those that Flax draws."""
+    traced, bare = [], TwoTowers.__call__
+    monkeypatch.setattr(TwoTowers, "__call__", lambda *args: traced.append(1) or bare(*args))
+    key, sizes = jax.random.key(3), SMALL | dict(depths=(2,), heads=(2,), image_width=8, text_layers=1)
+    drawn = [jax.jit(build("ti", **sizes).init)(key) for _ in range(2)]
+    assert len(traced) == 1
+    module, inputs = TwoTowers(build("ti", **sizes).config), tower_inputs(build("ti", **sizes).config)
+    batch = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in inputs.items()}
+    plain = jax.jit(module.init)({"params": key}, batch)["params"]
+    for tree in drawn:
+        jax.tree.map(np.testing.assert_array_equal, tree, plain)
+
+
 def test_outputs_and_params(encoded):
     params, outputs = encoded
     assert set(params) == {"image", "text", "image_projection", "text_projection", "logit_scale"}

@@ -3,7 +3,8 @@
 No Flax type leaves this folder.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import flax.linen as nn
@@ -16,6 +17,23 @@ from florence_jax.models.resize import resize_or_grow
 
 Params = dict[str, Any]
 ConfigT = TypeVar("ConfigT")
+
+
+@functools.lru_cache(maxsize=128)
+def _initialiser(module: nn.Module, inputs: tuple[tuple[str, tuple[int, ...], Any], ...]) -> Callable[..., Params]:
+    def draw(key: jax.Array) -> Params:
+        return module.init({"params": key}, {name: jnp.zeros(shape, dtype) for name, shape, dtype in inputs})["params"]
+
+    return jax.jit(draw, inline=True)
+
+
+def draw_params(module: nn.Module, inputs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) -> Params:
+    """Fresh parameters of a module for these inputs, float32.
+
+    Flax runs the module to draw them. The start of a run asks several times, for shapes alone too: of equal modules,
+    such as two made of the same sizes, JAX traces one.
+    """
+    return _initialiser(module, tuple((name, spec.shape, spec.dtype) for name, spec in inputs.items()))(key)
 
 
 class Model(Generic[ConfigT]):
@@ -44,8 +62,7 @@ class Model(Generic[ConfigT]):
 
     def init(self, key: jax.Array) -> Params:
         """Draws all parameters, float32; works under `jax.jit` and `jax.eval_shape`."""
-        batch = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in self.inputs.items()}
-        return self._module.init({"params": key}, batch)["params"]
+        return draw_params(self._module, self.inputs, key)
 
     def apply(
         self,

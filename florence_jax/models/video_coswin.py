@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from florence_jax.errors import UserError
-from florence_jax.models.base import Model
+from florence_jax.models.base import Model, draw_params
 from florence_jax.models.coswin import (
     EMBEDDINGS,
     STAGE_CONV,
@@ -293,8 +293,8 @@ class VideoModel(Model[ModelConfig]):
     def init_video(self, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters of the video tower alone; they do not depend on the number of frames."""
         res = self.config.res
-        batch = {VIDEO: jnp.zeros((1, self.video.tube, res, res, 3), jnp.float32)}
-        return self._module.init({"params": key}, batch)["params"][VIDEO]
+        clip = jax.ShapeDtypeStruct((1, self.video.tube, res, res, 3), jnp.float32)
+        return draw_params(self._module, {VIDEO: clip}, key)[VIDEO]
 
     def adapt(self, path: str, saved: np.ndarray, like: Any) -> np.ndarray | None:
         """See `Model`; bias tables of the video tower are resized in space."""
