@@ -246,7 +246,7 @@ def _check_folder(encoder: Encoder) -> None:
         known = ", ".join(part["classes"][:3]) + (", ..." if len(part["classes"]) > 3 else "")
         raise UserError(
             f"{folder} holds a detector of its own {len(part['classes'])} classes ({known}), which finds no others: "
-            "leave the names out, or train a class-agnostic one on the towers that it was made of: "
+            "use it without names (protocol=eval), or train a class-agnostic one on the towers that it was made of: "
             + way.format(encoder.description.source.get("init") or "DIR")
         )
     if not encoder.has_text:
