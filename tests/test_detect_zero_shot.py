@@ -20,6 +20,7 @@ from florence_jax.evaluators.zero_shot_detection import CHANCES, ZeroShotDetecti
 from florence_jax.inference import Florence
 from florence_jax.inference.detector import check_names
 from florence_jax.models.florence import embed_maps
+from florence_jax.params.rules import frozen_paths, lr_multipliers, path_string
 from florence_jax.params.sharding import make_mesh, params_like, place
 from florence_jax.params.weights import make_description, save_pretrained
 from florence_jax.predict import main as predict
@@ -51,7 +52,36 @@ def proposals(towers, tmp_path_factory):
     return workdir
 
 
-def test_the_recipe_trains_one_class_on_frozen_towers(proposals, towers):
+@pytest.fixture(scope="module")
+def folder(towers, tmp_path_factory):
+    """Of a class-agnostic detector on both towers, which nobody trained."""
+    detector, rng = Detector(Encoder(towers), "tiny", (OBJECT,), {"width": 16, "blocks": 1}), np.random.default_rng(0)
+
+    def draw(path, leaf):
+        return jnp.asarray(rng.normal(path_string(path).endswith("scale"), 0.05, leaf.shape), leaf.dtype)
+
+    fresh = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(detector.init, jax.random.key(0)))
+    own = detector.describe() | {"sizes": [[128, 128]], "eval_ops": WHOLE_PICTURE.format(height=128, width=128)}
+    parts = {"towers": detector.encoder.towers_part(), "detector": own}
+    path = str(tmp_path_factory.mktemp("folder") / "weights")
+    save_pretrained(path, detector.load(fresh), make_description("detect", parts, tokenizer="sentencepiece"))
+    return path
+
+
+def test_the_recipe_trains_one_class_on_frozen_towers(towers):
+    """What is frozen stays bit for bit: test_detect.py, and a whole run of the recipe below."""
+    config = get_config("recipe=proposals,runlocal")
+    config.update_from_flattened_dict({"init": towers, "data.train": "scenes:train:16"})
+    task = create_task(config)
+    assert task.detector.classes == (OBJECT,)
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    names = {path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
+    trained = {name for name in names if name.startswith(("detector/", *(f"image/{norm}/" for norm in MAP_NORMS)))}
+    assert frozen_paths(lr_multipliers(config.optim.lr_rules, shapes, task.policy)) == names - trained != names
+
+
+@pytest.mark.slow
+def test_a_run_of_the_recipe_leaves_the_towers_as_they_were(proposals, towers):
     detector = Detector(Encoder(str(proposals)))
     assert detector.classes == (OBJECT,)
     end = jax.device_get(detector.load_on(make_mesh(-1, 1)))
@@ -76,7 +106,7 @@ def test_of_all_classes_one():
     assert agnostic[0]["image"].shape == source[0]["image"].shape and len(agnostic.sample(2)) == 2
 
 
-def test_classes_are_named_and_scored_beside_chance(proposals, tmp_path, capsys):
+def test_classes_are_named_and_scored_beside_chance(folder, tmp_path, capsys):
     names = tmp_path / "names.txt"
     names.write_text("smileys & emotion = face | smiley\n\nobjects\nfood & drink\nsomething else\n")
     flags = ["--config=configs/detect.py:protocol=zeroshot,runlocal", "--config.data.test=scenes:new_names:8"]
@@ -85,7 +115,7 @@ def test_classes_are_named_and_scored_beside_chance(proposals, tmp_path, capsys)
         "--config.zero_shot.templates=name",
         "--config.zero_shot.proposals=20",
     ]
-    assert run_main(*flags, f"--config.init={proposals}", f"--workdir={tmp_path / 'run'}") == 0
+    assert run_main(*flags, f"--config.init={folder}", f"--workdir={tmp_path / 'run'}") == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     found = {name.removeprefix("eval/new_names/"): value for name, value in result.items()}
     assert found["images"] == 8 and 0 <= found["AP50"] <= 1 and found["chance_AP50_deviation"] >= 0
@@ -115,20 +145,6 @@ def test_zero_shot_before_and_after_few_shots(proposals, tmp_path):
     assert run_main(*flags) == 0
     alone = json.loads((tmp_path / "alone" / "result.json").read_text())
     assert alone["eval/held_out/AP"] == pytest.approx(found["before"])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Of a class-agnostic detector and both towers, which nobody trained."""
-    encoder = Encoder("", variant="ti", overrides={"image_width": 8, "text_width": 16, "text_layers": 1})
-    detector = Detector(encoder, "tiny", (OBJECT,), {"width": 16, "blocks": 1})
-    shapes, rng = jax.eval_shape(detector.init, jax.random.key(0)), np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), shapes)
-    own = detector.describe() | {"sizes": [[128, 128]], "eval_ops": WHOLE_PICTURE.format(height=128, width=128)}
-    parts = {"towers": encoder.towers_part(), "detector": own}
-    path = str(tmp_path_factory.mktemp("folder") / "weights")
-    save_pretrained(path, params, make_description("detect", parts, tokenizer="sentencepiece"))
-    return path
 
 
 def test_the_folder_finds_what_is_named(folder, tmp_path, monkeypatch, capsys):
