@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_images import run_main, tiny_checkpoint
+from tiny_images import run_main
 from video_files import encode, moving_frames
 
 from configs.video import get_config
@@ -45,17 +45,11 @@ def clips(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def towers(tmp_path_factory):
-    """Checkpoints of a tiny pretraining."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("towers"))
-
-
-@pytest.fixture(scope="module")
-def trained(clips, towers, tmp_path_factory):
+def trained(clips, weights, tmp_path_factory):
     """Workdir of a run."""
     workdir = tmp_path_factory.mktemp("video") / "run"
     data = f"--config.data.train={clips}", f"--config.data.test={clips}"
-    assert run_main(*FLAGS, *data, f"--config.init={towers}", f"--workdir={workdir}") == 0
+    assert run_main(*FLAGS, *data, f"--config.init={weights}", f"--workdir={workdir}") == 0
     return workdir
 
 
@@ -80,17 +74,17 @@ def test_a_run_tests_by_views_and_says_what_it_left_out(trained, capsys):
     }
 
 
-def test_only_the_video_tower_learned(trained, towers):
-    before = Encoder(towers).load_on(make_mesh(-1, 1))
+def test_only_the_video_tower_learned(trained, weights):
+    before = Encoder(weights).load_on(make_mesh(-1, 1))
     after = VideoTower(Encoder(str(trained))).load_on(make_mesh(-1, 1))
-    start = VideoTower(Encoder(towers)).load_on(make_mesh(-1, 1))["video"]
+    start = VideoTower(Encoder(weights)).load_on(make_mesh(-1, 1))["video"]
     jax.tree.map(np.testing.assert_array_equal, {name: after[name] for name in before}, before)
     changed = jax.tree.map(lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), start, after["video"])
     assert all(jax.tree.leaves(changed)), changed
 
 
-def test_noise_that_is_blind_to_frames_that_stand_still(towers):
-    tower = VideoTower(Encoder(towers), {"frames": 4})
+def test_noise_that_is_blind_to_frames_that_stand_still(weights):
+    tower = VideoTower(Encoder(weights), {"frames": 4})
     shapes = jax.eval_shape(tower.model.init_video, jax.random.key(0))
     plain = jax.tree.map(lambda leaf: jnp.arange(leaf.size, dtype=jnp.float32).reshape(leaf.shape), shapes)
     noisy = tower.model.with_direction(plain, 0.1, jax.random.key(0))
@@ -160,11 +154,11 @@ def test_protocols(protocol, trained, clips):
         assert any(name.endswith("/top1") for name in results)
 
 
-def test_what_does_not_fit_is_said(towers, clips, tmp_path, caplog):
+def test_what_does_not_fit_is_said(weights, clips, tmp_path, caplog):
     with pytest.raises(UserError, match="holds no classifier of actions"):
-        create_suite(changed_config("protocol=eval", init=towers, **{"data.test": str(clips)}))
+        create_suite(changed_config("protocol=eval", init=weights, **{"data.test": str(clips)}))
     with pytest.raises(UserError, match="crops are 1 or 3"):
-        create_suite(changed_config("protocol=zeroshot", init=towers, **{"video.crops": 2, "data.test": str(clips)}))
+        create_suite(changed_config("protocol=zeroshot", init=weights, **{"video.crops": 2, "data.test": str(clips)}))
     sizes = {"model.variant": "ti", "video.overrides.frames": 8, "data.train_ops": "clip(8)|flip(0.5, field=video)"}
     with pytest.raises(UserError, match="how many classes"):
         create_task(changed_config(init="", **sizes)).init(jax.random.key(0))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_images import run_main, tiny_checkpoint
+from tiny_images import run_main
 from two_processes import run_job
 
 from configs.vlp import get_config
@@ -36,23 +36,17 @@ FLAGS = ["--config=configs/vlp.py:runlocal", *(f"--config.{name}={value}" for na
 
 
 @pytest.fixture(scope="module")
-def towers(tmp_path_factory):
-    """Checkpoints of a tiny pretraining."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("towers"))
-
-
-@pytest.fixture(scope="module")
-def trained(towers, tmp_path_factory):
+def trained(weights, tmp_path_factory):
     """Workdir of a run whose image tower is frozen."""
     workdir = tmp_path_factory.mktemp("vlp") / "run"
-    flags = [*FLAGS, "--config.fusion.freeze=image", f"--config.init={towers}"]
+    flags = [*FLAGS, "--config.fusion.freeze=image", f"--config.init={weights}"]
     assert run_main(*flags, f"--workdir={workdir}") == 0
     return workdir
 
 
-def tiny_task(towers, **changes):
+def tiny_task(weights, **changes):
     config = get_config("runlocal")
-    config.update_from_flattened_dict(CHANGES | {"init": towers} | changes)
+    config.update_from_flattened_dict(CHANGES | {"init": weights} | changes)
     return create_task(config)
 
 
@@ -76,8 +70,8 @@ def test_it_trains_and_is_measured(trained):
     assert "the worst matches" in (trained / "report.html").read_text()
 
 
-def test_what_is_frozen_is_bit_equal_and_the_rest_is_trained(trained, towers):
-    start = jax.device_get(Encoder(towers).load_on(make_mesh(-1, 1)))
+def test_what_is_frozen_is_bit_equal_and_the_rest_is_trained(trained, weights):
+    start = jax.device_get(Encoder(weights).load_on(make_mesh(-1, 1)))
     end = params_of(trained)
     for name in ("image", "image_projection", "text_projection", "logit_scale"):
         assert jax.tree.all(jax.tree.map(np.array_equal, start[name], end[name]))
@@ -87,19 +81,19 @@ def test_what_is_frozen_is_bit_equal_and_the_rest_is_trained(trained, towers):
     assert part["heads"] == ["itm", "mlm"] and part["entries"] == ["fusion"]
 
 
-def test_a_stopped_run_ends_as_an_undisturbed_one(trained, towers, tmp_path):
+def test_a_stopped_run_ends_as_an_undisturbed_one(trained, weights, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(trained, again)
     shutil.rmtree(again / "checkpoints" / str(STEPS))
     (again / "result.json").unlink()
-    flags = [*FLAGS, "--config.fusion.freeze=image", f"--config.init={towers}"]
+    flags = [*FLAGS, "--config.fusion.freeze=image", f"--config.init={weights}"]
     assert run_main(*flags, f"--workdir={again}") == 0
     assert jax.tree.all(jax.tree.map(np.array_equal, params_of(trained), params_of(again)))
 
 
 @pytest.mark.slow
-def test_two_processes_do_the_same(trained, towers, tmp_path):
-    flags = [*FLAGS, "--config.fusion.freeze=image", f"--config.init={towers}", f"--workdir={tmp_path / 'run'}"]
+def test_two_processes_do_the_same(trained, weights, tmp_path):
+    flags = [*FLAGS, "--config.fusion.freeze=image", f"--config.init={weights}", f"--workdir={tmp_path / 'run'}"]
     run_job(tmp_path, 2, [flags], devices=4)
     for name in ("itm_loss", "mlm_loss", "itm_accuracy"):
         alone, both = (
@@ -135,9 +129,9 @@ def test_it_puts_what_was_found_in_order_and_answers(trained, tmp_path):
             call()
 
 
-def test_a_fresh_fusion_begins_in_the_joint_space(towers):
-    fused = tiny_task(towers).fusion
-    assert fused.begins_joint and not tiny_task(towers, **{"fusion.begin": "random"}).fusion.begins_joint
+def test_a_fresh_fusion_begins_in_the_joint_space(weights):
+    fused = tiny_task(weights).fusion
+    assert fused.begins_joint and not tiny_task(weights, **{"fusion.begin": "random"}).fusion.begins_joint
     fresh = jax.jit(fused.init)(jax.random.key(0))
     begun = jax.jit(begin_in_joint_space)(fresh)
     for name in ("image", "text"):
@@ -157,11 +151,11 @@ def test_places_after_another_order():
 
 
 @pytest.mark.parametrize("negatives", ["dataset", pytest.param("hard", marks=pytest.mark.slow)])
-def test_same_loss_in_micro_batches_and_on_several_devices(towers, negatives):
+def test_same_loss_in_micro_batches_and_on_several_devices(weights, negatives):
     losses = []
     for micro, devices in ((0, 1), (2, 2)):
         changes = {"itm.negatives": negatives, "micro_batch.images": micro, "micro_batch.texts": micro}
-        task = tiny_task(towers, **changes)
+        task = tiny_task(weights, **changes)
         batch = first_batch(task)
         announced = {name: (spec.shape, spec.dtype) for name, spec in task.batches[0].items()}
         assert {name: (value.shape, value.dtype) for name, value in batch.items()} == announced
@@ -178,8 +172,8 @@ def test_same_loss_in_micro_batches_and_on_several_devices(towers, negatives):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), *losses)
 
 
-def test_half_of_the_batch_matches_and_wrong_options_are_said(towers):
-    task = tiny_task(towers, **{"itm.negatives": "dataset"})
+def test_half_of_the_batch_matches_and_wrong_options_are_said(weights):
+    task = tiny_task(weights, **{"itm.negatives": "dataset"})
     batch = first_batch(task)
     assert batch["match"].sum() == 4 and not batch["redrawn"][batch["match"] == 1].any()
     for changes, message in (
@@ -189,4 +183,4 @@ def test_half_of_the_batch_matches_and_wrong_options_are_said(towers):
         ({"fusion.freeze": "all"}, "image, text, both"),
     ):
         with pytest.raises(UserError, match=message):
-            _ = tiny_task(towers, **changes).policy
+            _ = tiny_task(weights, **changes).policy

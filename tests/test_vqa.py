@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_images import run_main, tiny_checkpoint
+from tiny_images import run_main
 
 from configs.vqa import get_config
 from florence_jax.data.answers import AnswerVocabulary
@@ -46,33 +46,27 @@ def questions(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory):
-    """Checkpoints of a tiny pretraining."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("towers"))
-
-
-def flags_of(questions, towers):
+def flags_of(questions, weights):
     sizes = {"res": 32, "window": 4}
     fusion = {"layers": 1, "width": 16, "head_width": 8}
-    flags = ["--config=configs/vqa.py:runlocal", f"--config.data.train={questions}", f"--config.init={towers}"]
+    flags = ["--config=configs/vqa.py:runlocal", f"--config.data.train={questions}", f"--config.init={weights}"]
     flags += [f"--config.model.overrides.{name}={value}" for name, value in sizes.items()]
     return flags + [f"--config.fusion.overrides.{name}={value}" for name, value in fusion.items()]
 
 
-def task_of(questions, towers, **changes):
+def task_of(questions, weights, **changes):
     config = get_config("runlocal")
     sizes = {"model.overrides.res": 32, "model.overrides.window": 4}
     sizes |= {f"fusion.overrides.{name}": value for name, value in {"layers": 1, "width": 16, "head_width": 8}.items()}
-    config.update_from_flattened_dict({"data.train": str(questions), "init": towers} | sizes | changes)
+    config.update_from_flattened_dict({"data.train": str(questions), "init": weights} | sizes | changes)
     return create_task(config)
 
 
 @pytest.fixture(scope="module")
-def trained(questions, towers, tmp_path_factory):
+def trained(questions, weights, tmp_path_factory):
     """Workdir of a run."""
     workdir = tmp_path_factory.mktemp("vqa") / "run"
-    assert run_main(*flags_of(questions, towers), f"--workdir={workdir}") == 0
+    assert run_main(*flags_of(questions, weights), f"--workdir={workdir}") == 0
     return workdir
 
 
@@ -109,11 +103,11 @@ def test_it_is_evaluated_and_asked(trained, questions, tmp_path, capsys):
         Florence(trained).match([str(questions / "0.png")], ["red"])
 
 
-def test_questions_of_a_picture_share_it(questions, towers):
+def test_questions_of_a_picture_share_it(questions, weights):
     """Same loss and gradients as with a row for each question."""
     found = []
     for places in (2, 1):
-        task = task_of(questions, towers, questions_per_image=places, holdout=0.4, **{"fusion.overrides.dropout": 0.0})
+        task = task_of(questions, weights, questions_per_image=places, holdout=0.4, **{"fusion.overrides.dropout": 0.0})
         with open_stream(task.config, task, task.train_data()) as stream:
             batch = {name: value for name, value in next(stream).items() if name not in ("corrupt", "padded")}
         announced = {name: (spec.shape, spec.dtype) for name, spec in task.batches[0].items() if name != "corrupt"}
@@ -148,15 +142,15 @@ def test_groups_and_what_cannot_be_answered(questions):
         ask({"key": "a", "questions": groups[1]["questions"][:1]}, np.random.default_rng(0))
 
 
-def test_weights_without_answers_are_said(questions, towers):
+def test_weights_without_answers_are_said(questions, weights):
     config = get_config("protocol=eval,runlocal")
-    config.update_from_flattened_dict({"data.test": str(questions), "init": towers})
+    config.update_from_flattened_dict({"data.test": str(questions), "init": weights})
     with pytest.raises(UserError, match="answers no questions"):
         create_suite(config)
 
 
 @pytest.mark.parametrize("protocol", ["nlvr2", "snli_ve"])
-def test_classes_of_sentences(protocol, towers, tmp_path):
+def test_classes_of_sentences(protocol, weights, tmp_path):
     """The shapes that are announced come, and go through the loss; a second picture has a token type of its own."""
     names = ("dev-0-0-img0", "dev-0-0-img1") if protocol == "nlvr2" else ("7",)
     for name, colour in zip(names, COLOURS.values(), strict=False):
@@ -173,7 +167,7 @@ def test_classes_of_sentences(protocol, towers, tmp_path):
     config = get_config(f"protocol={protocol},runlocal")
     sizes = {"model.overrides.res": 32, "model.overrides.window": 4, "batch_size": 8}
     data = {"data.train": f"{protocol}:{file}:{tmp_path}", "data.test": f"{protocol}:{file}:{tmp_path}"}
-    config.update_from_flattened_dict({"init": towers} | sizes | data)
+    config.update_from_flattened_dict({"init": weights} | sizes | data)
     task = create_task(config)
     with open_stream(config, task, task.train_data()) as stream:
         batch = next(stream)
