@@ -44,6 +44,18 @@ if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
 
 
+# Files of more than half a minute: first, so that at the end no worker waits long for the other.
+LONG = (
+    "test_loop.py", "test_detect.py", "test_detector.py", "test_fusion.py", "test_detect_zero_shot.py", "test_vqa.py",
+    "test_video.py", "test_vlp.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The rest stays in alphabetical order."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 def pytest_unconfigure():
     """Removes the compiled programs of this run."""
     if CACHE:
