@@ -1,5 +1,6 @@
 """Video: actions by a video tower inflated from the image tower, and videos found or classified by text.
 
+    python -m florence_jax.main --config=configs/video.py                 # motion clips, from runs/pretrain (laptop)
     python -m florence_jax.main --config=configs/video.py --config.data.train=my_clips --config.init=DIR   # your own
     python -m florence_jax.main --config=configs/video.py:protocol=eval --config.init=runs/video --config.data.test=DATA
     python -m florence_jax.main --config=configs/video.py:protocol=probe --config.init=DIR --config.data.train=DATA
@@ -9,7 +10,8 @@
     python -m florence_jax.main --config=configs/video.py:recipe=k400,res=384 --config.init=DIR \
         --config.data.train=DATA --config.data.test=DATA
 
-Data: a folder with a sub-folder of videos for each class, or another source of videos; see docs/video.md.
+Data: a folder with a sub-folder of videos for each class, motions:SPLIT, or another source of videos; see
+docs/video.md.
 `--config.init` is the workdir of a run (the default is that of configs/pretrain.py) or a folder written by
 florence_jax.tools.import_torch. Results are in WORKDIR/result.json, predictions.csv and report.html.
 
@@ -20,8 +22,8 @@ figures where it gives some, Video Swin's where not; never run here), without on
 the number of videos; variant = size of the towers, for a preflight without weights; res = side of the frames in pixels
 (0: the weights' own); runlocal.
 
-A preflight (florence_jax.tools.aot_compile) needs neither weights nor data: --config.init= and variant=NAME,
---config.classes=NAMES for the size of the classifier.
+A preflight (florence_jax.tools.aot_compile) needs neither weights nor data: --config.init= --config.data.train= and
+variant=NAME, --config.classes=NAMES for the size of the classifier.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -49,8 +51,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if given.res:
         config.model.overrides.res = given.res
     _video(config, given.protocol)
-    config.data.train = ""  # videos with their classes
-    config.data.test = ""  # held-out ones; '': `holdout` of each class of data.train
+    config.data.train = "motions:train" if trains and not given.recipe else ""  # videos with their classes
+    config.data.test = ""  # held-out ones; '': `holdout` of each class of data.train; of motion clips others of those
     config.data.train_ops = ""  # '': a random clip, crops; mirrored too in large sets no class of which names a side
     config.data.eval_ops = ""  # '': the views of video.clips and video.crops; of other protocols frames spread by time
     config.holdout = 0.2  # share of each class that is kept for testing, where no such videos are named
@@ -88,7 +90,11 @@ def _video(config: ConfigDict, protocol: str) -> None:
         "crops": config_dict.placeholder(int),  # of each clip in a test, 1 or 3: 3
         "tower_lr": 1.0,  # learning rate of the video tower over the classifier's; 0: frozen
         "inflate_noise": 0.0,  # added to what an inflated tower is blind to, the direction of time; a share, such as .1
-        "shuffled": False,  # also test with the frames of each clip in random order
+        # Each clip also backwards, as the class that is its reversal in time by name; None: of motion clips only.
+        "reversed": config_dict.placeholder(bool),
+        # None, of both: where classes are each other's reversal in time by name.
+        "shuffled": config_dict.placeholder(bool),  # also test with the frames of each clip in random order
+        "probed": config_dict.placeholder(int),  # training videos of a probe of single frames; 0: none; None: 2,000
         "embedded_frames": (8,) if protocol == "zeroshot" else (1, 4, 8, 16),  # zeroshot, retrieval: frames of a video
         "dual_softmax": False,  # retrieval: also with knowledge of all queries, under a name of its own
     }
@@ -102,6 +108,7 @@ def _published(config: ConfigDict, recipe: str) -> None:
     video = config.video
     video.overrides.frames, video.overrides.drop_path, video.interval = 32, 0.4 if recipe == "ssv2" else 0.5, 2
     video.clips, video.crops = (1, 3) if recipe == "ssv2" else (4, 3)
+    video.shuffled, video.probed = False, 0
     crops = "rrc({res}, scale=(0.08, 1.0), field=video)|randaugment(field=video)"
     if recipe == "ssv2":  # classes say left and right
         config.data.train_ops = f"segments(32, short=256)|{crops}|erase(0.25)"
@@ -117,4 +124,5 @@ def _runlocal(config: ConfigDict) -> None:
     config.total_steps, config.log.every = 2, 1
     config.video.overrides.frames, config.video.clips, config.video.crops = 4, 2, 1
     config.video.embedded_frames = (2,)
+    config.video.probed = 0
     config.workdir += "_runlocal"

@@ -295,7 +295,7 @@ def test_the_detectors_steps_are_timed_by_size_of_picture(capsys, monkeypatch):
             time.sleep(0.001)
 
     monkeypatch.setattr(step, "TimedStep", Traced)
-    monkeypatch.setattr(detect, "TimedFunction", Traced)
+    monkeypatch.setattr(step, "TimedFunction", Traced)
     zeros = functools.partial(jax.tree.map, lambda leaf: np.zeros(leaf.shape, leaf.dtype))
     monkeypatch.setattr(jax, "jit", lambda function: lambda *args: zeros(jax.eval_shape(function, *args)))
     options = "--variant=tiny --detector=small --classes=2 --batch=1 --sides=100 --remat_side=100 --rounds=1"

@@ -1,6 +1,7 @@
 """Clips of motions: pairs that are each other's time reversal, written by a command, the same each time."""
 
 import hashlib
+import pickle
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from florence_jax.data.sources.motions import MOTION_PAIRS, MOTIONS, MotionClips
 from florence_jax.data.sources.video import open_videos
 from florence_jax.data.video_writer import VIDEO_FORMATS, encode_video
 from florence_jax.data.videos import read_frames
+from florence_jax.errors import UserError
 from florence_jax.tools import build_clips
 
 pytest.importorskip("av")
@@ -65,6 +67,22 @@ def test_first_motions_are_what_they_are_called():
         for _ in range(20):
             values = getattr(motions._POSES[number](64, 16, rng), field)
             assert (way * np.diff(values) >= 0).all() and way * (values[-1] - values[0]) > 8
+
+
+def test_a_source_composes_clips_when_they_are_asked_for():
+    """As frames or encoded; what is said of them paints nothing and is the same."""
+    source, encoded = open_videos("motions:new_names:20::noise"), open_videos("motions:new_names:20:h264:noise")
+    assert len(source) == 20 and tuple(source.class_names) == MOTIONS
+    record = pickle.loads(pickle.dumps(source))[13]
+    assert record["video"].shape == (16, 64, 64, 3) and record["video"].dtype == np.uint8
+    assert list(source.metadata())[13] == {name: value for name, value in record.items() if name != "video"}
+    assert MOTIONS[record["class_id"]] == record["label"] == "moves down"
+    assert encoded[13]["video"] == encoded[13]["video"]
+    difference = np.abs(read_frames(encoded[13]["video"], range(16)).astype(int) - record["video"]).mean()
+    assert 0 < difference < 9
+    for spec in ("motions:test", "motions:train:0", "motions:train:10:h266", "motions:train:10:h264:noise:1"):
+        with pytest.raises(UserError, match="write motions:SPLIT"):
+            open_videos(spec)
 
 
 @pytest.mark.parametrize("kind", VIDEO_FORMATS)

@@ -16,7 +16,7 @@ from florence_jax.data.records import ListSource
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import evaluate
 from florence_jax.evaluators.retrieval import positive_ranks
-from florence_jax.evaluators.video import ActionRecognition, dual_softmax_ranks, reversed_classes
+from florence_jax.evaluators.video import ActionRecognition, dual_softmax_ranks, reversed_classes, within_pair
 from florence_jax.inference import Florence
 from florence_jax.params.rules import path_string
 from florence_jax.params.sharding import make_mesh
@@ -152,6 +152,7 @@ def test_protocols(protocol, trained, clips):
         assert 1 <= results["eval/test/t2v_median_rank"] <= 2 * CLIPS and "eval/test/v2t_r@1" in results
     else:
         assert any(name.endswith("/top1") for name in results)
+        assert {name: value for name, value in results.items() if name.endswith("/within_pair")}
 
 
 def test_what_does_not_fit_is_said(weights, clips, tmp_path, caplog):
@@ -160,12 +161,48 @@ def test_what_does_not_fit_is_said(weights, clips, tmp_path, caplog):
     with pytest.raises(UserError, match="crops are 1 or 3"):
         create_suite(changed_config("protocol=zeroshot", init=weights, **{"video.crops": 2, "data.test": str(clips)}))
     sizes = {"model.variant": "ti", "video.overrides.frames": 8, "data.train_ops": "clip(8)|flip(0.5, field=video)"}
+    sizes["data.train"] = ""
     with pytest.raises(UserError, match="how many classes"):
         create_task(changed_config(init="", **sizes)).init(jax.random.key(0))
     (tmp_path / "names.txt").write_text("push left\npush right\nsit\n")
     task = create_task(changed_config(init="", classes=str(tmp_path / "names.txt"), **sizes))
     assert task.batches[0]["video"].shape == (8, 8, 32, 32, 3)
     assert "changes 2 of the classes, such as 'push left'" in caplog.text
+
+
+def test_motion_clips_are_the_usual_data(towers):
+    """Tested on other objects, styles and backgrounds, encoded; also shuffled in time, and frame by frame."""
+    task = create_task(changed_config("", init=towers))
+    assert (len(task.train_source), task.test_source.name) == (32_000, "motions:new_names::h264")
+    assert task.tower.sampling == {"interval": 2, "clips": 1, "crops": 1} and task.reverses
+    assert (task.plan.total_steps, task.plan.batch_size) == (2000, 16)
+    assert [found.name for found in task.evaluators(make_mesh(-1, 1))] == ["test", "test_shuffled", "test_frames"]
+
+
+def test_a_batch_with_reversals(towers, tmp_path):
+    """Each clip is beside its reverse, of the class that is that; a class without one counts once."""
+    (tmp_path / "names.txt").write_text("moves left\nmoves right\nsits\n")
+    given = {"init": towers, "data.train": "", "classes": str(tmp_path / "names.txt"), "video.reversed": True}
+    task = create_task(changed_config("", **given, **{"total_steps": 1}))
+    frames = np.arange(2 * 3 * 2 * 2 * 3, dtype=np.uint8).reshape(2, 3, 2, 2, 3)
+    found = task._with_reversals({"video": jnp.asarray(frames), "label": jnp.array([1, 2])})
+    expected = [frames[0], frames[0, ::-1], frames[1], frames[1, ::-1]]
+    np.testing.assert_array_equal(found["video"], np.stack(expected))
+    assert found["label"][:3].tolist() == [1, 0, 2] and found["counted"].tolist() == [1, 1, 1, 0]
+    params, pooled = {"video_head": {"weight": jnp.eye(64), "bias": jnp.zeros(64)}}, jnp.ones((4, 64))
+    dropped = np.asarray(task.tower.logits(params, pooled, jax.random.key(0), found["example"]))
+    np.testing.assert_array_equal(dropped[::2], dropped[1::2])
+    assert (dropped[0] != dropped[2]).any() and (dropped == 0).any()
+    (tmp_path / "names.txt").write_text("runs\nsits\n")
+    with pytest.raises(UserError, match="no class is another's reversal"):
+        create_task(changed_config("", **given, **{"total_steps": 1}))
+
+
+def test_within_pair_counts_ties_as_wrong():
+    scores = np.array([[3, 1, 9], [2, 2, 0], [1, 2, 0], [0, 0, 1.0]])
+    found = within_pair(scores, np.array([0, 1, 1, 2]), np.array([1, 0, -1]))
+    assert found == {"within_pair": pytest.approx(2 / 3), "within_pair_error": pytest.approx((2 / 9 / 3) ** 0.5)}
+    assert within_pair(scores, np.array([2, 2, 2, 2]), np.array([1, 0, -1])) == {}
 
 
 def test_reversed_classes():

@@ -47,7 +47,8 @@ class Source(Protocol):
 
     Fields of a record, all but the key optional:
       key: str, unique in the source.
-      image: encoded bytes, a PIL picture or uint8 (H, W[, 3]). images: list of those. video: bytes or path.
+      image: encoded bytes, a PIL picture or uint8 (H, W[, 3]). images: list of those. video: bytes or path, or
+        uint8 (T, H, W, 3).
       caption: str; captions: list of str; other texts by any name, str or list of str.
       class_id: int; labels: list of class numbers or names. width, height: of the upright picture, in pixels.
       boxes: list of [x1, y1, x2, y2], pixels of the upright picture; class_ids, iscrowd, is_group_of, scores: of them.

@@ -19,6 +19,7 @@ from florence_jax.evaluators.base import Chart, Payload, SourceEvaluator
 from florence_jax.evaluators.classification import HINT, Classification
 from florence_jax.evaluators.metrics import positive_places, recalls, retrieval_chance, softmax
 from florence_jax.evaluators.predictor import Embedder, image_counts
+from florence_jax.evaluators.probe import Fitted, LinearProbe
 from florence_jax.evaluators.retrieval import positive_ranks
 from florence_jax.page import GridCell, matches_html, show_number, table_html
 from florence_jax.pictures import data_uri, thumbnail
@@ -81,13 +82,46 @@ def reversed_classes(names: Sequence[str]) -> np.ndarray:
     return found
 
 
+def within_pair(scores: np.ndarray, labels: np.ndarray, partner: np.ndarray) -> dict[str, float]:
+    """'within_pair', the share of rows whose own class scores above its reversal, and 'within_pair_error', its error.
+
+    Ties count against it. {} where no row is of a class that has one.
+
+    Args:
+      scores: float (N, K). labels: int (N,). partner: see `reversed_classes`.
+    """
+    rows = np.flatnonzero(partner[labels] >= 0)
+    if not len(rows):
+        return {}
+    own = labels[rows]
+    share = float((scores[rows, own] > scores[rows, partner[own]]).mean())
+    return {"within_pair": share, "within_pair_error": math.sqrt(share * (1 - share) / len(rows))}
+
+
+class PairProbe(LinearProbe):
+    """A `LinearProbe` with further results, those of `within_pair`."""
+
+    @property
+    def _partner(self) -> np.ndarray:
+        return reversed_classes(self._train.names)
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """What guessing scores."""
+        return super().chance | ({"within_pair": 0.5} if (self._partner >= 0).any() else {})
+
+    def _measure(self, fitted: Fitted, test: Mapping[str, np.ndarray]) -> dict[str, float]:
+        scores, labels = fitted.final.scores(0, test["embedding"]), self._test.labels[test["index"]]
+        return super()._measure(fitted, test) | within_pair(scores, labels, self._partner)
+
+
 class ActionRecognition(Classification):
     """Actions from several views of each video: clips x crops, whose probabilities are averaged.
 
     Results: those of `ClassificationMetrics` over all views, 'top1_error' and, with more than five classes,
     'top5_error', standard errors; 'top1_1x1', 'top1_<clips>x1' and 'top5_...' of fewer views: one clip is the one after
     the middle, one crop the one in the middle; and of classes that are each other's reversal by name (see
-    `reversed_classes`) 'within_pair', the share of videos whose own class has more than the reversed one.
+    `reversed_classes`) those of `within_pair`.
 
     Args:
       name, source, classes, ops, metric, on_corrupt: see `Classification`; the ops end with views, crop * clips + clip.
@@ -156,14 +190,7 @@ class ActionRecognition(Classification):
                 further |= {f"{what}_error": error} if name in views else {f"{what}_{name}": share}
             per_class = [float(values["top1"][labels == k].mean()) for k in np.unique(labels)]
             self._table.append((*line, f"{np.mean(per_class):.3f}"))
-        return results | further | self._within_pair(labels)
-
-    def _within_pair(self, labels: np.ndarray) -> dict[str, float]:
-        mean, partner = self._views.mean((1, 2)), self._partner[labels]
-        rows = np.flatnonzero(partner >= 0)
-        if not len(rows):
-            return {}
-        return {"within_pair": float((mean[rows, labels[rows]] > mean[rows, partner[rows]]).mean())}
+        return results | further | within_pair(self._views.mean((1, 2)), labels, self._partner)
 
     def report(self) -> list[str]:
         """The table of views, then as `ClassificationMetrics`."""

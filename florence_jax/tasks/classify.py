@@ -58,6 +58,7 @@ class ClassificationSuite(Suite):
     learns = True  # from images of `data.train`
     prompted = False  # whether the weights learn prompts of the class names
     payload: Payload = OF_IMAGES
+    probe_class = LinearProbe
     without_text = "use protocol=probe or finetune_linear"  # what one can do with weights without a text tower
 
     def __init__(self, config: ConfigDict):
@@ -87,7 +88,7 @@ class ClassificationSuite(Suite):
         dataset = dataset_name(spec) or config.classes.replace("/", "")
         names = config.classes or (dataset if dataset in shipped_class_names() else "")
         self.train_source: Source | None = self._open(data.train) if data.train else None
-        test = data.test or OWN_TEST.get(data.train, "")
+        test = data.test or self._own_test(data.train)
         self.test_source: Source | None = self._open(test) if test else None
         self.classes = self._open_classes(names)
         if self.train_source is not None and self.classes is not None and not test:
@@ -105,6 +106,10 @@ class ClassificationSuite(Suite):
     def _open(self, spec: str) -> Source:
         """Labelled data by name."""
         return open_images(spec)
+
+    def _own_test(self, train: str) -> str:
+        """Held-out data for training data where nobody names any; '': a part of them."""
+        return OWN_TEST.get(train, "")
 
     def _usual_ops(self, dataset: str) -> tuple[str, str]:
         """Ops of training and of evaluation where the configuration has none; {res}: of the model."""
@@ -219,16 +224,23 @@ class ClassificationSuite(Suite):
         )
 
     def linear_probe(
-        self, name: str, mesh: Mesh, train: Source, held: Source | None = None, compare: bool = False
+        self,
+        name: str,
+        mesh: Mesh,
+        train: Source,
+        held: Source | None = None,
+        compare: bool = False,
+        image: str = "features",
+        ops: str = "",
     ) -> LinearProbe:
-        """A linear probe of the test images; C is chosen on `held`, or on a part of `train`."""
+        """A linear probe of the test images by the prediction `image`; C is chosen on `held`, or a part of `train`."""
         images, classes = self.tested
-        return LinearProbe(
+        return self.probe_class(
             name,
             as_labelled(train, classes),
             as_labelled(images, classes),
-            self.eval_ops,
-            self.embedder(mesh, "features"),
+            ops or self.eval_ops,
+            self.embedder(mesh, image),
             metric=self.metric,
             validation=self.config.holdout if held is None else as_labelled(held, classes),
             seed=self.config.seed,

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import logging
 from jax.sharding import Mesh
@@ -14,13 +15,14 @@ from ml_collections import ConfigDict
 from florence_jax.data.classes import ClassIndex, ClassNames, open_classes
 from florence_jax.data.pipeline import TrainData
 from florence_jax.data.prompts import VIDEO_PROMPTS
-from florence_jax.data.records import Source
+from florence_jax.data.records import Source, Subset, scattered, summary_of
 from florence_jax.data.sides import sided_names
+from florence_jax.data.sources.motions import MOTION_KIND
 from florence_jax.data.sources.video import open_videos
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.predictor import Embedder
-from florence_jax.evaluators.video import OF_VIDEOS, ActionRecognition, TextToVideo
+from florence_jax.evaluators.video import OF_VIDEOS, ActionRecognition, PairProbe, TextToVideo, reversed_classes
 from florence_jax.models.base import Params
 from florence_jax.models.video_coswin import VIDEO
 from florence_jax.params.layer_decay import layer_decay_rules
@@ -28,11 +30,15 @@ from florence_jax.params.rules import Policy
 from florence_jax.tasks.base import Task, frozen_parts, make_identity, make_plan
 from florence_jax.tasks.classify import ClassificationSuite
 from florence_jax.tasks.linear_head import feature_width
-from florence_jax.tasks.recipe import LARGE, video_recipe
+from florence_jax.tasks.recipe import LARGE, motion_recipe, video_recipe
 from florence_jax.tasks.video_tower import VIDEO_HEAD, VideoTower
 
 LOOKED_BY = ("image", "video")
 MIRROR = "|flip(0.5, field=video)"
+# Motion clips of objects, a style and backgrounds that are not in training.
+UNSEEN_MOTIONS = f"{MOTION_KIND}:new_names::h264"
+WHOLE_CLIP = {"clips": 1, "crops": 1}  # of a motion clip: a clip of the usual frames and interval is all of it
+PROBED_CLIPS = 2000  # of the training videos, that the probe of single frames learns from
 
 
 class VideoSuite(ClassificationSuite):
@@ -47,11 +53,14 @@ class VideoSuite(ClassificationSuite):
 
     name = "video"
     payload = OF_VIDEOS
+    probe_class = PairProbe
     without_text = "use protocol=train or probe"
 
     def _open_sources(self) -> None:
         given = self.config.video
         sampling = {name: given[name] for name in ("interval", "clips", "crops")}
+        if self.of_motions:
+            sampling |= {name: value for name, value in WHOLE_CLIP.items() if sampling[name] is None}
         self.tower = VideoTower(self.encoder, given.overrides, (), sampling)
         if given.tower not in LOOKED_BY:
             raise UserError(f"config.video.tower={given.tower!r}: choose 'image' or 'video'")
@@ -59,16 +68,26 @@ class VideoSuite(ClassificationSuite):
         if self.classes is not None and self.classes.multi:
             raise UserError(f"{self.config.data.train or self.config.data.test} has several classes a video")
 
+    @property
+    def of_motions(self) -> bool:
+        """Whether it is trained on motion clips."""
+        return self.config.data.train.startswith(f"{MOTION_KIND}:")
+
     def _open(self, spec: str) -> Source:
         return open_videos(spec)
+
+    def _own_test(self, train: str) -> str:
+        return UNSEEN_MOTIONS if self.of_motions else ""
 
     def _usual_ops(self, dataset: str) -> tuple[str, str]:
         del dataset
         n, res = self.tower.frames, self.encoder.model.config.res
-        short = f"short={round(res * 8 / 7)}"
-        train = (
-            f"clip({n}, interval={self.tower.sampling['interval']}, {short})|rrc({res}, scale=(0.5, 1.0), field=video)"
-        )
+        clip = f"clip({n}, interval={self.tower.sampling['interval']}, short={{short}})"
+        if self.of_motions:  # each clip is another already
+            whole = f"{clip.format(short=res)}|resize({res}, field=video)|center_crop({res}, field=video)"
+            return whole, self.tower.view_ops
+        crop = f"rrc({res}, scale=(0.5, 1.0), field=video)"
+        train = f"{clip.format(short=round(res * 8 / 7))}|{crop}"
         return train + (MIRROR if self._mirrors() else ""), self.tower.view_ops
 
     def _mirrors(self) -> bool:
@@ -81,6 +100,9 @@ class VideoSuite(ClassificationSuite):
     def identity(self) -> Mapping[str, Any]:
         """See `Suite`."""
         own = {f"video.{name}": value for name, value in {**self.tower.overrides, **self.tower.sampling}.items()}
+        # Of motion clips: a package that is installed in between would change them.
+        grounds = {found["backgrounds"] for found in map(summary_of, self.sources) if "backgrounds" in found}
+        own |= {"backgrounds": sorted(grounds)} if grounds else {}
         return {**super().identity, **{name: list(v) if isinstance(v, tuple) else v for name, v in own.items()}}
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
@@ -172,9 +194,15 @@ class TrainVideo(VideoSuite, Task):
             self.tower = VideoTower(self.encoder, self.tower.overrides, self.classes.first_names, self.tower.sampling)
             self._warn_of_mirrors(self.classes.first_names)
         examples = None if self.train_source is None else len(self.train_source)
-        recipe = video_recipe(examples, feature_width(self.encoder.model.config), config.batch_size)
+        width = feature_width(self.encoder.model.config)
+        recipe = (motion_recipe if self.of_motions else video_recipe)(examples, width, config.batch_size)
         self.plan = make_plan(config, examples, recipe)
-        self.flops_per_example = 3.0 * self.tower.model.flops[VIDEO]
+        reverses = self.of_motions if config.video.reversed is None else config.video.reversed
+        self._partner = reversed_classes(self.tower.classes) if reverses else np.full(len(self.tower.classes), -1)
+        self.reverses = bool((self._partner >= 0).any())
+        if config.video.reversed and self.tower.classes and not self.reverses:
+            raise UserError("config.video.reversed: no class is another's reversal in time by its name; leave it out")
+        self.flops_per_example = 3.0 * self.tower.model.flops[VIDEO] * (2 if self.reverses else 1)
 
     def _warn_of_mirrors(self, names: Sequence[str]) -> None:
         if "flip(" in self.config.data.train_ops and (sided := sided_names(names)):
@@ -213,6 +241,7 @@ class TrainVideo(VideoSuite, Task):
         return {
             **super().identity,
             **make_identity(self.config, "video.inflate_noise"),
+            "video.reversed": self.reverses,
             "data.train_ops": self.train_ops,
         }
 
@@ -251,11 +280,38 @@ class TrainVideo(VideoSuite, Task):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross entropy of the classifier."""
         train = VIDEO not in self.frozen
-        pooled = self.tower.outputs(params, batch, train, key if train else None)["video/pooled"]
-        logits = self.tower.logits(params, pooled, jax.random.fold_in(key, 0))  # the key itself draws paths
-        smooth = optax.smooth_labels(jax.nn.one_hot(batch["label"], logits.shape[1]), self.config.label_smoothing)
-        right = (logits.argmax(-1) == batch["label"]).astype(jnp.float32).mean()
-        return optax.softmax_cross_entropy(logits, smooth).mean(), {"accuracy": right}
+        rows = self._with_reversals(batch)
+        pooled = self.tower.outputs(params, rows, train, key if train else None)["video/pooled"]
+        # The key itself draws paths.
+        logits = self.tower.logits(params, pooled, jax.random.fold_in(key, 0), rows["example"])
+        smooth = optax.smooth_labels(jax.nn.one_hot(rows["label"], logits.shape[1]), self.config.label_smoothing)
+        right = logits.argmax(-1) == rows["label"]
+        entropy, counted = optax.softmax_cross_entropy(logits, smooth), rows["counted"]
+        return (entropy * counted).sum() / counted.sum(), {"accuracy": (right * counted).sum() / counted.sum()}
+
+    def _with_reversals(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Clips: "video", "label", "counted", float32, 1 for those that count, else 0, and "example", see `logits`.
+
+        With `video.reversed` each clip is there twice, also with its frames in reverse order, as the class that is its
+        reversal; of a class without one that copy does not count. Both being in a batch, and dropped alike, what they
+        have in common cancels in the gradient of what tells them apart.
+        """
+        clips, labels = batch["video"], batch["label"]
+        examples = jnp.arange(len(labels))
+        if not self.reverses:
+            return {"video": clips, "label": labels, "counted": jnp.ones(len(labels)), "example": examples}
+        partner = jnp.asarray(self._partner)[labels]
+
+        def doubled(first: jax.Array, second: jax.Array) -> jax.Array:
+            # Side by side, so that both of a pair are on the device that the clip is on.
+            return jnp.stack([first, second], 1).reshape(-1, *first.shape[1:])
+
+        return {
+            "video": doubled(clips, clips[:, ::-1]),
+            "label": doubled(labels, jnp.maximum(partner, 0)),
+            "counted": doubled(jnp.ones(len(labels)), (partner >= 0).astype(jnp.float32)),
+            "example": doubled(examples, examples),
+        }
 
     @property
     def batches(self) -> tuple[Mapping[str, jax.ShapeDtypeStruct], ...]:
@@ -276,12 +332,22 @@ class TrainVideo(VideoSuite, Task):
         return TrainData([self.train_source], None, ops, {"classes": self.classes})
 
     def protocol_evaluators(self, mesh: Mesh) -> list[Evaluator]:
-        """Of the test videos; on wish also of their frames in random order."""
-        if self.test_source is None:
+        """Of the test videos; of their frames in random order; of single frames by a probe of the image tower.
+
+        The last two, where the configuration leaves it open, if classes are each other's reversal in time by name.
+        """
+        if self.test_source is None or self.classes is None:
             return []
         found: list[Evaluator] = [self.recognition("test", mesh)]
-        if self.config.video.shuffled:
+        given, paired = self.config.video, bool((reversed_classes(self.classes.first_names) >= 0).any())
+        if paired if given.shuffled is None else given.shuffled:
             found.append(self.recognition("test_shuffled", mesh, "shuffled"))
+        probed = PROBED_CLIPS * paired if given.probed is None else given.probed
+        if probed and self.train_source is not None and "image" in self.encoder.description.entries:
+            rows = scattered(len(self.train_source), probed)
+            some = Subset(self.train_source, rows, f"{self.train_source.name} ({len(rows):,} of them)")
+            ops = self.tower.frame_ops(self.tower.frames)
+            found.append(self.linear_probe("test_frames", mesh, some, image="frame_features", ops=ops))
         return found
 
 

@@ -159,15 +159,25 @@ class VideoTower:
     def outputs(
         self, params: Any, batch: Mapping[str, jax.Array], train: bool = False, key: jax.Array | None = None
     ) -> dict[str, jax.Array]:
-        """The model's outputs for clips, "video" uint8 (B, T, H, W, 3)."""
+        """The model's outputs for clips, "video" uint8 (B, T, H, W, 3), and perhaps "example", see `CoSwin`."""
         inputs = {"video": self.encoder.normalise(batch["video"])}
+        inputs |= {name: batch[name] for name in ("example",) if name in batch}
         return self.model.apply(params, inputs, train, None if key is None else {"drop_path": key})
 
-    def logits(self, params: Any, pooled: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """float32 (B, K) of the features (B, C); with a key these are dropped as in training, for each example."""
+    def logits(
+        self, params: Any, pooled: jax.Array, key: jax.Array | None = None, examples: jax.Array | None = None
+    ) -> jax.Array:
+        """float32 (B, K) of the features (B, C); with a key these are dropped as in training.
+
+        Args:
+          params: of the classifier.
+          pooled: features.
+          key: PRNG key.
+          examples: int (B,), equal ones drop the same; None: each its own.
+        """
         rate = self.model.video.dropout
         if key is not None and rate:
-            pooled = drop_examples(key, jnp.arange(len(pooled)), rate)(pooled)
+            pooled = drop_examples(key, jnp.arange(len(pooled)) if examples is None else examples, rate)(pooled)
         head = params[VIDEO_HEAD]
         return jnp.matmul(pooled, head["weight"], precision="highest") + head["bias"][None]
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from florence_jax.data.records import Record
+from florence_jax.data.records import Record, Source
 from florence_jax.data.sources.animated_emoji import open_animated_emoji
+from florence_jax.data.sources.motions import MOTION_KIND, MotionVideos
 from florence_jax.data.sources.video_source import VideoSource, listed_videos, videos_by_stem
 from florence_jax.errors import UserError
 from florence_jax.files import table_rows
@@ -192,11 +193,12 @@ def _distinct(texts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-VIDEO_KINDS: dict[str, Callable[[str], VideoSource]] = {
+VIDEO_KINDS: dict[str, Callable[[str], Source]] = {
     "kinetics": open_kinetics,
     "ssv2": open_ssv2,
     "ucf101": open_ucf101,
     "hmdb51": open_hmdb51,
     "msrvtt": open_msrvtt,
     "animated_emoji": open_animated_emoji,
+    MOTION_KIND: MotionVideos,
 }

@@ -7,16 +7,26 @@ size and the kind of backgrounds, not on the machine: chance is numpy's PCG64, p
 """
 
 import functools
+import re
 import zlib
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from florence_jax.data.records import Record
-from florence_jax.data.sources.backgrounds import photograph_crop, smooth_noise
+from florence_jax.data.records import BaseSource, Record, evenly
+from florence_jax.data.sources.backgrounds import (
+    SCENE_PHOTOGRAPHS,
+    choose_backgrounds,
+    photograph_crop,
+    smooth_noise,
+)
 from florence_jax.data.sources.cutouts import embedded_cutout, lay_over, turned
 from florence_jax.data.sources.embedded import open_emoji
 from florence_jax.data.sources.scenes import SCENE_SPLITS
+from florence_jax.data.video_containers import VIDEO_INSTALL
+from florence_jax.data.video_writer import VIDEO_FORMATS, encode_video
+from florence_jax.errors import UserError, require
 
 # Each with its time reversal.
 MOTION_PAIRS = (
@@ -34,6 +44,10 @@ LEAST_WAY = 0.35  # from start to end of a movement
 LEAST_TURN, MOST_TURN = 60, 240  # degrees
 STARTS, LASTS = 0.3, 0.5  # of the clip: appearing begins up to the one share of it, and lasts at least the other
 TURN_SEEN = 14  # of 255: the mean difference that turning by 45 degrees makes; below it a drawing is round
+# Of a source 'motions:SPLIT', unless its name says others.
+MOTION_KIND = "motions"
+MOTION_COUNTS = {"train": 32_000, "held_out": 500, "new_style": 500, "new_names": 500}
+MOTION_SIDE, MOTION_FRAMES, MOTION_RATE = 64, 16, 8  # pixels, frames, frames a second
 
 
 class _Pose(NamedTuple):
@@ -61,19 +75,26 @@ class MotionClips:
 
     def __getitem__(self, index: int) -> Record:
         """ "key", "frames", uint8 (T, side, side, 3), "label", a motion, each in turn, and "caption", a sentence."""
-        motion = index % len(MOTIONS)
-        kind, backwards = divmod(motion, 2)
+        record, steps, rng = self._drawn(index)
+        kind, backwards = divmod(index % len(MOTIONS), 2)
+        frames = self._painted(steps, _POSES[kind](self._side, self._frames, rng), rng)
+        return record | {"frames": frames[::-1] if backwards else frames}
+
+    def described(self, index: int) -> Record:
+        """The record without its frames; nothing is painted."""
+        return self._drawn(index)[0]
+
+    def _drawn(self, index: int) -> tuple[Record, tuple[np.ndarray, ...], np.random.Generator]:
+        """What moves in a clip and how it is called, and the chance that draws the rest."""
+        label = MOTIONS[index % len(MOTIONS)]
         rng = np.random.Generator(np.random.PCG64([zlib.crc32(self.split.encode()), index]))
-        name, steps = self._drawing(kind, rng)
-        pose = _POSES[kind](self._side, self._frames, rng)
-        frames = self._painted(steps, pose, rng)
+        name, steps = self._drawing(index % len(MOTIONS) // 2, rng)
         article = "an" if name[0] in "aeiou" else "a"
-        return {
-            "key": f"{self.split}-{index:05}",
-            "frames": frames[::-1] if backwards else frames,
-            "label": MOTIONS[motion],
-            "caption": f"{article} {name} {MOTIONS[motion]}",
-        }
+        return (
+            {"key": f"{self.split}-{index:05}", "label": label, "caption": f"{article} {name} {label}"},
+            steps,
+            rng,
+        )
 
     def _drawing(self, kind: int, rng: np.random.Generator) -> tuple[str, tuple[np.ndarray, ...]]:
         """The name and the cut-out of a drawing; of those that turn, one that can be seen to."""
@@ -99,6 +120,79 @@ class MotionClips:
             frames.append(canvas.astype(np.int32))
             lay_over(frames[-1], patch * opacity // 255, x - patch.shape[1] // 2, y - patch.shape[0] // 2)
         return np.stack(frames).astype(np.uint8)
+
+
+class MotionVideos(BaseSource):
+    """Clips of motions as videos, 'motions:SPLIT[:COUNT[:CODEC[:BACKGROUND]]]', composed when they are asked for.
+
+    SPLIT as in `MotionClips`; CODEC of `VIDEO_FORMATS`, in which each is encoded when it is asked for, or nothing for
+    frames as they are; BACKGROUND photographs or noise; photographs, where they are installed.
+
+    "video" is bytes or uint8 (T, H, W, 3), "class_id" the number of the motion, "caption" a sentence.
+
+    Args:
+      spec: as above, which is also its name.
+
+    Attributes:
+      name, summary: as of other sources. class_names: the motions.
+
+    Raises:
+      UserError: for another name, photographs that are not installed, a codec without PyAV.
+    """
+
+    def __init__(self, spec: str):
+        self.name, self.class_names = spec, MOTIONS
+        split, count, self._codec, backgrounds = _parse(spec)
+        if self._codec:
+            require("av", VIDEO_INSTALL)
+        self._count, self._backgrounds = count, choose_backgrounds(backgrounds)
+        self._clips = MotionClips(split, MOTION_SIDE, MOTION_FRAMES, self._backgrounds)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What clips are composed of."""
+        drawings, photographs = SCENE_SPLITS[self._clips.split]
+        on = {
+            "photographs": f"{len(SCENE_PHOTOGRAPHS[photographs])} photographs of scikit-image and scikit-learn",
+            "noise": "smooth noise",
+        }[self._backgrounds]
+        says = f"{self.name}: {self._count:,} clips of {len(MOTIONS)} motions, composed when they are asked for, of "
+        says += f"embedded drawings (emoji:{drawings}) on {on}"
+        says += f", encoded by {self._codec}" if self._codec else ", as frames"
+        return {"videos": self._count, "backgrounds": self._backgrounds, "says": says}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._clips[index]
+        frames = record.pop("frames")
+        video = encode_video(frames, MOTION_RATE, self._codec, exact=True) if self._codec else frames
+        return record | {"class_id": index % len(MOTIONS), "video": video}
+
+    def described(self, index: int) -> Record:
+        """See `records.described`; nothing is painted."""
+        return self._clips.described(index) | {"class_id": index % len(MOTIONS)}
+
+    def metadata(self) -> Iterator[Record]:
+        """All records without their videos; nothing is painted."""
+        return map(self.described, range(len(self)))
+
+    def sample(self, count: int) -> list[Record]:
+        """See `records.sample_of`; nothing is painted."""
+        return [self.described(index) for index in evenly(len(self), count).tolist()]
+
+
+def _parse(spec: str) -> tuple[str, int, str, str]:
+    """Split, count, codec, backgrounds. Raises UserError."""
+    split, count, codec, backgrounds, *more = spec.split(":")[1:] + [""] * 4
+    wrong = any(more) or (count and not re.fullmatch(r"[1-9]\d{0,8}", count)) or codec not in ("", *VIDEO_FORMATS)
+    if split not in SCENE_SPLITS or wrong:
+        raise UserError(
+            f"data source {spec!r}: write {MOTION_KIND}:SPLIT[:COUNT[:CODEC[:BACKGROUND]]] with SPLIT of "
+            f"{', '.join(SCENE_SPLITS)}, CODEC of {', '.join(VIDEO_FORMATS)}; such as motions:train:1000:h264"
+        )
+    return split, int(count or MOTION_COUNTS[split]), codec, backgrounds
 
 
 @functools.cache

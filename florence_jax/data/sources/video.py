@@ -28,7 +28,7 @@ def open_videos(spec: str) -> Source:
     Args:
       spec: a folder with a sub-folder for each class; a table of videos (.csv, .tsv, .jsonl, .parquet; columns file and
         caption or label), or a list, a line 'path label' each (.txt), with paths from where it lies; ArrayRecord files;
-        or 'kinetics:...', 'ssv2:...', 'ucf101:...', 'hmdb51:...', 'msrvtt:...', see `action_sets`.
+        or 'kinetics:...', 'ssv2:...', 'ucf101:...', 'hmdb51:...', 'msrvtt:...', 'motions:...', see `action_sets`.
 
     Raises:
       UserError: for anything else, or where no videos are found.

@@ -21,7 +21,6 @@ Needs jax, flax and optax only.
 
 import argparse
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -117,9 +116,9 @@ def measure_inference(args: argparse.Namespace, side: int) -> dict[str, Any]:
     params = with_candidates(jax.jit(model.init)(jax.random.key(0)))
     outputs = jax.jit(functools.partial(head_outputs, model, batch))(params)
     functions = {
-        "whole": TimedFunction(functools.partial(find_boxes, model, batch), params),
-        "tower": TimedFunction(functools.partial(tower_maps, model, batch), params),
-        "boxes": TimedFunction(functools.partial(boxes_of, batch), outputs),
+        "whole": step.TimedFunction(functools.partial(find_boxes, model, batch), params),
+        "tower": step.TimedFunction(functools.partial(tower_maps, model, batch), params),
+        "boxes": step.TimedFunction(functools.partial(boxes_of, batch), outputs),
     }
     times = timing.interleaved(functions, args.rounds)
     return describe_size(args, batch, times["whole"], functions["whole"].peak_bytes) | {
@@ -137,19 +136,6 @@ def measure_remats(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         steps[remat] = training_step(model, params, batch)
     times = timing.interleaved(steps, args.rounds)
     return {remat: {"ms": timing.milliseconds(times[remat]), "peak_bytes": steps[remat].peak_bytes} for remat in REMATS}
-
-
-class TimedFunction:
-    """A function compiled for an argument: each call runs it and waits; `peak_bytes` is its working memory."""
-
-    def __init__(self, function: Callable[[Any], Any], argument: Any):
-        self._function = jax.jit(function).lower(argument).compile()
-        self._argument = argument
-        self.peak_bytes = int(self._function.memory_analysis().temp_size_in_bytes)
-
-    def __call__(self) -> None:
-        """Runs it once."""
-        jax.block_until_ready(self._function(self._argument))
 
 
 def make_model(args: argparse.Namespace, remat: str) -> Model:

@@ -154,6 +154,19 @@ class TimedStep:
         return {"peak_memory_bytes": stats.get("peak_bytes_in_use"), "compiled_bytes": self.compiled_bytes}
 
 
+class TimedFunction:
+    """A function compiled for an argument: each call runs it and waits; `peak_bytes` is its working memory."""
+
+    def __init__(self, function: Callable[[Any], Any], argument: Any):
+        self._function = jax.jit(function).lower(argument).compile()
+        self._argument = argument
+        self.peak_bytes = int(self._function.memory_analysis().temp_size_in_bytes)
+
+    def __call__(self) -> None:
+        """Runs it once."""
+        jax.block_until_ready(self._function(self._argument))
+
+
 def adamw() -> optax.GradientTransformation:
     """AdamW that decays matrices and convolution kernels only, as the project's decay rules do."""
     return optax.adamw(LEARNING_RATE, *BETAS, eps=1e-8, weight_decay=WEIGHT_DECAY, mask=decay_mask)
