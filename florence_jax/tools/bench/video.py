@@ -40,7 +40,7 @@ from florence_jax.models.video_coswin import (
 from florence_jax.tools.bench import step, timing
 
 VIDEO_PARTS = ("frames", "policies", "views", "windows")
-CLASSES = 400
+ACTION_COUNT = 400
 VIEWS = (1, 4, 12)
 EQUAL_FRAMES = 8  # of equal windows, Video Swin's
 
@@ -74,17 +74,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if "frames" in parts:
         report["frames"] = {count: measure_frames(args, int(count)) for count in counts}
     if "policies" in parts:
-        report["policies"] = measure_policies(args, int(counts[0]))
+        report["policies"] = measure_video_policies(args, int(counts[0]))
     if "views" in parts:
         report["views"] = measure_views(args, int(counts[0]))
     if "windows" in parts:
         report["windows"] = measure_windows(args)
     names = ("variant", "batch", "dtype", "remat", "rounds", "window_variant", "window_frames", "window_res")
-    res = make_model(args, 1).config.res
+    res = make_video_towers(args, 1).config.res
     return report | {name: getattr(args, name) for name in names} | {"res": res} | step.device()
 
 
-def make_model(args: argparse.Namespace, frames: int, remat: str = "") -> VideoModel:
+def make_video_towers(args: argparse.Namespace, frames: int, remat: str = "") -> VideoModel:
     """The towers of the options, without stochastic depth."""
     config = resolve_config(args.variant, res=args.res, dtype=args.dtype, remat=remat or args.remat, drop_path=0.0)
     return build_video(config, resolve_video(config, frames=frames))
@@ -98,12 +98,12 @@ def make_clips(args: argparse.Namespace, frames: int, res: int) -> jax.Array:
 
 def measure_frames(args: argparse.Namespace, frames: int) -> dict[str, Any]:
     """A training step and inference of clips, and the image tower on their frames, in turns."""
-    model = make_model(args, frames)
+    model = make_video_towers(args, frames)
     clips = make_clips(args, frames, model.config.res)
     params = jax.jit(model.init)(jax.random.key(0))
     images = clips.reshape(-1, *clips.shape[2:])
     functions = {
-        "train": training_step(model, params, clips),
+        "train": clips_step(model, params, clips),
         "inference": step.TimedFunction(functools.partial(pooled_clips, model, clips), params),
         "images": step.TimedFunction(functools.partial(pooled_images, model, images), params),
     }
@@ -123,12 +123,12 @@ def measure_frames(args: argparse.Namespace, frames: int) -> dict[str, Any]:
     }
 
 
-def measure_policies(args: argparse.Namespace, frames: int) -> dict[str, Any]:
+def measure_video_policies(args: argparse.Namespace, frames: int) -> dict[str, Any]:
     """The training step of every policy, in turns."""
-    models = {remat: make_model(args, frames, remat) for remat in REMATS}
+    models = {remat: make_video_towers(args, frames, remat) for remat in REMATS}
     params = jax.jit(models["none"].init)(jax.random.key(0))
     clips = make_clips(args, frames, models["none"].config.res)
-    steps = {remat: training_step(model, params, clips) for remat, model in models.items()}
+    steps = {remat: clips_step(model, params, clips) for remat, model in models.items()}
     times = timing.interleaved(steps, args.rounds)
     return {
         remat: {"ms": timing.milliseconds(times[remat]), "peak_bytes": each.peak_bytes} for remat, each in steps.items()
@@ -137,7 +137,7 @@ def measure_policies(args: argparse.Namespace, frames: int) -> dict[str, Any]:
 
 def measure_views(args: argparse.Namespace, frames: int) -> dict[str, int]:
     """Working memory of a test by its number of views; the clips, its input, are not counted."""
-    model = make_model(args, frames)
+    model = make_video_towers(args, frames)
     params = jax.eval_shape(model.init, jax.random.key(0))
     shape = (args.batch, frames, model.config.res, model.config.res, 3)
 
@@ -183,11 +183,11 @@ def stage_bytes(config: ModelConfig, frames: int, stage: int, window: tuple[int,
     return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
-def training_step(model: VideoModel, params: Any, clips: jax.Array) -> step.TimedStep:
+def clips_step(model: VideoModel, params: Any, clips: jax.Array) -> step.TimedStep:
     """A step of the tower and a classifier of 400 classes."""
-    labels = jnp.arange(len(clips)) % CLASSES
+    labels = jnp.arange(len(clips)) % ACTION_COUNT
     weight = 0.01 * jax.random.normal(
-        jax.random.key(1), (model.config.image_width * 2 ** (len(model.config.depths) - 1), CLASSES)
+        jax.random.key(1), (model.config.image_width * 2 ** (len(model.config.depths) - 1), ACTION_COUNT)
     )
     trained = {VIDEO: params[VIDEO], "head": weight}
     others = {name: value for name, value in params.items() if name != VIDEO}
