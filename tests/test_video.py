@@ -170,19 +170,19 @@ def test_what_does_not_fit_is_said(weights, clips, tmp_path, caplog):
     assert "changes 2 of the classes, such as 'push left'" in caplog.text
 
 
-def test_motion_clips_are_the_usual_data(towers):
+def test_motion_clips_are_the_usual_data(weights):
     """Tested on other objects, styles and backgrounds, encoded; also shuffled in time, and frame by frame."""
-    task = create_task(changed_config("", init=towers))
+    task = create_task(changed_config("", init=weights))
     assert (len(task.train_source), task.test_source.name) == (32_000, "motions:new_names::h264")
     assert task.tower.sampling == {"interval": 2, "clips": 1, "crops": 1} and task.reverses
     assert (task.plan.total_steps, task.plan.batch_size) == (2000, 16)
     assert [found.name for found in task.evaluators(make_mesh(-1, 1))] == ["test", "test_shuffled", "test_frames"]
 
 
-def test_a_batch_with_reversals(towers, tmp_path):
+def test_a_batch_with_reversals(weights, tmp_path):
     """Each clip is beside its reverse, of the class that is that; a class without one counts once."""
     (tmp_path / "names.txt").write_text("moves left\nmoves right\nsits\n")
-    given = {"init": towers, "data.train": "", "classes": str(tmp_path / "names.txt"), "video.reversed": True}
+    given = {"init": weights, "data.train": "", "classes": str(tmp_path / "names.txt"), "video.reversed": True}
     task = create_task(changed_config("", **given, **{"total_steps": 1}))
     frames = np.arange(2 * 3 * 2 * 2 * 3, dtype=np.uint8).reshape(2, 3, 2, 2, 3)
     found = task._with_reversals({"video": jnp.asarray(frames), "label": jnp.array([1, 2])})
