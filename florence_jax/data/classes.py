@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 from etils import epath
 
 from florence_jax.data.captions import normalise_caption
@@ -85,7 +84,8 @@ def _parse(text: str, where: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...
     labels, names = [], []
     for number, line in enumerate(text.rstrip("\n").splitlines(), 1):
         if not line.strip():
-            logging.warning("class names %s line %d is empty: it names no class", where, number)
+            # No warning: florence_jax.predict turns these off.
+            print(f"class names {where} line {number} is empty: it names no class", flush=True)
         if not line.strip() or line.startswith("#"):
             continue
         label, equals, rest = line.partition(" = ")

@@ -274,8 +274,9 @@ class DetectorAnswerer(Answerer):
         if not args.names:
             finder = BoxFinder(Detector(Encoder(init)), args.batch_size)
         else:
+            names = read_names(args.names)  # a mistake in them is told before the weights are loaded
             finder = named = NamedBoxFinder(Encoder(init), args.batch_size)
-            named.choose(read_names(args.names))
+            named.choose(names)
         return cls(finder, args.threshold, args.top)
 
     def answers(self, source: Source) -> Iterator[Found]:
