@@ -70,6 +70,12 @@ def run(params, batch, train=False):
     return fusion().apply(params, batch, train, {"dropout": KEY} if train else None)
 
 
+def test_fresh_answers_are_each_as_probable_as_one_of_them():
+    module = fusion(heads=("vqa",), layers=1)
+    bias = module.init(KEY)["fusion"]["vqa"]["output"]["bias"]
+    np.testing.assert_allclose(jax.nn.sigmoid(bias), np.full(5, 1 / 5), rtol=1e-6)
+
+
 def losses(params, batch):
     """Sum of three losses of a batch in training."""
     out = fusion().apply(params, batch, True, {"dropout": KEY})

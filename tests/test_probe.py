@@ -1,6 +1,7 @@
 """Logistic regression against scikit-learn's, CLIP's search, the probe of a data set, and its benchmark."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -290,3 +291,12 @@ def test_bench_prints_one_line(capsys):
     assert result["speedup"] == pytest.approx(result["sklearn_seconds"] / result["seconds"], rel=0.01)
     assert len(result["objective_diff_default"]) == 2 and result["seconds_again"] > 0
     assert bench.main(["probe", "--cs", "1,-2"]) == 2
+
+
+def test_a_probe_beside_another_evaluator_writes_a_file_of_its_own():
+    """`all_files` refuses two of one name."""
+    probe = object.__new__(LinearProbe)
+    probe._metrics = SimpleNamespace(files=lambda: {"predictions.csv": b"file"})
+    for name, file in (("probe", "predictions.csv"), ("test_frames", "test_frames_predictions.csv")):
+        probe.name = name
+        assert probe.files() == {file: b"file"}

@@ -81,16 +81,18 @@ FUSIONS = {"ti": FusionConfig(layers=2, width=128), "meter": FusionConfig()}
 
 
 class _Classifier(nn.Module):
-    """Linear, LayerNorm, GELU, linear: (N, C) -> float32 (N, classes)."""
+    """Linear, LayerNorm, GELU, linear: (N, C) -> float32 (N, classes); `bias`: what its logits begin at."""
 
     width: int
     classes: int
+    bias: float = 0.0
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = LayerNorm(dtype=self.dtype, name="norm")(Dense(self.width, dtype=self.dtype, name="hidden")(x))
-        return Dense(self.classes, name="output")(gelu(hidden).astype(jnp.float32))
+        begin = nn.initializers.constant(self.bias)
+        return Dense(self.classes, bias_init=begin, name="output")(gelu(hidden).astype(jnp.float32))
 
 
 class _WordHead(nn.Module):
@@ -174,7 +176,9 @@ class Fusion(nn.Module):
             if name in ("itm", "rank"):
                 logits[f"{name}_logits"] = Dense(CLASSES[name], name=name)(pooled.astype(jnp.float32))
             elif name == "vqa":
-                logits["answer_logits"] = classifier(c.answers, name=name)(pooled)
+                # One of the answers is right: else the first hundreds of steps learn that each is mostly wrong.
+                rare = -math.log(max(c.answers - 1, 1))
+                logits["answer_logits"] = classifier(c.answers, rare, name=name)(pooled)
             elif name == "snli_ve":
                 logits["snli_ve_logits"] = classifier(CLASSES[name], name=name)(pooled)
             elif name == "nlvr2" and both.shape[-1] > pooled.shape[-1]:

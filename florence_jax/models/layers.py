@@ -122,12 +122,13 @@ class Dense(nn.Module):
     features: int
     kernel_init: Callable[..., jax.Array] = NORMAL
     dtype: Dtype = jnp.float32
+    bias_init: Callable[..., jax.Array] = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., C) -> (..., features)."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        bias = self.param("bias", self.bias_init, (self.features,))
         product = jax.lax.dot_general(
             x.astype(self.dtype), kernel.astype(self.dtype), (((x.ndim - 1,), (0,)), ((), ()))
         )
