@@ -297,7 +297,7 @@ def test_the_detectors_steps_are_timed_by_size_of_picture(capsys, monkeypatch):
     monkeypatch.setattr(step, "TimedStep", Traced)
     monkeypatch.setattr(step, "TimedFunction", Traced)
     zeros = functools.partial(jax.tree.map, lambda leaf: np.zeros(leaf.shape, leaf.dtype))
-    monkeypatch.setattr(jax, "jit", lambda function: lambda *args: zeros(jax.eval_shape(function, *args)))
+    monkeypatch.setattr(jax, "jit", lambda function, **options: lambda *args: zeros(jax.eval_shape(function, *args)))
     options = "--variant=tiny --detector=small --classes=2 --batch=1 --sides=100 --remat_side=100 --rounds=1"
     code, report = run(capsys, ["detect", "--parts=step,inference", *options.split()])
     whole, tower, found, maps, boxes = shapes

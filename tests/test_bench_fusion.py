@@ -66,7 +66,7 @@ def test_steps_are_timed(capsys, monkeypatch):
 
     monkeypatch.setattr(step, "TimedStep", Traced)
     zeros = functools.partial(jax.tree.map, lambda leaf: np.zeros(leaf.shape, leaf.dtype))
-    monkeypatch.setattr(jax, "jit", lambda function: lambda *args: zeros(jax.eval_shape(function, *args)))
+    monkeypatch.setattr(jax, "jit", lambda function, **options: lambda *args: zeros(jax.eval_shape(function, *args)))
     code, report = run(capsys, ["--parts=pretrain,questions,words", *OPTIONS])
     assert code == 0 and "stack" not in report and "policies" not in report
     assert all(shape == () for shape, _ in traced) and len(traced) == 7

@@ -30,7 +30,7 @@ def test_steps_are_timed_by_frames_beside_single_images(capsys, monkeypatch):
     monkeypatch.setattr(step, "TimedStep", Traced)
     monkeypatch.setattr(step, "TimedFunction", Traced)
     zeros = functools.partial(jax.tree.map, lambda leaf: np.zeros(leaf.shape, leaf.dtype))
-    monkeypatch.setattr(jax, "jit", lambda function: lambda *args: zeros(jax.eval_shape(function, *args)))
+    monkeypatch.setattr(jax, "jit", lambda function, **options: lambda *args: zeros(jax.eval_shape(function, *args)))
     assert bench.main("video --parts=frames,policies --variant=tiny --frames=2,4 --batch=3 --rounds=1".split()) == 0
     report = json.loads(capsys.readouterr().out)
     assert shapes[:6] == [(), (3, 128), (6, 128), (), (3, 128), (12, 128)]

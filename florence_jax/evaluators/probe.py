@@ -34,7 +34,7 @@ COARSE = 2 * STEPS_PER_DECADE
 VALIDATION = 0.2
 FEW = 30  # held-out images, below which C is chosen by their cross entropy
 SKLEARN_TOLERANCE = 1e-7
-PROBE = "probe"  # the usual name
+USUAL_PROBE = "probe"  # the usual name
 PROBE_HINT = "that --config.init is of a trained model and that the labels are those of the images"
 
 
@@ -248,7 +248,8 @@ class LinearProbe(Evaluator):
     def files(self) -> dict[str, bytes]:
         """predictions.csv of the test split; with the name before it where that is not 'probe'."""
         return {
-            name if self.name == PROBE else f"{self.name}_{name}": file for name, file in self._metrics.files().items()
+            name if self.name == USUAL_PROBE else f"{self.name}_{name}": file
+            for name, file in self._metrics.files().items()
         }
 
     def _features(self, params: Any, split: Labelled) -> tuple[np.ndarray, np.ndarray]:
