@@ -1,12 +1,11 @@
 """`bench video`: what it prints, what attention adds to a stage, its mistakes."""
 
-import functools
 import json
 import time
 
 import jax
-import numpy as np
 import pytest
+from empty_programs import jit_to_zeros
 
 import florence_jax.tools.bench.__main__ as bench
 from florence_jax.models.sizes import VARIANTS, resolve_config
@@ -29,8 +28,7 @@ def test_steps_are_timed_by_frames_beside_single_images(capsys, monkeypatch):
 
     monkeypatch.setattr(step, "TimedStep", Traced)
     monkeypatch.setattr(step, "TimedFunction", Traced)
-    zeros = functools.partial(jax.tree.map, lambda leaf: np.zeros(leaf.shape, leaf.dtype))
-    monkeypatch.setattr(jax, "jit", lambda function, **options: lambda *args: zeros(jax.eval_shape(function, *args)))
+    monkeypatch.setattr(jax, "jit", jit_to_zeros)
     assert bench.main("video --parts=frames,policies --variant=tiny --frames=2,4 --batch=3 --rounds=1".split()) == 0
     report = json.loads(capsys.readouterr().out)
     assert shapes[:6] == [(), (3, 128), (6, 128), (), (3, 128), (12, 128)]

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from florence_jax.data.records import Source, record_thumbnail
-from florence_jax.evaluators.base import Chart, Evaluator
+from florence_jax.evaluators.base import Chart, SourceEvaluator
 from florence_jax.evaluators.predictor import Predictor, image_counts
 from florence_jax.page import figure_html
 
@@ -16,7 +16,7 @@ PAIRING_GROUP = 8  # rows of the set, within which the other image of a text is 
 WORST_SHOWN = 12  # pictures of each kind in the report
 
 
-class MatchAndWords(Evaluator):
+class MatchAndWords(SourceEvaluator):
     """ITM and MLM of held-out pairs.
 
     Each text is judged twice, beside its own image and beside another one of the set, that of one of the next rows,
@@ -46,26 +46,16 @@ class MatchAndWords(Evaluator):
         batch_size: int,
         on_corrupt: str = "skip",
     ):
-        self.name = name
+        super().__init__(name, source)
         self.charts = (
             Chart(f"{name}: image-text match", {"": "itm_accuracy"}),
             Chart(
                 f"{name}: masked words", {"right image": "mlm_accuracy", "another image": "mlm_accuracy_other_image"}
             ),
         )
-        self._source, self._ops, self._context, self._on_corrupt = source, ops, dict(context), on_corrupt
+        self._chance = {"itm_accuracy": 0.5}  # half of the texts match
+        self._ops, self._context, self._on_corrupt = ops, dict(context), on_corrupt
         self._predictor = Predictor(judge, mesh, -(-batch_size // PAIRING_GROUP) * PAIRING_GROUP)
-        self._report: list[str] = []
-
-    @property
-    def sources(self) -> Sequence[Source]:
-        """The held-out pairs."""
-        return (self._source,)
-
-    @property
-    def chance(self) -> Mapping[str, float]:
-        """Half of the texts match."""
-        return {"itm_accuracy": 0.5}
 
     def run(self, params: Any) -> dict[str, float]:
         """See the class."""
@@ -96,10 +86,6 @@ class MatchAndWords(Evaluator):
                 "words": float(words.sum()),
             }
         return results
-
-    def report(self) -> list[str]:
-        """The worst matches."""
-        return self._report
 
     def _worst(self, found: Mapping[str, np.ndarray]) -> str:
         """Texts that the model finds no match for their own image, and ones that it finds one for another's."""
