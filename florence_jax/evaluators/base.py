@@ -118,6 +118,11 @@ def all_charts(evaluators: Sequence[Evaluator]) -> list[Chart]:
     ]
 
 
+def own_files(name: str, usual: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Files of an evaluator with its name before theirs, unless that is the usual one: of two beside each other."""
+    return {file if name == usual else f"{name}_{file}": content for file, content in files.items()}
+
+
 def all_files(evaluators: Sequence[Evaluator]) -> dict[str, bytes]:
     """The files of all evaluators.
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from florence_jax.data.sources.labelled import Labelled
 from florence_jax.errors import UserError, require
-from florence_jax.evaluators.base import Evaluator
+from florence_jax.evaluators.base import Evaluator, own_files
 from florence_jax.evaluators.classification import ClassificationMetrics
 from florence_jax.evaluators.metrics import average_precisions, class_targets, log_likelihoods
 from florence_jax.evaluators.predictor import Embedder
@@ -247,10 +247,7 @@ class LinearProbe(Evaluator):
 
     def files(self) -> dict[str, bytes]:
         """predictions.csv of the test split; with the name before it where that is not 'probe'."""
-        return {
-            name if self.name == USUAL_PROBE else f"{self.name}_{name}": file
-            for name, file in self._metrics.files().items()
-        }
+        return own_files(self.name, USUAL_PROBE, self._metrics.files())
 
     def _features(self, params: Any, split: Labelled) -> tuple[np.ndarray, np.ndarray]:
         """Features and labels of the readable images."""

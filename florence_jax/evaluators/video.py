@@ -15,7 +15,7 @@ from florence_jax.data.classes import ClassIndex
 from florence_jax.data.records import BadRecord, Source
 from florence_jax.data.videos import open_video
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import Chart, Payload, SourceEvaluator
+from florence_jax.evaluators.base import Chart, Payload, SourceEvaluator, own_files
 from florence_jax.evaluators.classification import HINT, Classification
 from florence_jax.evaluators.metrics import positive_places, recalls, retrieval_chance, softmax
 from florence_jax.evaluators.predictor import Embedder, image_counts
@@ -202,7 +202,7 @@ class ActionRecognition(Classification):
 
     def files(self) -> dict[str, bytes]:
         """predictions.csv; with the name before it where that is not 'test'."""
-        return {name if self.name == TEST else f"{self.name}_{name}": file for name, file in super().files().items()}
+        return own_files(self.name, TEST, super().files())
 
 
 class TextToVideo(SourceEvaluator):

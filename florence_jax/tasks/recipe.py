@@ -57,8 +57,11 @@ def video_recipe(examples: int | None, width: int, batch_size: int | None = None
         return KINETICS
     batch = batch_size or VIDEO_BATCH // (1 if examples >= VIDEO_BATCH else 2)
     epochs = max(round(VIDEO_STEPS * batch / max(examples, 1)), EPOCHS[0])
-    rate = VIDEO_RATE * math.sqrt(batch / VIDEO_BATCH) * 256 / width
-    return RunDefaults(batch, epochs, rate, DETECTION_WARMUP)
+    return RunDefaults(batch, epochs, _video_rate(batch, width), DETECTION_WARMUP)
+
+
+def _video_rate(batch: int, width: int) -> float:
+    return VIDEO_RATE * math.sqrt(batch / VIDEO_BATCH) * 256 / width
 
 
 MOTION_STEPS = 2000
@@ -72,8 +75,8 @@ def motion_recipe(examples: int | None, width: int, batch_size: int | None = Non
       width, batch_size: as there.
     """
     batch, clips = batch_size or VIDEO_BATCH, MOTION_STEPS * VIDEO_BATCH
-    rate = VIDEO_RATE * math.sqrt(batch / VIDEO_BATCH) * 256 / width
-    return RunDefaults(batch, max(round(clips / (examples or clips)), 1), rate, DETECTION_WARMUP)
+    epochs = max(round(clips / (examples or clips)), 1)
+    return RunDefaults(batch, epochs, _video_rate(batch, width), DETECTION_WARMUP)
 
 
 DYHEAD = RunDefaults(batch_size=32, epochs=12, learning_rate=1e-4, warmup_steps=1000)  # of COCO
