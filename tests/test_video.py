@@ -231,13 +231,17 @@ def test_views_are_averaged_after_the_softmax():
     labels = rng.integers(0, 6, 40)
     classes = ClassIndex([(f"class {i}",) for i in range(6)], {})
     source = ListSource("videos", [np.zeros((2, 8, 8, 3), np.uint8)] * 40, "video")
-    results = ActionRecognition("t", source, classes, "views(2, 2)", Embedded(found, labels), 2, 3).run(None)
+    given = ActionRecognition("t", source, classes, "views(2, 2)", Embedded(found, labels), 2, 3)
+    results = given.run(None)
     views = {"": found, "_2x1": found[:, 4:], "_1x1": found[:, 5:]}  # crop * clips + clip; the last crop is the middle
     for name, chosen in views.items():
         best = chosen.mean(1).argsort(1)[:, ::-1]
         assert results[f"top1{name}"] == pytest.approx((best[:, 0] == labels).mean())
         assert results[f"top5{name}"] == pytest.approx((best[:, :5] == labels[:, None]).any(1).mean())
     assert results["top1_error"] == pytest.approx((results["top1"] * (1 - results["top1"]) / 40) ** 0.5)
+    told = ActionRecognition("t", source, classes, "views(2, 2)", Embedded(found, labels), 2, 3, hint=None)
+    assert told.run(None) == results  # a test that is meant to be near chance, of which no warning is made
+    assert "near chance" in "".join(given.report()) and "near chance" not in "".join(told.report())
 
 
 def test_dual_softmax_knows_the_other_queries():

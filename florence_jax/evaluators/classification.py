@@ -145,7 +145,7 @@ class ClassificationMetrics:
         labels: np.ndarray,
         index: np.ndarray,
         keys: Iterable[str],
-        hint: str = "",
+        hint: str | None = "",
     ) -> dict[str, float]:
         """The metric, and for one class an image 'top1', 'top5', 'mean_per_class', those of `_of_two` and, where the
         classes are out of balance, 'majority_share'; `image_counts`.
@@ -154,7 +154,7 @@ class ClassificationMetrics:
           score_chunks: float (n, K) arrays, N rows together.
           labels: int (N,), or int8 (N, K) as `ClassIndex.target` gives them.
           index: (N,), rows of the source. keys: N, of its records.
-          hint: what to check if the headline is near chance.
+          hint: what to check if the headline is near chance; None: that is no mistake, nothing is said of it.
         """
         self.report = []
         judged: dict[str, Score] = {}
@@ -182,7 +182,8 @@ class ClassificationMetrics:
             shares = {} if largest is None else {"majority_share": largest.chance}
             self.report += self._pictures(given, confusion, index)
         self.chance |= {name: score.chance for name, score in judged.items()}
-        self._warn(judged[self.metric], hint, largest)
+        if hint is not None:
+            self._warn(judged[self.metric], hint, largest)
         headline = {self.metric: judged.pop(self.metric).value}
         others = {name: score.value for name, score in judged.items()}
         return headline | shares | others | values | image_counts(self._source, index, self._payload.plural)

@@ -157,6 +157,7 @@ class LinearProbe(Evaluator):
       dtype: of the features, see `logistic.LogisticRegression`.
       on_corrupt: 'skip' leaves unreadable images out, 'error' ends the evaluation.
       compare: also fit scikit-learn's LogisticRegression with the same C on the same features.
+      hint: see `ClassificationMetrics`.
 
     Raises:
       UserError: if the splits have different classes.
@@ -176,6 +177,7 @@ class LinearProbe(Evaluator):
         dtype: str = "auto",
         on_corrupt: str = "error",
         compare: bool = False,
+        hint: str | None = PROBE_HINT,
     ):
         splits = [train, test] + ([validation] if isinstance(validation, Labelled) else [])
         if any(split.names != train.names for split in splits):
@@ -188,7 +190,7 @@ class LinearProbe(Evaluator):
         self.name, self._metric = name, metric
         self._train, self._test, self._validation = train, test, validation
         self._ops, self._embedder, self._on_corrupt = ops, embedder, on_corrupt
-        self._seed, self._dtype, self._compare = seed, dtype, compare
+        self._seed, self._dtype, self._compare, self._hint = seed, dtype, compare, hint
         self._metrics = ClassificationMetrics(
             name, test.source, train.names, metric, self._several, payload=embedder.payload
         )
@@ -222,7 +224,7 @@ class LinearProbe(Evaluator):
         scores, labels = fitted.final.scores(0, test["embedding"]), self._test.labels[test["index"]]
         c = float(fitted.final.cs[0])
         self._sweep = [self._curve(fitted, c)]
-        results = self._metrics([scores], labels, test["index"], test["key"], PROBE_HINT)
+        results = self._metrics([scores], labels, test["index"], test["key"], self._hint)
         return results | {f"validation_{self._metric}": fitted.tried[c], "log10_c": float(np.log10(c))}
 
     def _rows(self, params: Any) -> "_Rows":

@@ -127,6 +127,7 @@ class ActionRecognition(Classification):
       name, source, classes, ops, metric, on_corrupt: see `Classification`; the ops end with views, crop * clips + clip.
       embedder: gives probabilities (B, views, K).
       clips, crops: of a video.
+      hint: see `ClassificationMetrics`.
     """
 
     def __init__(
@@ -140,9 +141,10 @@ class ActionRecognition(Classification):
         crops: int,
         metric: str = "top1",
         on_corrupt: str = "error",
+        hint: str | None = HINT,
     ):
         super().__init__(name, source, classes, ops, embedder, self._scores, metric, on_corrupt)
-        self._clips, self._crops = clips, crops
+        self._clips, self._crops, self._hint = clips, crops, hint
         self._partner = reversed_classes(classes.first_names)
         self._table: list[tuple[str, ...]] = []
 
@@ -173,7 +175,7 @@ class ActionRecognition(Classification):
         context = {"classes": self._classes}
         found = self._embedder.images(params, self._source, self._ops, context, self._on_corrupt, keys=True)
         labels, score = found["label"], self._scores(params, found["embedding"])
-        results = self._metrics([score(0, len(labels))], labels, found["index"], found["key"], HINT)
+        results = self._metrics([score(0, len(labels))], labels, found["index"], found["key"], self._hint)
         self._table = []
         further: dict[str, float] = {}
         views = {f"{self._clips}x{self._crops}": (slice(None), slice(None))}

@@ -28,7 +28,7 @@ from florence_jax.evaluators.base import OF_IMAGES, Evaluator, Payload
 from florence_jax.evaluators.classification import Classification, check_metric
 from florence_jax.evaluators.fewshot import FewShot, flip_pair
 from florence_jax.evaluators.predictor import Embedder
-from florence_jax.evaluators.probe import LinearProbe
+from florence_jax.evaluators.probe import PROBE_HINT, LinearProbe
 from florence_jax.evaluators.retrieval import open_retrieval
 from florence_jax.evaluators.zero_shot import ZeroShot
 from florence_jax.models.base import Params
@@ -232,6 +232,7 @@ class ClassificationSuite(Suite):
         compare: bool = False,
         image: str = "features",
         ops: str = "",
+        hint: str | None = PROBE_HINT,
     ) -> LinearProbe:
         """A linear probe of the test images by the prediction `image`; C is chosen on `held`, or a part of `train`."""
         images, classes = self.tested
@@ -246,6 +247,7 @@ class ClassificationSuite(Suite):
             seed=self.config.seed,
             on_corrupt=self.config.data.on_corrupt,
             compare=compare,
+            hint=hint,
         )
 
 

@@ -21,6 +21,7 @@ from florence_jax.data.sources.motions import MOTION_KIND
 from florence_jax.data.sources.video import open_videos
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
+from florence_jax.evaluators.classification import HINT
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.video import OF_VIDEOS, ActionRecognition, PairProbe, TextToVideo, reversed_classes
 from florence_jax.models.base import Params
@@ -139,6 +140,7 @@ class VideoSuite(ClassificationSuite):
             sampling["crops"],
             self.metric,
             self.config.data.on_corrupt,
+            None if predict == "shuffled" else HINT,
         )
 
 
@@ -347,7 +349,7 @@ class TrainVideo(VideoSuite, Task):
             rows = scattered(len(self.train_source), probed)
             some = Subset(self.train_source, rows, f"{self.train_source.name} ({len(rows):,} of them)")
             ops = self.tower.frame_ops(self.tower.frames)
-            found.append(self.linear_probe("test_frames", mesh, some, image="frame_features", ops=ops))
+            found.append(self.linear_probe("test_frames", mesh, some, image="frame_features", ops=ops, hint=None))
         return found
 
 
