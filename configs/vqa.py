@@ -99,6 +99,8 @@ def _model(config: ConfigDict, variant: str) -> None:
         "init": "",  # of the towers; '': where config.init has its own from
         "pictures": 1000,  # of data.train that it is fitted on, with their questions; 0: not done
     }
+    # Beside the model: convolutions times a bag of words, trained on the same questions for so long; 0: not done.
+    config.small_network = {"seconds": 0.0}
 
 
 def _paper(config: ConfigDict) -> None:

@@ -1,6 +1,7 @@
 """configs/vqa.py: trained on questions of one's own, evaluated, asked; several questions of a picture at once."""
 
 import csv
+import itertools
 import json
 
 import jax
@@ -73,7 +74,7 @@ def trained(questions, weights, tmp_path_factory):
 def test_it_trains_and_tells_what_it_answers(trained):
     result = json.loads((trained / "result.json").read_text())
     assert 0 <= result["eval/test/accuracy"] <= 1 and result["eval/test/questions"] == 4  # of two of twelve pictures
-    assert 0 <= result["eval/test/towers_accuracy"] <= 1
+    assert 0 <= result["eval/test/towers_accuracy"] <= 1 and 0 <= result["eval/test/majority_accuracy"] <= 1
     assert len(json.loads((trained / "answers_test.json").read_text())) == 4
     part = describe(str(trained)).parts["fusion"]
     assert set(part["answers"]) == {"red", "green", "blue", "yes", "no"} and part["heads"] == ["vqa"]
@@ -101,6 +102,17 @@ def test_it_is_evaluated_and_asked(trained, questions, tmp_path, capsys):
     )
     with pytest.raises(UserError, match="not for itm"):
         Florence(trained).match([str(questions / "0.png")], ["red"])
+
+
+def test_a_small_network_learns_beside_the_model(questions, weights, monkeypatch):
+    task = task_of(questions, weights, **{"small_network.seconds": 120.0, "towers_only.pictures": 0})
+    answered, small = task.evaluators(make_mesh(-1, 1))
+    ticks = itertools.count()
+    monkeypatch.setattr("florence_jax.evaluators.vqa_small.time.monotonic", lambda: float(next(ticks)))  # of a step
+    found = small.run(None)
+    assert small.name == answered.name and found["small_network_accuracy"] == 1
+    with pytest.raises(UserError, match=r"seconds=-1.*above 0"):
+        task_of(questions, weights, **{"small_network.seconds": -1.0}).evaluators(make_mesh(-1, 1))
 
 
 def test_questions_of_a_picture_share_it(questions, weights):

@@ -62,8 +62,9 @@ class VqaEvaluator(Evaluator):
     Results: 'accuracy', and its 'accuracy_stderr' (questions of one image count together); 'accuracy_answerable' of
     those questions of which an answer is in the vocabulary (which METER's own validation gives), 'answerable', their
     share; 'answer_type/...', 'question_type/...' (of at most 20 types); for NLVR2 'consistency', the share of the
-    sentences that are judged rightly of each of their pairs of pictures; 'questions', and where some have no true
-    answer 'unlabelled' ones; 'skipped' ones if any. Of a test set without answers only the counts.
+    sentences that are judged rightly of each of their pairs of pictures; 'majority_accuracy' of the commonest answer of
+    the training set; 'questions', and where some have no true answer 'unlabelled' ones; 'skipped' ones if any. Of a
+    test set without answers only the counts.
 
     Args:
       source: questions; or pictures with up to K "questions" each, which share the encoding of their picture.
@@ -172,6 +173,9 @@ class VqaEvaluator(Evaluator):
         found |= {"accuracy_stderr": standard_error(judged), "answerable": float(judged.known.mean())}
         if judged.known.any():
             found["accuracy_answerable"] = float(judged.accuracy[judged.known].mean())
+        if self._prior is not None:
+            always = judge_answers(judged.asked, [self._prior.majority] * len(judged.asked))
+            found["majority_accuracy"] = float(always.accuracy.mean())
         return found
 
     def _answer_all(self, params: Any) -> None:

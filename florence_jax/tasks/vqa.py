@@ -19,6 +19,7 @@ from florence_jax.data.sources.question_groups import QuestionGroups, picture_nu
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.vqa import VqaEvaluator
+from florence_jax.evaluators.vqa_small import SmallNetwork, SmallNetworkAnswers
 from florence_jax.evaluators.vqa_towers import TowersOnly, of_questions
 from florence_jax.losses.language import LossSums, answer_loss
 from florence_jax.models.base import Params
@@ -177,8 +178,22 @@ class Vqa(VqaSuite, FusionTask):
         return {**super().identity, **options, "answers": list(self.fusion.answers), "questions_per_image": self.places}
 
     def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
-        """Each of the test sets, and beside it what the towers know without a fusion."""
-        return [one for name, source in self.sets.tests.items() for one in self._with_towers(name, source, mesh)]
+        """Each of the test sets; beside it what the towers know without a fusion, and what a small network learns."""
+        found: list[Evaluator] = []
+        small = self._small_network()
+        for name, source in self.sets.tests.items():
+            found += self._with_towers(name, source, mesh)
+            if small is not None:
+                tested, _, batch = self.grouped(source)
+                found.append(SmallNetworkAnswers(name, tested, small, mesh, batch))
+        return found
+
+    def _small_network(self) -> SmallNetwork | None:
+        config, seconds = self.config, self.config.small_network.seconds
+        if not seconds or self.groups is None:
+            return None
+        data = (self.groups, config.data.train_ops, config.answers.match)
+        return SmallNetwork(*data, self.fusion.tokenizer, self.vocabulary, seconds, config.seed)
 
     def _with_towers(self, name: str, source: Source, mesh: Mesh) -> Sequence[Evaluator]:
         evaluator, config, groups = self.answered(name, source, mesh), self.config, self.groups

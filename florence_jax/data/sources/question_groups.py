@@ -19,14 +19,14 @@ class QuestionGroups(BaseSource):
       source: of the questions. places: of a record, at least 1.
 
     Attributes:
-      name, summary: of the source.
+      name, summary: of the source. places: of a record.
 
     Raises:
       UserError: for a source that does not know its pictures, or has no questions.
     """
 
     def __init__(self, source: Source, places: int):
-        self.name, self.summary, self._source = source.name, summary_of(source), source
+        self.name, self.summary, self._source, self.places = source.name, summary_of(source), source, places
         numbers = picture_numbers(source)
         if not len(numbers):
             raise UserError(f"data source {source.name} has no questions")
