@@ -1,4 +1,4 @@
-"""`bench video`: what it prints, what attention adds to a stage, its mistakes."""
+"""`bench video` and `bench still_clips`: what they print, what attention adds to a stage, their mistakes."""
 
 import json
 import time
@@ -9,7 +9,7 @@ from empty_programs import jit_to_zeros
 
 import florence_jax.tools.bench.__main__ as bench
 from florence_jax.models.sizes import VARIANTS, resolve_config
-from florence_jax.tools.bench import step, video
+from florence_jax.tools.bench import step, still_clips, video
 
 
 def test_steps_are_timed_by_frames_beside_single_images(capsys, monkeypatch):
@@ -59,3 +59,13 @@ def test_mistakes_are_one_message(capsys, arguments):
     assert bench.main(["video", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+
+
+def test_an_inflated_tower_beside_its_image_tower(capsys, monkeypatch):
+    monkeypatch.setattr(still_clips, "SIZES", {"40x28": ((40, 28), 3)})
+    monkeypatch.setattr(still_clips, "WINDOWS", {"growing": (2, 4)})
+    assert bench.main(["still_clips", "--frames=5", "--towers=swin", "--dtypes=float32"]) == 0
+    (difference,) = json.loads(capsys.readouterr().out)["results"]["swin"]["growing"]["40x28"]["5"]
+    assert difference < 1e-5
+    assert bench.main(["still_clips", "--towers=resnet"]) == 2
+    assert "--towers: unknown resnet; known are coswin, " in capsys.readouterr().err

@@ -1,7 +1,5 @@
 """The video tower against Video Swin's numbers, and against the image tower that it is inflated from."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,7 @@ from florence_jax.errors import UserError
 from florence_jax.models.sizes import resolve_config
 from florence_jax.models.video_coswin import VideoCoSwin, build_video, resolve_video, stage_windows
 from florence_jax.models.windows import relative_position_index
-from florence_jax.params.rules import path_string
+from florence_jax.tools.bench.still_clips import inflated_params, small_video_model
 
 SWIN_NAMES = (
     (r"^patch_embed\.", "stage0_embed."),
@@ -60,37 +58,13 @@ INFLATED = [
 ]
 
 
-def inflated_towers(size, window, embedding, merge, window_frames, scan):
-    """A model in float64 and its parameters, the video tower's inflated from the image tower's random ones."""
-    padded = dict(size_mode="detection", mask_padding=True) if size != (32, 32) else {}
-    tower = resolve_config(
-        "ti", res=32, image_width=8, depths=(4, 2) if scan else (2, 2), heads=(1, 2), window=window, projection=4,
-        embedding=embedding, scan=scan, out_stages=(), **padded,
-    )  # fmt: skip
-    tower = dataclasses.replace(tower, dtype="float64")
-    model = build_video(tower, resolve_video(tower, merge=merge, window_frames=window_frames, frames=4))
-    shapes, rng = jax.eval_shape(model.init, jax.random.key(0)), np.random.default_rng(0)
-
-    def draw(path, leaf):  # numbers that float32 still holds when they are divided by 2 or 3
-        value = rng.integers(-400, 400, leaf.shape).astype(np.float32) * np.float32(3 / 2**12)
-        return value + (path[-1].key == "scale")
-
-    params = jax.tree_util.tree_map_with_path(draw, {name: shapes[name] for name in ("image", "image_projection")})
-    image = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params["image"])}
-
-    def inflate(path, leaf):
-        name = path_string(path)
-        return model.inflate(f"video/{name}", image[name], leaf)
-
-    return model, params | {"video": jax.tree_util.tree_map_with_path(inflate, shapes["video"])}
-
-
 @pytest.mark.parametrize(("frames", "size", "window", "embedding", "merge", "window_frames", "scan"), INFLATED)
 def test_inflated_tower(frames, size, window, embedding, merge, window_frames, scan):
     """Of identical frames it gives what the image tower gives of one; it cannot tell a clip from its reverse."""
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
-        model, params = inflated_towers(size, window, embedding, merge, window_frames, scan)
+        model = small_video_model(size, window, embedding, merge, window_frames, scan, "float64")
+        params = inflated_params(model)
         image, clip = rng.normal(size=(1, *size, 3)), rng.normal(size=(1, frames, *size, 3))
         video = np.concatenate([np.repeat(image[:, None], frames, 1), clip, clip[:, ::-1]])
         out = jax.jit(model.apply)(params, {"image": image, "video": video})

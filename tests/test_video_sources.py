@@ -44,6 +44,7 @@ def test_a_folder_of_classes(make):
     assert (
         "4 videos, 2 classes" in source.summary["says"] and "1 videos beside the sub-folders" in source.summary["says"]
     )
+    assert source.summary["says"].endswith("; passed over: 1 .jpg")
     assert open_classes(source).first_names == ["jump up", "wave"]
     looked = open_clips(str(folder))
     assert len(looked) == 5 and looked[2]["caption"] == ""
@@ -52,7 +53,7 @@ def test_a_folder_of_classes(make):
 
 def test_folders_without_videos(make):
     folder = make("a/b.jpg", "c.txt")
-    with pytest.raises(UserError, match=r"no videos in .*Found: 2 files, 1 .txt"):
+    with pytest.raises(UserError, match=r"no videos in .*Found: 2 files, 1 .jpg, 1 .txt"):
         open_videos(str(folder))
     make("d.mp4")
     with pytest.raises(UserError, match="must lie in a sub-folder for each class.*d.mp4"):

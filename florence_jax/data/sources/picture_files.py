@@ -34,7 +34,10 @@ OTHER_SUFFIXES = frozenset(
     ".meta .tar .gz .tgz .bz2 .xz .zip .7z .rar .pdf .doc .docx .xls .xlsx .ppt .pptx .eps .ps .svg .svgz .db .sqlite "
     ".lock .mp3 .wav .flac .ogg .m4a .part .tmp .crdownload .download".split()
 )
-VIDEO_SUFFIXES = frozenset(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .m2ts .flv .wmv .ogv .3gp".split())
+VIDEO_SUFFIXES = frozenset(
+    ".mp4 .m4v .mov .avi .divx .mkv .webm .mpg .mpeg .m2v .vob .ts .mts .m2ts .flv .f4v .wmv .asf .ogv .3gp .mxf .h264 "
+    ".264 .h265 .265 .hevc".split()
+)
 STUB_FORMATS = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))  # Pillow knows them and cannot read them alone
 SYSTEM_FOLDERS = frozenset(
     ("__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")

@@ -65,7 +65,7 @@ def open_clips(spec: str) -> Source:
         listing = list_videos(spec)
         if not listing.pictures:
             raise _no_videos(listing)
-        says = f"{shown(spec)}: {len(listing.pictures):,} videos"
+        says = f"{shown(spec)}: {len(listing.pictures):,} videos{listing.passed_over_text()}"
         rows = [{"key": name, "caption": ""} for name in listing.pictures]
         return VideoSource(spec, spec, rows, {"videos": len(rows), "says": says})
     if path.is_file() and path.suffix.lower() in (*VIDEO_SUFFIXES, *ANIMATED_SUFFIXES, ".png"):
@@ -96,6 +96,7 @@ def _class_folders(listing: Listing) -> VideoSource:
     says = f"{shown(listing.folder)}: {len(records):,} videos, {len(names):,} classes from the names of the "
     says += f"sub-folders: {some(names)}"
     says += f"; {without:,} videos beside the sub-folders have no class and are left out" if without else ""
+    says += listing.passed_over_text()
     return VideoSource(listing.folder, listing.folder, records, {"videos": len(records), "says": says})
 
 

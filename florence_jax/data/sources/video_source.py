@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -60,12 +61,20 @@ class VideoSource(BaseSource):
 def list_videos(folder: str | os.PathLike) -> Listing:
     """The listing of a folder with its videos, and the pictures that may be animated by their names, as `pictures`.
 
+    Other pictures are among what is passed over, videos are not.
+
     Raises:
       UserError: if there is no such folder.
     """
     found = list_pictures(folder)
     animated = [name for name in found.pictures if name.lower().endswith(ANIMATED_SUFFIXES)]
-    return dataclasses.replace(found, pictures=sorted(found.videos + animated))
+    still = _suffixes(set(found.pictures).difference(animated))
+    passed_over = found.passed_over - _suffixes(found.videos) + still
+    return dataclasses.replace(found, pictures=sorted(found.videos + animated), videos=[], passed_over=passed_over)
+
+
+def _suffixes(names: Iterable[str]) -> Counter[str]:
+    return Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in names)
 
 
 def videos_by_stem(folder: str | os.PathLike) -> dict[str, str]:

@@ -8,6 +8,7 @@
     python -m florence_jax.tools.bench boxes             # the same of a detector's input, with boxes
     python -m florence_jax.tools.bench video_data        # frames a second of clips of videos, by codec
     python -m florence_jax.tools.bench video             # the video tower: steps by frames, views, memory of windows
+    python -m florence_jax.tools.bench still_clips       # an inflated video tower beside its image tower
     python -m florence_jax.tools.bench detect            # the detector: deformable convolution, steps by size of image
     python -m florence_jax.tools.bench vocabulary        # memory of a detector of 25,190 classes, before and after
     python -m florence_jax.tools.bench vl                # vision and language: the fusion's layers, its training steps
@@ -41,6 +42,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "boxes": ("florence_jax.tools.bench.boxes", "images a second of a detector's input, compared with bare decoding"),
     "video_data": ("florence_jax.tools.bench.video_data", "frames a second of clips, compared with bare decoding"),
     "video": ("florence_jax.tools.bench.video", "the video tower: steps by frames, views, memory of its windows"),
+    "still_clips": ("florence_jax.tools.bench.still_clips", "an inflated video tower beside its image tower"),
     "detect": ("florence_jax.tools.bench.detect", "the detector: its deformable convolution, steps by size of image"),
     "vocabulary": ("florence_jax.tools.bench.vocabulary", "memory of a detector of many classes, all at once or not"),
     "vl": ("florence_jax.tools.bench.vl", "the fusion of image and text: its layers beside PyTorch's, training steps"),
