@@ -6,6 +6,7 @@
     python -m florence_jax.main --config=configs/video.py:protocol=probe --config.init=DIR --config.data.train=DATA
     python -m florence_jax.main --config=configs/video.py:protocol=zeroshot --config.init=DIR --config.data.test=DATA
     python -m florence_jax.main --config=configs/video.py:protocol=retrieval --config.init=DIR --config.data.test=DATA
+    python -m florence_jax.main --config=configs/video.py:protocol=finetune --config.init=DIR --config.data.train=DATA
     python -m florence_jax.main --config=configs/video.py:protocol=check --config.data.train=DATA
     python -m florence_jax.main --config=configs/video.py:recipe=k400,res=384 --config.init=DIR \
         --config.data.train=DATA --config.data.test=DATA
@@ -17,10 +18,10 @@ florence_jax.tools.import_torch. Results are in WORKDIR/result.json, predictions
 
 Arguments: protocol = train | eval (a trained classifier on config.data.test) | probe (logistic regression on frozen
 features of config.video.tower) | zeroshot (actions by the names of their classes) | retrieval (videos with captions, by
-text and the other way round) | check (a report of data, without weights); recipe = k400 | k600 | ssv2 (the paper's
-figures where it gives some, Video Swin's where not; never run here), without one batch, epochs and learning rate follow
-the number of videos; variant = size of the towers, for a preflight without weights; res = side of the frames in pixels
-(0: the weights' own); runlocal.
+text and the other way round) | finetune (for retrieval, on videos with captions by the UniCL loss) | check (a report of
+data, without weights); recipe = k400 | k600 | ssv2 (the paper's figures where it gives some, Video Swin's where not;
+never run here), without one batch, epochs and learning rate follow the number of videos; variant = size of the towers,
+for a preflight without weights; res = side of the frames in pixels (0: the weights' own); runlocal.
 
 A preflight (florence_jax.tools.aot_compile) needs neither weights nor data: --config.init= --config.data.train= and
 variant=NAME, --config.classes=NAMES for the size of the classifier.
@@ -32,7 +33,7 @@ from florence_jax.config_files import parse_arg
 from florence_jax.errors import UserError
 from florence_jax.train.defaults import common, model_overrides, video_overrides
 
-PROTOCOLS = ("train", "eval", "probe", "zeroshot", "retrieval", "check")
+PROTOCOLS = ("train", "eval", "probe", "zeroshot", "retrieval", "finetune", "check")
 RECIPES = ("k400", "k600", "ssv2")
 
 
@@ -42,8 +43,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     for name, value, known in (("protocol", given.protocol, PROTOCOLS), ("recipe", given.recipe, ("", *RECIPES))):
         if value not in known:
             raise UserError(f"unknown {name} {value!r}; known: {', '.join(filter(None, known))}")
-    trains = given.protocol == "train"
-    config = common("runs/video" if trains else f"runs/video_{given.protocol}")
+    trains = given.protocol in ("train", "finetune")
+    config = common("runs/video" if given.protocol == "train" else f"runs/video_{given.protocol}")
     config.task, config.protocol = "video", given.protocol
     config.mode = "train" if trains else "eval"
     config.init = "runs/video" if given.protocol == "eval" else "runs/pretrain/checkpoints"

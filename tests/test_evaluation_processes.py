@@ -101,7 +101,8 @@ def places(pictures, weights, tmp_path_factory):
 def test_several_processes_give_the_numbers_of_one(weights, places, count, protocols, tmp_path):
     commands, alone = {}, {}
     for name, arguments in protocols.items():
-        commands[name] = [f"--config.init={weights}", *(argument.format(**places) for argument in arguments)]
+        config, *options = (argument.format(**places) for argument in arguments)
+        commands[name] = [config, f"--config.init={weights}", *options]  # an option of its own comes later, and counts
         workdir = tmp_path / f"alone_{name}"
         assert run_main(*commands[name], "--config.eval.batch_size=24", f"--workdir={workdir}") == 0
         alone[name] = json.loads((workdir / "result.json").read_text())

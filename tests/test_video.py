@@ -117,7 +117,8 @@ def test_predict_tells_seconds_of_long_videos(trained, clips, tmp_path):
 def test_an_index_of_videos(trained, clips, tmp_path, capsys):
     """Found by a picture that is a frame of one of them; what could not be read is told."""
     index, page = tmp_path / "index", tmp_path / "found.html"
-    assert index_main(["embed", f"--init={trained}", f"--videos={clips / 'moves_left'}", f"--out={index}"]) == 0
+    made = ["embed", f"--init={trained}", f"--videos={clips / 'moves_left'}", "--tower=video", f"--out={index}"]
+    assert index_main(made) == 0
     assert f"{CLIPS} videos in" in capsys.readouterr().out
     assert json.loads((index / "index.json").read_text())["unread"] == ["4.mp4"]
     assert index_main(["query", f"--index={index}", "--text=left", "--k=2", f"--html={page}"]) == 0
@@ -155,6 +156,24 @@ def test_protocols(protocol, trained, clips):
         assert {name: value for name, value in results.items() if name.endswith("/within_pair")}
 
 
+def test_fine_tuning_for_retrieval(trained, clips, tmp_path):
+    """The video tower, the text tower and what joins them learn; the image tower does not, the classifier goes."""
+    data = f"--config.data.train={clips}", f"--config.data.test={clips}", f"--config.init={trained}"
+    assert run_main("--config=configs/video.py:protocol=finetune,runlocal", *data, f"--workdir={tmp_path}") == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["eval/test/videos"] == 2 * CLIPS and 1 <= result["eval/test/t2v_median_rank"] <= 2 * CLIPS
+    before, after = (VideoTower(Encoder(str(folder))) for folder in (trained, tmp_path))
+    assert before.classes and not after.classes
+    first, last = (tower.load_on(make_mesh(-1, 1)) for tower in (before, after))
+    jax.tree.map(np.testing.assert_array_equal, first["image"], last["image"])
+    for name in ("video", "text", "text_projection", "image_projection"):
+        assert any((a != b).any() for a, b in zip(*(jax.tree.leaves(p[name]) for p in (first, last)), strict=True)), (
+            name
+        )
+    with pytest.raises(UserError, match="this protocol trains the video tower"):
+        create_suite(changed_config("protocol=finetune", init=str(trained), **{"video.tower": "image"}))
+
+
 def test_what_does_not_fit_is_said(weights, clips, tmp_path, caplog):
     with pytest.raises(UserError, match="holds no classifier of actions"):
         create_suite(changed_config("protocol=eval", init=weights, **{"data.test": str(clips)}))
@@ -165,6 +184,10 @@ def test_what_does_not_fit_is_said(weights, clips, tmp_path, caplog):
     with pytest.raises(UserError, match="how many classes"):
         create_task(changed_config(init="", **sizes)).init(jax.random.key(0))
     (tmp_path / "names.txt").write_text("push left\npush right\nsit\n")
+    (tmp_path / "list.txt").write_text("".join(f"{path} {i}\n" for i, path in enumerate(sorted(clips.glob("*/*.mp4")))))
+    listed = {"data.train": str(tmp_path / "list.txt"), "classes": str(tmp_path / "names.txt")}
+    with pytest.raises(UserError, match="moves_left/3.mp4 is of class 3, there are names of 3, from 0 on"):
+        create_task(changed_config(init=weights, **listed))
     task = create_task(changed_config(init="", classes=str(tmp_path / "names.txt"), **sizes))
     assert task.batches[0]["video"].shape == (8, 8, 32, 32, 3)
     assert "changes 2 of the classes, such as 'push left'" in caplog.text

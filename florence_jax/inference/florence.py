@@ -396,12 +396,12 @@ class Florence:
         found = reader.probabilities(_as_source(videos, "video"), "error")
         return [best_classes(row, names, top) for _, row in found]
 
-    def embed_videos(self, videos: Sequence[VideoLike], frames: int = 8, tower: str = "image") -> np.ndarray:
+    def embed_videos(self, videos: Sequence[VideoLike], frames: int | None = None, tower: str = "image") -> np.ndarray:
         """Unit vectors in the joint space of pictures and texts.
 
         Args:
           videos: as for `recognise`.
-          frames: of each, evenly spread by time.
+          frames: of each, evenly spread by time; None: 8, of the video tower as many as it was trained on.
           tower: 'image': the mean of the vectors of the frames; 'video': of the folder's video tower, or of one
             inflated from its image tower.
 
@@ -414,7 +414,7 @@ class Florence:
         return self.embed_video_source(_as_source(videos, "video"), frames, tower, "error")["embedding"]
 
     def embed_video_source(
-        self, source: Source, frames: int = 8, tower: str = "image", on_corrupt: str = "skip"
+        self, source: Source, frames: int | None = None, tower: str = "image", on_corrupt: str = "skip"
     ) -> dict[str, np.ndarray]:
         """As `embed_videos`, of a source (`data.sources.video.open_clips`) of any length: what `embed_source` gives.
 
@@ -428,7 +428,7 @@ class Florence:
         videos: Sequence[VideoLike],
         names: Sequence[str | Sequence[str]],
         templates: Sequence[str] = VIDEO_PROMPTS,
-        frames: int = 8,
+        frames: int | None = None,
         tower: str = "image",
     ) -> np.ndarray:
         """Zero-shot classification of videos, as `classify` of pictures: float32 (N, K), rows sum to 1.

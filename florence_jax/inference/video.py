@@ -16,8 +16,9 @@ from florence_jax.evaluators.video import clip_strip
 from florence_jax.inference.base import SHOWN_CLASSES, Answerer, Found, best_classes
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks.encoder import Encoder
-from florence_jax.tasks.video_tower import VIDEO_HEAD, VideoTower
+from florence_jax.tasks.video_tower import LOOKED_BY, VIDEO_HEAD, VideoTower
 
+EMBEDDED_FRAMES = 8  # of a video, by the image tower
 LONG_VIDEO = 2.0  # times as long as a clip, from which on a video is told second by second
 
 
@@ -104,11 +105,13 @@ class VideoReader:
         found = list(self.rows("views", Parts(str(record["key"]), parts), ops))
         return starts[[index for index, _ in found]], np.array([views[0] for _, views in found])
 
-    def vectors(self, source: Source, frames: int, tower: str, on_corrupt: str) -> dict[str, np.ndarray]:
+    def vectors(self, source: Source, frames: int | None, tower: str, on_corrupt: str) -> dict[str, np.ndarray]:
         """See `Florence.embed_video_source`."""
-        what = {"image": "frames", "video": "video"}.get(tower)
-        if what is None:
+        if tower not in LOOKED_BY:
             raise UserError(f"tower={tower!r}: choose 'image' or 'video'")
+        what = "frames" if tower == "image" else tower
+        if frames is None:
+            frames = self.tower.frames if tower == "video" else EMBEDDED_FRAMES
         found = list(self.rows(what, source, self.tower.frame_ops(frames), on_corrupt))
         if not found:
             raise UserError(f"none of the {len(source)} videos of {source.name} could be read")

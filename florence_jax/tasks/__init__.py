@@ -20,6 +20,7 @@ from florence_jax.tasks.retrieve import FineTuneRetrieval, RetrievalSuite
 from florence_jax.tasks.sentences import Nlvr2, SnliVe
 from florence_jax.tasks.video import RecognitionSuite, TextToVideoSuite, TrainVideo, VideoProbeSuite, ZeroShotVideoSuite
 from florence_jax.tasks.video_check import VideoCheckSuite
+from florence_jax.tasks.video_retrieval import FineTuneVideoRetrieval
 from florence_jax.tasks.vlp import VLP
 from florence_jax.tasks.vqa import Vqa, VqaSuite
 from florence_jax.tasks.zero_shot_detection import ZeroShotDetectionSuite
@@ -71,6 +72,7 @@ TASKS: dict[str, Registered] = {
             "probe": VideoProbeSuite,
             "zeroshot": ZeroShotVideoSuite,
             "retrieval": TextToVideoSuite,
+            "finetune": FineTuneVideoRetrieval,
             "check": VideoCheckSuite,
         },
         "florence_jax.inference.video:ActionAnswerer",

@@ -19,6 +19,7 @@ from florence_jax.data.records import Source, Subset, scattered, summary_of
 from florence_jax.data.sides import sided_names
 from florence_jax.data.sources.motions import MOTION_KIND
 from florence_jax.data.sources.video import open_videos
+from florence_jax.data.sources.video_source import VideoSource
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.evaluators.classification import HINT
@@ -32,9 +33,8 @@ from florence_jax.tasks.base import Task, frozen_parts, make_identity, make_plan
 from florence_jax.tasks.classify import ClassificationSuite
 from florence_jax.tasks.linear_head import feature_width
 from florence_jax.tasks.recipe import LARGE, motion_recipe, video_recipe
-from florence_jax.tasks.video_tower import VIDEO_HEAD, VideoTower
+from florence_jax.tasks.video_tower import LOOKED_BY, VIDEO_HEAD, VideoTower
 
-LOOKED_BY = ("image", "video")
 MIRROR = "|flip(0.5, field=video)"
 # Motion clips of objects, a style and backgrounds that are not in training.
 UNSEEN_MOTIONS = f"{MOTION_KIND}:new_names::h264"
@@ -68,6 +68,12 @@ class VideoSuite(ClassificationSuite):
         super()._open_sources()
         if self.classes is not None and self.classes.multi:
             raise UserError(f"{self.config.data.train or self.config.data.test} has several classes a video")
+
+    def _open_classes(self, names: str) -> ClassIndex | None:
+        found = super()._open_classes(names)
+        for source in self.sources if found is not None else ():
+            check_numbers(source, len(found))
+        return found
 
     @property
     def of_motions(self) -> bool:
@@ -222,15 +228,7 @@ class TrainVideo(VideoSuite, Task):
     @functools.cached_property
     def policy(self) -> Policy:
         """The video tower has its own rate, which falls towards the input; what is for pictures and texts is frozen."""
-        shapes, rate = jax.eval_shape(self.init, jax.random.key(0)), self.config.video.tower_lr
-        frozen = tuple((rf"{name}(/.*)?", 0.0) for name in shapes if name not in (VIDEO, VIDEO_HEAD))
-        layers = layer_decay_rules({VIDEO: shapes[VIDEO]}, self.config.optim.layer_decay)
-
-        def times(factor: Any) -> Any:
-            return tuple(rate * one for one in factor) if isinstance(factor, tuple) else rate * factor
-
-        own = tuple((pattern, times(factor)) for pattern, factor in layers if pattern.startswith(f"{VIDEO}/"))
-        return Policy(lr=(*frozen, *own, (f"{VIDEO}/.*", rate)))
+        return tower_policy(jax.eval_shape(self.init, jax.random.key(0)), self.config, (VIDEO_HEAD,))
 
     @functools.cached_property
     def frozen(self) -> frozenset[str]:
@@ -353,6 +351,28 @@ class TrainVideo(VideoSuite, Task):
         return found
 
 
+def check_numbers(source: Source, classes: int) -> None:
+    """Raises `UserError` for a video of a list whose class is a number beyond those of the classes."""
+    for row in source.metadata() if isinstance(source, VideoSource) else ():
+        if not 0 <= row.get("class_id", 0) < classes:
+            raise UserError(
+                f"{source.name}: {row['key']} is of class {row['class_id']}, there are names of {classes}, from 0 on"
+            )
+
+
+def tower_policy(shapes: Params, config: ConfigDict, learns_too: Sequence[str]) -> Policy:
+    """The video tower at its own rate, which falls towards the input; the entries `learns_too` at the full one."""
+    rate = config.video.tower_lr
+    frozen = tuple((rf"{name}(/.*)?", 0.0) for name in shapes if name not in (VIDEO, *learns_too))
+    layers = layer_decay_rules({VIDEO: shapes[VIDEO]}, config.optim.layer_decay)
+
+    def times(factor: Any) -> Any:
+        return tuple(rate * one for one in factor) if isinstance(factor, tuple) else rate * factor
+
+    own = tuple((pattern, times(factor)) for pattern, factor in layers if pattern.startswith(f"{VIDEO}/"))
+    return Policy(lr=(*frozen, *own, (f"{VIDEO}/.*", rate)))
+
+
 class VideoProbeSuite(VideoSuite):
     """A linear probe on frozen features: of the video tower, or of the image tower, averaged over frames."""
 
@@ -380,7 +400,12 @@ class ZeroShotVideoSuite(VideoSuite):
 
     def _usual_ops(self, dataset: str) -> tuple[str, str]:
         train, _ = super()._usual_ops(dataset)
-        return train, self.tower.frame_ops(self.config.video.embedded_frames[-1])
+        return train, self.tower.frame_ops(self.embedded_frames[-1])
+
+    @property
+    def embedded_frames(self) -> tuple[int, ...]:
+        """Of each video; the last number is the headline's."""
+        return tuple(self.config.video.embedded_frames)
 
     def _open_sources(self) -> None:
         super()._open_sources()
@@ -408,7 +433,6 @@ class TextToVideoSuite(ZeroShotVideoSuite):
         """See the class."""
         if self.test_source is None:
             raise UserError("no videos to evaluate on: give --config.data.test=DATA")
-        frames = self.config.video.embedded_frames
-        ops = {n: self.config.data.eval_ops or self.tower.frame_ops(n) for n in frames}
+        ops = {n: self.config.data.eval_ops or self.tower.frame_ops(n) for n in self.embedded_frames}
         dual, on_corrupt = self.config.video.dual_softmax, self.config.data.on_corrupt
         return [TextToVideo("test", self.test_source, ops, self.embedder(mesh), dual, on_corrupt)]

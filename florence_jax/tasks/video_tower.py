@@ -20,6 +20,7 @@ from florence_jax.tasks.encoder import Encoder
 from florence_jax.tasks.linear_head import feature_width
 
 VIDEO_HEAD = "video_head"  # the classifier's part in model.json, and the entry of its parameters
+LOOKED_BY = ("image", "video")  # the towers that embed a video: frame by frame, or as a clip
 FIRST_STD = 0.01  # of its first weights: with zeros an inflated tower, blind to the direction of time, would stay so
 SMALL_FRAMES = 8  # of a clip for the smallest towers
 FRAME_OPS = "uniform({frames}, short={res})|resize({res}, field=video)|center_crop({res}, field=video)"

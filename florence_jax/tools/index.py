@@ -7,8 +7,9 @@
 
 --images is a folder, whose image files are taken at any depth, or a data source of the project (emoji:train,
 ArrayRecord files, tfds:NAME:SPLIT); --videos a folder of videos or one, each of which is the mean of the vectors of 8
-frames. The index is a folder: index.json (which weights, which images), embeddings.npy
-(N, D) of unit vectors, keys.json (N names). The images stay where they are; the page of results holds small copies.
+frames or, with --tower=video, what the video tower says of as many as it was trained on. The index is a folder:
+index.json (which weights, which images), embeddings.npy (N, D) of unit vectors, keys.json (N names). The images stay
+where they are; the page of results holds small copies.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from florence_jax.files import with_home
 from florence_jax.inference.florence import Florence
 from florence_jax.page import GridCell, matches_html, write_page
 from florence_jax.pictures import thumbnail
+from florence_jax.tasks.video_tower import LOOKED_BY
 
 INDEX_FILE, EMBEDDINGS_FILE, KEYS_FILE = "index.json", "embeddings.npy", "keys.json"
 ROWS = 65536  # searched at once
@@ -53,20 +55,21 @@ class Index(NamedTuple):
     info: dict[str, Any]
 
 
-def write_index(out: str, model: Florence, images: str, dtype: str = "float32", videos: bool = False) -> Index:
+def write_index(out: str, model: Florence, images: str, dtype: str = "float32", tower: str = "") -> Index:
     """Embeds all readable images and writes the folder `out`, which appears only when it is complete.
 
-    With `videos`, `images` names videos.
+    With a `tower` of `Florence.embed_videos`, `images` names videos.
 
     Raises:
       UserError: if `out` exists or cannot be written, or for what reading the images raises.
     """
     if Path(out).exists():
         raise UserError(f"--out={out} exists already: choose another folder, or remove it")
+    videos = bool(tower)
     source = open_clips(images) if videos else open_pictures(images)
     told = f"{source.name}: {len(source):,} {'videos' if videos else 'pictures'}"
     print(summary_of(source).get("says", told), flush=True)
-    found = model.embed_video_source(source) if videos else model.embed_source(source)
+    found = model.embed_video_source(source, tower=tower) if videos else model.embed_source(source)
     keys = [row["key"] for row in source.metadata()]
     if len(keys) != len(source):  # unreadable records have no key
         keys = [str(i) for i in range(len(source))]
@@ -223,8 +226,11 @@ def results_html(index: Index, queries: Sequence[GridCell], rows: np.ndarray, co
 
 
 def _embed(args: argparse.Namespace) -> None:
+    if args.tower and not args.videos:
+        raise UserError(f"--tower={args.tower} is for --videos")
     model = Florence(args.init, tokenizer=args.tokenizer, batch_size=args.batch_size)
-    index = write_index(args.out, model, args.videos or args.images, args.dtype, bool(args.videos))
+    tower = (args.tower or "image") if args.videos else ""
+    index = write_index(args.out, model, args.videos or args.images, args.dtype, tower)
     unread = index.info["unread"]
     for key in unread[:UNREAD_SAID]:
         print(f"not read: {key}", file=sys.stderr)
@@ -275,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = embed.add_mutually_exclusive_group(required=True)
     what.add_argument("--images", default="", help="folder or data source")
     what.add_argument("--videos", default="", help="folder of videos, or one")
+    embed.add_argument("--tower", choices=LOOKED_BY, help="of --videos; default: image, the mean over frames")
     embed.add_argument("--out", required=True, help="new folder")
     embed.add_argument("--dtype", choices=VECTOR_DTYPES, default="float32", help="of the vectors on disk")
     embed.add_argument("--batch-size", type=int, default=256)
