@@ -62,8 +62,8 @@ def test_mistakes_are_one_message(capsys, arguments):
 
 
 def test_an_inflated_tower_beside_its_image_tower(capsys, monkeypatch):
-    monkeypatch.setattr(still_clips, "SIZES", {"40x28": ((40, 28), 3)})
-    monkeypatch.setattr(still_clips, "WINDOWS", {"growing": (2, 4)})
+    monkeypatch.setattr(still_clips, "STILL_SIZES", {"40x28": ((40, 28), 3)})
+    monkeypatch.setattr(still_clips, "STILL_WINDOWS", {"growing": (2, 4)})
     assert bench.main(["still_clips", "--frames=5", "--towers=swin", "--dtypes=float32"]) == 0
     (difference,) = json.loads(capsys.readouterr().out)["results"]["swin"]["growing"]["40x28"]["5"]
     assert difference < 1e-5

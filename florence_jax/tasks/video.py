@@ -71,8 +71,9 @@ class VideoSuite(ClassificationSuite):
 
     def _open_classes(self, names: str) -> ClassIndex | None:
         found = super()._open_classes(names)
-        for source in self.sources if found is not None else ():
-            check_numbers(source, len(found))
+        if found is not None:
+            for source in self.sources:
+                check_numbers(source, len(found))
         return found
 
     @property

@@ -1,10 +1,10 @@
 """`bench still_clips`: how far an inflated video tower is from its image tower, for clips of identical frames.
 
-A tower that stands for `TOWERS`, of random weights, small, with two stages, is inflated. For windows along time that
-grow and for equal ones, sizes of the frames that need padding and that need none, and each number of frames, the
-largest difference of a pooled feature (they are of the size of 1, after a LayerNorm) from that of the image tower, in
-each of --dtypes: `{tower: {windows: {size: {frames: [difference of each dtype]}}}}`. It is what rounding makes. In
-`published` padding takes part in attention, as in Video Swin's code: there the two differ, where frames are padded.
+Each tower of `STILL_TOWERS`, of random weights, small, with two stages, is inflated. For windows along time that grow
+and for equal ones, sizes of the frames that need padding and that need none, and each number of frames, the largest
+difference of a pooled feature (they are of the size of 1, after a LayerNorm) from that of the image tower, in each of
+--dtypes: `{tower: {windows: {size: {frames: [difference of each dtype]}}}}`. It is what rounding makes. In `published`
+padding takes part in attention, as in Video Swin's code: there the two differ, where tokens are padded.
 """
 
 import argparse
@@ -20,24 +20,24 @@ from florence_jax.models.video_coswin import VIDEO, VideoModel, build_video, res
 from florence_jax.params.rules import path_string
 from florence_jax.tools.bench.timing import round_significant
 
-DTYPES = ("float32", "float64")
+STILL_DTYPES = ("float32", "float64")
 # (embedding, frames that an embedding between stages looks at, padding is kept out)
-TOWERS = {
+STILL_TOWERS = {
     "coswin": ("conv", 1, True),
     "coswin, merging 3 frames": ("conv", 3, True),
     "swin": ("patch", 1, True),
     "swin, published": ("patch", 1, False),
 }
-WINDOWS = {"growing": (2, 4), "equal": (8, 8)}  # tokens of time in the two stages
+STILL_WINDOWS = {"growing": (2, 4), "equal": (8, 8)}  # tokens of time in the two stages
 # Name -> (height, width) of the frames and side of the windows: the second needs padding in both stages.
-SIZES = {"32x32": ((32, 32), 4), "40x28": ((40, 28), 3)}
+STILL_SIZES = {"32x32": ((32, 32), 4), "40x28": ((40, 28), 3)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `bench still_clips`."""
     parser.add_argument("--frames", default="1,2,5,8,18,36", help="of a clip, by commas")
-    parser.add_argument("--towers", default=";".join(TOWERS), help="which, separated by ';'")
-    parser.add_argument("--dtypes", default=",".join(DTYPES), help="of all numbers, by commas")
+    parser.add_argument("--towers", default=";".join(STILL_TOWERS), help="which, separated by ';'")
+    parser.add_argument("--dtypes", default=",".join(STILL_DTYPES), help="of all numbers, by commas")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -45,15 +45,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     counts, dtypes, towers = args.frames.split(","), args.dtypes.split(","), args.towers.split(";")
     if not all(count.isdecimal() and int(count) for count in counts):
         raise UserError(f"--frames={args.frames}: write numbers of frames, separated by commas, such as 8,16")
-    for option, given, known in (("dtypes", dtypes, DTYPES), ("towers", towers, tuple(TOWERS))):
+    for option, given, known in (("dtypes", dtypes, STILL_DTYPES), ("towers", towers, tuple(STILL_TOWERS))):
         if unknown := [name for name in given if name not in known]:
             raise UserError(f"--{option}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    found: dict[str, Any] = {name: {windows: {size: {} for size in SIZES} for windows in WINDOWS} for name in towers}
+    found: dict[str, Any] = {
+        name: {windows: {size: {} for size in STILL_SIZES} for windows in STILL_WINDOWS} for name in towers
+    }
     for dtype in dtypes:
         with jax.enable_x64(dtype == "float64"):
             for name in towers:
-                for windows, tokens in WINDOWS.items():
-                    for size in SIZES:
+                for windows, tokens in STILL_WINDOWS.items():
+                    for size in STILL_SIZES:
                         rows = found[name][windows][size]
                         for count, value in _differences(name, tokens, size, counts, dtype).items():
                             rows.setdefault(count, []).append(round_significant(value, 2))
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _differences(tower: str, tokens: tuple[int, int], size: str, counts: list[str], dtype: str) -> dict[str, float]:
     """Number of frames -> the largest difference."""
-    (embedding, merge, masked), (sides, window) = TOWERS[tower], SIZES[size]
+    (embedding, merge, masked), (sides, window) = STILL_TOWERS[tower], STILL_SIZES[size]
     model = small_video_model(sides, window, embedding, merge, tokens, dtype=dtype, mask_padding=masked)
     params = inflated_params(model)
     image = np.random.default_rng(1).normal(size=(1, *sides, 3)).astype(dtype)
