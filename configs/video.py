@@ -90,7 +90,8 @@ def _video(config: ConfigDict, protocol: str) -> None:
         "clips": config_dict.placeholder(int),  # of a video in a test: 4
         "crops": config_dict.placeholder(int),  # of each clip in a test, 1 or 3: 3
         "tower_lr": 1.0,  # learning rate of the video tower over the classifier's; 0: frozen
-        "inflate_noise": 0.0,  # added to what an inflated tower is blind to, the direction of time; a share, such as .1
+        "table_lr": 30.0,  # of its bias tables over that of the tower; they are what tells before from after
+        "inflate_noise": 0.0,  # for an inflated tower to tell the direction of time from the start; such as 1
         # Each clip also backwards, as the class that is its reversal in time by name; None: of motion clips only.
         "reversed": config_dict.placeholder(bool),
         # None, of both: where classes are each other's reversal in time by name.
@@ -106,6 +107,7 @@ def _published(config: ConfigDict, recipe: str) -> None:
     config.workdir += f"_{recipe}"
     config.batch_size, config.epochs, config.label_smoothing = 64, 60 if recipe == "ssv2" else 30, 0.1
     config.optim.learning_rate, config.video.tower_lr = 2e-4, 0.1
+    config.video.table_lr = 1.0
     video = config.video
     video.overrides.frames, video.overrides.drop_path, video.interval = 32, 0.4 if recipe == "ssv2" else 0.5, 2
     video.clips, video.crops = (1, 3) if recipe == "ssv2" else (4, 3)

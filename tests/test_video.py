@@ -87,7 +87,7 @@ def test_noise_that_is_blind_to_frames_that_stand_still(weights):
     tower = VideoTower(Encoder(weights), {"frames": 4})
     shapes = jax.eval_shape(tower.model.init_video, jax.random.key(0))
     plain = jax.tree.map(lambda leaf: jnp.arange(leaf.size, dtype=jnp.float32).reshape(leaf.shape), shapes)
-    noisy = tower.model.with_direction(plain, 0.1, jax.random.key(0))
+    noisy = tower.model.with_direction(plain, 0.5, jax.random.key(0))
     changed = {
         path_string(path)
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(plain), jax.tree.leaves(noisy), strict=True)

@@ -67,7 +67,8 @@ def test_inflated_tower(frames, size, window, embedding, merge, window_frames, s
         params = inflated_params(model)
         image, clip = rng.normal(size=(1, *size, 3)), rng.normal(size=(1, frames, *size, 3))
         video = np.concatenate([np.repeat(image[:, None], frames, 1), clip, clip[:, ::-1]])
-        out = jax.jit(model.apply)(params, {"image": image, "video": video})
+        run = jax.jit(model.apply)
+        out = run(params, {"image": image, "video": video})
         pooled = np.asarray(out["video/pooled"])
         assert pooled.dtype == np.float64
         np.testing.assert_allclose(pooled[0], out["image/pooled"][0], rtol=0, atol=1e-10)
@@ -75,6 +76,10 @@ def test_inflated_tower(frames, size, window, embedding, merge, window_frames, s
         assert frames == 1 or np.abs(pooled[1] - pooled[0]).max() > 1e-3
         if frames in (2, 8):  # whole tubes in whole windows
             np.testing.assert_allclose(pooled[2], pooled[1], rtol=0, atol=1e-10)
+        turned = params | {"video": model.with_direction(params["video"], 1.0, jax.random.key(0))}
+        told = np.asarray(run(turned, {"image": image, "video": video})["video/pooled"])
+        np.testing.assert_allclose(told[0], pooled[0], rtol=0, atol=1e-6)  # the noisy kernels are float32
+        assert frames == 1 or np.abs(told[2] - told[1]).max() > 1e-3
 
 
 def test_windows_of_the_stages():

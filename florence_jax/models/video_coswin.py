@@ -331,12 +331,14 @@ class VideoModel(Model[ModelConfig]):
     def with_direction(self, params: Mapping[str, Any], amount: float, key: jax.Array) -> dict[str, Any]:
         """The video tower's parameters, no longer blind to the direction of time, as an inflated tower is.
 
-        Kernels and bias tables get noise that is antisymmetric in time: of a clip of identical frames kernels still
-        give the same.
+        Kernels and bias tables get noise that is antisymmetric in time. That of a table depends on the distance in time
+        alone: what attention gives to the places of a frame keeps its proportions, so that for a clip of identical
+        frames the tower gives what it did.
 
         Args:
           params: of the video tower.
-          amount: of the noise, over the standard deviation of the parameter.
+          amount: the noise's standard deviation: of tables as it is, since they are added to logits, of kernels over
+            that of the kernel.
           key: PRNG key.
         """
 
@@ -346,13 +348,14 @@ class VideoModel(Model[ModelConfig]):
             if windows is not None:
                 depth, axis = 2 * windows[0] - 1, leaf.ndim - 2
                 shape = (*leaf.shape[:axis], depth, leaf.shape[axis] // depth, leaf.shape[-1])
+                drawn, scale = (*leaf.shape[:axis], depth, 1, leaf.shape[-1]), jnp.ones(())
             elif name.endswith("_embed/kernel") and leaf.ndim == 5:
-                shape, axis = leaf.shape, 0
+                shape, axis, drawn, scale = leaf.shape, 0, leaf.shape, leaf.std()
             else:
                 return leaf
-            noise = jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), shape, leaf.dtype)
+            noise = jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), drawn, leaf.dtype)
             odd = (noise - jnp.flip(noise, axis)) / 2**0.5
-            return leaf + amount * leaf.std() * odd.reshape(leaf.shape)
+            return (leaf.reshape(shape) + amount * scale * odd).reshape(leaf.shape)
 
         return jax.tree_util.tree_map_with_path(noisy, dict(params))
 

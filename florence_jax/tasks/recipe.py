@@ -39,7 +39,7 @@ def fine_tuning_recipe(examples: int | None, width: int, batch_size: int | None 
 KINETICS = RunDefaults(batch_size=64, epochs=30, learning_rate=2e-4, warmup_steps=10_000)  # paper; warm-up: Video Swin
 MANY_VIDEOS = 20_000  # from which on its recipe is taken
 VIDEO_STEPS, VIDEO_BATCH = 600, 16
-VIDEO_RATE = 1e-3  # of that batch and features of 256 values
+VIDEO_RATE = 3e-4  # of that batch and features of 256 values
 
 
 def video_recipe(examples: int | None, width: int, batch_size: int | None = None) -> RunDefaults:

@@ -26,6 +26,7 @@ from florence_jax.evaluators.classification import HINT
 from florence_jax.evaluators.predictor import Embedder
 from florence_jax.evaluators.video import OF_VIDEOS, ActionRecognition, PairProbe, TextToVideo, reversed_classes
 from florence_jax.models.base import Params
+from florence_jax.models.resize import BIAS_TABLE
 from florence_jax.models.video_coswin import VIDEO
 from florence_jax.params.layer_decay import layer_decay_rules
 from florence_jax.params.rules import Policy
@@ -362,16 +363,22 @@ def check_numbers(source: Source, classes: int) -> None:
 
 
 def tower_policy(shapes: Params, config: ConfigDict, learns_too: Sequence[str]) -> Policy:
-    """The video tower at its own rate, which falls towards the input; the entries `learns_too` at the full one."""
-    rate = config.video.tower_lr
+    """The video tower at its own rate, which falls towards the input; the entries `learns_too` at the full one.
+
+    The tower's bias tables have `video.table_lr` times that: with Adam a parameter moves by about the rate a step, and
+    those are added to logits, where only what is of the order of one tells before from after.
+    """
+    rate, tables = config.video.tower_lr, config.video.table_lr
     frozen = tuple((rf"{name}(/.*)?", 0.0) for name in shapes if name not in (VIDEO, *learns_too))
     layers = layer_decay_rules({VIDEO: shapes[VIDEO]}, config.optim.layer_decay)
 
-    def times(factor: Any) -> Any:
-        return tuple(rate * one for one in factor) if isinstance(factor, tuple) else rate * factor
+    def times(factor: Any, by: float) -> Any:
+        return tuple(by * one for one in factor) if isinstance(factor, tuple) else by * factor
 
-    own = tuple((pattern, times(factor)) for pattern, factor in layers if pattern.startswith(f"{VIDEO}/"))
-    return Policy(lr=(*frozen, *own, (f"{VIDEO}/.*", rate)))
+    of_layers = ((one, times(factor, rate)) for one, factor in layers if one.startswith(f"{VIDEO}/"))
+    own = (*of_layers, (f"{VIDEO}/.*", rate))
+    faster = tuple((f"{pattern}/{BIAS_TABLE}", times(factor, tables)) for pattern, factor in own)
+    return Policy(lr=(*frozen, *faster, *own))
 
 
 class VideoProbeSuite(VideoSuite):
