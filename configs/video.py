@@ -91,7 +91,9 @@ def _video(config: ConfigDict, protocol: str) -> None:
         "crops": config_dict.placeholder(int),  # of each clip in a test, 1 or 3: 3
         "tower_lr": 1.0,  # learning rate of the video tower over the classifier's; 0: frozen
         "table_lr": 30.0,  # of its bias tables over that of the tower; they are what tells before from after
-        "inflate_noise": 0.0,  # for an inflated tower to tell the direction of time from the start; such as 1
+        # An inflated tower is blind to the direction of time; noise that it is not. None: 1 where classes are each
+        # other's reversal in time by name, else 0.
+        "inflate_noise": config_dict.placeholder(float),
         # Each clip also backwards, as the class that is its reversal in time by name; None: of motion clips only.
         "reversed": config_dict.placeholder(bool),
         # None, of both: where classes are each other's reversal in time by name.
@@ -107,7 +109,7 @@ def _published(config: ConfigDict, recipe: str) -> None:
     config.workdir += f"_{recipe}"
     config.batch_size, config.epochs, config.label_smoothing = 64, 60 if recipe == "ssv2" else 30, 0.1
     config.optim.learning_rate, config.video.tower_lr = 2e-4, 0.1
-    config.video.table_lr = 1.0
+    config.video.table_lr, config.video.inflate_noise = 1.0, 0.0
     video = config.video
     video.overrides.frames, video.overrides.drop_path, video.interval = 32, 0.4 if recipe == "ssv2" else 0.5, 2
     video.clips, video.crops = (1, 3) if recipe == "ssv2" else (4, 3)

@@ -30,7 +30,7 @@ from florence_jax.models.resize import BIAS_TABLE
 from florence_jax.models.video_coswin import VIDEO
 from florence_jax.params.layer_decay import layer_decay_rules
 from florence_jax.params.rules import Policy
-from florence_jax.tasks.base import Task, frozen_parts, make_identity, make_plan
+from florence_jax.tasks.base import Task, frozen_parts, make_plan
 from florence_jax.tasks.classify import ClassificationSuite
 from florence_jax.tasks.linear_head import feature_width
 from florence_jax.tasks.recipe import LARGE, motion_recipe, video_recipe
@@ -212,7 +212,14 @@ class TrainVideo(VideoSuite, Task):
         self.reverses = bool((self._partner >= 0).any())
         if config.video.reversed and self.tower.classes and not self.reverses:
             raise UserError("config.video.reversed: no class is another's reversal in time by its name; leave it out")
+        noise = config.video.inflate_noise
+        self.noise = float(self.paired) if noise is None else noise
         self.flops_per_example = 3.0 * self.tower.model.flops[VIDEO] * (2 if self.reverses else 1)
+
+    @property
+    def paired(self) -> bool:
+        """Whether there are classes that are each other's reversal in time by name."""
+        return self.classes is not None and bool((reversed_classes(self.classes.first_names) >= 0).any())
 
     def _warn_of_mirrors(self, names: Sequence[str]) -> None:
         if "flip(" in self.config.data.train_ops and (sided := sided_names(names)):
@@ -242,7 +249,7 @@ class TrainVideo(VideoSuite, Task):
         """See `Suite`."""
         return {
             **super().identity,
-            **make_identity(self.config, "video.inflate_noise"),
+            "video.inflate_noise": self.noise,
             "video.reversed": self.reverses,
             "data.train_ops": self.train_ops,
         }
@@ -265,7 +272,7 @@ class TrainVideo(VideoSuite, Task):
 
     def start(self, params: Params) -> Params:
         """The folder's parameters; its image tower inflated where it holds no video tower."""
-        return self.tower.load(params, self.config.video.inflate_noise, self.config.seed)
+        return self.tower.load(params, self.noise, self.config.seed)
 
     def load(self, mesh: Mesh) -> Params:
         """As `RecognitionSuite`.
@@ -341,10 +348,10 @@ class TrainVideo(VideoSuite, Task):
         if self.test_source is None or self.classes is None:
             return []
         found: list[Evaluator] = [self.recognition("test", mesh)]
-        given, paired = self.config.video, bool((reversed_classes(self.classes.first_names) >= 0).any())
-        if paired if given.shuffled is None else given.shuffled:
+        given = self.config.video
+        if self.paired if given.shuffled is None else given.shuffled:
             found.append(self.recognition("test_shuffled", mesh, "shuffled"))
-        probed = PROBED_CLIPS * paired if given.probed is None else given.probed
+        probed = PROBED_CLIPS * self.paired if given.probed is None else given.probed
         if probed and self.train_source is not None and "image" in self.encoder.description.entries:
             rows = scattered(len(self.train_source), probed)
             some = Subset(self.train_source, rows, f"{self.train_source.name} ({len(rows):,} of them)")
