@@ -93,7 +93,7 @@ class FineTuneVideoRetrieval(TextToVideoSuite, Task):
 
     def start(self, params: Params) -> Params:
         """The folder's parameters; its image tower inflated where it holds no video tower."""
-        return self.tower.load(params, self.config.video.inflate_noise, self.config.seed)
+        return self.tower.load(params, self.config.video.inflate_noise or 0.0, self.config.seed)
 
     def project(self, params: Params) -> Params:
         """Clamps the logit scale to CLIP's range."""
