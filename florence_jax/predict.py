@@ -84,7 +84,10 @@ def write_predictions_page(
 ) -> None:
     """report.html: the first pictures with what was found, and the files that could not be read."""
     shown = answers.found[:PAGE_PICTURES]
-    cells = [figure_html([answerer.picture(source[found.index], found)], found.text, found.key) for found in shown]
+    cells = [
+        figure_html([answerer.picture(source[found.index], found)], found.text, found.key, answerer.figures)
+        for found in shown
+    ]
     counts = f"{len(answers.found)} {answerer.plural} of {facts['input']} by {facts['init']}"
     if len(shown) < len(answers.found):
         counts += f"; the first {len(shown)} are shown, all are in predictions.csv"

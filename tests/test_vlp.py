@@ -173,11 +173,13 @@ def test_same_loss_in_micro_batches_and_on_several_devices(weights, negatives):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), *losses)
 
 
-def test_half_of_the_batch_matches_and_wrong_options_are_said(weights):
+def test_half_of_the_batch_matches_and_wrong_options_are_said(weights, tmp_path):
     task = tiny_task(weights, **{"itm.negatives": "dataset"})
     batch = first_batch(task)
     assert batch["match"].sum() == 4 and not batch["redrawn"][batch["match"] == 1].any()
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
     for changes, message in (
+        ({"text.tokenizer": str(tmp_path / "merges.txt")}, "has another vocabulary than sentencepiece"),
         ({"itm.negatives": "none"}, "choose one of"),
         ({"itm.weight": 0.0, "mlm.weight": 0.0}, "nothing is learned"),
         ({"batch_size": 1}, "at least two"),

@@ -94,6 +94,7 @@ def test_it_is_evaluated_and_asked(trained, questions, tmp_path, capsys):
     assert predict([*flags, "--batch-size=8"]) == 0
     rows = list(csv.DictReader((out / "predictions.csv").open()))
     assert len(rows) == 24 and {row["question"] for row in rows} == {"Is it red?"}
+    assert "it says what was looked at, not why" in (out / "report.html").read_text()
     found = Florence(trained, batch_size=8).answer(
         [str(questions / "0.png")], ["Is it red?", "What colour is it?"], top=2
     )
@@ -158,6 +159,9 @@ def test_weights_without_answers_are_said(questions, weights):
     config = get_config("protocol=eval,runlocal")
     config.update_from_flattened_dict({"data.test": str(questions), "init": weights})
     with pytest.raises(UserError, match="answers no questions"):
+        create_suite(config)
+    config.answers.file = "other.txt"
+    with pytest.raises(UserError, match="has answers of its own"):
         create_suite(config)
 
 

@@ -24,7 +24,7 @@ from florence_jax.pictures import picture_uri, with_heat
 TYPES_SHOWN = 65  # VQA v2 has so many types of questions
 CONFUSIONS_SHOWN = 20
 EXAMPLES_SHOWN = 8  # right ones, and as many wrong ones
-EXAMPLE_SIDE = 200  # pixels
+EXAMPLE_SIDE, GAP = 200, 6  # pixels
 _RIGHT, _WRONG, _PLAIN = "#3a7d44", "#d1495b", "#1b6ca8"
 ATTENTION = (
     "Beside each picture where the last cross-attention of the text's first token looks, the mean over its heads; it "
@@ -171,15 +171,28 @@ def _picture(picture: np.ndarray | None, attention: np.ndarray | None) -> str:
     """Data URI: of the picture, and beside it of the same with the attention laid over it; '' without a picture."""
     if picture is None:
         return ""
+    scale = EXAMPLE_SIDE / max(picture.shape[:2])
     shown = Image.fromarray(picture)
-    scale = EXAMPLE_SIDE / max(shown.size)
     shown = shown.resize([max(1, round(edge * scale)) for edge in shown.size], Image.Resampling.BICUBIC)
-    grid = _grid(attention, picture.shape[0] / picture.shape[1]) if attention is not None else None
-    if grid is None:
-        return picture_uri(shown)
-    both = Image.new("RGB", (2 * shown.width + 6, shown.height), "#f2f2f2")
-    both.paste(shown, (0, 0))
-    both.paste(with_heat(shown, grid), (shown.width + 6, 0))
+    return attended_picture(shown, picture, [] if attention is None else [attention])
+
+
+def attended_picture(shown: Image.Image, seen: np.ndarray, attentions: Sequence[np.ndarray]) -> str:
+    """Data URI of a picture, beside it for each attention what the model saw with that laid over it.
+
+    Args:
+      shown: RGB, whose height all have. seen: uint8 (H, W, 3). attentions: float (T,) of its tokens; what makes no grid
+        is left out.
+    """
+    grids = [_grid(attention, seen.shape[0] / seen.shape[1]) for attention in attentions]
+    width = max(1, round(seen.shape[1] * shown.height / seen.shape[0]))
+    view = Image.fromarray(seen).resize((width, shown.height), Image.Resampling.BICUBIC)
+    beside = [shown, *(with_heat(view, grid) for grid in grids if grid is not None)]
+    both = Image.new("RGB", (sum(each.width + GAP for each in beside) - GAP, shown.height), "#f2f2f2")
+    left = 0
+    for each in beside:
+        both.paste(each, (left, 0))
+        left += each.width + GAP
     return picture_uri(both)
 
 

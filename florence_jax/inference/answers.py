@@ -10,21 +10,24 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.records import Record, Source
 from florence_jax.data.sources.catalog import open_pictures, open_source
 from florence_jax.data.sources.question_groups import QuestionGroups
 from florence_jax.data.sources.vqa import is_questions, open_own_questions
 from florence_jax.errors import UserError
 from florence_jax.evaluators.predictor import Predictor
+from florence_jax.evaluators.vqa_report import ATTENTION, attended_picture
 from florence_jax.inference.base import Answerer, Found
 from florence_jax.params.sharding import make_mesh
-from florence_jax.pictures import thumbnail
+from florence_jax.pictures import open_picture, to_rgb
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.tasks.fusion import FusedTowers, text_ids
 
 ALL_OF_A_PICTURE = 1 << 30  # questions about one picture, whose encoding they share
 QUESTION_TABLES = (".jsonl", ".csv", ".tsv")
 PAGE_ANSWERS = 3  # below a picture of the page
+PAGE_QUESTIONS, FIGURE_HEIGHT = 3, 160  # whose attention is beside it; height of both in pixels
 HEAD_OF = {"answers": "vqa", "match": "itm", "words": "mlm"}  # by what is asked
 TRAINED_BY = {"vqa": "configs/vqa.py", "itm": "configs/vlp.py", "mlm": "configs/vlp.py"}
 
@@ -40,6 +43,17 @@ class Beside(NamedTuple):
     text: np.ndarray
     length: int
     place: int = 0
+
+
+class QuestionAnswers(NamedTuple):
+    """What was answered to a question.
+
+    Attributes:
+      best: answers with their probabilities, best first. attention: float16 (T,), over the picture's tokens.
+    """
+
+    best: list[tuple[str, float]]
+    attention: np.ndarray
 
 
 class FusionReader:
@@ -74,14 +88,15 @@ class FusionReader:
         encode = self._predictor("tokens", len(source))
         return encode.rows(self._params, source, ops, {}, host=host, on_corrupt=on_corrupt)
 
-    def answers(self, texts: Iterable[Beside], top: int, count: int) -> Iterator[list[tuple[str, float]]]:
+    def answers(self, texts: Iterable[Beside], top: int, count: int) -> Iterator[QuestionAnswers]:
         """Of each question the `top` best answers with their probabilities; `count` questions in all, about."""
         self.check("answers")
         names = self.fused.answers
         for row in self._read("answers", texts, count):
             scores = row["answers"]
             best = np.argsort(-scores, kind="stable")[:top]
-            yield [(names[number], float(scores[number])) for number in best]
+            named = [(names[number], float(scores[number])) for number in best]
+            yield QuestionAnswers(named, row["attention"].astype(np.float16))
 
     def match(self, texts: Sequence[Beside]) -> np.ndarray:
         """float32 (N,): the probability that text and picture belong together."""
@@ -103,6 +118,12 @@ class FusionReader:
             for place in range(len(columns["index"])):
                 yield {name: values[place] for name, values in columns.items()}
 
+    def see(self, record: Record) -> np.ndarray:
+        """The picture of a record as the model sees it, uint8 (H, W, 3). Raises BadRecord."""
+        for op in parse_ops(self._ops, {}):
+            record = op(record, np.random.default_rng(0))
+        return record["image"]
+
     def _predictor(self, what: str, count: int) -> Predictor:
         """For batches of a power of two, up to the largest: few sizes are compiled."""
         size = min(self._batch_size, 1 << max(count - 1, 0).bit_length())
@@ -119,7 +140,7 @@ class FusionReader:
             names = ("image_tokens", "text", "text_length", *(["places"] if what == "words" else []))
             out = self.fused.fuse(params, {name: batch[name] for name in names})
             if what == "answers":
-                return {what: jax.nn.sigmoid(out["answer_logits"])}
+                return {what: jax.nn.sigmoid(out["answer_logits"]), "attention": out["attention"]}
             if what == "match":
                 return {what: jax.nn.softmax(out["itm_logits"])[:, 1]}
             return {what: jax.nn.softmax(out["mlm_logits"][:, 0])}
@@ -166,6 +187,7 @@ class QuestionAnswerer(Answerer):
 
     columns = ("question", "answer", "probability", "rank")
     plural = "questions"
+    figures = "large"
 
     def __init__(self, reader: FusionReader, questions: Sequence[str] = (), top: int = 1):
         if top < 1:
@@ -205,7 +227,7 @@ class QuestionAnswerer(Answerer):
     def answers(self, source: Source) -> Iterator[Found]:
         """Of every question whose picture can be read, in order; prints how many there were a second."""
         began = time.perf_counter()
-        found: list[tuple[int, Mapping[str, Any], list[tuple[str, float]]]] = []
+        found: list[tuple[int, Mapping[str, Any], QuestionAnswers]] = []
         asked = self._of_pictures(source) if self.questions else self._of_source(source)
         records: list[tuple[int, Mapping[str, Any]]] = []
 
@@ -215,13 +237,13 @@ class QuestionAnswerer(Answerer):
                 yield text
 
         total = len(source) * max(len(self.questions), 1)
-        for best in self.reader.answers(texts(), max(self.top, PAGE_ANSWERS), total):
-            found.append((*records[len(found)], best))
+        for answered in self.reader.answers(texts(), max(self.top, PAGE_ANSWERS), total):
+            found.append((*records[len(found)], answered))
         seconds = time.perf_counter() - began
         print(f"{len(found):,} questions answered, {len(found) / seconds:.1f} a second with compilation", flush=True)
-        rows: dict[int, list[tuple[Mapping[str, Any], list[tuple[str, float]]]]] = {}
-        for index, record, best in found:
-            rows.setdefault(index, []).append((record, best))
+        rows: dict[int, list[tuple[Mapping[str, Any], QuestionAnswers]]] = {}
+        for index, record, answered in found:
+            rows.setdefault(index, []).append((record, answered))
         return (self._found(index, rows[index]) for index in sorted(rows))
 
     def _of_pictures(self, source: Source) -> Iterator[tuple[int, Mapping[str, Any], Beside]]:
@@ -236,29 +258,40 @@ class QuestionAnswerer(Answerer):
                 text, length = text_ids(self.reader.fused.tokenizer, record["question"])
                 yield index, record, Beside(row["tokens"], text, length)
 
-    def _found(self, index: int, answered: Sequence[tuple[Mapping[str, Any], list[tuple[str, float]]]]) -> Found:
+    def _found(self, index: int, answered: Sequence[tuple[Mapping[str, Any], QuestionAnswers]]) -> Found:
         lines = [
             {"question": record["question"], "answer": answer, "probability": round(score, 6), "rank": rank}
-            for record, best in answered
-            for rank, (answer, score) in enumerate(best[: self.top], 1)
+            for record, said in answered
+            for rank, (answer, score) in enumerate(said.best[: self.top], 1)
         ]
-        said = (
-            f"{record['question']} {', '.join(f'{answer} {score:.2f}' for answer, score in best[:PAGE_ANSWERS])}"
-            for record, best in answered
+        texts = (
+            f"{record['question']} {', '.join(f'{answer} {score:.2f}' for answer, score in said.best[:PAGE_ANSWERS])}"
+            for record, said in answered
         )
         record = answered[0][0]
         key = str(record.get("image_id", record["key"]))
-        return Found(index, key, lines, "; ".join(said), [(record, best[0][0]) for record, best in answered])
+        return Found(index, key, lines, "; ".join(texts), answered)
 
     def picture(self, record: Record, found: Found) -> str:
-        """The picture, small."""
-        del found
-        return thumbnail(record["image"])
+        """The picture, small, and where the answers to its first questions looked."""
+        with open_picture(record["image"]) as opened:
+            shown = to_rgb(opened)
+        shown = shown.resize((max(1, round(shown.width * FIGURE_HEIGHT / shown.height)), PAGE_SIDE))
+        looked = [said.attention.astype(np.float32) for _, said in found.details[:PAGE_QUESTIONS]]
+        return attended_picture(shown, self.reader.see(record), looked)
+
+    def remarks(self, answers: Sequence[Found]) -> Sequence[str]:
+        """What the page shows beside the pictures."""
+        several = len(self.questions) > 1
+        each = f", of the first {PAGE_QUESTIONS} questions" if len(self.questions) > PAGE_QUESTIONS else ""
+        return [f"{ATTENTION}{' One for each question' + each + '.' if several else ''}"] if answers else []
 
     def files(self, answers: Sequence[Found]) -> Mapping[str, bytes]:
         """answers.json as VQA's server takes it, where the questions have ids."""
-        said = [pair for answer in answers for pair in answer.details]
         rows = [
-            {"question_id": record["question_id"], "answer": best} for record, best in said if "question_id" in record
+            {"question_id": record["question_id"], "answer": said.best[0][0]}
+            for answer in answers
+            for record, said in answer.details
+            if "question_id" in record
         ]
         return {"answers.json": json.dumps(rows, ensure_ascii=False).encode()} if rows else {}

@@ -38,10 +38,12 @@ class Answerer(Protocol):
     Attributes:
       columns: of the CSV file, after the one with the file's name.
       plural: what it answers about.
+      figures: kind of the page's figures, see `page.figure_html`.
     """
 
     columns: tuple[str, ...]
     plural: str = "pictures"
+    figures: str = ""
 
     @staticmethod
     def open_input(args: argparse.Namespace) -> Source:

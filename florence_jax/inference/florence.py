@@ -297,7 +297,7 @@ class Florence:
           UserError: as `embed_images`; for a folder without a head of answers, an empty question.
         """
         texts = self._beside(images, questions, "questions")
-        return list(self._fusion_reader.answers(texts, _checked_top(top), len(texts)))
+        return [said.best for said in self._fusion_reader.answers(texts, _checked_top(top), len(texts))]
 
     def match(self, images: Sequence[Picture], texts: Sequence[str]) -> np.ndarray:
         """Whether texts belong to pictures, by a folder of configs/vlp.py.

@@ -25,6 +25,7 @@ FUSION_PART, ROBERTA_PART = "fusion", "roberta"  # parts in model.json, and entr
 # Sizes of towers that were trained on smaller pictures: 3 x 3 image tokens.
 LAPTOP = {"res": 96, "window": 6, "text_length": 26}
 BEGINS = ("joint", "random")  # of a fresh fusion
+TOKENIZED = "How many red umbrellas are there?"  # tokenizers that agree on it are taken for one
 FREEZES = ("", "image", "text", "both")
 # The table of words gets a row for the mask, that of places rows for longer texts.
 GROWN = ((r"text/(token|position)_embedding", "adapt"),)
@@ -283,6 +284,7 @@ def open_fusion_encoder(config: ConfigDict) -> Encoder:
     """
     given = config.model.overrides.to_dict()
     encoder = open_encoder(config)
+    _check_tokenizer(config, encoder)
     if (
         FUSION_PART not in encoder.description.parts
         and encoder.model.config.res < LAPTOP["res"]
@@ -295,6 +297,19 @@ def open_fusion_encoder(config: ConfigDict) -> Encoder:
         return encoder
     rows = max(encoder.model.config.vocab_size, encoder.tokenizer.masked_vocab_size)
     return encoder if rows == encoder.model.config.vocab_size else _again(config, given | {"vocab_size": rows})
+
+
+def _check_tokenizer(config: ConfigDict, encoder: Encoder) -> None:
+    """Raises UserError where the tokenizer that is given is not the one that the weights know the words of."""
+    trained, given = encoder.description.tokenizer, config.text.tokenizer
+    if not encoder.has_text or not (config.init and trained and given) or encoder.tokenizer is None:
+        return
+    own = load_tokenizer(trained, encoder.tokenizer.length)
+    if own.vocab_size != encoder.tokenizer.vocab_size or not np.array_equal(own(TOKENIZED), encoder.tokenizer(PROBE)):
+        raise UserError(
+            f"config.text.tokenizer={given} has another vocabulary than {trained}, which the weights of {config.init} "
+            "were trained with: leave it empty"
+        )
 
 
 def _again(config: ConfigDict, given: Mapping[str, Any]) -> Encoder:

@@ -95,7 +95,7 @@ class SentenceTask(FusionTask):
         return sums.mean, {"accuracy": sums.accuracy}
 
     def _sums(self, params: Params, rows: Mapping[str, jax.Array], key: jax.Array) -> LossSums:
-        return class_loss(sentence_logits(self.fusion, self.head, params, rows, key), rows["class_id"])
+        return class_loss(read_sentences(self.fusion, params, rows, key)[f"{self.head}_logits"], rows["class_id"])
 
     # -- data -------------------------------------------------------------------------------------------------------
 
@@ -142,12 +142,14 @@ class SentenceTask(FusionTask):
         ]
 
     def answer(self, params: Params, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """{"answer_logits" (B, K)} of the classes."""
+        """{"answer_logits" (B, K)} of the classes, and of one picture "attention" (B, T)."""
         image = batch["image"]
         tokens = self.fusion.encode(params, image.reshape(-1, *image.shape[-3:]))["image_tokens"]
         rows = {name: batch[name] for name in OF_SENTENCES[1:]}
         rows["own"] = tokens.reshape(len(image), -1, *tokens.shape[1:])
-        return {"answer_logits": sentence_logits(self.fusion, self.head, params, rows)}
+        out = read_sentences(self.fusion, params, rows)
+        looked = {"attention": out["attention"]} if self.pictures == 1 else {}
+        return {"answer_logits": out[f"{self.head}_logits"]} | looked
 
 
 class Nlvr2(SentenceTask):
@@ -162,13 +164,13 @@ class SnliVe(SentenceTask):
     head, classes = "snli_ve", SNLI_VE_CLASSES
 
 
-def sentence_logits(
-    fusion: FusedTowers, head: str, params: Params, rows: Mapping[str, jax.Array], key: jax.Array | None = None
-) -> jax.Array:
-    """float32 (n, K).
+def read_sentences(
+    fusion: FusedTowers, params: Params, rows: Mapping[str, jax.Array], key: jax.Array | None = None
+) -> dict[str, jax.Array]:
+    """The fusion's outputs for n sentences.
 
     Args:
-      fusion, head, params: of the model.
+      fusion, params: of the model.
       rows: "own" (n, P, T, C), tokens of the P pictures of each sentence, "text" (n, L), "text_length", "example" (n,).
       key: of dropout; None: as in evaluation.
     """
@@ -179,4 +181,4 @@ def sentence_logits(
     if pictures > 1:
         first = pictures * jnp.arange(count)
         inputs |= {"image_index": first, "image2_index": first + 1}
-    return fusion.fuse(params, inputs, key is not None, key)[f"{head}_logits"]
+    return fusion.fuse(params, inputs, key is not None, key)

@@ -49,7 +49,7 @@ class VqaSuite(Suite):
       sets: the questions. fusion: the model. vocabulary: its answers. train_ops, eval_ops: image ops at its size.
 
     Raises:
-      UserError: for weights that answer no questions, questions that are not there.
+      UserError: for weights that answer no questions, a list of other answers, questions that are not there.
     """
 
     name = "vqa"
@@ -74,6 +74,11 @@ class VqaSuite(Suite):
 
     def _answers(self) -> Sequence[str]:
         """() for those of the folder."""
+        if self.config.answers.file:
+            raise UserError(
+                f"config.answers.file={self.config.answers.file}: a trained model has answers of its own, which are in "
+                "its folder; leave it empty, or train with the list"
+            )
         return ()
 
     @property
