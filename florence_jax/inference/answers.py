@@ -276,7 +276,7 @@ class QuestionAnswerer(Answerer):
         """The picture, small, and where the answers to its first questions looked."""
         with open_picture(record["image"]) as opened:
             shown = to_rgb(opened)
-        shown = shown.resize((max(1, round(shown.width * FIGURE_HEIGHT / shown.height)), PAGE_SIDE))
+        shown = shown.resize((max(1, round(shown.width * FIGURE_HEIGHT / shown.height)), FIGURE_HEIGHT))
         looked = [said.attention.astype(np.float32) for _, said in found.details[:PAGE_QUESTIONS]]
         return attended_picture(shown, self.reader.see(record), looked)
 

@@ -305,7 +305,9 @@ def _check_tokenizer(config: ConfigDict, encoder: Encoder) -> None:
     if not encoder.has_text or not (config.init and trained and given) or encoder.tokenizer is None:
         return
     own = load_tokenizer(trained, encoder.tokenizer.length)
-    if own.vocab_size != encoder.tokenizer.vocab_size or not np.array_equal(own(TOKENIZED), encoder.tokenizer(PROBE)):
+    if own.vocab_size != encoder.tokenizer.vocab_size or not np.array_equal(
+        own(TOKENIZED), encoder.tokenizer(TOKENIZED)
+    ):
         raise UserError(
             f"config.text.tokenizer={given} has another vocabulary than {trained}, which the weights of {config.init} "
             "were trained with: leave it empty"
