@@ -33,6 +33,8 @@ FILES = {
     "MPEG-4 in AVI": dict(container="avi", codec="mpeg4"),
     "MPEG-4 in AVI with B-frames": dict(container="avi", codec="mpeg4", options={"bf": "2"}),
     "MPEG-2 in MPEG-TS": dict(container="mpegts", codec="mpeg2video", options={"bf": "2"}),
+    "MPEG-2, interlaced": dict(container="mpeg", codec="mpeg2video", rate=25, options={"flags": "+ildct+ilme"}),
+    "H.264 without a container, no time stamps": dict(container="h264", options=X264),
     "MJPEG in AVI": dict(container="avi", codec="mjpeg", pix_fmt="yuvj420p"),
     "FFV1 in MKV": dict(container="matroska", codec="ffv1"),
     "variable rate": dict(container="matroska", options=X264, stamps=np.cumsum(1 + np.arange(23) % 4).tolist()),
