@@ -80,9 +80,9 @@ def _laptop(config: ConfigDict) -> None:
     The towers keep what aligns them, from which a fusion in their joint space begins, and masked words weigh less. All
     pictures are of one source: beside one of another a text is told by that alone.
     """
-    config.batch_size, config.total_steps = 64, 450
+    config.batch_size, config.total_steps = 64, 1500
     config.fusion.freeze = "both"
-    config.optim.learning_rate, config.optim.warmup_steps = 2e-4, 45
+    config.optim.learning_rate, config.optim.warmup_steps = 2e-4, 75
     config.mlm.weight = 0.2
     config.eval.every, config.eval.batch_size, config.log.every = 0, 64, 25
     config.data.workers = 0

@@ -86,7 +86,7 @@ def _model(config: ConfigDict, variant: str) -> None:
         "begin": "joint",  # of a fresh one: in the joint space of the towers, where that fits; or 'random' (METER)
         "fusion_lr": 5.0,  # learning rate of the fusion over that of the towers,
         "head_lr": 50.0,  # of the head of answers
-        "freeze": "",  # towers that are not trained: image | text | both
+        "freeze": "both",  # towers that are not trained: image | text | both
     }
     config.answers = {
         "file": "",  # a list to choose from, a line each; '': made of the answers that are trained on
@@ -107,7 +107,7 @@ def _paper(config: ConfigDict) -> None:
     """10 epochs at 8e-6, 3,129 answers, 1,000 images held out (Florence, section 3.4); the rest is METER's."""
     config.workdir += "_paper"
     config.model.overrides.update(res=576, text_length=50)
-    config.fusion.begin = "random"
+    config.fusion.begin, config.fusion.freeze = "random", ""
     config.data.train, config.holdout = "", 1000
     config.data.train_ops = config.data.eval_ops = "decode|resize({res})|center_crop({res})"
     config.answers.min_count = 9

@@ -131,14 +131,15 @@ def few_shot_recipe(examples: int | None, width: int, batch_size: int | None = N
 
 METER_VQA = RunDefaults(batch_size=512, epochs=10, learning_rate=8e-6, warmup_steps=10_000)  # rate of the paper
 MANY_ASKED = 50_000  # images with questions, from which on its recipe is taken
-VQA_STEPS, VQA_BATCH, VQA_EPOCHS = 600, 16, (1, 100)
+VQA_STEPS, VQA_BATCH, VQA_EPOCHS = 1200, 16, (1, 100)
+VQA_WARMUP = 120
 VQA_RATE = 2e-4  # of the towers, for that batch
 
 
 def question_recipe(images: int | None, each: int, batch_size: int | None = None) -> RunDefaults:
     """Of question answering: METER's for sets of its size, and where nobody counted; for smaller ones a choice of ours.
 
-    It is 600 steps of 16 images with their questions, but 1 to 100 epochs. A warm-up is at most a tenth of the steps.
+    It is 1,200 steps of 16 images with their questions, but 1 to 100 epochs. A warm-up is at most a tenth of the steps.
 
     Args:
       images: that are trained on.
@@ -148,4 +149,4 @@ def question_recipe(images: int | None, each: int, batch_size: int | None = None
         return METER_VQA._replace(batch_size=max(METER_VQA.batch_size // each, 1))
     batch = batch_size or VQA_BATCH
     epochs = min(max(round(VQA_STEPS * batch / max(images, 1)), VQA_EPOCHS[0]), VQA_EPOCHS[1])
-    return RunDefaults(batch, epochs, VQA_RATE * math.sqrt(batch / VQA_BATCH), VQA_STEPS // 10)
+    return RunDefaults(batch, epochs, VQA_RATE * math.sqrt(batch / VQA_BATCH), VQA_WARMUP)
