@@ -133,20 +133,22 @@ METER_VQA = RunDefaults(batch_size=512, epochs=10, learning_rate=8e-6, warmup_st
 MANY_ASKED = 50_000  # images with questions, from which on its recipe is taken
 VQA_STEPS, VQA_BATCH, VQA_EPOCHS = 1200, 16, (1, 100)
 VQA_WARMUP = 120
-VQA_RATE = 2e-4  # of the towers, for that batch
+VQA_RATE, VQA_TUNED_RATE = 2e-4, 6e-5  # of the towers, for that batch: with a fresh fusion, and with a trained one
 
 
-def question_recipe(images: int | None, each: int, batch_size: int | None = None) -> RunDefaults:
+def question_recipe(images: int | None, each: int, trained: bool, batch_size: int | None = None) -> RunDefaults:
     """Of question answering: METER's for sets of its size, and where nobody counted; for smaller ones a choice of ours.
 
     It is 1,200 steps of 16 images with their questions, but 1 to 100 epochs. A warm-up is at most a tenth of the steps.
 
     Args:
       images: that are trained on.
-      each: questions of an image in a batch. batch_size: in images, where it is given.
+      each: questions of an image in a batch.
+      trained: whether the fusion is, or begins anew. batch_size: in images, where it is given.
     """
     if images is None or images >= MANY_ASKED:
         return METER_VQA._replace(batch_size=max(METER_VQA.batch_size // each, 1))
     batch = batch_size or VQA_BATCH
     epochs = min(max(round(VQA_STEPS * batch / max(images, 1)), VQA_EPOCHS[0]), VQA_EPOCHS[1])
-    return RunDefaults(batch, epochs, VQA_RATE * math.sqrt(batch / VQA_BATCH), VQA_WARMUP)
+    rate = VQA_TUNED_RATE if trained else VQA_RATE
+    return RunDefaults(batch, epochs, rate * math.sqrt(batch / VQA_BATCH), VQA_WARMUP)

@@ -58,7 +58,7 @@ class SentenceTask(FusionTask):
         for ops in (self.train_ops, self.eval_ops):
             parse_ops(ops, {})
         examples = None if self.train_source is None else len(self.train_source)
-        self.plan = make_plan(config, examples, question_recipe(examples, 1, config.batch_size))
+        self.plan = make_plan(config, examples, question_recipe(examples, 1, self.fusion.trained, config.batch_size))
         flops = self.fusion.model.flops
         self.flops_per_example = 3.0 * (flops["text"] + self.pictures * (flops["image"] + flops["fusion"]))
 

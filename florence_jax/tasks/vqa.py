@@ -160,7 +160,9 @@ class Vqa(VqaSuite, FusionTask):
         self.places = self.sets.places(config.questions_per_image)
         self.groups = None if self.sets.train is None else QuestionGroups(self.sets.train, self.places)
         images = None if self.groups is None else len(self.groups)
-        self.plan = make_plan(config, images, question_recipe(images, self.places, config.batch_size))
+        self.plan = make_plan(
+            config, images, question_recipe(images, self.places, self.fusion.trained, config.batch_size)
+        )
         flops = self.fusion.model.flops
         self.flops_per_example = 3.0 * (flops["image"] + self.places * (flops["text"] + flops["fusion"]))
 
