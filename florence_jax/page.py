@@ -28,6 +28,7 @@ svg { background: #fafafa; margin: 0 1em 1em 0; } svg text { font: 11px system-u
   border-radius: 5px; overflow-wrap: anywhere; display: flex; flex-direction: column; justify-content: center;
   align-items: center; }
 .cell img { max-width: 96px; max-height: 96px; }
+.cell.wide { width: 372px; } .cell.wide img { max-width: 360px; }
 .cell.query { background: #f2f2f2; position: sticky; left: 0; }
 .cell div { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 6; overflow: hidden;
   white-space: pre-line; }
@@ -44,6 +45,7 @@ figcaption { margin-top: 5px; overflow-wrap: anywhere; } figcaption span { color
   align-items: start; }
 .bar { display: flex; height: 16px; background: #f2f2f2; width: 360px; }
 .bar i { background: #1b6ca8; } .bar b { background: #e3a08a; }
+figure .bar { height: 10px; width: 200px; } .cell .bar { display: flex; height: 6px; width: 100%; }
 .key { display: inline-block; padding: 0 8px; margin-right: 8px; color: #fff; border-radius: 3px; }
 .warning { background: #fdf1dc; border-left: 4px solid #c77d0a; padding: 6px 12px; }
 .confusion td { text-align: center; min-width: 26px; padding: 3px; border: 1px solid #e4e4e4; }
@@ -139,6 +141,8 @@ class GridCell(NamedTuple):
       right: whether it is right.
       note: said below the text, less loudly.
       link: where a click on the picture leads; '' for nowhere.
+      share: of a bar that is filled; None for no bar.
+      wide: the picture is several in a row.
     """
 
     text: str
@@ -146,6 +150,8 @@ class GridCell(NamedTuple):
     right: bool
     note: str = ""
     link: str = ""
+    share: float | None = None
+    wide: bool = False
 
 
 def matches_html(title: str, rows: Sequence[tuple[GridCell, Sequence[GridCell]]], judged: bool = True) -> str:
@@ -168,7 +174,8 @@ def _cell(example: GridCell, kind: str) -> str:
     text, note = html.escape(example.text), html.escape(example.note)
     said = f'<div title="{text}">{text}</div>' if len(text) > LONG_TEXT else f"<div>{text}</div>" if text else ""
     below = f'<div class="soft">{note}</div>' if note else ""
-    return f'<div class="cell {kind}">{picture}{said}{below}</div>'
+    bar = "" if example.share is None else share_bar(example.share)
+    return f'<div class="cell {kind}{" wide" if example.wide else ""}">{picture}{said}{below}{bar}</div>'
 
 
 def show_number(value: float) -> str:

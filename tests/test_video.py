@@ -66,6 +66,7 @@ def test_a_run_tests_by_views_and_says_what_it_left_out(trained, capsys):
     assert "eval/test_shuffled/top1" in result
     page = (trained / "report.html").read_text()
     assert "clips x crops" in page and "moves left" in page
+    assert "cell query wide" in page and 'class="bar"' in page
     parts = json.loads((trained / "checkpoints" / "model.json").read_text())["parts"]
     assert parts["video"] == {
         "overrides": {"frames": 4},
@@ -111,6 +112,9 @@ def test_predict_tells_seconds_of_long_videos(trained, clips, tmp_path):
     assert [row["second"] for row in rows if row["file"] == "short.mp4"] == ["", ""]
     found = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [entry["file"] for entry in found["videos"]] == ["long.mp4", "short.mp4"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count('<figure class="pair">') == 2 and page.count('class="bar"') == 4
+    assert page.count("<th>second</th>") + page.count('<th class="n">second</th>') == 1  # of the long one
     assert [entry["file"] for entry in found["unread"]] == ["broken.mp4"]
 
 

@@ -14,11 +14,13 @@ class Payload(NamedTuple):
       field: of a record, and of a batch.
       plural: what people call many.
       thumbnail: (source, row) -> data URI of a small picture of it; '' if it cannot be read.
+      wide: that picture is several in a row.
     """
 
     field: str
     plural: str
     thumbnail: Callable[[Source, int], str]
+    wide: bool = False
 
 
 OF_IMAGES = Payload("image", "images", record_thumbnail)

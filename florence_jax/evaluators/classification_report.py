@@ -94,9 +94,14 @@ def examples_html(
         lines = []
         for i in chosen:
             right = int(given.labels[i])
-            query = GridCell(names[right], payload.thumbnail(source, int(index[i])) or None, True)
-            shown = zip(given.top[i], given.scores[i], strict=True)
-            lines.append((query, [GridCell(names[k], None, bool(k == right), f"{score:.2f}") for k, score in shown]))
+            picture = payload.thumbnail(source, int(index[i])) or None
+            query = GridCell(names[right], picture, True, wide=payload.wide)
+            shown = zip(given.top[i].tolist(), given.scores[i].tolist(), strict=True)
+            bars = [
+                GridCell(names[k], None, k == right, f"{score:.2f}", share=score if payload.wide else None)
+                for k, score in shown
+            ]
+            lines.append((query, bars))
         body += matches_html(f"{title}: {what} answers", lines)
     return body
 

@@ -64,7 +64,7 @@ def moving_picture(source: Source, row: int) -> str:
     return data_uri(file.getvalue(), "image/webp")
 
 
-OF_VIDEOS = Payload("video", "videos", clip_strip)
+OF_VIDEOS = Payload("video", "videos", clip_strip, wide=True)
 
 
 def reversed_classes(names: Sequence[str]) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 import argparse
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from florence_jax.errors import UserError
 from florence_jax.evaluators.predictor import Predictor
 from florence_jax.evaluators.video import clip_strip
 from florence_jax.inference.base import SHOWN_CLASSES, Answerer, Found, best_classes
+from florence_jax.page import Html, share_bar, table_html
 from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.tasks.video_tower import LOOKED_BY, VIDEO_HEAD, VideoTower
@@ -132,6 +134,7 @@ class ActionAnswerer(Answerer):
 
     columns = ("second", "class", "probability", "rank")
     plural = "videos"
+    figures = "pair"
 
     def __init__(self, reader: VideoReader, top: int = 1):
         if top < 1:
@@ -167,12 +170,26 @@ class ActionAnswerer(Answerer):
                 {"second": "", "class": name, "probability": round(value, 6), "rank": rank}
                 for rank, (name, value) in enumerate(best[: self._top], 1)
             ]
+            told: list[dict[str, Any]] = []
             for second, probabilities in zip(*self._reader.seconds(record), strict=True):
                 ((name, value),) = best_classes(probabilities, self._names, 1)
-                rows.append({"second": int(second), "class": name, "probability": round(value, 6), "rank": 1})
-            yield Found(index, str(record["key"]), rows, ", ".join(f"{name} {value:.2f}" for name, value in best))
+                told.append({"second": int(second), "class": name, "probability": round(value, 6), "rank": 1})
+            yield Found(index, str(record["key"]), rows + told, Html(_bars(best) + _spans(told)))
 
     def picture(self, record: Record, found: Found) -> str:
         """Frames of the video in a row."""
         del found
         return clip_strip(Parts("videos", [record]), 0)
+
+
+def _bars(best: Sequence[tuple[str, float]]) -> str:
+    return table_html(("action", "probability", ""), [(name, value, share_bar(value)) for name, value in best])
+
+
+def _spans(told: Sequence[Mapping[str, Any]]) -> str:
+    """Of the lines of seconds, each stretch of one action."""
+    spans = []
+    for name, group in itertools.groupby(told, key=lambda row: row["class"]):
+        seconds = [row["second"] for row in group]
+        spans.append((str(seconds[0]) if len(seconds) == 1 else f"{seconds[0]} to {seconds[-1]}", name))
+    return table_html(("second", "action"), spans)
