@@ -16,18 +16,21 @@ Any configuration that trains is compiled, for every shape of its batches (--buc
 nor data are needed: where a configuration starts from weights, --config.init= --config.model.variant=NAME; where it
 counts epochs, --config.data.train= --config.total_steps=N (with data, a batch is at most as large as they are).
 
-The FLOPs come from the model (the compiler's own count takes the body of a scan once), and the expected step time is
-those at a given --mfu, not a measurement.
+The FLOPs come from the model (the compiler's own count takes the body of a scan once). The step's time is the sum of
+the cycles that the compiler reckons for each op, an estimate and no measurement, see `estimate.py`. The ten most
+expensive places are named.
 
 --search tries activation checkpointing policies from the lightest on, first without the gradient cache, then with the
 largest micro-batch that fits, and stops at the first that does. --shardings writes {path: partition of each axis} of
 the parameters as JSON and compiles nothing; it does not need libtpu.
 """
 
+import atexit
 import copy
 import functools
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -48,12 +51,12 @@ from florence_jax.params.sharding import BATCH_AXES, batch_sharding, mesh_sizes,
 from florence_jax.tasks import create_task
 from florence_jax.tasks.base import Task
 from florence_jax.tools.aot_compile import report, topologies
+from florence_jax.tools.aot_compile.estimate import estimate, kernel_lengths
 from florence_jax.tools.aot_compile.topologies import Topology
 from florence_jax.train.loop import Trainer, variants
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Slice to compile for: KIND:SHAPE in chips, for example v5p:4x8x8.")
 _SLICES = flags.DEFINE_integer("slices", 1, "How many such slices, joined by the data centre's network.")
-_MFU = flags.DEFINE_float("mfu", 0.4, "Share of the chip's peak at which to state the step time.", 0.001, 1.0)
 _SEARCH = flags.DEFINE_bool("search", False, "Find the lightest remat policy and the largest micro-batch that fit.")
 _BUCKET = flags.DEFINE_integer("bucket", None, "Compile for this shape of the batch only; default: for each.")
 _SHARDINGS = flags.DEFINE_string("shardings", None, "Only write the parameters' partition as JSON to this file.")
@@ -76,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
             return
         compile_all = functools.partial(preflight, bucket=_BUCKET.value)
         measure = functools.partial(lightest_that_fits, measure=compile_all) if _SEARCH.value else compile_all
-        result = measure(config, topology, _MFU.value)
+        result = measure(config, topology)
     except UserError as error:
         fail(error)
     except OSError as error:
@@ -87,27 +90,26 @@ def main(argv: Sequence[str]) -> None:
 
 
 def preflight(
-    config: ConfigDict, topology: Topology, mfu: float, devices: list[Any] | None = None, bucket: int | None = None
+    config: ConfigDict, topology: Topology, devices: list[Any] | None = None, bucket: int | None = None
 ) -> dict[str, Any]:
     """Compiles the training step of `config` for `topology` and reports.
 
     Args:
       config: of the run.
-      topology: slice; gives the chip's memory and peak.
-      mfu: at which to state the step time.
+      topology: slice; gives the chip's memory, peak and clock.
       devices: to compile for; default: the slice's, from libtpu.
       bucket: the one shape of the batch to compile for; default: each.
 
     Returns:
       {"topology", "slices", "chips", "mesh", "task", "variant", "dtype", "remat", "micro_batch" (0: no gradient cache),
       "batch", "batch_per_chip", "parameters", "fits", "buckets" (see `compile_bucket`), "hbm", "collectives" (of the
-      bucket that needs most), "model_flops" (of a step, all chips), "expected": {"mfu", "step_seconds",
-      "examples_per_second_per_chip"}, "compile_seconds", "compiler"}.
+      bucket that needs most), "model_flops" (of a step, all chips), "estimate" (of that bucket, see `of_peak`),
+      "compile_seconds", "compiler"}.
 
     Raises:
       UserError: for what the configuration gets wrong, a missing compiler included.
     """
-    devices = topologies.devices(topology) if devices is None else devices
+    devices = topologies.devices(topology, schedules_folder()) if devices is None else devices
     task = task_of(config)
     chosen = range(len(task.batches)) if bucket is None else [bucket]
     if bucket is not None and not 0 <= bucket < len(task.batches):
@@ -117,21 +119,31 @@ def preflight(
     buckets = [compile_bucket(trainer, step, number, topology) for number in chosen]
     worst = max(buckets, key=lambda found: (not found["fits"], found["hbm"].get("peak", 0)))
     flops = task.flops_per_example * task.plan.batch_size
-    seconds = flops / (topology.chips * topology.chip.peak_flops * mfu)
     return describe_program(trainer, topology) | {
         "fits": worst["fits"],
         "buckets": buckets,
         "hbm": worst["hbm"],
         "model_flops": flops,
         "collectives": worst["collectives"],
-        "expected": {
-            "mfu": mfu,
-            "step_seconds": seconds,
-            "examples_per_second_per_chip": task.plan.batch_size / seconds / topology.chips,
-        },
+        "estimate": worst["estimate"] and of_peak(worst["estimate"], flops, task.plan.batch_size, topology),
         "compile_seconds": round(sum(found["compile_seconds"] for found in buckets), 1),
         "compiler": f"libtpu {_version('libtpu')}, jax {jax.__version__}",
     }
+
+
+@functools.cache
+def schedules_folder() -> Path:
+    """A folder of this process for `topologies.devices`; removed at its end."""
+    folder = tempfile.TemporaryDirectory(prefix="florence_jax_schedules_")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+def of_peak(found: dict[str, Any], flops: float, batch: int, topology: Topology) -> dict[str, Any]:
+    """`estimate.estimate` with "share_of_peak", of the model's FLOPs of a step, and "examples_per_second_per_chip"."""
+    chip_seconds = found["seconds"] * topology.chips
+    share, rate = flops / (chip_seconds * topology.chip.peak_flops), batch / chip_seconds
+    return found | {"share_of_peak": share, "examples_per_second_per_chip": rate}
 
 
 def task_of(config: ConfigDict) -> Task:
@@ -175,30 +187,34 @@ def compile_bucket(trainer: Trainer, step: Any, bucket: int, topology: Topology)
 
     Returns:
       {"bucket", "inputs" ({name: shape of one example}), "fits", "hbm": {"capacity", "arguments", "temporaries", "peak"
-      (bytes a chip), "share" (peak over capacity)}, "collectives" (see `report.collectives`), "compile_seconds"}. Where
-      the step does not fit, "hbm" has only what the compiler says, and "collectives" nothing.
+      (bytes a chip), "share" (peak over capacity)}, "collectives" (see `report.collectives`), "estimate" (see
+      `estimate.estimate`), "compile_seconds"}. Where the step does not fit, "hbm" has only what the compiler says,
+      "collectives" nothing, and "estimate" is None.
     """
     began = time.perf_counter()
     sharding, shapes = batch_sharding(trainer.mesh), trainer.task.batches[bucket]
     batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in shapes.items()}
-    hbm, found = compile_step(trainer, step, batch)
+    hbm, program = compile_step(trainer, step, batch)
     hbm["capacity"] = topology.chip.hbm
     if "peak" in hbm:
         hbm["share"] = hbm["peak"] / hbm["capacity"]
     return {
         "bucket": bucket,
         "inputs": {name: list(leaf.shape[1:]) for name, leaf in shapes.items()},
-        "fits": found is not None and hbm["share"] <= 1,
+        "fits": program is not None and hbm["share"] <= 1,
         "hbm": hbm,
-        "collectives": found or {},
+        "collectives": {} if program is None else report.collectives(program),
+        "estimate": program and estimate(program, topology.chip.clock, kernel_lengths(schedules_folder())),
         "compile_seconds": round(time.perf_counter() - began, 1),
     }
 
 
 def compile_step(
     trainer: Trainer, step: Any, batch: Mapping[str, jax.ShapeDtypeStruct]
-) -> tuple[dict[str, Any], dict[str, dict[str, int]] | None]:
-    """(bytes of memory on a device, collectives) of the step; the latter None where the memory is not enough."""
+) -> tuple[dict[str, Any], str | None]:
+    """(bytes of memory on a device, optimised program) of the step; the latter None where the memory is not enough."""
+    for file in schedules_folder().iterdir():
+        file.unlink()
     with jax.set_mesh(trainer.mesh):  # Pallas kernels ask the mesh in context which chip they are compiled for
         lowered = step.lower(trainer.target, batch)
         try:
@@ -208,7 +224,7 @@ def compile_step(
             if needed is None:
                 raise
             return needed, None
-    return report.hbm_of_compiled(compiled.memory_analysis()), report.collectives(compiled.as_text())
+    return report.hbm_of_compiled(compiled.memory_analysis()), compiled.as_text()
 
 
 def _version(package: str) -> str:
@@ -221,7 +237,6 @@ def _version(package: str) -> str:
 def lightest_that_fits(
     config: ConfigDict,
     topology: Topology,
-    mfu: float,
     measure: Callable[..., dict[str, Any]] = preflight,
 ) -> dict[str, Any]:
     """The preflight report of the lightest settings that fit; see the module's docstring.
@@ -231,7 +246,7 @@ def lightest_that_fits(
     micro-batch: the largest that fits is found by bisection.
 
     Args:
-      config, topology, mfu: as for `preflight`; the configuration's own remat and micro-batch are overridden.
+      config, topology: as for `preflight`; the configuration's own remat and micro-batch are overridden.
       measure: `preflight`, or a stand-in with its arguments.
 
     Returns:
@@ -245,7 +260,7 @@ def lightest_that_fits(
         changed.model.overrides.remat = remat
         if "grad_cache" in changed:
             changed.grad_cache.micro_batch = micro_batch
-        found = measure(changed, topology, mfu)
+        found = measure(changed, topology)
         short = {"remat": remat, "micro_batch": micro_batch, "fits": found["fits"], "peak": found["hbm"].get("peak")}
         tried.append(short)
         print(json.dumps(short), file=sys.stderr, flush=True)

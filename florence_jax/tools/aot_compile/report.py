@@ -4,19 +4,16 @@ import math
 import re
 from typing import Any
 
+from florence_jax.tools.aot_compile.hlo import Program
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 ACROSS = "across slices: "  # prefix of the kinds that the TPU compiler hands to the network between slices
 _BITS = {"pred": 8, "bf16": 16, "token": 0}
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 _COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _TENSOR = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(condition|body|calls|to_apply|\w+_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
 _TRANSFER = re.compile(r'= \((\w+)\[([\d,]*)\].*? send\(.*_xla_megascale_transfer_type="(\w+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _FUSION = re.compile(r"async_collective_fusion|fused_computation")
-_CONSTANT = re.compile(r"= s(?:32|64)\[\]\S* constant\((\d+)\)")
 # {{0,1},{2,3}}, or [groups,size]<=[devices], or mesh['a'=2,'b'=4] {'b'}
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[(.*?)\] \{(.*?)\})")
 _SIZE = r"([\d.]+)([KMGT]?)"
@@ -29,12 +26,11 @@ _NEEDED = (
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
     """Communication of one execution of a compiled program, by kind.
 
-    A collective inside a loop counts once per iteration, as many as the compiler noted or as the loop's condition
-    compares with (a scan counts up from 0). The TPU compiler spreads one asynchronous collective over several fusions
-    with the same channel: those count as one (outside of fusions a channel may be used again). It writes a
-    reduce-scatter as a fusion called all-reduce-scatter around an all-reduce: that counts as reduce-scatter. Over
-    several slices it splits a collective into one inside each slice and one across them, which it leaves to the
-    host's network as a pair of send and receive.
+    A collective inside a loop counts once per iteration, see `Program.called`. The TPU compiler spreads one
+    asynchronous collective over several fusions with the same channel: those count as one (outside of fusions a channel
+    may be used again). It writes a reduce-scatter as a fusion called all-reduce-scatter around an all-reduce: that
+    counts as reduce-scatter. Over several slices it splits a collective into one inside each slice and one across them,
+    which it leaves to the host's network as a pair of send and receive.
 
     Args:
       hlo: text of the optimised module (`compiled.as_text()`).
@@ -44,7 +40,7 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
       exchanged}. A ring sends about that much per device (twice that for an all-reduce). Only kinds that occur:
       those of `COLLECTIVES`; with the prefix `ACROSS` and the bytes that a device sends, those across slices.
     """
-    program = _Program(hlo)
+    program = Program(hlo)
     found: dict[tuple[str, str], tuple[int, int]] = {}  # (kind, which) -> (executions, bytes)
 
     def visit(name: str, times: int) -> None:
@@ -70,38 +66,6 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
         for kind in [*COLLECTIVES, *sorted(kind for kind in kinds if kind.startswith(ACROSS))]
         if kind in kinds
     }
-
-
-class _Program:
-    """The computations of a module: `lines` of each that communicate or call others, and the `entry`'s name."""
-
-    def __init__(self, hlo: str):
-        self.lines: dict[str, list[str]] = {}
-        self.entry = ""
-        self._limits: dict[str, int] = {}  # the largest integer constant of a computation
-        current = ""
-        for line in hlo.splitlines():
-            if line and not line[0].isspace():
-                if match := _COMPUTATION.match(line):
-                    current = match[1]
-                    self.lines[current] = []
-                    self.entry = current if line.startswith("ENTRY") else self.entry
-            elif match := _CONSTANT.search(line):
-                self._limits[current] = max(int(match[1]), self._limits.get(current, 0))
-            elif "=%" in line or "computation" in line or " send(" in line or _COLLECTIVE.search(line):
-                self.lines[current].append(line)
-
-    def called(self, line: str) -> list[tuple[str, int]]:
-        """(computation, executions) of those that an instruction calls."""
-        roles = [(match[1], match[2]) for match in _CALLED.finditer(line)]
-        for match in _BRANCHES.finditer(line):
-            roles += [("branch", name) for name in re.findall(r"[\w.\-]+", match[1])]
-        names = dict(roles)
-        trips = 1
-        if "condition" in names:
-            noted = _TRIPS.search(line)
-            trips = int(noted[1]) if noted else self._limits.get(names["condition"], 1)
-        return [(name, trips) for _, name in roles]
 
 
 def _collective(match: re.Match, line: str, computation: str) -> tuple[str, int]:
@@ -165,7 +129,7 @@ def hbm_of_failure(message: str) -> dict[str, int] | None:
 
 def report_table(report: dict[str, Any]) -> str:
     """The report of `aot_compile.preflight` for a terminal."""
-    memory, times = report["hbm"], report["expected"]
+    memory = report["hbm"]
     slices = f"{report['slices']} slices of " if report["slices"] > 1 else ""
     rows = [
         ("slice", f"{slices}{report['topology']}, {report['chips']} chips, mesh " + _pairs(report["mesh"])),
@@ -182,10 +146,7 @@ def report_table(report: dict[str, Any]) -> str:
     for kind, total in report["collectives"].items():
         rows.append((f"  {kind}", f"{total['count']} a step, {_gib(total['bytes'])} a chip"))
     rows += [
-        (
-            f"at {times['mfu']:.0%} MFU",
-            f"{times['step_seconds']:.3f} s a step, {times['examples_per_second_per_chip']:.1f} examples/s/chip",
-        ),
+        *_estimate(report["estimate"]),
         ("compiled", f"in {report['compile_seconds']:.0f} s by {report['compiler']}"),
         ("verdict", "fits" if report["fits"] else "DOES NOT FIT"),
     ]
@@ -197,6 +158,22 @@ def _bucket(found: dict[str, Any]) -> str:
     """A line about one shape of the batch."""
     inputs = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in found["inputs"].items() if shape)
     return f"{inputs}: {_gib(found['hbm'].get('peak'))}, {'fits' if found['fits'] else 'DOES NOT FIT'}"
+
+
+def _estimate(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """The estimated time of a step and its most expensive places."""
+    if found is None:
+        return [("estimate", "none: only the TPU compiler gives cycles, and only for what fits")]
+    rate = f"{found['examples_per_second_per_chip']:.1f} examples/s/chip"
+    rows = [
+        ("estimate", f"{found['seconds']:.3f} s a step, {found['share_of_peak']:.1%} of peak, {rate}"),
+        ("", f"{found['cycles']:.4g} cycles, by the compiler for each op alone, at {found['clock'] / 1e9:.2f} GHz"),
+    ]
+    if found["unknown_kernels"]:
+        rows.append(("", f"NOT in it: {found['unknown_kernels']} kernels a step that do not say how often they run"))
+    for place in found["places"]:
+        rows.append((f"  {place['seconds'] * 1e3:8.2f} ms", f"{place['share']:6.1%}  {place['place']}"))
+    return rows
 
 
 def _pairs(mapping: dict[str, int]) -> str:

@@ -5,12 +5,15 @@ import importlib.util
 import math
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from florence_jax.errors import UserError
 
 GIB = 2**30
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+# Of each op and kernel how many instruction bundles it has, and which.
+_DUMP = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 
@@ -22,20 +25,22 @@ class Kind:
       peak_flops: bfloat16 operations a second of one chip (Google Cloud's system architecture pages).
       hbm: bytes that the compiler lets one program use on a chip; a little less than the memory's size.
       shapes: slices that can be had, in chips.
+      clock: cycles a second; `peak_flops` follows from it and the size of the matrix units.
       cores: TensorCores of a chip as counted in the accelerator type's name (v5p-512 is 256 chips).
     """
 
     peak_flops: float
     hbm: float
     shapes: tuple[str, ...]
+    clock: float
     cores: int = 1
 
 
 CHIP_KINDS = {
-    "v4": Kind(275e12, 30.75 * GIB, (*_CUBES, "12x16x16"), cores=2),
-    "v5e": Kind(197e12, 15.75 * GIB, _SQUARES),
-    "v5p": Kind(459e12, 95.74 * GIB, (*_CUBES, "16x16x24"), cores=2),
-    "v6e": Kind(918e12, 31.25 * GIB, _SQUARES),
+    "v4": Kind(275e12, 30.75 * GIB, (*_CUBES, "12x16x16"), 1.05e9, cores=2),
+    "v5e": Kind(197e12, 15.75 * GIB, _SQUARES, 1.5e9),
+    "v5p": Kind(459e12, 95.74 * GIB, (*_CUBES, "16x16x24"), 1.75e9, cores=2),
+    "v6e": Kind(918e12, 31.25 * GIB, _SQUARES, 1.75e9),
 }
 
 
@@ -89,8 +94,13 @@ def _chips(shape: str) -> int:
     return math.prod(map(int, shape.split("x")))
 
 
-def devices(topology: Topology) -> list[Any]:
+def devices(topology: Topology, schedules: Path | None = None) -> list[Any]:
     """One compile-only device per chip.
+
+    Args:
+      topology: the slice.
+      schedules: folder in which the compiler leaves the lengths of what it schedules, see `estimate.kernel_lengths`;
+        the first call of a process decides.
 
     Raises:
       UserError: if the TPU compiler is not installed.
@@ -101,6 +111,9 @@ def devices(topology: Topology) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if schedules is not None:
+        options = os.environ.get("LIBTPU_INIT_ARGS", "")
+        os.environ["LIBTPU_INIT_ARGS"] = f"{options} {_DUMP.format(schedules)}".strip()
     from jax.experimental import topologies
 
     description = topologies.get_topology_desc(
