@@ -81,6 +81,8 @@ class Width(Evaluator):
 class Stream:
     """Batches of the buckets in `ORDER`."""
 
+    processor_seconds = 0.0
+
     def __init__(self, config, task, data, start_step):
         self.step, self.task = start_step, task
 

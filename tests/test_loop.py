@@ -64,6 +64,7 @@ def test_a_run_leaves_its_files(finished):
     lines = read_metrics(finished / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert {"train/loss", "train/floor", "perf/step_seconds", "perf/data_wait_share"} <= lines[0].keys()
+    assert lines[0]["perf/data_cpu_share"] > 0
     result = json.loads((finished / "result.json").read_text())
     assert result["step"] == 8 and 0 <= result["eval/held_out/i2t_r@10"] <= 1
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["6", "8", "model.json"]

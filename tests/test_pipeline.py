@@ -88,7 +88,9 @@ def test_same_for_any_prefetch_and_with_cache(two_sources):
 
 def test_same_with_worker_processes_and_a_late_start(two_sources):
     whole = take(stream_of(two_sources, process=Process(1, 2)), 7)
-    assert_same(take(stream_of(two_sources, process=Process(1, 2), workers=2, start_step=2), 5), whole[2:])
+    stream = stream_of(two_sources, process=Process(1, 2), workers=2, start_step=2)
+    assert_same(take(stream, 5), whole[2:])
+    assert stream.processor_seconds > 0
 
 
 def test_resume_is_exact_and_seed_matters(two_sources):

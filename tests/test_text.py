@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from florence_jax.data import remembered
 from florence_jax.data.prompts import TEMPLATE_SETS, TEMPLATES, apply_prompt, class_prompts, template_set
 from florence_jax.data.sources.catalog import open_source
 from florence_jax.data.tokenizers import ClipTokenizer, load_tokenizer
@@ -189,6 +190,35 @@ def test_subword_sampling_follows_the_unigram_model(shipped):
     drawn = [tuple(i for i in shipped.sample("zombie", rng) if i > 3) for _ in range(3000)]
     shares = np.array([drawn.count(ids) for ids in found]) / 3000
     assert shares.sum() == 1 and np.abs(shares - weights / weights.sum()).max() < 0.03
+
+
+def test_what_is_remembered_changes_no_draw(shipped, monkeypatch):
+    texts = [f"a {word} zombie on a {word}" for word in ("striped", "red", "golden", "red")]
+    rng = np.random.default_rng(0)
+    drawn = [shipped.sample(text, rng) for text in texts]
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(shipped, "_segmentations", shipped._best_segmentations)
+    np.testing.assert_array_equal(drawn, [shipped.sample(text, rng) for text in texts])
+
+
+def test_remembered_begins_anew_when_full_and_cannot_be_changed(monkeypatch):
+    monkeypatch.setattr(remembered, "MOST", 2)
+    asked = []
+
+    def length(text):
+        asked.append(text)
+        if not text:
+            raise UserError("empty")
+        return np.array([len(text)])
+
+    known = remembered.Remembered(length)
+    assert [int(known(text)[0]) for text in ("a", "bb", "a", "ccc", "bb")] == [1, 2, 1, 3, 2]
+    assert asked == ["a", "bb", "ccc", "bb"]
+    with pytest.raises(ValueError, match="read-only"):
+        known("bb")[0] = 5
+    for _ in range(2):
+        with pytest.raises(UserError, match="empty"):
+            known("")
 
 
 def test_subword_sampling_needs_a_unigram_model(tiny_clip):

@@ -53,6 +53,10 @@ def at_step(monkeypatch, at, action):
                 action()
             return next(self.inner)
 
+        @property
+        def processor_seconds(self):
+            return self.inner.processor_seconds
+
         def close(self):
             self.inner.close()
 

@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +42,7 @@ MOST_REPLACED, DRAWN_TO_JUDGE = 0.5, 1000
 CACHE_BYTES = 2 << 30  # of pictures kept in memory, of all workers of a process together
 WORKER_DIED = re.compile(r"Worker process was terminated unexpectedly with exit code (-?\d+)")  # grain's words
 SHARED_MEMORY = "/dev/shm"
+PROCESSOR_SECONDS = "processor_seconds"  # in a batch on its way to the `Stream`
 FEWER_WORKERS = "fewer worker processes, --config.data.workers=N, or none, --config.data.workers=0"
 
 
@@ -79,14 +81,19 @@ class Stream(Iterator[Batch]):
     Args:
       iterator: of the batches.
       at_end: called once, when it is closed.
+
+    Attributes:
+      processor_seconds: that the threads or processes took to make the batches drawn so far; of a training stream.
     """
 
     def __init__(self, iterator: grain.DatasetIterator, at_end: Callable[[], None] | None = None):
         self._iterator, self._at_end = iterator, at_end
         self._drawn = self._replaced = 0  # records, of this process
+        self.processor_seconds = 0.0
 
     def __next__(self) -> Batch:
         batch = self._next()
+        self.processor_seconds += float(batch.pop(PROCESSOR_SECONDS, 0.0))
         if "corrupt" in batch:
             self._drawn += len(batch["corrupt"])
             self._replaced += int((batch["corrupt"] > 0).sum())
@@ -415,8 +422,9 @@ class _MakeBatch:
         self._makers, self._local, self._process = makers, local, process
 
     def __call__(self, step: int, numbered: tuple[int, Sequence[int]]) -> Batch:
-        bucket, numbers = numbered
-        return self._makers[bucket].train((step * self._process.count + self._process.index) * self._local, numbers)
+        began, (bucket, numbers) = time.thread_time(), numbered
+        batch = self._makers[bucket].train((step * self._process.count + self._process.index) * self._local, numbers)
+        return batch | {PROCESSOR_SECONDS: np.float64(time.thread_time() - began)}
 
 
 class _Plan:

@@ -21,6 +21,7 @@ from etils import epath
 from tokenizers import models, pre_tokenizers
 
 from florence_jax.data.captions import normalise_caption
+from florence_jax.data.remembered import Remembered
 from florence_jax.errors import UserError
 
 # Florence cuts texts at 76 tokens, BOS and EOT included.
@@ -222,6 +223,7 @@ class SentencePieceTokenizer(Tokenizer):
             )
         super().__init__(length, processor.vocab_size(), ids["bos"], ids["eos"])
         self._processor = processor
+        self._segmentations = Remembered(self._best_segmentations)
 
     def clean(self, text: str) -> str:
         """`captions.normalise_caption`."""
@@ -245,11 +247,15 @@ class SentencePieceTokenizer(Tokenizer):
     def _split_at_random(self, text: str, rng: np.random.Generator) -> list[int]:
         ids: list[int] = []
         for word in text.split():
-            found = self._processor.nbest_encode_as_ids(word, SEGMENTATIONS)
-            scores = np.array([sum(map(self._processor.get_score, pieces)) for pieces in found])
-            weights = np.exp(SMOOTHING * (scores - scores.max())).cumsum()
+            found, weights = self._segmentations(word)
             ids += found[int(weights.searchsorted(rng.random() * weights[-1], side="right"))]
         return ids
+
+    def _best_segmentations(self, word: str) -> tuple[list[list[int]], np.ndarray]:
+        """A word's best segmentations into pieces, and the running sum of their weights."""
+        found = self._processor.nbest_encode_as_ids(word, SEGMENTATIONS)
+        scores = np.array([sum(map(self._processor.get_score, pieces)) for pieces in found])
+        return found, np.exp(SMOOTHING * (scores - scores.max())).cumsum()
 
 
 class ClipTokenizer(Tokenizer):

@@ -393,9 +393,9 @@ class Trainer:
                 if step > start:  # before the first, workers start and caches fill
                     watchdog.step(step + 1)
                 self._trace.before(step + 1)
-                began = time.perf_counter()
+                began, made = time.perf_counter(), stream.processor_seconds
                 batch = to_global(next(stream), self._batch_sharding)
-                speed.step(time.perf_counter() - began)
+                speed.step(time.perf_counter() - began, stream.processor_seconds - made)
                 if not train_step.knows(batch):
                     late.drain()
                     watchdog.rest()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from florence_jax.errors import UserError
 from florence_jax.files import write_text
-from florence_jax.jobs.hardware import PEAK_FLOPS
+from florence_jax.jobs.hardware import PEAK_FLOPS, available_cores
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -80,25 +80,32 @@ class Speedometer:
         self._flops = flops_per_example
         self._chips = jax.device_count()
         self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-        self._steps, self._wait, self._start = 0, 0.0, time.perf_counter()
+        self._cores = available_cores()
+        self._begin()
 
-    def step(self, data_wait: float) -> None:
-        """Counts one step that waited `data_wait` seconds for its batch."""
+    def _begin(self) -> None:
+        self._steps, self._wait, self._making, self._start = 0, 0.0, 0.0, time.perf_counter()
+
+    def step(self, data_wait: float, data_making: float) -> None:
+        """Counts one step that waited `data_wait` seconds for its batch, made in `data_making` processor seconds."""
         self._steps += 1
         self._wait += data_wait
+        self._making += data_making
 
     def pause(self, seconds: float) -> None:
         """Takes time spent on evaluation or saving out of the current reading."""
         self._start += seconds
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading: seconds a step, share of it spent waiting for data, images/s, MFU; and the
-        most memory that a device of this process has used so far, where the backend tells (the CPU does not)."""
+        """Means since the last reading: seconds a step, share of it spent waiting for data, share of this process's
+        cores that making data takes (from the step, where that runs on them), images/s, MFU; and the most memory that a
+        device of this process has used so far, where the backend tells (the CPU does not)."""
         seconds = max(time.perf_counter() - self._start, 1e-9) / max(self._steps, 1)
         rate = self._batch / seconds
         values = {
             "perf/step_seconds": seconds,
             "perf/data_wait_share": self._wait / max(self._steps, 1) / seconds,
+            "perf/data_cpu_share": self._making / max(self._steps, 1) / seconds / self._cores,
             "perf/images_per_second": rate,
             "perf/images_per_second_per_chip": rate / self._chips,
         }
@@ -106,7 +113,7 @@ class Speedometer:
             values["perf/mfu"] = rate * self._flops / (self._chips * self._peak)
         if (used := peak_memory(jax.local_devices())) is not None:
             values["perf/device_memory_gib"] = used / 2**30
-        self._steps, self._wait, self._start = 0, 0.0, time.perf_counter()
+        self._begin()
         return values
 
 
@@ -137,7 +144,7 @@ class Progress:
         text = (
             f"step {step}/{self._total}  loss {values['train/loss']:.3f}  "
             f"{values['perf/images_per_second']:.0f} img/s  {1000 * seconds:.0f} ms/step  "
-            f"data wait {100 * values['perf/data_wait_share']:.0f}%"
+            f"data wait {100 * values['perf/data_wait_share']:.0f}%, CPU {100 * values['perf/data_cpu_share']:.0f}%"
         )
         if "perf/mfu" in values:
             text += f"  MFU {100 * values['perf/mfu']:.1f}%"

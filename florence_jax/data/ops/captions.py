@@ -11,6 +11,7 @@ from florence_jax.data.captions import caption_label, normalise_caption, token_l
 from florence_jax.data.ops.registry import Example, Op, checked_number, key_of, op
 from florence_jax.data.prompts import apply_prompt
 from florence_jax.data.records import BadRecord
+from florence_jax.data.remembered import Remembered
 from florence_jax.errors import UserError
 
 MAX_CAPTION = 10_000  # characters; longer ones are web pages, not captions
@@ -103,6 +104,7 @@ class Label(Op):
 
     def __init__(self, context: Mapping[str, Any]):
         self.tokenizer = context.get("tokenizer")
+        self._labels = Remembered(self._label)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Adds the label."""
@@ -114,6 +116,9 @@ class Label(Op):
 
     def of(self, caption: str) -> np.ndarray:
         """The label of a caption. Raises UserError for one without tokens."""
+        return self._labels(caption)
+
+    def _label(self, caption: str) -> np.ndarray:
         if self.tokenizer is None:
             return caption_label(caption)
         return token_label(self.tokenizer(normalise_caption(caption)))
@@ -148,6 +153,7 @@ class Tokenize(Op):
 
     def __init__(self, context: Mapping[str, Any], sampling: float = 0.0):
         self.tokenizer = need(context, "tokenizer")
+        self._tokens = Remembered(self.tokenizer)
         self.sampling = checked_number("sampling", sampling, 0, 1)
         self.random = sampling > 0
         if self.random:
@@ -158,7 +164,7 @@ class Tokenize(Op):
         caption = _caption(example)
         try:
             sampled = self.random and rng.random() < self.sampling
-            text = self.tokenizer.sample(caption, rng) if sampled else self.tokenizer(caption)
+            text = self.tokenizer.sample(caption, rng) if sampled else self._tokens(caption)
         except UserError as error:
             raise BadRecord(key_of(example), str(error)) from error
         return example | {"text": text, "text_length": self.tokenizer.lengths(text)}
