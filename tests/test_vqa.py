@@ -26,6 +26,8 @@ from florence_jax.params.sharding import make_mesh
 from florence_jax.params.weights import describe
 from florence_jax.predict import main as predict
 from florence_jax.tasks import create_suite, create_task
+from florence_jax.tasks.encoder import Encoder
+from florence_jax.tasks.fusion import FusedTowers
 from florence_jax.train.loop import open_stream
 
 COLOURS = {"red": (220, 40, 30), "green": (40, 190, 60), "blue": (30, 60, 220)}
@@ -160,6 +162,8 @@ def test_weights_without_answers_are_said(questions, weights):
     config.update_from_flattened_dict({"data.test": str(questions), "init": weights})
     with pytest.raises(UserError, match="answers no questions"):
         create_suite(config)
+    with pytest.raises(UserError, match=r"holds no fusion of image and text: train one with .*configs/vlp.py"):
+        FusedTowers(Encoder(weights))  # what Florence.answer, match and fill, and predict open
     config.answers.file = "other.txt"
     with pytest.raises(UserError, match="has answers of its own"):
         create_suite(config)

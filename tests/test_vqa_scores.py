@@ -1,5 +1,7 @@
 """Accuracy of answers as the official code gives it, what questions alone are worth, and the evaluator."""
 
+import base64
+import io
 import itertools
 import json
 import math
@@ -16,6 +18,7 @@ from florence_jax.data.sources.catalog import open_source
 from florence_jax.errors import UserError
 from florence_jax.evaluators.base import all_files
 from florence_jax.evaluators.vqa import VqaEvaluator
+from florence_jax.evaluators.vqa_report import GAP, attended_picture
 from florence_jax.evaluators.vqa_scores import (
     Prior,
     accuracies,
@@ -251,3 +254,11 @@ def test_questions_of_a_picture_share_it(folder):
     given = [(row["question_id"], row["answer"]) for row in json.loads(judge.files()["answers_test.json"])]
     assert given == [(n, "yes" if n < 3 else "no") for n in range(6)]
     assert "".join(judge.report()).count("<figure") == 6
+
+
+def test_attention_lies_beside_the_picture():
+    seen, looked = np.zeros((8, 8, 3), np.uint8), [np.arange(9.0), np.arange(10.0), np.arange(7.0)]  # 7 are no grid
+    for shape, width in (((80, 60, 3), 30), ((2, 300, 3), 80), ((300, 2, 3), 1)):
+        uri = attended_picture(np.zeros(shape, np.uint8), seen, looked, 40)
+        picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+        assert picture.size == (width + 2 * (GAP + 40), 40)

@@ -171,29 +171,33 @@ def _picture(picture: np.ndarray | None, attention: np.ndarray | None) -> str:
     """Data URI: of the picture, and beside it of the same with the attention laid over it; '' without a picture."""
     if picture is None:
         return ""
-    scale = EXAMPLE_SIDE / max(picture.shape[:2])
-    shown = Image.fromarray(picture)
-    shown = shown.resize([max(1, round(edge * scale)) for edge in shown.size], Image.Resampling.BICUBIC)
-    return attended_picture(shown, picture, [] if attention is None else [attention])
+    return attended_picture(picture, picture, [] if attention is None else [attention], EXAMPLE_SIDE)
 
 
-def attended_picture(shown: Image.Image, seen: np.ndarray, attentions: Sequence[np.ndarray]) -> str:
+def attended_picture(shown: np.ndarray, seen: np.ndarray, attentions: Sequence[np.ndarray], height: int) -> str:
     """Data URI of a picture, beside it for each attention what the model saw with that laid over it.
 
     Args:
-      shown: RGB, whose height all have. seen: uint8 (H, W, 3). attentions: float (T,) of its tokens; what makes no grid
-        is left out.
+      shown, seen: uint8 (H, W, 3), made to fit into 2 `height` x `height` pixels.
+      attentions: float (T,) of the tokens; what makes no grid is left out.
     """
     grids = [_grid(attention, seen.shape[0] / seen.shape[1]) for attention in attentions]
-    width = max(1, round(seen.shape[1] * shown.height / seen.shape[0]))
-    view = Image.fromarray(seen).resize((width, shown.height), Image.Resampling.BICUBIC)
-    beside = [shown, *(with_heat(view, grid) for grid in grids if grid is not None)]
-    both = Image.new("RGB", (sum(each.width + GAP for each in beside) - GAP, shown.height), "#f2f2f2")
+    view = _fitted(seen, height)
+    beside = [_fitted(shown, height), *(with_heat(view, grid) for grid in grids if grid is not None)]
+    tallest = max(each.height for each in beside)
+    both = Image.new("RGB", (sum(each.width + GAP for each in beside) - GAP, tallest), "#f2f2f2")
     left = 0
     for each in beside:
-        both.paste(each, (left, 0))
+        both.paste(each, (left, (tallest - each.height) // 2))
         left += each.width + GAP
     return picture_uri(both)
+
+
+def _fitted(picture: np.ndarray, height: int) -> Image.Image:
+    """As large as fits into 2 `height` x `height` pixels."""
+    image = Image.fromarray(picture)
+    scale = min(height / image.height, 2 * height / image.width)
+    return image.resize([max(1, round(edge * scale)) for edge in image.size], Image.Resampling.BICUBIC)
 
 
 def _grid(attention: np.ndarray, aspect: float) -> np.ndarray | None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from florence_jax.data.ops.image import Decode
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.records import Record, Source
 from florence_jax.data.sources.catalog import open_pictures, open_source
@@ -20,7 +21,6 @@ from florence_jax.evaluators.predictor import Predictor
 from florence_jax.evaluators.vqa_report import ATTENTION, attended_picture
 from florence_jax.inference.base import Answerer, Found
 from florence_jax.params.sharding import make_mesh
-from florence_jax.pictures import open_picture, to_rgb
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.tasks.fusion import FusedTowers, text_ids
 
@@ -122,7 +122,7 @@ class FusionReader:
         """The picture of a record as the model sees it, uint8 (H, W, 3). Raises BadRecord."""
         for op in parse_ops(self._ops, {}):
             record = op(record, np.random.default_rng(0))
-        return record["image"]
+        return np.asarray(record["image"])
 
     def _predictor(self, what: str, count: int) -> Predictor:
         """For batches of a power of two, up to the largest: few sizes are compiled."""
@@ -274,11 +274,9 @@ class QuestionAnswerer(Answerer):
 
     def picture(self, record: Record, found: Found) -> str:
         """The picture, small, and where the answers to its first questions looked."""
-        with open_picture(record["image"]) as opened:
-            shown = to_rgb(opened)
-        shown = shown.resize((max(1, round(shown.width * FIGURE_HEIGHT / shown.height)), FIGURE_HEIGHT))
+        whole = Decode()(record, np.random.default_rng(0))["image"]
         looked = [said.attention.astype(np.float32) for _, said in found.details[:PAGE_QUESTIONS]]
-        return attended_picture(shown, self.reader.see(record), looked)
+        return attended_picture(whole, self.reader.see(record), looked, FIGURE_HEIGHT)
 
     def remarks(self, answers: Sequence[Found]) -> Sequence[str]:
         """What the page shows beside the pictures."""
