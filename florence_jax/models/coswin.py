@@ -135,6 +135,7 @@ class CoSwin(nn.Module):
         they change nothing (default: they take part, as in the published detectors).
       out_stages: detection mode only; the stages that get a `norm{i}`.
       remat: one of `layers.REMATS`; the unit is a pair of blocks.
+      attention: one of `window_attention.ATTENTIONS`: as XLA has it, or by a kernel where that fits.
       scan: scan over the pairs of a stage that has several (parameters stacked on axis 0 under `pairs`); otherwise,
         and for a single pair, plain modules `pair0`, `pair1`, ...
       dtype: compute dtype; parameters are float32.
@@ -152,6 +153,7 @@ class CoSwin(nn.Module):
     out_stages: tuple[int, ...] = (0, 1, 2, 3)
     remat: str = "none"
     scan: bool = True
+    attention: str = "auto"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -238,5 +240,6 @@ class CoSwin(nn.Module):
             shift=(shift,) * 2,
             mlp_ratio=self.mlp_ratio,
             mask_padding=self.mask_padding,
+            form=self.attention,
             dtype=self.dtype,
         )

@@ -54,7 +54,7 @@ class TwoTowers(nn.Module):
             self.image = CoSwin(
                 width=c.image_width, depths=c.depths, heads=c.heads, window=c.window, embedding=c.embedding,
                 mlp_ratio=c.mlp_ratio, drop_path=c.drop_path, size_mode=c.size_mode, mask_padding=c.mask_padding,
-                out_stages=c.out_stages, **common,
+                out_stages=c.out_stages, attention=c.attention, **common,
             )  # fmt: skip
         self.text = TextTransformer(
             vocab_size=c.vocab_size, length=c.text_length, width=c.text_width, layers=c.text_layers, heads=c.text_heads,

@@ -12,6 +12,7 @@ from florence_jax.models.coswin import EMBEDDINGS, check_stages, embedded_size
 from florence_jax.models.layers import ACTIVATIONS, REMATS
 from florence_jax.models.text import POOLINGS
 from florence_jax.models.vit import check_patches
+from florence_jax.models.window_attention import ATTENTIONS
 from florence_jax.models.windows import SIZE_MODES, stage_window
 
 IMAGE_TOWERS = ("coswin", "vit")
@@ -37,6 +38,7 @@ class ModelConfig(Mapping):
       logit_bias: whether there is a bias of the logits, as of weights trained with a sigmoid loss (SigLIP).
       dtype: compute dtype; parameters are float32.
       remat: one of `REMATS`, what the backward pass recomputes. scan: scan over depth instead of unrolling.
+      attention: of CoSwin, one of `window_attention.ATTENTIONS`.
     """
 
     variant: str
@@ -74,6 +76,7 @@ class ModelConfig(Mapping):
     dtype: str = "float32"
     remat: str = "none"
     scan: bool = True
+    attention: str = "auto"
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._names():
@@ -200,7 +203,7 @@ def _fits(value: Any, kind: Any) -> bool:
 def _check(config: ModelConfig) -> None:
     choices = dict(
         image_tower=IMAGE_TOWERS, embedding=EMBEDDINGS, image_activation=ACTIVATIONS, size_mode=SIZE_MODES,
-        text_pooling=POOLINGS, text_activation=ACTIVATIONS, remat=REMATS, dtype=DTYPES,
+        text_pooling=POOLINGS, text_activation=ACTIVATIONS, remat=REMATS, dtype=DTYPES, attention=ATTENTIONS,
     )  # fmt: skip
     for name, known in choices.items():
         if config[name] not in known:

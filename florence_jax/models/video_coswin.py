@@ -163,7 +163,7 @@ class VideoCoSwin(nn.Module):
     """The video tower. Submodules and their parameters have the names that `CoSwin` gives them.
 
     Attributes:
-      width, depths, heads, embedding, mlp_ratio, drop_path, mask_padding, remat, scan, dtype: see `CoSwin`.
+      width, depths, heads, embedding, mlp_ratio, drop_path, mask_padding, remat, scan, attention, dtype: see `CoSwin`.
       windows: of each stage, the sides (time, height, width) that its bias table is for. An axis of a map no longer
         than the window's is one window, without shift; a map of any size is padded.
       tube, merge: see `VideoConfig`.
@@ -181,6 +181,7 @@ class VideoCoSwin(nn.Module):
     mask_padding: bool = True
     remat: str = "none"
     scan: bool = True
+    attention: str = "auto"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -225,6 +226,7 @@ class VideoCoSwin(nn.Module):
                 table=self.windows[i],
                 mlp_ratio=self.mlp_ratio,
                 mask_padding=self.mask_padding,
+                form=self.attention,
                 dtype=self.dtype,
             )
             outputs[f"stage{i}"] = x
@@ -258,7 +260,7 @@ class VideoTowers(TwoTowers):
         self.video = VideoCoSwin(
             width=c.image_width, depths=c.depths, heads=c.heads, windows=stage_windows(c, v), embedding=c.embedding,
             tube=v.tube, merge=v.merge, mlp_ratio=c.mlp_ratio, drop_path=v.drop_path, mask_padding=v.mask_padding,
-            remat=c.remat, scan=c.scan, dtype=jnp.dtype(c.dtype),
+            remat=c.remat, scan=c.scan, attention=c.attention, dtype=jnp.dtype(c.dtype),
         )  # fmt: skip
 
     def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> dict[str, jax.Array]:

@@ -27,10 +27,10 @@ from florence_jax.models.layers import (
     split_heads,
     survival,
 )
+from florence_jax.models.window_attention import MASKED, Places, fused_attention, use_kernel
 
 SIZE_MODES = ("classification", "detection")
 Array = TypeVar("Array", jax.Array, np.ndarray)
-MASKED = -100.0  # Swin's additive mask value: finite, so that a softmax row never becomes NaN
 
 
 def relative_position_index(window: Sequence[int], table: Sequence[int] = ()) -> jax.Array:
@@ -90,6 +90,20 @@ def attention_mask(
     return None if blocked is None else jnp.where(blocked, jnp.float32(MASKED), jnp.float32(0))
 
 
+def window_places(
+    sizes: Sequence[int], window: Sequence[int], shift: Sequence[int], valid: tuple[int, ...] | None = None
+) -> Places:
+    """What `attention_mask` and a rolled, partitioned map say, as tables for a kernel; arguments as there."""
+    ids = np.arange(math.prod(sizes)).reshape(1, *sizes, 1)
+    tokens = partition(np.roll(ids, [-n for n in shift], range(1, ids.ndim - 1)), window)[0, :, :, 0]
+    regions = window_regions(sizes, window, shift) if any(shift) else np.zeros(tokens.shape, np.int8)
+    outside: np.ndarray = np.zeros(tokens.shape, bool)
+    if valid is not None:
+        positions = np.stack(np.unravel_index(tokens, sizes), -1)
+        outside = np.asarray((positions >= np.asarray(valid)).any(-1))
+    return Places(tokens, regions, outside)
+
+
 def partition(x: Array, window: Sequence[int]) -> Array:
     """(B, *sizes, C) -> (B, windows, tokens, C), for sizes that divide; the batch axis stays apart for sharding."""
     batch, *sizes, channels = x.shape
@@ -127,8 +141,7 @@ def zero_outside(x: jax.Array, valid: jax.Array) -> jax.Array:
 class WindowAttention(nn.Module):
     """Multi-head attention inside windows with a learned relative position bias (Swin, equation 4).
 
-    `x` is (B, windows, tokens, C) with the tokens of `window`; `mask` as `attention_mask` gives it. Returns (B,
-    windows, tokens, C). `core` is `attention` or a form of it, `table` as in `BlockOptions`.
+    `core` is `attention` or a form of it, `table` as in `BlockOptions`.
     """
 
     heads: int
@@ -138,19 +151,23 @@ class WindowAttention(nn.Module):
     table: tuple[int, ...] = ()
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """(B, windows, tokens, C) -> the same shape."""
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None, places: Places | None = None) -> jax.Array:
+        """(B, windows, tokens, C), the tokens of `window`, -> the same shape; `mask` as `attention_mask` gives it.
+
+        Or, with `places`, a whole map (B, *sizes, C), which a kernel takes as it is; see `window_attention`.
+        """
         dense = functools.partial(Dense, dtype=self.dtype)
-        q, k, v = split_heads(dense(3 * x.shape[-1], name="qkv")(x), self.heads)
+        qkv = dense(3 * x.shape[-1], name="qkv")(x)
         entries = math.prod(2 * side - 1 for side in self.table or self.window)
         table = self.param("relative_position_bias_table", NORMAL, (entries, self.heads))
         index = relative_position_index(self.window, self.table)
-        bias = (
-            jnp.asarray(table).T.at[:, index].get(mode="promise_in_bounds")[None, None]
-        )  # (1, 1, heads, tokens, tokens)
-        if mask is not None:
-            bias = bias + mask[:, :, None]
-        return dense(x.shape[-1], name="proj")(self.core(q, k, v, bias))
+        bias = jnp.asarray(table).T.at[:, index].get(mode="promise_in_bounds")  # (heads, tokens, tokens)
+        if places is not None:
+            out = fused_attention(qkv, bias, places, self.heads)
+        else:
+            bias = bias[None, None] if mask is None else bias[None, None] + mask[:, :, None]
+            out = self.core(*split_heads(qkv, self.heads), bias)
+        return dense(x.shape[-1], name="proj")(out)
 
 
 class BlockOptions(nn.Module):
@@ -164,6 +181,7 @@ class BlockOptions(nn.Module):
       mask_padding: keep padded positions, and those beyond an example's own size, out of the softmax.
       core: `attention` or a form of it.
       table: sides of the window that the bias table is for, at least those of `window`; () for `window`.
+      form: of attention, one of `window_attention.ATTENTIONS`.
     """
 
     heads: int
@@ -174,6 +192,7 @@ class BlockOptions(nn.Module):
     core: Callable[..., jax.Array] = attention
     dtype: Dtype = jnp.float32
     table: tuple[int, ...] = ()
+    form: str = "auto"
 
 
 class SwinBlock(BlockOptions):
@@ -208,12 +227,16 @@ class SwinBlock(BlockOptions):
         own: tuple[int, ...] | jax.Array | None = None
         if self.mask_padding:
             own = sizes if valid is None and padded != sizes else valid
-        x = jnp.roll(x, tuple(-n for n in self.shift), axes) if any(self.shift) else x
         attend = WindowAttention(self.heads, self.window, self.core, self.dtype, self.table, name="attention")
+        crop = (slice(None), *(slice(size) for size in sizes))
+        places = None if isinstance(own, jax.Array) else window_places(padded, self.window, self.shift, own)
+        if use_kernel(self.form, x, places, self.heads):
+            return attend(x, places=places)[crop]
+        x = jnp.roll(x, tuple(-n for n in self.shift), axes) if any(self.shift) else x
         windows = attend(partition(x, self.window), attention_mask(padded, self.window, self.shift, own))
         x = unpartition(windows, padded, self.window)
         x = jnp.roll(x, self.shift, axes) if any(self.shift) else x
-        return x[(slice(None), *(slice(size) for size in sizes))]
+        return x[crop]
 
 
 class SwinPair(BlockOptions):
@@ -234,6 +257,7 @@ class SwinPair(BlockOptions):
             core=self.core,
             dtype=self.dtype,
             table=self.table,
+            form=self.form,
         )
         first, second = (None, None) if factors is None else factors
         x = block(shift=(0,) * len(self.window), name="plain")(x, first, valid)

@@ -15,7 +15,8 @@ from florence_jax.evaluators.base import Chart, Evaluator
 from florence_jax.models.base import Model, Params
 from florence_jax.params.rules import Policy, frozen_entries
 
-FREE_OPTIONS = ("dtype", "remat", "scan", "drop_path", "logit_scale_init")  # of a model: may change in a resumed run
+# Of a model: may change in a resumed run.
+FREE_OPTIONS = ("dtype", "remat", "scan", "attention", "drop_path", "logit_scale_init")
 WARMUP_SHARE = 0.1  # of a run that is counted in epochs: the most that its warm-up may take
 EVALUATIONS = 10  # of such a run on its way, where one each epoch is asked for: the most
 

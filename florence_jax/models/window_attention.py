@@ -1,0 +1,234 @@
+"""Window attention on whole maps by a kernel that needs neither rolled maps nor windows cut from them.
+
+The same numbers as `windows.WindowAttention` on a rolled and partitioned map, which is the reference. The kernel is
+`window_attention_tpu.py`: here are what it is given, when it is used, its gradient, and its place on several devices.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, PartitionSpec
+
+ATTENTIONS = ("auto", "xla", "fused")
+MASKED = -100.0  # Swin's additive mask value: finite, so that a softmax row never becomes NaN
+MOST_TOKENS = 256  # of a window: the logits of four heads still lie in a core's memory, for several windows
+MOST_PIECES = 2**16  # of a map: their addresses lie in 1 MiB of memory for scalars
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Which tokens of a map make up its windows, and which of them attend to each other.
+
+    Attributes:
+      tokens: int (windows, tokens), row-major indices into the map.
+      regions: int (windows, tokens); tokens of a window attend to those of their own region.
+      outside: bool (windows, tokens), tokens that nothing attends to.
+    """
+
+    tokens: np.ndarray
+    regions: np.ndarray
+    outside: np.ndarray
+
+    def pieces(self) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, int, int], ...]]:
+        """Runs of tokens that follow each other in the map, at the same places in all windows, the longest first.
+
+        Returns:
+          int32 (windows, pieces), the map's token that each piece begins with; int32 (pieces,), the window's; and
+          (length, first, end) for each length: the pieces first to end - 1 have it.
+        """
+        broken = (np.diff(self.tokens, axis=1) != 1).any(0)
+        offsets = np.concatenate([[0], np.flatnonzero(broken) + 1])
+        lengths = np.diff(np.append(offsets, self.tokens.shape[1]))
+        order = np.argsort(-lengths, kind="stable")
+        offsets, lengths = offsets[order], lengths[order]
+        runs = [(int(n), np.flatnonzero(lengths == n)) for n in dict.fromkeys(lengths.tolist())]
+        groups = tuple((n, int(found[0]), int(found[-1]) + 1) for n, found in runs)
+        return self.tokens[:, offsets].astype(np.int32), offsets.astype(np.int32), groups
+
+    def kinds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Windows that differ: the kind of each, int32 (windows,); regions and outside, (kinds, tokens) each."""
+        both = np.stack([self.regions.astype(np.int32), self.outside.astype(np.int32)], 1)
+        _, first, kind = np.unique(both.reshape(len(both), -1), axis=0, return_index=True, return_inverse=True)
+        return kind.reshape(-1).astype(np.int32), self.regions[first], self.outside[first]
+
+
+def _kernels() -> Any:
+    """`window_attention_tpu`; loaded where it is used, because to import Pallas takes as long as half of JAX."""
+    from florence_jax.models import window_attention_tpu
+
+    return window_attention_tpu
+
+
+def on_tpu() -> bool:
+    """Whether what is traced will run on a TPU: by the mesh in context, or by JAX's default."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return (jax.default_backend() if device is None else device.platform) == "tpu"
+
+
+def _axes(kind: AxisType) -> tuple[str, ...]:
+    """Axes of the mesh in context: Auto, what no shard_map has split yet, or Manual, what it has."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis, found in zip(mesh.axis_names, mesh.axis_types, strict=True) if found == kind)
+
+
+def _devices() -> int:
+    """Over how many the batch of what is traced is still to be split."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in _axes(AxisType.Auto))
+
+
+@functools.cache
+def say(what: str, why: str) -> None:
+    """Tells once that maps do not go to the kernel."""
+    logging.info("window attention of %s runs as XLA has it: %s", what, why)
+
+
+def use_kernel(form: str, x: jax.Array, places: Places | None, heads: int) -> bool:
+    """Whether the kernel computes attention for this map.
+
+    Args:
+      form: 'xla': never; 'auto': on a TPU, where it fits; 'fused': wherever it fits, elsewhere interpreted, which is
+        slow and for tests.
+      x: the map, (B, *sizes, C), in the dtype of the products.
+      places: of the map; None where each example has its own.
+      heads: of attention.
+    """
+    if form == "xla" or (form == "auto" and not on_tpu()):
+        return False
+    why = _misfit(x, places, heads)
+    if why and len(x) > 1:  # one example: parameters are being drawn
+        say(f"{len(x)} maps of {'x'.join(map(str, x.shape[1:]))}", why)
+    return not why
+
+
+def _misfit(x: jax.Array, places: Places | None, heads: int) -> str:
+    """Why the kernel does not take a map; '' where it does. Arguments as of `use_kernel`."""
+    tpu = _kernels()
+    channels, devices = x.shape[-1], _devices()
+    if places is None:
+        return "each example has its own padding"
+    if channels % tpu.LANES or tpu.LANES % (channels // heads):
+        return f"its {channels} channels in {heads} heads do not make up whole groups of {tpu.LANES}"
+    if len(x) % (devices * tpu.EXAMPLES):
+        return f"a device's part of the batch is not a multiple of {tpu.EXAMPLES}"
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"it is of {x.dtype}"
+    if places.tokens.shape[1] > MOST_TOKENS:
+        return f"its windows have {places.tokens.shape[1]} tokens, more than {MOST_TOKENS}"
+    if places.pieces()[0].size > MOST_PIECES:
+        return f"its windows are more than {MOST_PIECES} pieces"
+    if on_tpu() and jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
+        return "no mesh in context says how several devices split the batch"
+    if _sizes(x, places, heads) is None:
+        return "a window of 16 examples does not fit into a core's memory"
+    return ""
+
+
+def _sizes(x: Any, places: Places, heads: int) -> Any:
+    """`window_attention_tpu.Sizes` for a map, or its shape, on the devices in context; None where it does not fit."""
+    tpu = _kernels()
+    windows, tokens = places.tokens.shape
+    sizes = tpu.Sizes(
+        tokens=tokens,
+        windows=windows,
+        batch=len(x) // _devices(),
+        channels=x.shape[-1],
+        head_width=x.shape[-1] // heads,
+        lanes=tpu.LANES,
+        runs=places.pieces()[2],
+        itemsize=x.dtype.itemsize,
+    )
+    lanes = tpu.choose_lanes(sizes)
+    return None if lanes is None else dataclasses.replace(sizes, lanes=lanes)
+
+
+def fused_attention(qkv: jax.Array, bias: jax.Array, places: Places, heads: int) -> jax.Array:
+    """Window attention on a map that `use_kernel` accepts.
+
+    Args:
+      qkv: (B, *sizes, 3C), nested as `layers.split_heads` says.
+      bias: float32 (heads, tokens, tokens), by query and key.
+      places: of the map's windows.
+      heads: of attention.
+
+    Returns:
+      (B, *sizes, C).
+    """
+    tpu, axes, channels = _kernels(), _axes(AxisType.Auto), qkv.shape[-1] // 3
+    sizes = _sizes(jax.ShapeDtypeStruct((*qkv.shape[:-1], channels), qkv.dtype), places, heads)
+    starts, offsets, _ = places.pieces()
+    kind, regions, outside = places.kinds()
+
+    def run(maps: list[jax.Array], tables: jax.Array) -> list[jax.Array]:
+        """The kernel on a device: maps (b, *sizes, ...), of which the first result is one, too."""
+        # (tokens, batch, channels) is how XLA lays out a map on a TPU whatever the order of axes: nothing is moved.
+        by_token = [x.reshape(len(x), -1, x.shape[-1]).swapaxes(0, 1) for x in maps]
+        addresses = [jnp.asarray(table) for table in (starts.reshape(-1), offsets, kind)]
+        mask = _mask(regions, outside, sizes) * tpu.LOG2E
+        out, *rest = tpu.run(sizes, addresses, by_token, tables * tpu.LOG2E, mask, interpret=not on_tpu())
+        return [out.swapaxes(0, 1).reshape(*maps[0].shape[:-1], -1), *rest]
+
+    def run_backward(qkv: jax.Array, grad: jax.Array, tables: jax.Array) -> list[jax.Array]:
+        of_qkv, of_tables = run([qkv, grad], tables)
+        return [of_qkv, jax.lax.psum(of_tables, axes) if axes else of_tables]
+
+    @jax.custom_vjp
+    def attend(qkv: jax.Array, tables: jax.Array) -> jax.Array:
+        return _per_device(lambda qkv, tables: run([qkv], tables), (True, False), [True])(qkv, tables)[0]
+
+    def backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, ...]:
+        qkv, tables = residuals
+        return tuple(_per_device(run_backward, (True, True, False), [True, False])(qkv, grad, tables))
+
+    attend.defvjp(lambda qkv, tables: (attend(qkv, tables), (qkv, tables)), backward)
+    return checkpoint_name(attend(qkv, _to_columns(bias, sizes)), "attention")
+
+
+def _per_device(run: Callable[..., list[jax.Array]], split: tuple[bool, ...], results: list[bool]) -> Any:
+    """`run` on each device's part of the batch: the partitioner does not split kernels.
+
+    Args:
+      run: gives a list of arrays.
+      split, results: of its arguments and results, whether they are split by batch; the others are whole everywhere.
+    """
+    axes, manual = _axes(AxisType.Auto), _axes(AxisType.Manual)
+    if not axes:
+        return run
+    specs = {True: PartitionSpec(axes), False: PartitionSpec()}
+    mapped = jax.shard_map(
+        run,
+        in_specs=tuple(specs[one] for one in split),
+        out_specs=[specs[one] for one in results],
+        axis_names=set(axes),
+        check_vma=False,  # the interpreter mixes what varies over devices with what does not
+    )
+
+    def call(*arguments: jax.Array) -> list[jax.Array]:
+        # Unchecked, the results lost that they differ over the axes of a shard_map around this one.
+        return [jax.lax.pcast(x, manual, to="varying") if manual else x for x in mapped(*arguments)]
+
+    return call
+
+
+def _to_columns(bias: jax.Array, sizes: Any) -> jax.Array:
+    """(heads, queries, keys) -> (heads / those in 128 lanes, keys, those in 128 lanes * slots); see `Sizes`."""
+    bias = jnp.pad(bias, ((0, 0), (0, sizes.slots - sizes.tokens), (0, 0)))
+    bias = bias.reshape(-1, sizes.heads, sizes.slots, sizes.tokens).transpose(0, 3, 1, 2)
+    return bias.reshape(-1, sizes.tokens, sizes.queries)
+
+
+def _mask(regions: np.ndarray, outside: np.ndarray, sizes: Any) -> jax.Array:
+    """float32 (kinds, keys, heads in 128 lanes * slots), 0 or `MASKED`, from (kinds, tokens) each."""
+    queries, keys = jnp.asarray(regions)[:, None], jnp.asarray(regions)[:, :, None]
+    blocked = (queries != keys) | jnp.asarray(outside)[:, :, None]
+    mask = jnp.where(blocked, jnp.float32(MASKED), jnp.float32(0))
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, sizes.slots - sizes.tokens)))
+    return jnp.tile(mask, (1, 1, sizes.heads))
