@@ -19,7 +19,7 @@ from florence_jax.models.base import Params
 from florence_jax.models.video_coswin import VIDEO
 from florence_jax.params.rules import Policy
 from florence_jax.params.sharding import ambient_batch_axes
-from florence_jax.tasks.base import Task, frozen_parts, make_identity, make_plan
+from florence_jax.tasks.base import Task, frozen_parts, make_plan
 from florence_jax.tasks.encoder import text_inputs
 from florence_jax.tasks.pretrain import IN_BATCH, LOGIT_SCALE, clamp_logit_scale
 from florence_jax.tasks.recipe import motion_recipe, video_recipe
@@ -51,6 +51,8 @@ class FineTuneVideoRetrieval(TextToVideoSuite, Task):
         recipe = motion_recipe if self.of_motions else video_recipe
         width = self.encoder.model.config.projection
         self.plan = make_plan(config, examples, recipe(examples, width, config.batch_size))
+        noise = config.video.inflate_noise
+        self.noise = float(self.of_motions) if noise is None else noise
         flops = self.tower.model.flops
         self.flops_per_example = 3.0 * (flops[VIDEO] + flops["text"])
 
@@ -80,8 +82,7 @@ class FineTuneVideoRetrieval(TextToVideoSuite, Task):
     @property
     def identity(self) -> Mapping[str, Any]:
         """See `Suite`."""
-        own = make_identity(self.config, "video.inflate_noise") | {"data.train_ops": self.train_ops}
-        return {**super().identity, **own}
+        return {**super().identity, "video.inflate_noise": self.noise, "data.train_ops": self.train_ops}
 
     def parts(self) -> dict[str, Mapping[str, Any]]:
         """The parts of the model."""
@@ -93,7 +94,7 @@ class FineTuneVideoRetrieval(TextToVideoSuite, Task):
 
     def start(self, params: Params) -> Params:
         """The folder's parameters; its image tower inflated where it holds no video tower."""
-        return self.tower.load(params, self.config.video.inflate_noise or 0.0, self.config.seed)
+        return self.tower.load(params, self.noise, self.config.seed)
 
     def project(self, params: Params) -> Params:
         """Clamps the logit scale to CLIP's range."""
