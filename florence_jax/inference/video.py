@@ -21,6 +21,7 @@ from florence_jax.tasks.encoder import Encoder
 from florence_jax.tasks.video_tower import LOOKED_BY, VIDEO_HEAD, VideoTower
 
 EMBEDDED_FRAMES = 8  # of a video, by the image tower
+SHOWN_SPANS = 20  # stretches of one action on the page, of each video
 LONG_VIDEO = 2.0  # times as long as a clip, from which on a video is told second by second
 
 
@@ -192,4 +193,6 @@ def _spans(told: Sequence[Mapping[str, Any]]) -> str:
     for name, group in itertools.groupby(told, key=lambda row: row["class"]):
         seconds = [row["second"] for row in group]
         spans.append((str(seconds[0]) if len(seconds) == 1 else f"{seconds[0]} to {seconds[-1]}", name))
-    return table_html(("second", "action"), spans)
+    left = len(spans) - SHOWN_SPANS
+    more = f"<p>{left:,} more are in predictions.csv.</p>" if left > 0 else ""
+    return table_html(("second", "action"), spans[:SHOWN_SPANS]) + more
