@@ -136,18 +136,18 @@ def _sizes(x: Any, places: Places, heads: int) -> Any:
     """`window_attention_tpu.Sizes` for a map, or its shape, on the devices in context; None where it does not fit."""
     tpu = _kernels()
     windows, tokens = places.tokens.shape
-    sizes = tpu.Sizes(
+    smallest = tpu.Sizes(
         tokens=tokens,
         windows=windows,
         batch=len(x) // _devices(),
         channels=x.shape[-1],
         head_width=x.shape[-1] // heads,
         lanes=tpu.LANES,
+        together=1,
         runs=places.pieces()[2],
         itemsize=x.dtype.itemsize,
     )
-    lanes = tpu.choose_lanes(sizes)
-    return None if lanes is None else dataclasses.replace(sizes, lanes=lanes)
+    return tpu.choose_parts(smallest)
 
 
 def fused_attention(qkv: jax.Array, bias: jax.Array, places: Places, heads: int) -> jax.Array:

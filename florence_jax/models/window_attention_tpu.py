@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 EXAMPLES = 16  # of a step: the rows of a bfloat16 tile
 UNROLLED = 32  # copies whose addresses are computed side by side
+SPILLED = 4  # arrays of a window's logits that do not fit into registers
 LOG2E = math.log2(math.e)
 INTERPRETED_VMEM = 64 * 2**20  # as of v5p; where there is no chip
 
@@ -36,6 +37,7 @@ class Sizes:
       tokens: of a window. windows: of a map. batch: examples, a multiple of `EXAMPLES`.
       channels: C. head_width: channels of a head, a divisor of 128.
       lanes: channels of a step, a multiple of 128 that divides C.
+      together: windows whose operations are interleaved, so that units do not wait for each other: a power of 2.
       runs: (length, first, end): the pieces first to end - 1 of a window have this many tokens, see `Places.pieces`.
       itemsize: bytes of an element.
     """
@@ -46,6 +48,7 @@ class Sizes:
     channels: int
     head_width: int
     lanes: int
+    together: int
     runs: tuple[tuple[int, int, int], ...]
     itemsize: int
 
@@ -65,11 +68,6 @@ class Sizes:
         return self.heads * self.slots
 
     @property
-    def together(self) -> int:
-        """Windows whose operations are interleaved, so that units do not wait for each other: a power of 2, up to 8."""
-        return min(8, 2 ** int(math.log2(max(1, 640 // self.slots))))
-
-    @property
     def groups(self) -> int:
         """Times 128 lanes of a step."""
         return self.lanes // LANES
@@ -84,24 +82,28 @@ class Sizes:
         """Windows of 16 examples."""
         return self.windows * self.batch // EXAMPLES
 
-    def vmem(self, backward: bool) -> int:
-        """Bytes of a core's memory that are taken: two of each buffer, one of the windows at work."""
-        parts = 7 if backward else 4  # q, k, v and the output; or those, its gradient and theirs
-        buffers = 2 * parts * self.lanes + (4 if backward else 3) * LANES
-        padded = -(-self.tokens // 8) * 8 * -(-self.queries // LANES) * LANES * 4
-        tables = 2 * padded * (self.groups * (2 if backward else 1) + 1)
-        return buffers * self.tokens * EXAMPLES * self.itemsize + tables
+    def vmem(self) -> int:
+        """Bytes of a core's memory that the backward pass takes: two of each buffer, one of the windows at work."""
+        buffers = 2 * 7 * self.lanes + 4 * LANES  # q, k, v, the output's gradient and theirs
+        logits = -(-self.tokens // 8) * 8 * -(-self.queries // LANES) * LANES * 4
+        tables = 2 * logits * (2 * self.groups + 1)
+        return buffers * self.tokens * EXAMPLES * self.itemsize + tables + SPILLED * self.together * logits
 
 
-def choose_lanes(sizes: Sizes) -> int | None:
-    """The largest part of the channels whose buffers fit, with a part for each core; None: not even 128."""
+def choose_parts(sizes: Sizes) -> Sizes | None:
+    """`sizes` with the most windows together and then the most lanes that fit; None: not even one and 128.
+
+    There is a part of the channels for each core.
+    """
     memory, cores = core()
-    whole = sizes.channels // LANES
+    whole, together = sizes.channels // LANES, min(8, 2 ** int(math.log2(max(1, 640 // sizes.slots))))
     parts = [n for n in range(1, whole + 1) if whole % n == 0 and (n % cores == 0 or whole % cores)]
-    for n in parts:
-        lanes = sizes.channels // n
-        if dataclasses.replace(sizes, lanes=lanes).vmem(backward=True) <= memory * 7 // 8:
-            return lanes
+    while together:
+        for n in parts:
+            found = dataclasses.replace(sizes, lanes=sizes.channels // n, together=together)
+            if found.vmem() <= memory * 7 // 8:
+                return found
+        together //= 2
     return None
 
 
