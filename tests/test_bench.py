@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from empty_programs import jit_to_zeros
 from PIL import Image
+from tiny_run import tiny_config, tiny_pairs
 
 from florence_jax.data.video_writer import encode_video
 from florence_jax.data.videos import read_frames
@@ -31,6 +32,7 @@ from florence_jax.tools.bench import (
     detect,
     devices,
     grad_cache,
+    precision,
     step,
     timing,
     timm_swin,
@@ -107,6 +109,7 @@ def test_step_prints_one_line(capsys, monkeypatch, tiny):
     assert result["mfu"] is result["peak_memory_bytes"] is None  # a CPU has no known peak and keeps no count
     assert result["compiled_bytes"] > 4 * 2 * 32 * 32 * 3
     assert result["jax"] == jax.__version__ and result["cores"] > 0 and result["cpu"]
+    assert result["compared"].endswith("float32 on both sides")
 
 
 def test_mfu_is_of_the_given_peak(capsys, tiny):
@@ -188,6 +191,17 @@ def test_devices_are_compared_with_one_that_does_the_same_work(capsys, tiny):
     for count, row in result["devices"].items():
         assert row["ratio_of_repeats"] == pytest.approx(row["seconds"] / (int(count) * single), rel=1e-3)
         assert row["ratio"] == pytest.approx(row["seconds"] / row["seconds_one_device"], rel=1e-3)
+
+
+def test_precisions_are_compared(capsys, monkeypatch, tmp_path):
+    config = tiny_config(tiny_pairs(tmp_path / "pairs"))
+    monkeypatch.setattr(precision, "read_config", lambda spec: config.copy_and_resolve_references().unlock())
+    code, result = run(capsys, "precision --rounds 2 --batches 2".split())
+    assert code == 0 and result["data_processor_seconds"] > 0
+    whole, rounded = (result[name] for name in precision.PRECISIONS)
+    assert 0 < abs(whole["loss"] / rounded["loss"] - 1) < 0.01  # other numbers, the same training
+    slow, fast = (found["processor_seconds"] + result["data_processor_seconds"] for found in (whole, rounded))
+    assert result["loop_ratio"] == pytest.approx(slow / fast, rel=1e-3)
 
 
 @needs_torch
@@ -374,6 +388,7 @@ def test_ratio_report():
         ["detect", "--parts", "conv,all"],
         ["detect", "--maps", "2x32x48"],
         ["detect", "--sides", "320px"],
+        ["precision", "--rounds", "1"],
         ["vocabulary", "--classes", "100"],
         ["data", "--source", "nowhere"],
         ["start", "--records", "0"],

@@ -233,7 +233,7 @@ def test_the_first_moment_may_get_another_dtype(finished, pairs, capsys):
 
 def test_parameters_can_start_from_another_run(finished, pairs, tmp_path):
     config = tiny_config(pairs, init=str(finished / "checkpoints"))
-    state = Trainer(config, create_task(config), tmp_path)._initial_state()
+    state = Trainer(config, create_task(config), tmp_path).initial_state()
     before = restored(tiny_config(pairs), finished)
     jax.tree.map(np.testing.assert_array_equal, state["params"], before["params"])
     assert int(state["step"]) == 0 and int(before["step"]) == 8

@@ -29,7 +29,7 @@ def stage_config(stage, data, **changes):
 
 
 def initial_state(config):
-    return Trainer(config, create_task(config), Path("unused"))._initial_state()
+    return Trainer(config, create_task(config), Path("unused")).initial_state()
 
 
 def leaves(tree):

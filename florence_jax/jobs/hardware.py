@@ -1,8 +1,10 @@
-"""What accelerators can do, by the names that JAX gives them, and how many processors this process may use."""
+"""What accelerators can do, by the names that JAX gives them; what processors can, and how many may be used."""
 
 import os
 from pathlib import Path
 
+CPU_INFO = Path("/proc/cpuinfo")
+BFLOAT16_PRODUCTS = {"avx512_bf16", "amx_bf16"}  # instructions that multiply bfloat16 and add up in float32
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time in a period, and the period
 TRAINER_CORES = 2  # for the training process itself
 MOST_WORKERS = 8  # processes that make batches: more are a choice to be made by who knows the machine
@@ -25,6 +27,15 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA L4": 121e12,
 }
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has `BFLOAT16_PRODUCTS`; told by Linux only."""
+    try:
+        flags = next((line for line in CPU_INFO.read_text().splitlines() if line.startswith("flags")), "")
+    except OSError:
+        return False
+    return not BFLOAT16_PRODUCTS.isdisjoint(flags.split())
 
 
 def available_cores() -> int:

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from florence_jax.errors import UserError
 from florence_jax.models.dropout import Dropout
+from florence_jax.models.products import forward_product, kernel_gradient, product
 
 Dtype = jnp.dtype | str
 
@@ -129,10 +130,8 @@ class Dense(nn.Module):
         """(..., C) -> (..., features)."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
-        product = jax.lax.dot_general(
-            x.astype(self.dtype), kernel.astype(self.dtype), (((x.ndim - 1,), (0,)), ((), ()))
-        )
-        return checkpoint_name(constrain(add_bias(product, bias)), "dense")
+        x = add_bias(product(x.astype(self.dtype), kernel.astype(self.dtype)), bias)
+        return checkpoint_name(constrain(x), "dense")
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
@@ -156,7 +155,8 @@ def convolve_reference(x: jax.Array, kernel: jax.Array, stride: int, padding: in
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve_patches(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
     """`convolve` as the matrix of patches, (B h w, k k C), times the kernel."""
-    return jnp.matmul(_patches(_pad(x, padding, padding), len(kernel), stride), kernel.reshape(-1, kernel.shape[-1]))
+    patches = _patches(_pad(x, padding, padding), len(kernel), stride)
+    return forward_product(patches, kernel.reshape(-1, kernel.shape[-1]))
 
 
 def _pad(x: jax.Array, low: int, *high: int) -> jax.Array:
@@ -189,14 +189,14 @@ def _convolve_backward(
     x, kernel = residuals
     size, channels, features = len(kernel), x.shape[-1], kernel.shape[-1]
     patches = _patches(_pad(x, padding, padding), size, stride)
-    kernel_grad = jnp.einsum("bhwp,bhwf->pf", patches, grad).reshape(kernel.shape)
+    kernel_grad = kernel_gradient(patches, grad).reshape(kernel.shape)
     taps = -(-size // stride)
     cells = [-(-(side + 2 * padding) // stride) for side in x.shape[1:3]]
     kernel = jnp.pad(kernel, (*((0, taps * stride - size),) * 2, (0, 0), (0, 0)))
     kernel = kernel.reshape(taps, stride, taps, stride, channels, features)[::-1, :, ::-1]
     kernel = kernel.transpose(0, 2, 5, 1, 3, 4).reshape(taps**2 * features, -1)
     grad = _pad(grad, taps - 1, *(n - side for n, side in zip(cells, grad.shape[1:3], strict=True)))
-    x_grad = jnp.matmul(_patches(grad, taps, 1), kernel).reshape(-1, *cells, stride, stride, channels)
+    x_grad = forward_product(_patches(grad, taps, 1), kernel).reshape(-1, *cells, stride, stride, channels)
     x_grad = x_grad.swapaxes(2, 3).reshape(-1, cells[0] * stride, cells[1] * stride, channels)
     return x_grad[:, padding : padding + x.shape[1], padding : padding + x.shape[2]], kernel_grad
 

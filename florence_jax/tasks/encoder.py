@@ -15,6 +15,7 @@ from florence_jax.errors import UserError
 from florence_jax.models import florence
 from florence_jax.models.base import Model
 from florence_jax.models.layers import unit_norm
+from florence_jax.models.products import compute_dtype
 from florence_jax.models.sizes import VARIANTS, ModelConfig, resolve_config
 from florence_jax.params.rules import Rules
 from florence_jax.params.sharding import params_like
@@ -47,7 +48,7 @@ class Encoder:
       overrides: fields of the model on top of the folder's, such as `res`; None leaves a field alone. Another `res`
         brings the variant's window for it.
       tokenizer: see `data.tokenizers.load_tokenizer`; '' takes the one that the folder was trained with.
-      precision: compute dtype.
+      precision: compute dtype, or another `config.precision`.
       variant: '' for the folder's.
 
     Attributes:
@@ -86,7 +87,7 @@ class Encoder:
             options |= {"text": {"tokenizer": self.tokenizer_spec}, "precision": precision}
             self._tokenizer, self.model = build_model(ConfigDict(options))
         else:
-            self.model = florence.build(self.variant, **{**self.overrides, "dtype": precision})
+            self.model = florence.build(self.variant, **{**self.overrides, "dtype": compute_dtype(precision)})
         self.predict = {"image": self._image, "text": self._text, "features": self._features, "logits": self._logits}
 
     @property
@@ -266,7 +267,7 @@ def build_model(config: ConfigDict) -> tuple[Tokenizer, Model]:
     Raises:
       UserError: for an unknown variant, option or tokenizer.
     """
-    sizes = {**config.model.overrides, "dtype": config.precision}
+    sizes = {**config.model.overrides, "dtype": compute_dtype(config.precision)}
     base = resolve_config(config.model.variant, **sizes)
     tokenizer = load_tokenizer(config.text.tokenizer, base.text_length)
     sizes["vocab_size"] = max(base.vocab_size, tokenizer.vocab_size)

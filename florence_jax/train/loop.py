@@ -25,6 +25,7 @@ from florence_jax.jobs.run_lock import only_run
 from florence_jax.jobs.stop_signals import StopSignals
 from florence_jax.jobs.trace import StepTrace
 from florence_jax.jobs.watchdog import Watchdog
+from florence_jax.models.products import ROUNDED
 from florence_jax.params.checkpoint import Checkpoints, UnreadableCheckpoint
 from florence_jax.params.sharding import batch_sharding, make_mesh, param_shardings, state_shardings, with_places
 from florence_jax.params.weights import load_optimizer, write_description
@@ -39,6 +40,7 @@ from florence_jax.train.metrics import (
     read_metrics,
 )
 from florence_jax.train.optim import average_decay, make_optimizer
+from florence_jax.train.precision import AUTO, agreed_precision, best_precision
 from florence_jax.train.report import results_table, write_report
 from florence_jax.train.state import counters, eval_params, eval_part, init_state, keep_best, start_from, take_best
 from florence_jax.train.step import make_train_step
@@ -51,6 +53,7 @@ from florence_jax.train.workdir import (
     checkpoint_directory,
     has_steps,
     make_workdir,
+    saved_config,
     write_config,
     write_json_file,
 )
@@ -228,10 +231,14 @@ class Trainer:
     """
 
     def __init__(self, config: ConfigDict, task: Task, workdir: Path, devices: list[Any] | None = None):
-        self.config, self.task, self.workdir = config, task, workdir
+        self.task, self.workdir = task, workdir
         self.directory = checkpoint_directory(config, workdir)
         self.identity = {**task.identity, "seed": config.seed}  # an evaluation may have another seed
         self.mesh = mesh_of(config, devices)
+        self.config = config = config.copy_and_resolve_references()
+        self._auto = config.precision == AUTO
+        if self._auto:
+            config.precision = best_precision(self.mesh.devices.flat[0].platform)
         if task.plan.batch_size % self.mesh.size:
             raise UserError(f"config.batch_size={task.plan.batch_size} does not divide by the {self.mesh.size} devices")
         _check_intervals(config)
@@ -276,12 +283,12 @@ class Trainer:
             return step
         if self.is_main:
             check_no_results(self.config, self.workdir)
-        self.state = self._initial_state()
+        self.state = self.initial_state()
         if self.is_main:
             write_description(str(self.directory), self.task.description)
         return 0
 
-    def _initial_state(self) -> dict[str, Any]:
+    def initial_state(self) -> dict[str, Any]:
         """The state of step 0, with the parameters of `config.init` where that is given."""
         make = jax.jit(self._fresh_state, out_shardings=self.shardings)
         state = make(jax.random.key(self.config.seed))
@@ -302,9 +309,12 @@ class Trainer:
             return self._train(data, evaluators)
 
     def _train(self, data: TrainData, evaluators: Sequence[Evaluator]) -> int:
-        config, total = self.config, self.task.plan.total_steps
+        config, total, saved = self.config, self.task.plan.total_steps, dict[str, Any]()
         if self.is_main and has_steps(self.directory):
             check_same_run(self.identity, config, self.workdir)  # before `Checkpoints`, which clears files away
+            saved = saved_config(self.workdir)
+        if self._auto:
+            config.precision = agreed_precision(config.precision, saved)
         checkpoints = Checkpoints(
             str(self.directory), keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
         )
@@ -351,6 +361,7 @@ class Trainer:
             mesh=self.mesh,
             shardings=self.shardings,
             frozen=self.optimizer.frozen,
+            rounded=self.config.precision == ROUNDED,
         )
 
     def _steps(
@@ -432,7 +443,7 @@ class Trainer:
             f"{self.task.name} {variants(self.task)}: {count / 1e6:.2f} M parameters, "
             f"{self.task.flops_per_example / 1e9:.2f} GFLOP a training example, {plan.total_steps} steps{average} of "
             f"{plan.batch_size} at a learning rate of {plan.learning_rate:.2g} on {self.mesh.size} "
-            f"{jax.devices()[0].platform} device(s), batches made by "
+            f"{jax.devices()[0].platform} device(s) in {self.config.precision}, batches made by "
             f"{f'{workers} processes' if workers else 'threads'} ({cores} cores){kept}, workdir {self.workdir}"
         )
 

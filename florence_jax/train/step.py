@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from florence_jax.models.products import rounded_factors
 from florence_jax.params.rules import overlay, split
 from florence_jax.params.sharding import batch_sharding, replicated
 from florence_jax.tasks.base import Task
@@ -23,22 +24,23 @@ def make_train_step(
     mesh: Mesh,
     shardings: Any,
     frozen: Collection[str] = (),
+    rounded: bool = False,
 ) -> jax.stages.Wrapped:
     """Builds `step(state, batch) -> (state, metrics)`; the old state's buffers are donated.
 
     The step's random key is `fold_in(key(seed), step)`, so a resumed run draws what an undisturbed one would. After
-    the update the task may project the parameters (the logit-scale clamp) and the moving average follows, where the
-    state has one. Metrics are float32 scalars: the task's own, `loss`, `grad_norm` (of what is trained, before
-    clipping), `learning_rate`, `skipped_records` (corrupt records passed over since the start) and, where a batch says
-    it, `padded_share` of its pictures' pixels.
+    the update the task may project the parameters (the logit-scale clamp) and the moving average, if any, follows.
+    Metrics are float32 scalars: the task's own, `loss`, `grad_norm` (of what is trained, before clipping),
+    `learning_rate`, `skipped_records` (corrupt records passed over since the start) and, where a batch says it,
+    `padded_share` of its pictures' pixels.
 
     Args:
       task: gives the loss and the projection.
-      optimizer, schedule: from `optim.make_optimizer`.
-      seed: of the run. ema_decay: of the moving average, see `optim.average_decay`.
-      mesh: device mesh; batches arrive sharded over it.
-      shardings: the state's, from `sharding.state_shardings`.
+      optimizer, schedule: from `optim.make_optimizer`. seed: of the run.
+      ema_decay: of the moving average, see `optim.average_decay`.
+      mesh: device mesh; batches arrive sharded over it. shardings: the state's, from `sharding.state_shardings`.
       frozen: paths of the parameters that are not differentiated and stay bit for bit as they are.
+      rounded: multiply as `models.products` does on request.
     """
 
     def loss_of(trained: Any, still: Any, batch: dict[str, jax.Array], key: jax.Array) -> Any:
@@ -50,7 +52,8 @@ def make_train_step(
         skipped = state["skipped_records"] + batch.pop("corrupt").sum()
         padded = batch.pop("padded", None)
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # seen by `sharding.ambient_batch_axes` and the model
+        # Both are seen by the model, the mesh also by `sharding.ambient_batch_axes`.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), rounded_factors(rounded):
             (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, still, batch, key)
         updates, opt_state = optimizer.update(grads, state["opt_state"], trained)
         projected = task.project(overlay(still, optax.apply_updates(trained, updates)))
@@ -67,9 +70,5 @@ def make_train_step(
         }
         return new, metrics if padded is None else metrics | {"padded_share": padded.mean()}
 
-    return jax.jit(
-        step,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
-    )
+    inputs, outputs = (shardings, batch_sharding(mesh)), (shardings, replicated(mesh))
+    return jax.jit(step, in_shardings=inputs, out_shardings=outputs, donate_argnums=0)

@@ -48,7 +48,7 @@ def write_config(config: ConfigDict, identity: Mapping[str, Any], workdir: Path)
     """Writes config.json, what the folder's checkpoints and results are of: only once it is known that they will be.
 
     Args:
-      config: as it was given.
+      config: as it was given; of a training with the precision that was chosen.
       identity: see `tasks.base.Suite`; under "identity", with the data that are evaluated.
       workdir: of the run.
     """
@@ -58,7 +58,7 @@ def write_config(config: ConfigDict, identity: Mapping[str, Any], workdir: Path)
 
 def add_evaluated(config: ConfigDict, workdir: Path) -> None:
     """Notes in the config.json of a trained run, where it has one, what it was evaluated on."""
-    if content := _read_config(workdir):
+    if content := saved_config(workdir):
         content[RUN_OF] = {**content.get(RUN_OF, {}), **_evaluated(config)}
         write_json_file(workdir / CONFIG_FILE, content)
 
@@ -96,7 +96,7 @@ def check_same_results(identity: Mapping[str, Any], config: ConfigDict, workdir:
             f"{config.init} are to be evaluated is not known: choose another --workdir"
         )
     check_same_run(identity, config, workdir)
-    if (_read_config(workdir) or {}).get("mode") == "train" and not directory.exists():
+    if saved_config(workdir).get("mode") == "train" and not directory.exists():
         check_no_results(config, workdir)
     added = {name: value for name, value in _evaluated(config).items() if saved.get(name) and name not in identity}
     if different := _differences(added, saved):
@@ -134,14 +134,15 @@ def _evaluated(config: ConfigDict) -> dict[str, str]:
     return {"data.test": config.data.test, "eval.source": config.eval.source}
 
 
-def _read_config(workdir: Path) -> dict[str, Any] | None:
+def saved_config(workdir: Path) -> dict[str, Any]:
+    """The config.json of a folder, {} where it has none. Raises `UserError` for an unreadable one."""
     try:
         content = json.loads((workdir / CONFIG_FILE).read_text())
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
         return content
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot read {workdir / CONFIG_FILE}, which says what the run there is of: {error}; choose another "
@@ -151,7 +152,7 @@ def _read_config(workdir: Path) -> dict[str, Any] | None:
 
 def _saved_identity(workdir: Path) -> dict[str, Any]:
     """{} where nothing is known."""
-    return (_read_config(workdir) or {}).get(RUN_OF, {})
+    return saved_config(workdir).get(RUN_OF, {})
 
 
 def _differences(new: Mapping[str, Any], saved: Mapping[str, Any]) -> str:

@@ -3,8 +3,9 @@
 The optimised program carries `estimated_cycles` for every op that the compiler made itself; those of a loop's body
 count once for each of its trips. For a kernel (a Pallas call) that says nothing of its schedule. But the schedule is
 known, a bundle of instructions a cycle, and the kernel says how often a core runs through it:
-`pallas_call(metadata={"trips": "96"})`, the product of its grid over the cores. Waiting for memory or for other chips
-is in it only as far as the compiler reckons with it: the estimate ranks programs, it is no measurement.
+`pallas_call(metadata={"trips": "96"})`, the product of its grid over the cores. (A loop inside of the kernel counts
+once.) Waiting for memory or for other chips is in it only as far as the compiler reckons with it: the estimate ranks
+programs, it is no measurement.
 """
 
 import re

@@ -170,7 +170,7 @@ def _estimate(found: dict[str, Any] | None) -> list[tuple[str, str]]:
         ("", f"{found['cycles']:.4g} cycles, by the compiler for each op alone, at {found['clock'] / 1e9:.2f} GHz"),
     ]
     if found["unknown_kernels"]:
-        rows.append(("", f"NOT in it: {found['unknown_kernels']} kernels a step that do not say how often they run"))
+        rows.append(("", f"NOT in it: {found['unknown_kernels']} kernels a step of unknown trips or schedule"))
     for place in found["places"]:
         rows.append((f"  {place['seconds'] * 1e3:8.2f} ms", f"{place['share']:6.1%}  {place['place']}"))
     return rows

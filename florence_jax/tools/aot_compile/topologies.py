@@ -100,7 +100,7 @@ def devices(topology: Topology, schedules: Path | None = None) -> list[Any]:
     Args:
       topology: the slice.
       schedules: folder in which the compiler leaves the lengths of what it schedules, see `estimate.kernel_lengths`;
-        the first call of a process decides.
+        the first call of a process decides. What LIBTPU_INIT_ARGS names a folder for goes there instead.
 
     Raises:
       UserError: if the TPU compiler is not installed.
@@ -111,8 +111,8 @@ def devices(topology: Topology, schedules: Path | None = None) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    if schedules is not None:
-        options = os.environ.get("LIBTPU_INIT_ARGS", "")
+    options = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if schedules is not None and "--xla_jf_dump_to=" not in options:
         os.environ["LIBTPU_INIT_ARGS"] = f"{options} {_DUMP.format(schedules)}".strip()
     from jax.experimental import topologies
 

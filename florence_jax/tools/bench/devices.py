@@ -88,7 +88,7 @@ class DeviceStep:
 
     def __init__(self, args: argparse.Namespace, count: int, devices: list[Any]):
         config = read_config(f"configs/pretrain.py:variant={args.variant}")
-        config.batch_size = args.batch * count
+        config.batch_size, config.precision = args.batch * count, "float32"
         if args.zero:
             config.mesh.data, config.mesh.fsdp = 1, len(devices)
         trainer = Trainer(config.lock(), create_task(config), Path(config.workdir), devices)

@@ -3,12 +3,16 @@
 Two things are timed, in turns within one run. First the project's training step: both towers, the UniCL loss, backward
 pass, gradient clipping, AdamW (`seconds`; with --image_only it is the second thing's). Then, for the comparison, the
 image tower alone under a mean-square loss on its pooled features, forward, backward and AdamW update
-(`image_tower_seconds`, `torch_seconds`): the same images and precision, as many threads, no clipping and no stochastic
-depth in both. `ratio` is PyTorch's time over ours. The data is random; reading is timed by `bench data`.
+(`image_tower_seconds`, `torch_seconds`): the same images, as many threads, no clipping and no stochastic depth in both.
+`ratio` is PyTorch's time over ours. The data is random; reading is timed by `bench data`.
+
+What --dtype=float32 compares is float32 on both sides; the two others are compared with PyTorch's autocast to bfloat16:
+bfloat16_products keeps float32 activations, as a training does by default on a processor that multiplies bfloat16.
+`compared` says which it was.
 
 The --rival is by default, on a CPU, 'eager': the same tower, with the same weights, in plain eager PyTorch; on a GPU,
-'timm': timm's Swin of the same size under torch.compile, and autocast where --dtype is bfloat16. Variants with another
-tower than CoSwin (Swin-*, ViT-*) are timed alone.
+'timm': timm's Swin of the same size under torch.compile. Variants with another tower than CoSwin (Swin-*, ViT-*) are
+timed alone.
 
 `mfu` is the model's FLOPs (three times the forward pass) of `seconds` over the device's bf16 peak: known for the
 devices in train/hardware.py, else given by --peak_tflops. `peak_memory_bytes` is what the device's allocator has seen
@@ -36,6 +40,7 @@ from florence_jax.losses.unicl import unicl
 from florence_jax.models import florence
 from florence_jax.models.base import Model
 from florence_jax.models.layers import REMATS
+from florence_jax.models.products import ROUNDED, compute_dtype, rounded_factors
 from florence_jax.models.sizes import VARIANTS, ModelConfig
 from florence_jax.tools.aot_compile import report
 from florence_jax.tools.bench import timing, timm_swin, torch_swin
@@ -43,6 +48,11 @@ from florence_jax.tools.bench.torch_step import TorchStep
 
 LEARNING_RATE, WEIGHT_DECAY, BETAS = 5e-4, 0.1, (0.9, 0.98)
 COMPARED = "image tower forward + backward + AdamW, mean-square loss on pooled features, same images"
+COMPARISONS = {  # of --dtype, what is compared
+    "float32": "float32 on both sides",
+    ROUNDED: "products of bfloat16 factors with float32 results, against autocast to bfloat16",
+    "bfloat16": "bfloat16 activations, against autocast to bfloat16",
+}
 RIVALS = ("auto", "eager", "timm", "none")
 
 
@@ -51,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", default="T", choices=list(VARIANTS), help="row of the variants table")
     parser.add_argument("--batch", type=int, default=16, help="image-text pairs a step")
     parser.add_argument("--res", type=int, default=224, help="side of the image in pixels")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
+    parser.add_argument("--dtype", default="float32", choices=list(COMPARISONS), help="of activations or factors")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each contestant; the median is reported")
     parser.add_argument("--image_only", action="store_true", help="only the image tower's step")
     parser.add_argument("--unroll", action="store_true", help="unroll the depth instead of scanning over it")
@@ -67,23 +77,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     # So that PyTorch finds memory beside JAX on a GPU; read when JAX first looks for devices.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     model = florence.build(
-        args.variant, res=args.res, dtype=args.dtype, remat=args.remat, scan=not args.unroll, drop_path=0.0
+        args.variant,
+        res=args.res,
+        dtype=compute_dtype(args.dtype),
+        remat=args.remat,
+        scan=not args.unroll,
+        drop_path=0.0,
     )
     params = jax.jit(model.init)(jax.random.key(0))
     contestants: dict[str, Callable[[], float]] = {}
     report: dict[str, Any] = {}
     if not args.image_only:
-        full = pretrain_step(model, params, args.batch)
+        with rounded_factors(args.dtype == ROUNDED):
+            full = pretrain_step(model, params, args.batch)
         contestants["seconds"], report["compile_seconds"] = full, timing.round_significant(full.compile_seconds, 3)
         full()
         report |= full.memory_report()
     images, target = image_batch(model.config, args.batch)
-    image = image_step(model, params, images, target)
+    with rounded_factors(args.dtype == ROUNDED):
+        image = image_step(model, params, images, target)
     contestants["image_tower_seconds"] = image
     first_loss = image()
     if args.image_only:
         report |= image.memory_report()
-    rival, details = make_rival(args.rival, model.config, params, images, target)
+    rival, details = make_rival(args.rival, model.config, params, images, target, args.dtype != "float32")
     report |= details
     if rival is not None:
         contestants["torch_seconds"] = rival
@@ -91,7 +108,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             report["loss_relative_difference"] = check_losses(first_loss, rival(), args.dtype)
     times = timing.interleaved(contestants, args.steps)
     report |= {name: timing.median(values) for name, values in times.items()}
-    report |= {"torch_seconds": report.get("torch_seconds"), "ratio": None, "compared": COMPARED}
+    report |= {"torch_seconds": report.get("torch_seconds"), "ratio": None}
+    report["compared"] = f"{COMPARED}; {COMPARISONS[args.dtype]}"
     if rival is not None:
         report |= timing.ratio_report(times["image_tower_seconds"], times["torch_seconds"])
     report.setdefault("seconds", report["image_tower_seconds"])
@@ -213,7 +231,7 @@ def image_step(model: Model, params: Any, images: np.ndarray, target: np.ndarray
 
 
 def make_rival(
-    name: str, config: ModelConfig, params: Any, images: np.ndarray, target: np.ndarray
+    name: str, config: ModelConfig, params: Any, images: np.ndarray, target: np.ndarray, autocast: bool = False
 ) -> tuple[Callable[[], float] | None, dict[str, Any]]:
     """The same step in PyTorch, and {"rival", "rival_description", "torch"} (its version).
 
@@ -222,6 +240,7 @@ def make_rival(
     Args:
       name: of `RIVALS`.
       config, params, images, target: of our step.
+      autocast: to bfloat16.
 
     Raises:
       UserError: for a rival that is asked for by name and has no such tower.
@@ -254,7 +273,7 @@ def make_rival(
         tower = timm_swin.TimmTower(config.variant, config.res, config.window, platform)
         description = tower.description
     settings = dict(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS)
-    step = TorchStep(tower, images, target, bfloat16=config.dtype == "bfloat16", **settings)
+    step = TorchStep(tower, images, target, bfloat16=autocast, **settings)
     return step, {"rival": name, "rival_description": description, "torch": torch.__version__}
 
 
