@@ -110,7 +110,7 @@ def test_auto_is_what_the_processor_does_faster(monkeypatch, tmp_path):
 
 def test_a_resume_keeps_the_precision_and_the_numbers(monkeypatch, tmp_path, capsys):
     """Begun where products are faster, resumed elsewhere: bit for bit what an undisturbed run gives."""
-    config = tiny_config(tiny_pairs(tmp_path / "pairs"))
+    config = tiny_config(tiny_pairs(tmp_path / "pairs"), precision="auto")
     monkeypatch.setattr(loop, "best_precision", lambda platform: ROUNDED)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert loop.run(config, create_task(config), whole) == 0

@@ -71,7 +71,7 @@ def common(workdir: str) -> ConfigDict:
             "init_optimizer": False,  # also its optimizer's moments; the learning-rate schedule starts anew either way
             "distributed": False,  # True on every host of a multi-host job
             "compilation_cache": "",  # folder where compiled programs are kept for the next start; '': none
-            "precision": "auto",  # 'float32' | 'bfloat16' | 'bfloat16_products' | 'auto', see train/precision.py
+            "precision": "float32",  # 'float32' | 'bfloat16' | 'bfloat16_products' | 'auto', see train/precision.py
             "data": {
                 "train": "",  # what is trained on
                 "test": "",  # held-out images with their classes
