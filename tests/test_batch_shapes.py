@@ -151,9 +151,9 @@ def test_a_resumed_run_compiles_what_it_meets(slow_compiler, tmp_path):
 def test_preflight_compiles_every_bucket_or_one(monkeypatch):
     monkeypatch.setattr(aot_compile, "create_task", Mean)
     topology = topologies.find("v5e:2x4")
-    found = aot_compile.preflight(config(), topology, 0.5, devices=jax.devices())
+    found = aot_compile.preflight(config(), topology, devices=jax.devices())
     assert [bucket["inputs"]["image"] for bucket in found["buckets"]] == [list(size) for size in SIZES]
     assert found["fits"] and found["hbm"]["peak"] == max(bucket["hbm"]["peak"] for bucket in found["buckets"])
     assert "bucket 1" in report_table(found)
-    one = aot_compile.preflight(config(), topology, 0.5, devices=jax.devices(), bucket=1)
+    one = aot_compile.preflight(config(), topology, devices=jax.devices(), bucket=1)
     assert [bucket["bucket"] for bucket in one["buckets"]] == [1]

@@ -267,7 +267,7 @@ def test_other_classes_begin_anew_and_known_ones_go_on(trained, parameters):
 def test_preflight_compiles_every_bucket():
     changes = {"init": "", "data.train": "", "data.test": "", "model.variant": "ti", "model.overrides.image_width": 8}
     config = changed_config(**changes)
-    found = preflight(config.lock(), topologies.find("v5e:2x4"), 0.5, devices=jax.devices(), bucket=0)
+    found = preflight(config.lock(), topologies.find("v5e:2x4"), devices=jax.devices(), bucket=0)
     assert found["fits"] and found["task"] == "detect" and found["variant"] == "ti, tiny"
     assert {tuple(shapes["image"].shape[1:3]) for shapes in create_task(config).batches} == set(SIZES)
 

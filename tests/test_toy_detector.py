@@ -173,10 +173,10 @@ def test_preflight_compiles_both_buckets_or_one():
     config = changed_config(**{"init": "", "data.train": "", "data.test": "", "model.variant": "ti"})
     config.model.overrides.update(TINY_MODEL)
     topology = topologies.find("v5e:2x4")
-    found = preflight(config.lock(), topology, 0.5, devices=jax.devices())
+    found = preflight(config.lock(), topology, devices=jax.devices())
     assert [bucket["inputs"]["image"] for bucket in found["buckets"]] == [[*size, 3] for size in SIZES]
     assert found["fits"] and found["task"] == "toy_detection" and found["variant"] == "ti, tiny"
-    one = preflight(config, topology, 0.5, devices=jax.devices(), bucket=1)
+    one = preflight(config, topology, devices=jax.devices(), bucket=1)
     assert [bucket["bucket"] for bucket in one["buckets"]] == [1]
 
 
