@@ -153,7 +153,7 @@ class CoSwin(nn.Module):
     out_stages: tuple[int, ...] = (0, 1, 2, 3)
     remat: str = "none"
     scan: bool = True
-    attention: str = "auto"
+    attention: str = "xla"
     dtype: Dtype = jnp.float32
 
     @nn.compact

@@ -76,7 +76,7 @@ class ModelConfig(Mapping):
     dtype: str = "float32"
     remat: str = "none"
     scan: bool = True
-    attention: str = "auto"
+    attention: str = "xla"
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._names():

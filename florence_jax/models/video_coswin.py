@@ -181,7 +181,7 @@ class VideoCoSwin(nn.Module):
     mask_padding: bool = True
     remat: str = "none"
     scan: bool = True
-    attention: str = "auto"
+    attention: str = "xla"
     dtype: Dtype = jnp.float32
 
     @nn.compact

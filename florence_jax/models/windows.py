@@ -192,7 +192,7 @@ class BlockOptions(nn.Module):
     core: Callable[..., jax.Array] = attention
     dtype: Dtype = jnp.float32
     table: tuple[int, ...] = ()
-    form: str = "auto"
+    form: str = "xla"
 
 
 class SwinBlock(BlockOptions):
