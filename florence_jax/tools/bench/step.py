@@ -7,7 +7,7 @@ image tower alone under a mean-square loss on its pooled features, forward, back
 `ratio` is PyTorch's time over ours. The data is random; reading is timed by `bench data`.
 
 What --dtype=float32 compares is float32 on both sides; the two others are compared with PyTorch's autocast to bfloat16:
-bfloat16_products keeps float32 activations, as a training does by default on a processor that multiplies bfloat16.
+bfloat16_products keeps float32 activations, as `config.precision=auto` does on a processor that multiplies bfloat16.
 `compared` says which it was.
 
 The --rival is by default, on a CPU, 'eager': the same tower, with the same weights, in plain eager PyTorch; on a GPU,
