@@ -24,7 +24,7 @@ from florence_jax.params.sharding import make_mesh
 from florence_jax.tasks import create_task
 from florence_jax.tools.aot_compile import __main__ as aot_compile
 from florence_jax.tools.aot_compile import estimate as estimates
-from florence_jax.tools.aot_compile import report, topologies
+from florence_jax.tools.aot_compile import report, schedules, topologies
 from florence_jax.tools.aot_compile.report import report_table
 from florence_jax.train.loop import open_stream
 from tests.tiny_run import TINY_MODEL, tiny_config, tiny_pairs
@@ -159,24 +159,43 @@ RECORDED = Path(__file__).parent / "golden" / "kernel_in_a_loop.hlo"
 
 
 def test_estimate_of_a_recorded_program(tmp_path):
-    """The copy has 48 cycles, the product 768, the kernel a schedule of 197 bundles, run through 8 times."""
-    name = "1796037075693671393-twice.3-00-schedule-analysis_final_bundles.txt"
-    (tmp_path / name).write_text(
-        "Schedule analysis:\n\ttotal scheduled bundles:    197\n\tempty scheduled bundles: 9\n"
-    )
-    (tmp_path / "1796037075693671393-twice.3-01-final_bundles.txt").write_text("the instructions")
-    kernels = estimates.kernel_lengths(tmp_path)
-    assert kernels == {"twice.3": 197}
+    """The copy has 48 cycles, the product 768, the kernel 197 bundles, run through 8 times."""
     program = RECORDED.read_text()
+    name = "1796037075693671393-twice.3-0{}-final_bundles.txt"
+    (tmp_path / name.format(1)).write_text("     0   :  { %s1 = smov 0 }\n" * 197)
+    (tmp_path / name.format(0).replace("-final", "-schedule-analysis_final")).write_text("total bundles: 1")
+    (tmp_path / name.format(2).replace("twice", "other")).write_text("     0   :  {}")
+    kernels = schedules.kernel_lengths(tmp_path, estimates.kernel_names(program))
+    assert kernels == {"twice.3": 197}
     found = estimates.estimate(program, 1.5e9, kernels)
     cycles = {"forward twice": 3 * 8 * 197, "outside of the model": 3 * 768, "the compiler's own (copy)": 3 * 48}
     assert found["cycles"] == sum(cycles.values()) and found["unknown_kernels"] == 0
+    assert found["kernel_seconds"] * 1.5e9 == pytest.approx(3 * 8 * 197)
     assert found["seconds"] == pytest.approx(found["cycles"] / 1.5e9)
     assert {place["place"]: round(place["seconds"] * 1.5e9) for place in found["places"]} == cycles
     assert sum(place["share"] for place in found["places"]) == pytest.approx(1)
     whole = aot_compile.of_peak(found, 1e9, 12, topologies.find("v5e:2x2"))
     assert whole["share_of_peak"] == pytest.approx(1e9 / (4 * 197e12 * found["seconds"]))
     assert whole["examples_per_second_per_chip"] == pytest.approx(3 / found["seconds"])
+
+
+def test_loops_inside_of_a_kernel_count_by_their_trips():
+    """A grid that holds a loop of 3 trips, and one of 5 that holds one of 2; a branch takes effect after 4 bundles."""
+
+    def ends(name, trips, region, condition=""):
+        test = f"%{name} = scmp.ge.s32.totalorder {condition}%s9, {trips} /* loop exit test */"
+        return f"{{ {test} ;;  %33 = sbr.rel (!%{name}) target = $region{region} }}\n" + "  0x1e   :  {}\n" * 4
+
+    text = (
+        "= control target key start\nLB: loop body\n     0   :  { %s0 = smov 0 }\n"
+        "   0xd LB: > { %s1 = sadd.s32 1, %s0 } /* Start region 9 :: Start region 10 */\n"
+        f"   0xe LB: >> {{ %s1 = smov 1 }} /* Start region 7 */\n   0xf   : >> {ends('p3', 3, 7)}"
+        f"  0x1a LB: >> {{ %s1 = smov 1 }} /* Start region 4 */\n   0x1b   : >> {{ %s1 = smov 0 }}\n"
+        f"  0x1c LB: >>> {{}} /* Start region 2 */\n   0x1d   : > {{ %s8 = smov 0 }}\n  0x1e   : >>> {ends('p1', 2, 2)}"
+        f"  0x1f   : >> {ends('p2', 5, 4, '(%p1), ')}  0x2a   :  {ends('p9', 40, 9)}  0x2f   :  {{ %s0 = smov 0 }}\n"
+    )
+    assert schedules.turn_length(text) == 1 + 3 * 6 + 5 * (2 + 2 * 7 + 5) + 5
+    assert schedules.turn_length("     0   :  { %s0 = smov 0 }\n" * 3) == 3
 
 
 def test_kernels_that_do_not_say_how_often_they_run_are_told():

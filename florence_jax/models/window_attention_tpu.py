@@ -169,20 +169,21 @@ def _pipeline(
     """Computes a step between the copies of the next one and of the last ones."""
     slot = jax.lax.rem(step, 2)
 
-    def start(streams: Sequence[_Stream], step: Any, slot: Any) -> None:
-        for stream in streams:
-            stream.start(step, slot)
-
     def wait(streams: Sequence[_Stream], slot: Any) -> None:
         for stream in streams:
             stream.wait(slot)
 
-    pl.when(step == 0)(lambda: start(incoming, step, slot))
-    pl.when(step + 1 < steps)(lambda: start(incoming, step + 1, 1 - slot))
+    # The next one's, and before the first its own: one piece of code for both.
+    @pl.loop(jnp.int32(step > 0), jnp.int32(step + 1 < steps) + 1)
+    def _(ahead: Any) -> None:
+        for stream in incoming:
+            stream.start(step + ahead, jax.lax.rem(step + ahead, 2))
+
     wait(incoming, slot)
     pl.when(step >= 2)(lambda: wait(outgoing, slot))
     work(slot)
-    start(outgoing, step, slot)
+    for stream in outgoing:
+        stream.start(step, slot)
 
     @pl.when(step == steps - 1)
     def _() -> None:

@@ -51,7 +51,8 @@ from florence_jax.params.sharding import BATCH_AXES, batch_sharding, mesh_sizes,
 from florence_jax.tasks import create_task
 from florence_jax.tasks.base import Task
 from florence_jax.tools.aot_compile import report, topologies
-from florence_jax.tools.aot_compile.estimate import estimate, kernel_lengths
+from florence_jax.tools.aot_compile.estimate import estimate, kernel_names
+from florence_jax.tools.aot_compile.schedules import kernel_lengths
 from florence_jax.tools.aot_compile.topologies import Topology
 from florence_jax.train.loop import Trainer, variants
 
@@ -198,13 +199,14 @@ def compile_bucket(trainer: Trainer, step: Any, bucket: int, topology: Topology)
     hbm["capacity"] = topology.chip.hbm
     if "peak" in hbm:
         hbm["share"] = hbm["peak"] / hbm["capacity"]
+    lengths = kernel_lengths(schedules_folder(), kernel_names(program or ""))
     return {
         "bucket": bucket,
         "inputs": {name: list(leaf.shape[1:]) for name, leaf in shapes.items()},
         "fits": program is not None and hbm["share"] <= 1,
         "hbm": hbm,
         "collectives": {} if program is None else report.collectives(program),
-        "estimate": program and estimate(program, topology.chip.clock, kernel_lengths(schedules_folder())),
+        "estimate": program and estimate(program, topology.chip.clock, lengths),
         "compile_seconds": round(time.perf_counter() - began, 1),
     }
 

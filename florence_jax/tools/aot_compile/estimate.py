@@ -2,16 +2,14 @@
 
 The optimised program carries `estimated_cycles` for every op that the compiler made itself; those of a loop's body
 count once for each of its trips. For a kernel (a Pallas call) that says nothing of its schedule. But the schedule is
-known, a bundle of instructions a cycle, and the kernel says how often a core runs through it:
-`pallas_call(metadata={"trips": "96"})`, the product of its grid over the cores. (A loop inside of the kernel counts
-once.) Waiting for memory or for other chips is in it only as far as the compiler reckons with it: the estimate ranks
-programs, it is no measurement.
+known, a bundle of instructions a cycle (`schedules.py`), and the kernel says how often a core runs through it:
+`pallas_call(metadata={"trips": "96"})`, the product of its grid over the cores. Waiting for memory or for other chips
+is in it only as far as the compiler reckons with it: the estimate ranks programs, it is no measurement.
 """
 
 import re
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from florence_jax.tools.aot_compile.hlo import Program
@@ -22,8 +20,6 @@ _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TRIPS = re.compile(r'kernel_metadata=\{[^}]*"trips":"(\d+)"')
 _KERNEL = 'custom_call_target="tpu_custom_call"'
-_SCHEDULE = re.compile(r"^\d+-(.+)-\d+-schedule-analysis_final_bundles\.txt$")
-_BUNDLES = re.compile(r"total scheduled bundles:\s+(\d+)")
 _INNER = {"while", "conditional", "call"}  # instructions whose computations the program runs as written
 # Parts of a traced name that tell nothing of the model.
 _WRAPPERS = {"while", "body", "cond", "closed_call", "checkpoint", "rematted_computation", "shard_map"}
@@ -35,16 +31,17 @@ def estimate(hlo: str, clock: float, kernels: Mapping[str, int]) -> dict[str, An
     Args:
       hlo: text of the optimised module.
       clock: cycles a second.
-      kernels: bundles of the schedule of each kernel, see `kernel_lengths`.
+      kernels: bundles of a turn of each kernel by its name, see `schedules.kernel_lengths`.
 
     Returns:
-      {"cycles", "clock", "seconds", "unknown_kernels" (executions of kernels that are not in it, because they do not
-      say their trips or have no schedule), "places": [{"place", "seconds", "share"}, ...], the most expensive first};
-      None for a program without estimates, of another compiler.
+      {"cycles", "clock", "seconds", "kernel_seconds" (of them in kernels), "unknown_kernels" (executions of kernels
+      that are not in it, because they do not say their trips or have no schedule), "places": [{"place", "seconds",
+      "share"}, ...], the most expensive first}; None for a program without estimates, of another compiler.
     """
-    program, unknown = Program(hlo), Counter[str]()
+    program, unknown, of_kernels = Program(hlo), Counter[str](), 0
 
     def visit(computation: str, times: int) -> Counter[str]:
+        nonlocal of_kernels
         found: Counter[str] = Counter()
         for line in program.lines.get(computation, ()):
             match = _NAME.match(line)
@@ -60,6 +57,7 @@ def estimate(hlo: str, clock: float, kernels: Mapping[str, int]) -> dict[str, An
                     unknown[name] += times
                 else:
                     found[origin(line, opcode)] += int(trips[1]) * kernels[name] * times
+                    of_kernels += int(trips[1]) * kernels[name] * times
             elif match := _CYCLES.search(line):
                 found[origin(line, opcode)] += int(match[1]) * times
         return found
@@ -72,6 +70,7 @@ def estimate(hlo: str, clock: float, kernels: Mapping[str, int]) -> dict[str, An
         "cycles": cycles,
         "clock": clock,
         "seconds": cycles / clock,
+        "kernel_seconds": of_kernels / clock,
         "unknown_kernels": unknown.total(),
         "places": [
             {"place": name, "seconds": count / clock, "share": count / cycles}
@@ -90,10 +89,6 @@ def origin(line: str, opcode: str) -> str:
     return f"{way} {'/'.join(parts)}" if parts else "outside of the model"
 
 
-def kernel_lengths(folder: Path) -> dict[str, int]:
-    """Bundles of each scheduled instruction by its name, from what the compiler left in a folder of `devices`."""
-    lengths = {}
-    for file in folder.iterdir():
-        if (named := _SCHEDULE.match(file.name)) and (found := _BUNDLES.search(file.read_text())):
-            lengths[named[1]] = int(found[1])
-    return lengths
+def kernel_names(hlo: str) -> set[str]:
+    """The kernels of a compiled program."""
+    return {match[1] for line in hlo.splitlines() if _KERNEL in line and (match := _NAME.match(line))}

@@ -99,7 +99,7 @@ def devices(topology: Topology, schedules: Path | None = None) -> list[Any]:
 
     Args:
       topology: the slice.
-      schedules: folder in which the compiler leaves the lengths of what it schedules, see `estimate.kernel_lengths`;
+      schedules: folder in which the compiler leaves the lengths of what it schedules, see `schedules.kernel_lengths`;
         the first call of a process decides. What LIBTPU_INIT_ARGS names a folder for goes there instead.
 
     Raises:
