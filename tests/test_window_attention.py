@@ -167,7 +167,7 @@ def test_auto_is_for_tpus(monkeypatch):
     with jax.sharding.use_abstract_mesh(mesh):
         assert use_kernel("auto", MAP, places, 8) and not use_kernel("xla", MAP, places, 8)
         assert window_attention_tpu.core() == (64 * 2**20, 2)
-    monkeypatch.setattr(window_attention, "on_tpu", lambda: True)
+    monkeypatch.setattr(window_attention, "platform", lambda: "tpu")
     assert not use_kernel("auto", MAP, places, 8)  # eight devices and no mesh
 
 

@@ -1,7 +1,8 @@
 """Window attention on whole maps by a kernel that needs neither rolled maps nor windows cut from them.
 
-The same numbers as `windows.WindowAttention` on a rolled and partitioned map, which is the reference. The kernel is
-`window_attention_tpu.py`: here are what it is given, when it is used, its gradient, and its place on several devices.
+The same numbers as `windows.WindowAttention` on a rolled and partitioned map, which is the reference. The kernels are
+in `window_attention_tpu.py` and `window_attention_gpu.py`, there with cuDNN's attention beside it: here are what they
+are given, when they are used, their gradient, and their place on several devices.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
-ATTENTIONS = ("auto", "xla", "fused")
+ATTENTIONS = ("auto", "xla", "fused", "cudnn")
+LOG2E = math.log2(math.e)
 MASKED = -100.0  # Swin's additive mask value: finite, so that a softmax row never becomes NaN
 MOST_TOKENS = 256  # of a window: the logits of four heads still lie in a core's memory, for several windows
 MOST_PIECES = 2**16  # of a map: their addresses lie in 1 MiB of memory for scalars
@@ -60,17 +62,24 @@ class Places:
         return kind.reshape(-1).astype(np.int32), self.regions[first], self.outside[first]
 
 
-def _kernels() -> Any:
+def _for_tpu() -> Any:
     """`window_attention_tpu`; loaded where it is used, because to import Pallas takes as long as half of JAX."""
     from florence_jax.models import window_attention_tpu
 
     return window_attention_tpu
 
 
-def on_tpu() -> bool:
-    """Whether what is traced will run on a TPU: by the mesh in context, or by JAX's default."""
+def _for_gpu() -> Any:
+    """`window_attention_gpu`, in the same way."""
+    from florence_jax.models import window_attention_gpu
+
+    return window_attention_gpu
+
+
+def platform() -> str:
+    """What will run that is traced, 'tpu', 'gpu' or 'cpu': by the mesh in context, or by JAX's default."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return (jax.default_backend() if device is None else device.platform) == "tpu"
+    return str(jax.default_backend() if device is None else device.platform)
 
 
 def _axes(kind: AxisType) -> tuple[str, ...]:
@@ -92,17 +101,22 @@ def say(what: str, why: str) -> None:
 
 
 def use_kernel(form: str, x: jax.Array, places: Places | None, heads: int) -> bool:
-    """Whether the kernel computes attention for this map.
+    """Whether `fused_attention` computes attention for this map.
 
     Args:
-      form: 'xla': never; 'auto': on a TPU, where it fits; 'fused': wherever it fits, elsewhere interpreted, which is
-        slow and for tests.
+      form: 'xla': never; 'auto': on a TPU, where it fits; 'fused': wherever it fits, by the kernel for TPUs or the one
+        for GPUs, elsewhere by that for TPUs, interpreted, which is slow and for tests; 'cudnn': on a GPU, by cuDNN.
       x: the map, (B, *sizes, C), in the dtype of the products.
       places: of the map; None where each example has its own.
       heads: of attention.
+
+    Raises:
+      UserError: 'cudnn' where there is none, or in a dtype that it does not have.
     """
-    if form == "xla" or (form == "auto" and not on_tpu()):
+    if form == "xla" or (form == "auto" and platform() != "tpu"):
         return False
+    if form == "cudnn":
+        _for_gpu().check_cudnn(platform(), x.dtype)
     why = _misfit(x, places, heads)
     if why and len(x) > 1:  # one example: parameters are being drawn
         say(f"{len(x)} maps of {'x'.join(map(str, x.shape[1:]))}", why)
@@ -110,23 +124,31 @@ def use_kernel(form: str, x: jax.Array, places: Places | None, heads: int) -> bo
 
 
 def _misfit(x: jax.Array, places: Places | None, heads: int) -> str:
-    """Why the kernel does not take a map; '' where it does. Arguments as of `use_kernel`."""
-    tpu = _kernels()
-    channels, devices = x.shape[-1], _devices()
+    """Why no kernel takes a map; '' where one does. Arguments as of `use_kernel`."""
     if places is None:
         return "each example has its own padding"
+    if places.tokens.shape[1] > MOST_TOKENS:
+        return f"its windows have {places.tokens.shape[1]} tokens, more than {MOST_TOKENS}"
+    if platform() != "cpu" and jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
+        return "no mesh in context says how several devices split the batch"
+    if platform() != "gpu":
+        return _tpu_misfit(x, places, heads)
+    if len(x) % _devices():
+        return f"{_devices()} devices do not split the batch evenly"
+    return str(_for_gpu().misfit(x.dtype, x.shape[-1] // heads))
+
+
+def _tpu_misfit(x: jax.Array, places: Places, heads: int) -> str:
+    tpu = _for_tpu()
+    channels, devices = x.shape[-1], _devices()
     if channels % tpu.LANES or tpu.LANES % (channels // heads):
         return f"its {channels} channels in {heads} heads do not make up whole groups of {tpu.LANES}"
     if len(x) % (devices * tpu.EXAMPLES):
         return f"a device's part of the batch is not a multiple of {tpu.EXAMPLES}"
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"it is of {x.dtype}"
-    if places.tokens.shape[1] > MOST_TOKENS:
-        return f"its windows have {places.tokens.shape[1]} tokens, more than {MOST_TOKENS}"
     if places.pieces()[0].size > MOST_PIECES:
         return f"its windows are more than {MOST_PIECES} pieces"
-    if on_tpu() and jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
-        return "no mesh in context says how several devices split the batch"
     if _sizes(x, places, heads) is None:
         return "a window of 16 examples does not fit into a core's memory"
     return ""
@@ -134,7 +156,7 @@ def _misfit(x: jax.Array, places: Places | None, heads: int) -> str:
 
 def _sizes(x: Any, places: Places, heads: int) -> Any:
     """`window_attention_tpu.Sizes` for a map, or its shape, on the devices in context; None where it does not fit."""
-    tpu = _kernels()
+    tpu = _for_tpu()
     windows, tokens = places.tokens.shape
     smallest = tpu.Sizes(
         tokens=tokens,
@@ -150,7 +172,7 @@ def _sizes(x: Any, places: Places, heads: int) -> Any:
     return tpu.choose_parts(smallest)
 
 
-def fused_attention(qkv: jax.Array, bias: jax.Array, places: Places, heads: int) -> jax.Array:
+def fused_attention(qkv: jax.Array, bias: jax.Array, places: Places, heads: int, form: str = "fused") -> jax.Array:
     """Window attention on a map that `use_kernel` accepts.
 
     Args:
@@ -158,38 +180,68 @@ def fused_attention(qkv: jax.Array, bias: jax.Array, places: Places, heads: int)
       bias: float32 (heads, tokens, tokens), by query and key.
       places: of the map's windows.
       heads: of attention.
+      form: as it was accepted for.
 
     Returns:
       (B, *sizes, C).
     """
-    tpu, axes, channels = _kernels(), _axes(AxisType.Auto), qkv.shape[-1] // 3
+    if form == "cudnn":
+
+        def library(qkv: jax.Array, bias: jax.Array) -> list[jax.Array]:
+            return [_for_gpu().library_attention(qkv, bias, places, heads)]
+
+        return checkpoint_name(_per_device(library, (True, False), [True])(qkv, bias)[0], "attention")
+    if platform() == "gpu":
+        attend = _with_gradient(functools.partial(_for_gpu().run, places))
+    else:
+        run, bias = _tpu_kernel(qkv, bias, places, heads)
+        attend = _with_gradient(run)
+    return checkpoint_name(attend(qkv, bias), "attention")
+
+
+def _tpu_kernel(
+    qkv: jax.Array, bias: jax.Array, places: Places, heads: int
+) -> tuple[Callable[[list[jax.Array], jax.Array], list[jax.Array]], jax.Array]:
+    """What `_with_gradient` takes, and the bias as that is given it; arguments as of `fused_attention`."""
+    tpu, channels = _for_tpu(), qkv.shape[-1] // 3
     sizes = _sizes(jax.ShapeDtypeStruct((*qkv.shape[:-1], channels), qkv.dtype), places, heads)
     starts, offsets, _ = places.pieces()
     kind, regions, outside = places.kinds()
 
     def run(maps: list[jax.Array], tables: jax.Array) -> list[jax.Array]:
-        """The kernel on a device: maps (b, *sizes, ...), of which the first result is one, too."""
         # (tokens, batch, channels) is how XLA lays out a map on a TPU whatever the order of axes: nothing is moved.
         by_token = [x.reshape(len(x), -1, x.shape[-1]).swapaxes(0, 1) for x in maps]
         addresses = [jnp.asarray(table) for table in (starts.reshape(-1), offsets, kind)]
-        mask = _mask(regions, outside, sizes) * tpu.LOG2E
-        out, *rest = tpu.run(sizes, addresses, by_token, tables * tpu.LOG2E, mask, interpret=not on_tpu())
+        mask = _mask(regions, outside, sizes) * LOG2E
+        out, *rest = tpu.run(sizes, addresses, by_token, tables * LOG2E, mask, interpret=platform() != "tpu")
         return [out.swapaxes(0, 1).reshape(*maps[0].shape[:-1], -1), *rest]
 
-    def run_backward(qkv: jax.Array, grad: jax.Array, tables: jax.Array) -> list[jax.Array]:
-        of_qkv, of_tables = run([qkv, grad], tables)
-        return [of_qkv, jax.lax.psum(of_tables, axes) if axes else of_tables]
+    return run, _to_columns(bias, sizes)
+
+
+def _with_gradient(run: Callable[[list[jax.Array], jax.Array], list[jax.Array]]) -> Any:
+    """Attention of qkv (B, *sizes, 3C) and a bias, on all devices, by kernels of one device.
+
+    Args:
+      run: given [qkv], its part of the batch, and the bias: [(b, *sizes, C)]; given [qkv, gradient of that] as well:
+        [gradient of qkv, of the bias].
+    """
+    axes = _axes(AxisType.Auto)
+
+    def run_backward(qkv: jax.Array, grad: jax.Array, bias: jax.Array) -> list[jax.Array]:
+        of_qkv, of_bias = run([qkv, grad], bias)
+        return [of_qkv, jax.lax.psum(of_bias, axes) if axes else of_bias]
 
     @jax.custom_vjp
-    def attend(qkv: jax.Array, tables: jax.Array) -> jax.Array:
-        return _per_device(lambda qkv, tables: run([qkv], tables), (True, False), [True])(qkv, tables)[0]
+    def attend(qkv: jax.Array, bias: jax.Array) -> jax.Array:
+        return _per_device(lambda qkv, bias: run([qkv], bias), (True, False), [True])(qkv, bias)[0]
 
     def backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, ...]:
-        qkv, tables = residuals
-        return tuple(_per_device(run_backward, (True, True, False), [True, False])(qkv, grad, tables))
+        qkv, bias = residuals
+        return tuple(_per_device(run_backward, (True, True, False), [True, False])(qkv, grad, bias))
 
-    attend.defvjp(lambda qkv, tables: (attend(qkv, tables), (qkv, tables)), backward)
-    return checkpoint_name(attend(qkv, _to_columns(bias, sizes)), "attention")
+    attend.defvjp(lambda qkv, bias: (attend(qkv, bias), (qkv, bias)), backward)
+    return attend
 
 
 def _per_device(run: Callable[..., list[jax.Array]], split: tuple[bool, ...], results: list[bool]) -> Any:

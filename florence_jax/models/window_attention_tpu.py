@@ -21,11 +21,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from florence_jax.models.window_attention import LOG2E
+
 LANES = 128
 EXAMPLES = 16  # of a step: the rows of a bfloat16 tile
 UNROLLED = 32  # copies whose addresses are computed side by side
 SPILLED = 4  # arrays of a window's logits that do not fit into registers
-LOG2E = math.log2(math.e)
 INTERPRETED_VMEM = 64 * 2**20  # as of v5p; where there is no chip
 
 

@@ -141,7 +141,7 @@ def zero_outside(x: jax.Array, valid: jax.Array) -> jax.Array:
 class WindowAttention(nn.Module):
     """Multi-head attention inside windows with a learned relative position bias (Swin, equation 4).
 
-    `core` is `attention` or a form of it, `table` as in `BlockOptions`.
+    `core` is `attention` or a form of it, `table` and `form` as in `BlockOptions`.
     """
 
     heads: int
@@ -149,6 +149,7 @@ class WindowAttention(nn.Module):
     core: Callable[..., jax.Array] = attention
     dtype: Dtype = jnp.float32
     table: tuple[int, ...] = ()
+    form: str = "xla"
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None, places: Places | None = None) -> jax.Array:
@@ -163,7 +164,7 @@ class WindowAttention(nn.Module):
         index = relative_position_index(self.window, self.table)
         bias = jnp.asarray(table).T.at[:, index].get(mode="promise_in_bounds")  # (heads, tokens, tokens)
         if places is not None:
-            out = fused_attention(qkv, bias, places, self.heads)
+            out = fused_attention(qkv, bias, places, self.heads, self.form)
         else:
             bias = bias[None, None] if mask is None else bias[None, None] + mask[:, :, None]
             out = self.core(*split_heads(qkv, self.heads), bias)
@@ -227,7 +228,8 @@ class SwinBlock(BlockOptions):
         own: tuple[int, ...] | jax.Array | None = None
         if self.mask_padding:
             own = sizes if valid is None and padded != sizes else valid
-        attend = WindowAttention(self.heads, self.window, self.core, self.dtype, self.table, name="attention")
+        options = (self.heads, self.window, self.core, self.dtype, self.table, self.form)
+        attend = WindowAttention(*options, name="attention")
         crop = (slice(None), *(slice(size) for size in sizes))
         places = None if isinstance(own, jax.Array) else window_places(padded, self.window, self.shift, own)
         if use_kernel(self.form, x, places, self.heads):
