@@ -112,6 +112,15 @@ def test_step_prints_one_line(capsys, monkeypatch, tiny):
     assert result["compared"].endswith("float32 on both sides")
 
 
+def test_attention_forms(capsys, tiny):
+    arguments = "attention --variant=tiny --res=64 --batch=2 --dtype=float32 --forms=xla,fused --rounds=1"
+    code, result = run(capsys, arguments.split())
+    (stage,) = result["stages"]
+    assert code == 0 and stage["map"] == [16, 16, 16] and stage["window"] == 4
+    assert stage["difference"] == {"xla": 0, "fused": None}  # 16 channels are none of the kernel's
+    assert stage["seconds"]["xla"] > 0 and stage["seconds"]["fused"] is None
+
+
 def test_mfu_is_of_the_given_peak(capsys, tiny):
     _, result = run(capsys, [*STEP, "--rival", "none", "--peak_tflops", "2"])
     assert result["mfu"] == pytest.approx(result["gflops_per_s"] / 2000, rel=1e-2)

@@ -2,6 +2,7 @@
 
     python -m florence_jax.tools.bench step              # seconds of a training step; beside PyTorch if installed
     python -m florence_jax.tools.bench precision         # a step in float32 beside one with bfloat16 factors
+    python -m florence_jax.tools.bench attention         # forms of window attention, by stage of a tower
     python -m florence_jax.tools.bench grad_cache        # a step with the gradient cache beside one without
     python -m florence_jax.tools.bench remat             # memory and time of every recomputation policy
     python -m florence_jax.tools.bench devices           # a step over 1, 2, 4, 8 (simulated) devices, fixed local batch
@@ -37,6 +38,7 @@ from florence_jax.jobs.host_memory import keep_freed_memory
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "step": ("florence_jax.tools.bench.step", "seconds of a training step, compared with PyTorch if installed"),
     "precision": ("florence_jax.tools.bench.precision", "a training step in float32 beside one of bfloat16 factors"),
+    "attention": ("florence_jax.tools.bench.attention", "forms of window attention in blocks, by stage of a tower"),
     "grad_cache": ("florence_jax.tools.bench.grad_cache", "time, memory and exactness of the gradient cache"),
     "remat": ("florence_jax.tools.bench.remat", "memory and time of a training step by recomputation policy"),
     "devices": ("florence_jax.tools.bench.devices", "a training step by number of devices, at a fixed batch on each"),

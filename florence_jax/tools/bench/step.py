@@ -42,6 +42,7 @@ from florence_jax.models.base import Model
 from florence_jax.models.layers import REMATS
 from florence_jax.models.products import ROUNDED, compute_dtype, rounded_factors
 from florence_jax.models.sizes import VARIANTS, ModelConfig
+from florence_jax.models.window_attention import ATTENTIONS
 from florence_jax.tools.aot_compile import report
 from florence_jax.tools.bench import timing, timm_swin, torch_swin
 from florence_jax.tools.bench.torch_step import TorchStep
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_only", action="store_true", help="only the image tower's step")
     parser.add_argument("--unroll", action="store_true", help="unroll the depth instead of scanning over it")
     parser.add_argument("--remat", default="none", choices=REMATS, help="recomputation in the backward pass")
+    parser.add_argument("--attention", default="xla", choices=ATTENTIONS, help="form of window attention")
     parser.add_argument("--rival", default="auto", choices=RIVALS, help="what to compare with; auto: by the device")
     parser.add_argument("--peak_tflops", type=float, default=None, help="of the device in bf16, for the MFU")
 
@@ -81,6 +83,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         res=args.res,
         dtype=compute_dtype(args.dtype),
         remat=args.remat,
+        attention=args.attention,
         scan=not args.unroll,
         drop_path=0.0,
     )
@@ -118,7 +121,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def describe_run(args: argparse.Namespace) -> dict[str, Any]:
     """The options that were measured."""
-    names = ("variant", "batch", "res", "dtype", "remat", "unroll", "steps")
+    names = ("variant", "batch", "res", "dtype", "remat", "attention", "unroll", "steps")
     return {name: getattr(args, name) for name in names} | {"towers": "image" if args.image_only else "image+text"}
 
 
