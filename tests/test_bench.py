@@ -243,7 +243,7 @@ def test_data_prints_one_line(capsys, workers):
     assert set(result["sizes"]) == {"80x60", "own"}
     assert result["ratio"] == result["sizes"]["80x60"]["ratio"] > 0
     assert (result["cpu_ratio"] is None) == (workers > 0)
-    for name in ("decode_images_per_s", "pipeline_images_per_s", "kilobytes_per_image"):
+    for name in ("decode_images_per_s", "pipeline_images_per_s", "kilobytes_per_image", "reduced_gain"):
         assert result[name] > 0
 
 

@@ -6,7 +6,11 @@ import pickle
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
+from stream_tools import ListSource
 
+from florence_jax import pictures
+from florence_jax.data.batches import BatchMaker
+from florence_jax.data.ops import image as image_ops
 from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.ops.registry import OPS
 from florence_jax.data.records import BadRecord
@@ -215,6 +219,95 @@ def test_decode_reports_bad_images(data):
     with pytest.raises(BadRecord, match="the key") as error:
         decode(data)
     assert "\n" not in str(error.value)
+
+
+# -- JPEGs of which not all pixels are decoded ------------------------------------------------------------------------
+
+
+def photograph(form="JPEG", mode="RGB", turn=1):
+    """403 x 301 pixels stored, which neither 2 nor 4 nor 8 divides."""
+    y, x = np.mgrid[:301, :403]
+    waves = [127 + 100 * np.sin(x / 40 + y / 90), 127 + 100 * np.sin(y / 35), 127 + 80 * np.cos((x + y) / 60)]
+    picture = Image.fromarray(np.stack(waves, -1).astype(np.uint8)).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    several = {"save_all": True, "append_images": [picture]} if form == "MPO" else {}
+    return encode(picture, form, quality=95, exif=exif, **several)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Widths, as stored, of the pictures that are decoded."""
+    widths, to_rgb = [], pictures.to_rgb
+    for module in (pictures, image_ops):
+        monkeypatch.setattr(module, "to_rgb", lambda picture: (widths.append(picture.width), to_rgb(picture))[1])
+    return widths
+
+
+def reduced_and_whole(spec, example, seed=0):
+    """What the ops leave, handed on from one to the next and each for itself, with the next number of the generator."""
+    found = []
+    for ops in (parse_ops(spec, {}), [op for name in spec.split("|") for op in parse_ops(name, {})]):
+        generator, made = rng(seed), example
+        for op in ops:
+            made = op(made, generator)
+        found.append(made | {"next": generator.random()})
+    return found
+
+
+@pytest.mark.parametrize("kind", [("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("MPO", "RGB")])
+def test_a_training_crop_has_no_more_of_a_jpeg_decoded_than_it_needs(kind, decoded):
+    specs = ("rrc(33)", "rrc(80, scale=(0.9, 1))", "lsj(64, low=0.5)", "shrink(30, times=1)", "resize_short((40, 50))")
+    scales = set()
+    for turn in range(1, 9):
+        example = {"key": "k", "image": photograph(*kind, turn), "boxes": [[20, 30, 300, 290]]}
+        for seed, spec in enumerate(specs):
+            decoded.clear()
+            reduced, whole = reduced_and_whole(f"decode|{spec}|flip(0)", example, seed)
+            reduction = 1 / whole["warp"].diagonal()[:2].max()
+            scales.add(scale := max(n for n in (1, 2, 4, 8) if n <= reduction))
+            assert decoded == [-(-403 // scale), 403], spec
+            for name in ("warp", "boxes", "next"):
+                np.testing.assert_array_equal(reduced[name], whole[name])
+            assert np.abs(reduced["image"].astype(int) - whole["image"]).max() <= 3, (turn, spec)
+    assert {2, 4, 8} <= scales
+
+
+@pytest.mark.parametrize(
+    "ops",
+    ["rrc(160, scale=(0.5, 1))", "resize(30)|center_crop(30)", "resize_exact(30)", "resize_short(30)", "resize_fit(30)"]
+    + ["flip|rrc(30)", "box_crop|resize_exact(30)"],
+)
+def test_small_crops_and_evaluation_have_whole_jpegs(ops, decoded):
+    reduced, whole = reduced_and_whole(f"decode|{ops}", {"key": "k", "image": photograph(turn=6)})
+    assert decoded == [403, 403]
+    np.testing.assert_array_equal(reduced["image"], whole["image"])
+
+
+def test_unread_jpegs_serve_again_in_lists_and_in_memory(decoded):
+    decode, crop = parse_ops("decode|rrc(33)", {})
+    example = decode({"key": "k", "image": [photograph(), photograph(turn=6), encode(noise(50, 40))]}, rng())
+    first, second = (crop(example, rng(3))["image"] for _ in range(2))
+    assert [made.shape for made in first] == 3 * [(33, 33, 3)]
+    np.testing.assert_array_equal(first, second)
+    kept = image_ops.read_pictures(example)["image"]
+    assert [picture.size for picture in kept] == [(403, 301), (301, 403), (40, 50)]
+    ops = parse_ops("decode|rrc(33)|keep(image)", {})
+    source = ListSource([{"key": "k", "image": photograph()}])
+    maker = BatchMaker([source], ops, seed=0, on_corrupt="error", cache=1 << 20)
+    decoded.clear()
+    assert maker.train(0, [0, 0])["image"].shape == (2, 33, 33, 3)
+    maker.train(2, [0])
+    assert decoded == [403]
+
+
+def test_bad_jpegs_are_bad_records_also_where_they_are_read_late(monkeypatch):
+    for data in (photograph()[:4000], photograph()[:300], encode(np.zeros((2, 500, 3), np.uint8), "JPEG")):
+        with pytest.raises(BadRecord, match="the key.*corrupt image"):
+            run("decode|rrc(8)", {"key": "the key", "image": data})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 403 * 301 // 2 - 1)
+    with pytest.raises(BadRecord, match="decompression bomb"):
+        run("decode|rrc(8)", {"key": "the key", "image": photograph()})
 
 
 def test_resizes_and_crops():

@@ -10,6 +10,7 @@ from absl import logging
 from PIL import Image
 
 from florence_jax.data.ops.captions import JOINED, Caption, Keep, Texts, parse_fields
+from florence_jax.data.ops.image import read_pictures
 from florence_jax.data.ops.registry import Op
 from florence_jax.data.others import Others, PairOp
 from florence_jax.data.records import PAYLOADS, BadRecord, Record, Source, evenly
@@ -37,7 +38,7 @@ class BatchMaker:
       batch_size: of the global batches that are trained on.
       host: fields that come as lists.
       cache: bytes of memory for what the ops before anything random give; 0: nothing is kept. What finds no room is
-        made anew each time.
+        made anew each time. Pictures are then decoded in full (`ops.image.UnreadJpeg`), kept or not.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class BatchMaker:
         if self._cache is None or isinstance(record, BadRecord):
             return record
         try:
-            made = _apply(self._fixed, record, self._rng(0))
+            made = read_pictures(_apply(self._fixed, record, self._rng(0)))
         except BadRecord as bad:
             return bad
         if (size := memory_of(made)) <= self._room:

@@ -7,7 +7,7 @@ y1, x2, y2.
 import abc
 import copy
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -49,6 +49,9 @@ class GeometricOp(PictureOp):
     "warp", float64 (3, 3), is composed of those of all ops, so that what is found in the target can be taken back to
     the source by `boxes_to_source`; of a list of K pictures it is (K, 3, 3).
 
+    A warp is of the true size of a picture, also of one that is not read yet (`takes_unread`): neither what is drawn
+    nor boxes depend on how it is read.
+
     Attributes:
       visible: share of a box's area, as it came to this op, from which on it counts; 0: whatever is left of it.
       by_centre: whether a box whose centre is not in the picture any more is marked in "ignore" too.
@@ -71,7 +74,7 @@ class GeometricOp(PictureOp):
         drawn: dict[tuple[int, int], Warp] = {}
         used: list[Warp] = []
 
-        def change(picture: Image.Image) -> Image.Image:
+        def change(picture: Any) -> Image.Image:
             size = picture.height, picture.width
             if size not in drawn:
                 drawn[size] = self.draw(size, copy.deepcopy(start) if drawn else rng)

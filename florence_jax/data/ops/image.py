@@ -2,22 +2,26 @@
 
 From `decode` on, a field holds one picture, uint8 (H, W, 3), a list of pictures of any sizes, or the frames of a video,
 uint8 (T, H, W, 3). Between two ops that both work on PIL pictures the pictures themselves are handed on
-(`link_pictures`): an array made of one and a picture made of that again would be two copies for nothing.
+(`link_pictures`): an array made of one and a picture made of that again would be two copies for nothing. To an op that
+makes pictures smaller anyway a JPEG is handed on unread: `UnreadJpeg`.
 """
 
 import abc
+import contextlib
+import io
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from florence_jax.data.ops.registry import Example, Op, checked_number, key_of, op
 from florence_jax.data.records import BadRecord
 from florence_jax.errors import UserError
-from florence_jax.pictures import open_picture, to_rgb, trouble_of
+from florence_jax.pictures import Box, open_picture, picture_frame, read_reduced, to_rgb, trouble_of
 
 GRAY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601 luma, as in PIL
 IDENTITY = np.eye(3, dtype=np.float32)
@@ -25,6 +29,53 @@ IDENTITY = np.eye(3, dtype=np.float32)
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
 MAX_ASPECT = 100  # of a picture; a line of pixels would be resized to gigabytes
 Change = Callable[[Image.Image], Image.Image]
+
+
+class UnreadJpeg:
+    """A JPEG picture that is opened, but whose pixels are not read: who takes it says how many it needs.
+
+    Args:
+      data: encoded.
+      image: the same, opened.
+      key: of the record, for messages.
+
+    Attributes:
+      width, height: upright.
+    """
+
+    def __init__(self, data: bytes, image: Image.Image, key: str):
+        self._data, self._key = data, key
+        self._image: Image.Image | None = image
+        self.width, self.height = picture_frame(image).size
+
+    def read(self) -> Image.Image:
+        """All its pixels, RGB. Raises BadRecord."""
+        with bad_if_it_fails(self._key):
+            return to_rgb(self._opened())
+
+    def resize(self, size: tuple[int, int], resample: Image.Resampling, box: Box) -> Image.Image:
+        """As PIL's: `box`, resized to (width, height); RGB. Raises BadRecord.
+
+        Where the box is at least twice as large, it is read at a half, a quarter or an eighth of its sides, still at
+        least as large as what is wanted: the pixels are slightly others than those of the whole picture.
+        """
+        with bad_if_it_fails(self._key):
+            picture, box = read_reduced(self._opened(), box, size)
+        return picture.resize(size, resample, box=box)
+
+    def _opened(self) -> Image.Image:
+        """As it was given: reading changes it, so that it serves once, and is opened anew from then on."""
+        image, self._image = self._image, None
+        return Image.open(io.BytesIO(self._data), formats=["JPEG"]) if image is None else image
+
+
+@contextlib.contextmanager
+def bad_if_it_fails(key: str) -> Iterator[None]:
+    """For PIL's decoders, which raise a dozen unrelated types on corrupt data: makes them BadRecord."""
+    try:
+        yield
+    except Exception as error:
+        raise BadRecord(key, f"corrupt image ({trouble_of(error)})") from error
 
 
 @op("decode")
@@ -36,9 +87,10 @@ class Decode(Op):
 
     Attributes:
       gives_picture: see `PictureOp`.
+      gives_unread: whether JPEGs are handed on as `UnreadJpeg`; `link_pictures` sets it.
     """
 
-    gives_picture = False
+    gives_picture = gives_unread = False
 
     def __init__(self, field: str = "image"):
         self.field, self.reads = field, frozenset((field,))
@@ -50,19 +102,20 @@ class Decode(Op):
             return example | {self.field: [self._decoded(example, each) for each in data]}
         return example | {self.field: self._decoded(example, data)}
 
-    def _decoded(self, example: Example, data: Any) -> np.ndarray | Image.Image:
+    def _decoded(self, example: Example, data: Any) -> np.ndarray | Image.Image | UnreadJpeg:
         if isinstance(data, np.ndarray):
             return self._from_array(example, data)
         if not isinstance(data, (bytes, Image.Image)):
             raise BadRecord(key_of(example), f"its {self.field} is {type(data).__name__}, not bytes")
-        try:
-            with open_picture(data) as image:
-                if max(image.size) > MAX_ASPECT * min(image.size):
-                    raise ValueError(f"{image.width} x {image.height} pixels are too narrow")
-                picture = to_rgb(image)
-                return picture if self.gives_picture else np.asarray(picture)
-        except Exception as error:  # PIL's decoders raise a dozen unrelated types on corrupt data
-            raise BadRecord(key_of(example), f"corrupt image ({trouble_of(error)})") from error
+        with bad_if_it_fails(key_of(example)), contextlib.ExitStack() as opened:
+            image = opened.enter_context(open_picture(data))
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels are too narrow")
+            if self.gives_unread and isinstance(data, bytes) and isinstance(image, JpegImageFile):
+                opened.pop_all()  # it holds nothing but memory
+                return UnreadJpeg(data, image, key_of(example))
+            picture = to_rgb(image)
+            return picture if self.gives_picture else np.asarray(picture)
 
     def _from_array(self, example: Example, data: np.ndarray) -> np.ndarray:
         data = data[..., None] if data.ndim == 2 else data
@@ -91,17 +144,22 @@ class PictureOp(Op):
     Attributes:
       field: of the example.
       gives_picture: whether pictures are left to the next op as PIL has them, RGB; `link_pictures` sets it.
+      takes_unread: whether it takes `UnreadJpeg` too, whose `resize` is all that it then does with it. Only ops of
+        training do: pictures of an evaluation are those of published pre-processing to the bit.
     """
 
-    gives_picture = False
+    gives_picture = takes_unread = False
 
     def __init__(self, field: str = "image"):
         self.field, self.reads = field, frozenset((field,))
 
-    def _changed(self, example: Example, change: Change) -> Any:
-        """The field with `change` on each of its pictures. Raises UserError if they are not decoded yet."""
+    def _changed(self, example: Example, change: Callable[[Any], Image.Image]) -> Any:
+        """The field with `change` on each of its pictures, as `takes_unread` says what they are.
+
+        Raises UserError if they are not decoded yet.
+        """
         value = example.get(self.field)
-        if isinstance(value, (Image.Image, np.ndarray)) and getattr(value, "ndim", 3) == 3:
+        if isinstance(value, (Image.Image, UnreadJpeg, np.ndarray)) and getattr(value, "ndim", 3) == 3:
             return self._left(change(self._picture(value)))
         if isinstance(value, (list, np.ndarray)) and not len(value):
             raise BadRecord(key_of(example), f"its {self.field} is empty")
@@ -112,10 +170,10 @@ class PictureOp(Op):
             return [self._left(change(self._picture(each))) for each in value]
         raise self._undecoded()
 
-    def _picture(self, value: Any) -> Image.Image:
+    def _picture(self, value: Any) -> Image.Image | UnreadJpeg:
         if isinstance(value, np.ndarray):
             return Image.fromarray(value)
-        if isinstance(value, Image.Image):
+        if isinstance(value, Image.Image) or (self.takes_unread and isinstance(value, UnreadJpeg)):
             return value
         raise self._undecoded()
 
@@ -127,10 +185,26 @@ class PictureOp(Op):
 
 
 def link_pictures(ops: Sequence[Op]) -> None:
-    """Makes each op that is followed by a `PictureOp` of the same field hand its pictures on; changes no pixel."""
+    """Makes each op that is followed by a `PictureOp` of the same field hand its pictures on.
+
+    That changes no pixel, but where JPEGs are handed on unread, to an op that `takes_unread`.
+    """
     for first, after in itertools.pairwise(ops):
         if isinstance(first, (Decode, PictureOp)):
             first.gives_picture = isinstance(after, PictureOp) and after.field == first.field
+        if isinstance(first, Decode):
+            first.gives_unread = isinstance(after, PictureOp) and first.gives_picture and after.takes_unread
+
+
+def read_pictures(example: Example) -> Example:
+    """The example with every `UnreadJpeg` of it, also in lists, read in full: what can be kept. Raises BadRecord."""
+
+    def read(value: Any) -> Any:
+        if type(value) is list:
+            return [read(each) for each in value]
+        return value.read() if isinstance(value, UnreadJpeg) else value
+
+    return {name: read(value) for name, value in example.items()}
 
 
 class ColourOp(PictureOp):

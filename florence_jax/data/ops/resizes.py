@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from florence_jax.data.ops.geometry import GeometricOp
+from florence_jax.data.ops.image import UnreadJpeg
 from florence_jax.data.ops.registry import checked_number, checked_pixels, checked_range, op
 from florence_jax.errors import UserError
 
@@ -36,8 +37,8 @@ class ResizeWarp(NamedTuple):
         x, y = width / (right - left), height / (bottom - top)
         return np.array([[x, 0.0, -left * x], [0.0, y, -top * y]])
 
-    def picture(self, picture: Image.Image) -> Image.Image:
-        """See `Warp`."""
+    def picture(self, picture: Image.Image | UnreadJpeg) -> Image.Image:
+        """See `Warp`; of a JPEG that is not read yet no more is read than this needs."""
         height, width = self.size
         return picture.resize((width, height), self.resampling, box=self.box)
 
@@ -61,13 +62,15 @@ class Resize(GeometricOp):
 class Shrink(GeometricOp):
     """Bicubic resize down to `times` as many pixels as are wanted in the end: a smaller picture is left as it is.
 
-    Put first, it makes all ops after it fast on photographs, and a cache of pictures small.
+    Put right after `decode`, it makes that and all ops after it fast on photographs, and a cache of pictures small.
 
     Args:
       size: the shorter side that the ops after it leave.
       times: the shorter side becomes at most `times * size` pixels.
       field: of the pictures.
     """
+
+    takes_unread = True
 
     def __init__(self, size: int, times: float = 4, field: str = "image"):
         super().__init__(field)
@@ -140,7 +143,7 @@ class ResizeShort(GeometricOp):
         if not self.shorts:
             raise UserError("short must be a number of pixels, or several")
         self.longest = None if longest is None else checked_pixels(longest)
-        self.random = len(self.shorts) > 1
+        self.random = self.takes_unread = len(self.shorts) > 1
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> ResizeWarp:
         """See the class."""
@@ -194,7 +197,7 @@ class LargeScaleJitter(GeometricOp):
       visible, field: see `GeometricOp`; of a box with less than a quarter in view nobody knows what it is.
     """
 
-    random = True
+    random = takes_unread = True
 
     def __init__(
         self,
@@ -239,7 +242,7 @@ class RandomResizedCrop(GeometricOp):
       visible, field: see `GeometricOp`.
     """
 
-    random = True
+    random = takes_unread = True
 
     def __init__(
         self,

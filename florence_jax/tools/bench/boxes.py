@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from florence_jax.data.ops.parse import parse_ops
 from florence_jax.data.pipeline import TrainData, train_stream
 from florence_jax.data.sources.boxes import BoxSource
 from florence_jax.data.sources.detection import open_boxes
@@ -82,7 +83,7 @@ def _time(source: BoxSource, bucket: tuple[int, int], args: argparse.Namespace) 
     keep = "pad_boxes(100)|keep(image, valid, boxes, class_ids, objects, ignore, boxes_cut)"
     data = TrainData([source], None, f"{ops}|{keep}", {})
     decode, image_ops, pipeline = [], [], []
-    augment = make_augment(ops)
+    augment = make_augment(parse_ops(ops, {}))
     for _ in range(args.rounds):
         decode.append(timing.time_loop(decode_image, images, args.images))
         image_ops.append(timing.time_loop(augment, images, args.images))

@@ -13,10 +13,13 @@ Several comparisons, because without worker processes the pipeline works in thre
   `image_ops_ratio`  the same over a second bare loop that also crops, resizes, flips and jitters: what is left is the
                      price of reading, text, batching and threads.
 The last two are null with worker processes, whose processor time is not seen.
+  `reduced_gain`     processor time of decoding, crop and resize with every JPEG decoded in full, over the same as it is
+                     done: only as large as the crop needs. Both in turns, in one thread.
 
 An image size WxH makes JPEG pictures (quality 90) from the source's, enlarged on a noisy gradient so that they take
 about as many bytes as web pictures: the embedded ones are 64 px wide and decode in a tenth of a millisecond. 'own'
-takes the source's images as they are. With several sizes the first is reported at the top level, all under `sizes`.
+takes the source's images as they are. Of large ones there are fewer: `MOST_PIXELS` in all. With several sizes the first
+is reported at the top level, all under `sizes`.
 """
 
 import argparse
@@ -36,6 +39,7 @@ from PIL import Image
 from florence_jax.config_files import read_config
 from florence_jax.data.ops.image import Decode
 from florence_jax.data.ops.parse import parse_ops
+from florence_jax.data.ops.registry import Op
 from florence_jax.data.pipeline import Stream
 from florence_jax.data.sources.array_record import write_array_record
 from florence_jax.data.sources.catalog import open_source
@@ -46,13 +50,16 @@ from florence_jax.train.loop import open_stream
 
 Seconds = Sequence[tuple[float, float]]
 JPEG_QUALITY = 90
+IMAGE_SIZES = "500x375,800x600,2048x1536,own"
+MOST_PIXELS = 2e8  # of the pictures made for one size, which are then used again and again
 NOISE = 14.0  # grey levels: 500x375 then takes 70 to 80 kB, within the range of ImageNet pictures of that size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `bench data`."""
     parser.add_argument("--source", default="emoji:train", help="any source that --config.data.train takes")
-    parser.add_argument("--image_size", default="500x375,own", help="WxH, or 'own' for the source's; comma-separated")
+    parser.add_argument("--image_size", default=IMAGE_SIZES, help="WxH, or 'own' for the source's; comma-separated")
+    parser.add_argument("--noise", type=float, default=NOISE, help="grey levels; less for the same size in fewer bytes")
     parser.add_argument("--res", type=int, default=224, help="side of the training image in pixels")
     parser.add_argument("--batch", type=int, default=32, help="images a batch")
     parser.add_argument("--records", type=int, default=256, help="records of the source to use")
@@ -71,9 +78,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     originals = take_records(args.source, args.records)
     results = {}
     for name, size in sizes.items():
-        records = originals if size is None else [enlarge(record, size, i) for i, record in enumerate(originals)]
-        results[name] = time_pictures(records, args)
-    names = ("source", "image_size", "res", "batch", "workers", "images", "rounds")
+        results[name] = time_pictures(originals if size is None else enlarged(originals, size, args.noise), args)
+    names = ("source", "image_size", "noise", "res", "batch", "workers", "images", "rounds")
     options = {name: getattr(args, name) for name in names} | {"records": len(originals)}
     return options | next(iter(results.values())) | {"sizes": results} | timing.cpu_hardware()
 
@@ -101,7 +107,14 @@ def take_records(spec: str, count: int) -> list[dict[str, Any]]:
     return [{name: value for name, value in r.items() if isinstance(value, (bytes, str, list))} for r in records]
 
 
-def enlarge(record: dict[str, Any], size: tuple[int, int], seed: int) -> dict[str, Any]:
+def enlarged(records: Sequence[dict[str, Any]], size: tuple[int, int], noise: float) -> list[dict[str, Any]]:
+    """The records with pictures of `size`, as many of them as `MOST_PIXELS` allows."""
+    most = max(1, int(MOST_PIXELS / (size[0] * size[1])))
+    made = [enlarge(record, size, i, noise) for i, record in enumerate(records[:most])]
+    return [{**record, "image": made[i % most]["image"]} for i, record in enumerate(records)]
+
+
+def enlarge(record: dict[str, Any], size: tuple[int, int], seed: int, noise: float = NOISE) -> dict[str, Any]:
     """The record with its picture, enlarged and blended into a noisy colour gradient, as a JPEG of `size`."""
     width, height = size
     rng = np.random.default_rng(seed)
@@ -109,27 +122,32 @@ def enlarge(record: dict[str, Any], size: tuple[int, int], seed: int) -> dict[st
     y, x = np.linspace(0, 1, height)[:, None, None], np.linspace(0, 1, width)[None, :, None]
     canvas = (1 - y) * ((1 - x) * corners[0, 0] + x * corners[0, 1]) + y * ((1 - x) * corners[1, 0] + x * corners[1, 1])
     picture = Image.open(io.BytesIO(record["image"])).convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    canvas = 0.3 * canvas + 0.7 * np.asarray(picture, np.float64) + rng.normal(0, NOISE, canvas.shape)
+    canvas = 0.3 * canvas + 0.7 * np.asarray(picture, np.float64) + rng.normal(0, noise, canvas.shape)
     file = io.BytesIO()
     Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=JPEG_QUALITY)
     return {**record, "image": file.getvalue()}
 
 
 def time_pictures(records: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
-    """Both contestants on these records, in turns."""
+    """All contestants on these records, in turns."""
     images = [record["image"] for record in records]
-    decode, image_ops, pipeline = [], [], []
+    decode, image_ops, pipeline, crop, whole = [], [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "records.array_record"
         write_array_record(str(path), records)
         config = make_config(str(path), args)
         task = Pretrain(config)
-        augment = make_augment(task.train_ops)
+        augment = make_augment(parse_ops(task.train_ops, {}))
+        cut, cut_whole = cropping(task.train_ops)
         for _ in range(args.rounds):
             decode.append(timing.time_loop(decode_image, images, args.images))
             image_ops.append(timing.time_loop(augment, images, args.images))
             pipeline.append(time_pipeline(open_stream(config, task, task.train_data()), args))
-    return speed_report(decode, image_ops, pipeline, images, args.workers)
+            crop.append(timing.time_loop(cut, images, args.images))
+            whole.append(timing.time_loop(cut_whole, images, args.images))
+    gain = np.median(whole, axis=0)[1] / np.median(crop, axis=0)[1]
+    report = speed_report(decode, image_ops, pipeline, images, args.workers)
+    return report | {"reduced_gain": timing.round_significant(float(gain), 4)}
 
 
 def speed_report(
@@ -165,15 +183,24 @@ def decode_image(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def make_augment(ops: str) -> Callable[[bytes], np.ndarray]:
-    """The image ops of the pipeline as a function of the encoded picture."""
-    parsed, rng = parse_ops(ops, {}), np.random.default_rng(0)
+def cropping(ops: str) -> tuple[Callable[[bytes], np.ndarray], Callable[[bytes], np.ndarray]]:
+    """The first two of the ops, decode and a crop: as they are, and with JPEGs decoded in full."""
+    usual, whole = parse_ops(ops, {})[:2], parse_ops(ops, {})[:2]
+    decode = whole[0]
+    assert isinstance(decode, Decode)  # as in configs/pretrain.py
+    decode.gives_unread = False
+    return make_augment(usual), make_augment(whole)
+
+
+def make_augment(ops: Sequence[Op]) -> Callable[[bytes], np.ndarray]:
+    """Image ops as a function of the encoded picture."""
+    rng = np.random.default_rng(0)
 
     def augment(data: bytes) -> np.ndarray:
         example = {"key": "", "image": data}
-        for op in parsed:
+        for op in ops:
             example = op(example, rng)
-        return example["image"]
+        return np.asarray(example["image"])
 
     return augment
 
