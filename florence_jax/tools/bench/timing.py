@@ -83,6 +83,17 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def time_in_turns(functions: Sequence[Callable[[bytes], Any]], items: Sequence[bytes], count: int) -> list[list[float]]:
+    """Processor seconds of each function on each of `count` items, one item after the other, in this thread."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for item in itertools.islice(itertools.cycle(items), count):
+        for function, taken in zip(functions, seconds, strict=True):
+            began = time.process_time()
+            function(item)
+            taken.append(time.process_time() - began)
+    return seconds
+
+
 def time_loop(function: Callable[[bytes], Any], items: Sequence[bytes], count: int) -> tuple[float, float]:
     """(seconds, processor seconds) per item of a bare loop in this thread."""
     wall, cpu = time.perf_counter(), time.process_time()
