@@ -29,8 +29,8 @@ from florence_jax.tools.aot_compile.estimate import estimate, kernel_names
 from florence_jax.tools.aot_compile.schedules import kernel_lengths
 from florence_jax.tools.aot_compile.topologies import Topology
 
-HEAD = 32  # channels of a head in all sizes of CoSwin
-SHOWN = 6  # most expensive places
+HEAD_CHANNELS = 32  # channels of a head in all sizes of CoSwin
+PLACES_SHOWN = 6  # most expensive places
 
 
 def main(argv: Sequence[str]) -> None:
@@ -57,8 +57,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=7, help="side of a window, in tokens")
     parser.add_argument("--attention", default="xla,fused", type=lambda text: text.split(","), help="forms of it")
     args = parser.parse_args(argv)
-    if min(args.examples, args.side, args.channels, args.window) < 1 or args.channels % HEAD:
-        parser.error(f"sizes must be positive and --channels a multiple of {HEAD}")
+    if min(args.examples, args.side, args.channels, args.window) < 1 or args.channels % HEAD_CHANNELS:
+        parser.error(f"sizes must be positive and --channels a multiple of {HEAD_CHANNELS}")
     return args
 
 
@@ -75,7 +75,9 @@ def compile_block(
     for file in schedules.iterdir():
         file.unlink()
     shift = args.window // 2 if args.side > args.window else 0
-    block = SwinBlock(args.channels // HEAD, (args.window,) * 2, (shift,) * 2, dtype=jnp.dtype(jnp.bfloat16), form=form)
+    block = SwinBlock(
+        args.channels // HEAD_CHANNELS, (args.window,) * 2, (shift,) * 2, dtype=jnp.dtype(jnp.bfloat16), form=form
+    )
     mesh = Mesh(np.array([device]), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec())
     x = jax.ShapeDtypeStruct((args.examples, args.side, args.side, args.channels), jnp.bfloat16, sharding=sharding)
@@ -96,7 +98,7 @@ def compile_block(
         "kernels_ms": found["kernel_seconds"] * 1e3,
         "unknown_kernels": found["unknown_kernels"],
         "temporaries": report.hbm_of_compiled(compiled.memory_analysis())["temporaries"],
-        "places": {place["place"]: place["seconds"] * 1e3 for place in found["places"][:SHOWN]},
+        "places": {place["place"]: place["seconds"] * 1e3 for place in found["places"][:PLACES_SHOWN]},
     }
 
 
