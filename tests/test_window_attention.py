@@ -13,7 +13,8 @@ from florence_jax.losses.grad_cache import encode_cached
 from florence_jax.models import window_attention, window_attention_tpu
 from florence_jax.models.coswin import CoSwin
 from florence_jax.models.layers import attention, split_heads
-from florence_jax.models.window_attention import MASKED, Places, fused_attention, use_kernel
+from florence_jax.models.window_attention import fused_attention, use_kernel
+from florence_jax.models.window_places import MASKED, Places
 from florence_jax.models.windows import SwinBlock, window_places
 from florence_jax.params.sharding import BATCH_AXES, batch_sharding, make_mesh, replicated
 

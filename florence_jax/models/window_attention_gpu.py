@@ -22,16 +22,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from florence_jax.errors import UserError
-from florence_jax.models.window_attention import LOG2E, MASKED, Places
+from florence_jax.models.window_places import LOG2E, MASKED, Places
 
-BLOCK = 64  # tokens
+SQUARE = 64  # tokens of a block, of queries or keys
 PROGRAMS = 1024  # of the backward pass, of which each leaves a sum for the bias: some for each core of any GPU
-HEAD_WIDTHS = (16, 32, 64, 128)  # what Triton's matrix products take
+TRITON_WIDTHS = (16, 32, 64, 128)  # what Triton's matrix products take
 PADDING = -1e9  # added to the logits of keys that a block has beyond its window
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class GpuSizes:
     """What a kernel is compiled for.
 
     Attributes:
@@ -71,7 +71,7 @@ class Window:
       step: int32, counts windows, example by example. head: int32.
     """
 
-    sizes: Sizes
+    sizes: GpuSizes
     tables: tuple[Any, ...]
     step: jax.Array
     head: jax.Array
@@ -88,7 +88,7 @@ class Window:
 
     def rows(self, block: Any) -> jax.Array:
         """Of a block's tokens in the map, int32 (64,); beyond the map where the window has no more."""
-        return self.tables[0][self.index, pl.ds(block * BLOCK, BLOCK)]
+        return self.tables[0][self.index, pl.ds(block * SQUARE, SQUARE)]
 
     def _at(self, ref: Any, block: Any, part: int, *lead: Any) -> tuple[Any, jax.Array]:
         rows = self.rows(block)[:, None]
@@ -108,7 +108,11 @@ class Window:
     def logits(self, q: jax.Array, i: Any, j: Any, qkv: Any, bias: Any) -> jax.Array:
         """float32 (64, 64) of block i of queries, which is `q`, and block j of keys, times log2(e)."""
         _, kinds, of_queries, of_keys = self.tables
-        kind, queries, keys = kinds[self.index], pl.ds(i * BLOCK, BLOCK), pl.ds(j * BLOCK, BLOCK)
+        kind, queries, keys = (
+            kinds[self.index],
+            pl.ds(i * SQUARE, SQUARE),
+            pl.ds(j * SQUARE, SQUARE),
+        )
         products = _product(q, self.load(qkv, j, 1), 1, 1) * (self.sizes.width**-0.5 * LOG2E)
         blocked = of_queries[kind, queries][:, None] != of_keys[kind, keys][None]
         return products + bias[self.head, queries, keys] + jnp.where(blocked, MASKED * LOG2E, 0.0)
@@ -133,7 +137,11 @@ class Window:
             powers, shrunk = jnp.exp2(tile - now), jnp.exp2(most - now)
             return now, total * shrunk + powers.sum(1)[:, None], found * shrunk + value(j, powers)
 
-        start = jnp.full((BLOCK, 1), -jnp.inf, jnp.float32), jnp.zeros((BLOCK, 1)), jnp.zeros((BLOCK, width))
+        start = (
+            jnp.full((SQUARE, 1), -jnp.inf, jnp.float32),
+            jnp.zeros((SQUARE, 1)),
+            jnp.zeros((SQUARE, width)),
+        )
         most, total, found = jax.lax.fori_loop(0, self.sizes.blocks, block, start)
         return most, total, found / total
 
@@ -143,7 +151,7 @@ def _product(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
     return jax.lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _forward_kernel(*refs: Any, sizes: Sizes) -> None:
+def _forward_kernel(*refs: Any, sizes: GpuSizes) -> None:
     *tables, bias, qkv, out = refs
     head, block, step = (pl.program_id(axis) for axis in range(3))
     window = Window(sizes, tuple(tables), step, head)
@@ -156,7 +164,7 @@ def _forward_kernel(*refs: Any, sizes: Sizes) -> None:
     window.store(out, window.average(sizes.width, lambda j: window.logits(q, block, j, qkv, bias), value)[2], block, 0)
 
 
-def _backward_kernel(*refs: Any, sizes: Sizes) -> None:
+def _backward_kernel(*refs: Any, sizes: GpuSizes) -> None:
     """Of one block of queries: all gradients that go through its logits."""
     *tables, bias, qkv, grad, out, of_bias = refs
     head, block, part = (pl.program_id(axis) for axis in range(3))
@@ -188,10 +196,10 @@ def _backward_kernel(*refs: Any, sizes: Sizes) -> None:
 
     first = part * sizes.turns
     last = jnp.minimum(first + sizes.turns, sizes.batch * sizes.windows)
-    zeros = (jnp.zeros((BLOCK, BLOCK), jnp.float32),) * sizes.blocks
+    zeros = (jnp.zeros((SQUARE, SQUARE), jnp.float32),) * sizes.blocks
     sums = jax.lax.fori_loop(first, last, turn, zeros)
     for j, total in enumerate(sums):
-        of_bias[part, head, pl.ds(block * BLOCK, BLOCK), pl.ds(j * BLOCK, BLOCK)] = total
+        of_bias[part, head, pl.ds(block * SQUARE, SQUARE), pl.ds(j * SQUARE, SQUARE)] = total
 
 
 def _tables(places: Places, length: int, slots: int) -> list[jax.Array]:
@@ -218,8 +226,8 @@ def run(places: Places, maps: list[jax.Array], bias: jax.Array) -> list[jax.Arra
     flat = [x.reshape(len(x), -1, x.shape[-1]) for x in maps]
     batch, length, channels = flat[0].shape
     windows, tokens = places.tokens.shape
-    sizes = Sizes(batch, length, windows, heads, channels // 3 // heads, -(-tokens // BLOCK))
-    slots = sizes.blocks * BLOCK
+    sizes = GpuSizes(batch, length, windows, heads, channels // 3 // heads, -(-tokens // SQUARE))
+    slots = sizes.blocks * SQUARE
     padded = jnp.pad(bias * LOG2E, ((0, 0), (0, slots - tokens), (0, 0)))
     padded = jnp.pad(padded, ((0, 0), (0, 0), (0, slots - tokens)), constant_values=PADDING)
     out = [jax.ShapeDtypeStruct((batch, length, sizes.channels), maps[0].dtype)]
@@ -277,7 +285,7 @@ def library_attention(
     batch, (kind, regions, outside) = len(qkv), places.kinds()
     tokens = places.tokens[np.argsort(kind, kind="stable")]
     count = tokens.shape[1]
-    more = -count % BLOCK
+    more = -count % SQUARE
     windows = qkv.reshape(batch, -1, 3, heads, qkv.shape[-1] // 3 // heads)
     windows = windows.at[:, tokens].get(mode="promise_in_bounds", unique_indices=True)
     windows = jnp.pad(windows, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0), (0, 0)))
@@ -304,6 +312,6 @@ def misfit(dtype: Any, width: int) -> str:
     """Why the kernel does not take maps of this dtype, with heads of this width; '' where it does."""
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"it is of {dtype}"
-    if width not in HEAD_WIDTHS:
-        return f"its heads of {width} channels are none of {', '.join(map(str, HEAD_WIDTHS))}"
+    if width not in TRITON_WIDTHS:
+        return f"its heads of {width} channels are none of {', '.join(map(str, TRITON_WIDTHS))}"
     return ""

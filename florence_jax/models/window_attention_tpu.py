@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from florence_jax.models.window_attention import LOG2E
+from florence_jax.models.window_places import LOG2E
 
 LANES = 128
 EXAMPLES = 16  # of a step: the rows of a bfloat16 tile

@@ -27,7 +27,8 @@ from florence_jax.models.layers import (
     split_heads,
     survival,
 )
-from florence_jax.models.window_attention import MASKED, Places, fused_attention, use_kernel
+from florence_jax.models.window_attention import fused_attention, use_kernel
+from florence_jax.models.window_places import MASKED, Places
 
 SIZE_MODES = ("classification", "detection")
 Array = TypeVar("Array", jax.Array, np.ndarray)
