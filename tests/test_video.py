@@ -14,7 +14,7 @@ from configs.video import get_config
 from florence_jax.data.classes import ClassIndex
 from florence_jax.data.records import ListSource
 from florence_jax.errors import UserError
-from florence_jax.evaluators.base import evaluate
+from florence_jax.evaluators.base import all_charts, evaluate
 from florence_jax.evaluators.retrieval import positive_ranks
 from florence_jax.evaluators.video import ActionRecognition, dual_softmax_ranks, reversed_classes, within_pair
 from florence_jax.inference import Florence
@@ -151,7 +151,10 @@ def test_protocols(protocol, trained, clips):
         changes["data.test"] = str(clips)
     suite = create_suite(changed_config(f"protocol={protocol},runlocal", **changes))
     mesh = make_mesh(-1, 1)
-    results = evaluate(suite.evaluators(mesh), suite.load(mesh))
+    evaluators = suite.evaluators(mesh)
+    results = evaluate(evaluators, suite.load(mesh))
+    drawn = {name for chart in all_charts(evaluators) for name in chart.series.values()}
+    assert drawn <= results.keys() and ("eval/test/within_pair" in drawn) == (protocol == "eval")
     assert {value for name, value in results.items() if name.endswith("/videos")} == {2.0 * CLIPS}
     if protocol == "retrieval":
         assert 1 <= results["eval/test/t2v_median_rank"] <= 2 * CLIPS and "eval/test/v2t_r@1" in results

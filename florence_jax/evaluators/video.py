@@ -146,6 +146,8 @@ class ActionRecognition(Classification):
         super().__init__(name, source, classes, ops, embedder, self._scores, metric, on_corrupt)
         self._clips, self._crops, self._hint = clips, crops, hint
         self._partner = reversed_classes(classes.first_names)
+        if (self._partner >= 0).any():
+            self.charts += (Chart(f"{name}: own class above its reversal", {"": "within_pair"}),)
         self._table: list[tuple[str, ...]] = []
 
     def _scores(self, params: Any, features: np.ndarray) -> Any:
