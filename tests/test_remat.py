@@ -11,7 +11,7 @@ from florence_jax.models.layers import REMATS
 
 # A scanned stage and an unrolled text tower; many heads, so that attention's weights outweigh its inputs.
 SIZES = dict(
-    res=32, image_width=16, depths=(4,), heads=(4,), window=4, drop_path=0.2, text_width=16, text_layers=1,
+    res=32, image_width=16, depths=(4,), heads=(8,), window=4, drop_path=0.2, text_width=16, text_layers=1,
     text_heads=2, text_length=8, vocab_size=32, projection=16,
 )  # fmt: skip
 QUICK = {"xla_backend_optimization_level": 0}  # halves the compilation; the same program and the same buffers

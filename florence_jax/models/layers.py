@@ -67,13 +67,57 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
     """LayerNorm of (..., C) over its last axis, in float32 (Ba et al. 2016); `scale` and `bias` are (C,).
 
-    The variance is the mean of squared deviations (two passes), not E[x^2] - E[x]^2, which cancels in float32.
+    The variance is the mean of squared deviations (two passes), not E[x^2] - E[x]^2, which cancels in float32. For its
+    derivatives it keeps x as it was given and two numbers for each row, nothing of the size of x in float32.
     """
+    return _layer_norm(x, _spread(scale, x), _spread(bias, x), eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    return _layer_norm_forward(x, scale, bias, eps)[0]
+
+
+def _layer_norm_forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     ones = (1,) * (x.ndim - 1)
-    x = x.astype(at_least_float32(x.dtype))
-    x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
-    return x * scale.reshape(*ones, -1) + bias.reshape(*ones, -1)
+    y = x.astype(at_least_float32(x.dtype))
+    mean = y.mean(-1)
+    y = y - mean[..., None]
+    factor = jax.lax.rsqrt(jnp.square(y).mean(-1) + eps)
+    y = y * factor[..., None]
+    return y * scale.reshape(*ones, -1) + bias.reshape(*ones, -1), (x, mean, factor, scale, bias)
+
+
+def _layer_norm_backward(
+    eps: float, residuals: tuple[jax.Array, ...], grad: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of x, scale and bias.
+
+    With y the normalised row and g = grad * scale, that of x is factor * (g - mean(g) - y * mean(g * y)).
+    """
+    del eps
+    x, mean, factor, scale, bias = residuals
+    rows = tuple(range(x.ndim - 1))
+    y = (x.astype(grad.dtype) - mean[..., None]) * factor[..., None]
+    g = grad * scale.reshape(*(1,) * (x.ndim - 1), -1)
+    x_grad = g - g.mean(-1, keepdims=True) - y * (g * y).mean(-1, keepdims=True)
+    x_grad = (x_grad * factor[..., None]).astype(x.dtype)
+    return x_grad, (grad * y).sum(rows).astype(scale.dtype), grad.sum(rows).astype(bias.dtype)
+
+
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+def _spread(parameter: jax.Array, x: jax.Array) -> jax.Array:
+    """A parameter for a function of it and `x` with derivatives of its own.
+
+    Inside a shard_map where only `x` differs from device to device the sum of the parameter's gradients over the
+    devices is the derivative of this cast, as JAX's own functions do it unasked.
+    """
+    varying, ours = (jax.typeof(a).manual_axis_type.varying for a in (x, parameter))
+    return jax.lax.pcast(parameter, tuple(varying - ours), to="varying") if varying - ours else parameter
 
 
 def constrain(x: jax.Array) -> jax.Array:
@@ -219,6 +263,40 @@ class Mlp(nn.Module):
         return dense(x.shape[-1], name="fc2")(hidden)
 
 
+def _whole(parameter: jax.Array) -> jax.Array:
+    """Has every device of the mesh in context hold all of a parameter."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Auto not in mesh.axis_types:
+        return parameter
+    return jax.lax.with_sharding_constraint(parameter, PartitionSpec())
+
+
+class QueryKeyValue(nn.Module):
+    """q, k, v of attention, what `split_heads` makes of a Dense layer of 3C features, as three products.
+
+    Parameters are that layer's, with the same names. That no array of 3C has to be cut and turned, and that the
+    products' results can lie as attention wants them, head by head, is what it is for.
+    """
+
+    heads: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(..., tokens, C) -> q, k, v, each (..., tokens, heads, C / heads); `q` is scaled."""
+        channels = x.shape[-1]
+        kernel = self.param("kernel", NORMAL, (channels, 3 * channels)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (3 * channels,))
+        kernel, bias = _whole(kernel), _whole(bias)
+        x, parts = x.astype(self.dtype), []
+        for i in range(3):
+            part = slice(i * channels, (i + 1) * channels)
+            y = constrain(add_bias(product(x, kernel[:, part]), bias[part]))
+            parts.append(checkpoint_name(y, "dense").reshape(*x.shape[:-1], self.heads, -1))
+        q, k, v = parts
+        return q * q.shape[-1] ** -0.5, k, v
+
+
 def split_heads(qkv: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(..., tokens, 3C) -> q, k, v, each (..., tokens, heads, C / heads).
 
@@ -246,11 +324,30 @@ def attention(
     logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=at_least_float32(q.dtype))
     if bias is not None:
         logits = logits + bias
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    weights = _softmax(logits, v.dtype)
     if drop is not None:
         weights = drop(weights)
     out = jnp.einsum("...hqk,...khd->...qhd", weights, v)
     return checkpoint_name(out.reshape(*out.shape[:-2], -1), "attention")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _softmax(logits: jax.Array, dtype: Dtype) -> jax.Array:
+    """Softmax of float32 logits over the last axis, rounded to `dtype`: what the next product and derivatives keep."""
+    return jax.nn.softmax(logits, axis=-1).astype(dtype)
+
+
+def _softmax_forward(logits: jax.Array, dtype: Dtype) -> tuple[jax.Array, jax.Array]:
+    weights = _softmax(logits, dtype)
+    return weights, weights
+
+
+def _softmax_backward(dtype: Dtype, weights: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    weights, grad = (x.astype(at_least_float32(dtype)) for x in (weights, grad))
+    return (weights * (grad - (weights * grad).sum(-1, keepdims=True)),)
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def survival(key: jax.Array, rates: np.ndarray, examples: jax.Array) -> jax.Array:

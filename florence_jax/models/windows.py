@@ -20,11 +20,11 @@ from florence_jax.models.layers import (
     Dtype,
     LayerNorm,
     Mlp,
+    QueryKeyValue,
     attention,
     attention_core,
     remat_module,
     scale_branch,
-    split_heads,
     survival,
 )
 from florence_jax.models.window_attention import fused_attention, use_kernel
@@ -159,16 +159,16 @@ class WindowAttention(nn.Module):
         Or, with `places`, a whole map (B, *sizes, C), which a kernel takes as it is; see `window_attention`.
         """
         dense = functools.partial(Dense, dtype=self.dtype)
-        qkv = dense(3 * x.shape[-1], name="qkv")(x)
         entries = math.prod(2 * side - 1 for side in self.table or self.window)
         table = self.param("relative_position_bias_table", NORMAL, (entries, self.heads))
         index = relative_position_index(self.window, self.table)
         bias = jnp.asarray(table).T.at[:, index].get(mode="promise_in_bounds")  # (heads, tokens, tokens)
         if places is not None:
+            qkv = dense(3 * x.shape[-1], name="qkv")(x)
             out = fused_attention(qkv, bias, places, self.heads, self.form)
         else:
             bias = bias[None, None] if mask is None else bias[None, None] + mask[:, :, None]
-            out = self.core(*split_heads(qkv, self.heads), bias)
+            out = self.core(*QueryKeyValue(self.heads, self.dtype, name="qkv")(x), bias)
         return dense(x.shape[-1], name="proj")(out)
 
 
