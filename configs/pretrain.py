@@ -67,6 +67,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise UserError(f"unknown stage {given.stage}; the schedule has stages 1, 2 and 3")
     config = common("runs/pretrain")
     config.task = "pretrain"
+    config.precision = "auto"  # float32; on processors that have them with products of bfloat16 factors
     config.model = {"variant": given.variant, "overrides": model_overrides()}
     if given.runlocal:
         config.model.overrides.update(RUNLOCAL_SIZES)

@@ -147,7 +147,7 @@ class ActionRecognition(Classification):
         self._clips, self._crops, self._hint = clips, crops, hint
         self._partner = reversed_classes(classes.first_names)
         if (self._partner >= 0).any():
-            self.charts += (Chart(f"{name}: own class above its reversal", {"": "within_pair"}),)
+            self.charts = (*self.charts, Chart(f"{name}: own class above its reversal", {"": "within_pair"}))
         self._table: list[tuple[str, ...]] = []
 
     def _scores(self, params: Any, features: np.ndarray) -> Any:
