@@ -10,9 +10,7 @@ with the gradients of its parameters and of the map. It needs libtpu (pip instal
 
 import argparse
 import json
-import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from florence_jax.command_line import fail
+from florence_jax.command_line import enter, exit_code
 from florence_jax.errors import UserError
 from florence_jax.models.windows import SwinBlock
 from florence_jax.tools.aot_compile import report, topologies
@@ -33,21 +31,22 @@ HEAD_CHANNELS = 32  # channels of a head in all sizes of CoSwin
 PLACES_SHOWN = 6  # most expensive places
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs the command; exits with 2 for a user's mistake."""
+def main() -> int:
+    """Runs the command; the exit code is 2 for a user's mistake."""
     jax.config.update("jax_platforms", "cpu")  # libtpu only compiles
-    args = parse(argv)
-    try:
+    args = parse_options()
+
+    def work() -> None:
         topology = topologies.find(args.topology)
         with tempfile.TemporaryDirectory(prefix="florence_jax_schedules_") as folder:
             device = topologies.devices(topology, Path(folder))[0]
             forms = {form: compile_block(args, form, device, topology, Path(folder)) for form in args.attention}
-    except UserError as error:
-        fail(error)
-    print(json.dumps({"ideal_ms": flops(args) / topology.chip.peak_flops * 1e3, **forms}), flush=True)
+        print(json.dumps({"ideal_ms": flops(args) / topology.chip.peak_flops * 1e3, **forms}), flush=True)
+
+    return exit_code(work)
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse_options() -> argparse.Namespace:
     """Options of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:2x2", help="slice whose chip is compiled for, such as v5p:2x2x1")
@@ -56,7 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--channels", type=int, default=1024, help="of the map, a multiple of 32")
     parser.add_argument("--window", type=int, default=7, help="side of a window, in tokens")
     parser.add_argument("--attention", default="xla,fused", type=lambda text: text.split(","), help="forms of it")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if min(args.examples, args.side, args.channels, args.window) < 1 or args.channels % HEAD_CHANNELS:
         parser.error(f"sizes must be positive and --channels a multiple of {HEAD_CHANNELS}")
     return args
@@ -103,4 +102,4 @@ def compile_block(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    enter(main)
