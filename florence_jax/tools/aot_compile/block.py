@@ -11,6 +11,7 @@ with the gradients of its parameters and of the map. It needs libtpu (pip instal
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ HEAD_CHANNELS = 32  # channels of a head in all sizes of CoSwin
 PLACES_SHOWN = 6  # most expensive places
 
 
-def main() -> int:
-    """Runs the command; the exit code is 2 for a user's mistake."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with these options; the exit code is 2 for a user's mistake."""
     jax.config.update("jax_platforms", "cpu")  # libtpu only compiles
-    args = parse_options()
+    args = block_options(argv)
 
     def work() -> None:
         topology = topologies.find(args.topology)
@@ -46,7 +47,7 @@ def main() -> int:
     return exit_code(work)
 
 
-def parse_options() -> argparse.Namespace:
+def block_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Options of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:2x2", help="slice whose chip is compiled for, such as v5p:2x2x1")
@@ -55,7 +56,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--channels", type=int, default=1024, help="of the map, a multiple of 32")
     parser.add_argument("--window", type=int, default=7, help="side of a window, in tokens")
     parser.add_argument("--attention", default="xla,fused", type=lambda text: text.split(","), help="forms of it")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if min(args.examples, args.side, args.channels, args.window) < 1 or args.channels % HEAD_CHANNELS:
         parser.error(f"sizes must be positive and --channels a multiple of {HEAD_CHANNELS}")
     return args
