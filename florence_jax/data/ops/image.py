@@ -144,8 +144,8 @@ class PictureOp(Op):
     Attributes:
       field: of the example.
       gives_picture: whether pictures are left to the next op as PIL has them, RGB; `link_pictures` sets it.
-      takes_unread: whether it takes `UnreadJpeg` too, whose `resize` is all that it then does with it. Only ops of
-        training do: pictures of an evaluation are those of published pre-processing to the bit.
+      takes_unread: whether it takes `UnreadJpeg` too, whose `resize` is all that it then does with it. No op of
+        published pre-processing does: pictures of such an evaluation are the same to the bit.
     """
 
     gives_picture = takes_unread = False

@@ -30,6 +30,7 @@ from florence_jax.tools.aot_compile.topologies import Topology
 
 HEAD_CHANNELS = 32  # channels of a head in all sizes of CoSwin
 PLACES_SHOWN = 6  # most expensive places
+TPU_FORMS = ("xla", "fused")  # what there is on a TPU
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +60,8 @@ def block_options(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.examples, args.side, args.channels, args.window) < 1 or args.channels % HEAD_CHANNELS:
         parser.error(f"sizes must be positive and --channels a multiple of {HEAD_CHANNELS}")
+    if unknown := [form for form in args.attention if form not in TPU_FORMS]:
+        parser.error(f"--attention: unknown {', '.join(unknown)}; known are {', '.join(TPU_FORMS)}")
     return args
 
 
