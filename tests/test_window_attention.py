@@ -1,5 +1,6 @@
 """The kernel of window attention, interpreted, against the definition and against the form that XLA compiles."""
 
+import functools
 import logging
 
 import jax
@@ -10,13 +11,21 @@ from absl import logging as absl_logging
 from jax.sharding import AbstractMesh, AxisType
 
 from florence_jax.losses.grad_cache import encode_cached
-from florence_jax.models import window_attention, window_attention_tpu
+from florence_jax.models import window_attention, window_attention_tpu, window_sizes_tpu
 from florence_jax.models.coswin import CoSwin
 from florence_jax.models.layers import attention, split_heads
 from florence_jax.models.window_attention import fused_attention, use_kernel
 from florence_jax.models.window_places import MASKED, Places
 from florence_jax.models.windows import SwinBlock, window_places
 from florence_jax.params.sharding import BATCH_AXES, batch_sharding, make_mesh, replicated
+
+
+@pytest.fixture(autouse=True)
+def interpreted_fast(monkeypatch):
+    """What the kernel does side by side is a longer program, which the interpreter takes long to compile."""
+    monkeypatch.setattr(window_attention_tpu, "ROWS_TURNED", 1)
+    monkeypatch.setattr(window_sizes_tpu, "MOST_SLOTS", 1)
+
 
 SMALL = dict(width=128, depths=(4,), heads=(4,), window=2, mlp_ratio=0.1)  # of 16 pixels: 2 x 2 windows, shifted by 1
 
@@ -56,7 +65,7 @@ CASES = {
 def test_kernel_is_the_definition(monkeypatch, case):
     """Output and the gradients of q, k, v and the bias."""
     batch, sizes, window, shift, valid, channels = CASES[case]
-    monkeypatch.setattr(window_attention_tpu, "core", lambda: (2**26, channels // 128))
+    monkeypatch.setattr(window_sizes_tpu, "core", lambda: (2**26, channels // 128))
     places, heads, tokens = window_places(sizes, window, shift, valid), channels // 32, int(np.prod(window))
     arguments = normal(0, batch, *sizes, 3 * channels), normal(1, heads, tokens, tokens)
 
@@ -71,13 +80,28 @@ def test_kernel_is_the_definition(monkeypatch, case):
     assert_close(both(fused_attention), both(reference))
 
 
-def test_heads_of_other_widths():
-    """Two of 64 channels in 128 lanes, in bfloat16: as precise as the definition in bfloat16 is."""
-    places = window_places((4, 4), (4, 4), (0, 0))
-    qkv, bias = normal(0, 16, 4, 4, 384), normal(1, 2, 16, 16)
-    exact = reference(qkv, bias, places, 2)
-    error = jnp.abs(fused_attention(qkv.astype(jnp.bfloat16), bias, places, 2) - exact).max()
-    assert 0 < error <= 1.5 * jnp.abs(reference(qkv.astype(jnp.bfloat16), bias, places, 2) - exact).max()
+@pytest.mark.parametrize(
+    ("window", "heads", "turned"), [((4, 4), 2, 8), ((3, 3), 4, 3)], ids=["two heads", "odd tokens, and rows left over"]
+)
+def test_bfloat16(monkeypatch, window, heads, turned):
+    """Numbers in pairs, turned as on a TPU, two windows together: as precise as the definition in bfloat16."""
+    monkeypatch.setattr(window_sizes_tpu, "MOST_SLOTS", 32)
+    monkeypatch.setattr(window_attention_tpu, "ROWS_TURNED", turned)
+    monkeypatch.setattr(window_attention_tpu, "STRIDED", True)
+    places, tokens = window_places(window, window, (0, 0)), int(np.prod(window))
+    arguments = normal(0, 16, *window, 384), normal(1, heads, tokens, tokens), normal(2, 16, *window, 128)
+    half = arguments[0].astype(jnp.bfloat16), arguments[1], arguments[2].astype(jnp.bfloat16)
+
+    def both(attend, qkv, bias, grad):
+        out, vjp = jax.vjp(lambda qkv, bias: attend(qkv, bias, places, heads), qkv, bias)
+        return out, *vjp(grad)
+
+    exact = both(reference, *arguments)
+    rounded, got = both(reference, *half), jax.jit(functools.partial(both, fused_attention))(*half)
+    for want, known, found in zip(exact, rounded, got, strict=True):
+        assert found.dtype == known.dtype
+        error = jnp.abs(found.astype(jnp.float32) - want).max()
+        assert 0 < error <= 1.5 * jnp.abs(known.astype(jnp.float32) - want).max()
 
 
 def test_pieces_say_where_tokens_are():
@@ -167,7 +191,7 @@ def test_auto_is_for_tpus(monkeypatch):
     mesh = AbstractMesh((2,), ("data",), (AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         assert use_kernel("auto", MAP, places, 8) and not use_kernel("xla", MAP, places, 8)
-        assert window_attention_tpu.core() == (64 * 2**20, 2)
+        assert window_sizes_tpu.core() == (64 * 2**20, 2)
     monkeypatch.setattr(window_attention, "platform", lambda: "tpu")
     assert not use_kernel("auto", MAP, places, 8)  # eight devices and no mesh
 

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from florence_jax.models.window_places import LOG2E, MASKED, Places
+from florence_jax.models.window_sizes_tpu import EXAMPLES, LANES, Sizes, choose_parts
 
 ATTENTIONS = ("auto", "xla", "fused", "cudnn")
 MOST_TOKENS = 256  # of a window: the logits of four heads still lie in a core's memory, for several windows
@@ -101,12 +102,11 @@ def _misfit(x: jax.Array, places: Places | None, heads: int) -> str:
 
 
 def _tpu_misfit(x: jax.Array, places: Places, heads: int) -> str:
-    tpu = _for_tpu()
     channels, devices = x.shape[-1], _devices()
-    if channels % tpu.LANES or tpu.LANES % (channels // heads):
-        return f"its {channels} channels in {heads} heads do not make up whole groups of {tpu.LANES}"
-    if len(x) % (devices * tpu.EXAMPLES):
-        return f"a device's part of the batch is not a multiple of {tpu.EXAMPLES}"
+    if channels % LANES or LANES % (channels // heads):
+        return f"its {channels} channels in {heads} heads do not make up whole groups of {LANES}"
+    if len(x) % (devices * EXAMPLES):
+        return f"a device's part of the batch is not a multiple of {EXAMPLES}"
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"it is of {x.dtype}"
     if places.pieces()[0].size > MOST_PIECES:
@@ -116,22 +116,21 @@ def _tpu_misfit(x: jax.Array, places: Places, heads: int) -> str:
     return ""
 
 
-def _sizes(x: Any, places: Places, heads: int) -> Any:
-    """`window_attention_tpu.Sizes` for a map, or its shape, on the devices in context; None where it does not fit."""
-    tpu = _for_tpu()
+def _sizes(x: Any, places: Places, heads: int) -> Sizes | None:
+    """`Sizes` for a map, or its shape, on the devices in context; None where it does not fit."""
     windows, tokens = places.tokens.shape
-    smallest = tpu.Sizes(
+    smallest = Sizes(
         tokens=tokens,
         windows=windows,
         batch=len(x) // _devices(),
         channels=x.shape[-1],
         head_width=x.shape[-1] // heads,
-        lanes=tpu.LANES,
+        lanes=LANES,
         together=1,
         runs=places.pieces()[2],
         itemsize=x.dtype.itemsize,
     )
-    return tpu.choose_parts(smallest)
+    return choose_parts(smallest)
 
 
 def fused_attention(qkv: jax.Array, bias: jax.Array, places: Places, heads: int, form: str = "fused") -> jax.Array:

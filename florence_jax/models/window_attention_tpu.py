@@ -5,14 +5,16 @@ is a few whole tiles. So rolling a map, cutting it into windows and both ways ba
 the copies between the chip's memory and its cores use.
 
 A step of the grid is one window of 16 examples, a part of the channels at a time; while it is computed the next one is
-copied in and the last one out. 128 lanes hold the channels of several heads (four of 32): queries are stacked, head by
-head, with zeros in the lanes of the others, so that one product gives the logits of all, keys along sublanes, (head,
-query) along lanes. A softmax then reduces over sublanes, which costs additions of whole registers.
+copied in and the last one out. Numbers of 16 bits are taken and put back as pairs, in words: rows of words may be
+stored with a stride, which brings the tokens of an example together without a transposition.
+
+128 lanes hold the channels of several heads (four of 32): queries are stacked, head by head, with zeros in the lanes of
+the others, so that one product gives the logits of all, keys along sublanes, (head, query) along lanes. A softmax then
+reduces over sublanes, which costs additions of whole registers.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,99 +24,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from florence_jax.models.window_places import LOG2E
+from florence_jax.models.window_sizes_tpu import EXAMPLES, LANES, Sizes, core
 
-LANES = 128
-EXAMPLES = 16  # of a step: the rows of a bfloat16 tile
+ROWS_TURNED = 8  # rows of words that are turned side by side
+STRIDED = False  # also where the kernel is interpreted, which takes long
 UNROLLED = 32  # copies whose addresses are computed side by side
-SPILLED = 4  # arrays of a window's logits that do not fit into registers
-INTERPRETED_VMEM = 64 * 2**20  # as of v5p; where there is no chip
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What a kernel is compiled for.
-
-    Attributes:
-      tokens: of a window. windows: of a map. batch: examples, a multiple of `EXAMPLES`.
-      channels: C. head_width: channels of a head, a divisor of 128.
-      lanes: channels of a step, a multiple of 128 that divides C.
-      together: windows whose operations are interleaved, so that units do not wait for each other: a power of 2.
-      runs: (length, first, end): the pieces first to end - 1 of a window have this many tokens, see `Places.pieces`.
-      itemsize: bytes of an element.
-    """
-
-    tokens: int
-    windows: int
-    batch: int
-    channels: int
-    head_width: int
-    lanes: int
-    together: int
-    runs: tuple[tuple[int, int, int], ...]
-    itemsize: int
-
-    @property
-    def heads(self) -> int:
-        """Heads side by side in 128 lanes."""
-        return LANES // self.head_width
-
-    @property
-    def slots(self) -> int:
-        """Rows of a head in stacked queries: its tokens, in whole tiles."""
-        return -(-self.tokens // 16) * 16
-
-    @property
-    def queries(self) -> int:
-        """Columns of the logits: (head, query)."""
-        return self.heads * self.slots
-
-    @property
-    def groups(self) -> int:
-        """Times 128 lanes of a step."""
-        return self.lanes // LANES
-
-    @property
-    def chunks(self) -> int:
-        """Steps that share a window of 16 examples."""
-        return self.channels // self.lanes
-
-    @property
-    def steps(self) -> int:
-        """Windows of 16 examples."""
-        return self.windows * self.batch // EXAMPLES
-
-    def vmem(self) -> int:
-        """Bytes of a core's memory that the backward pass takes: two of each buffer, one of the windows at work."""
-        buffers = 2 * 7 * self.lanes + 4 * LANES  # q, k, v, the output's gradient and theirs
-        logits = -(-self.tokens // 8) * 8 * -(-self.queries // LANES) * LANES * 4
-        tables = 2 * logits * (2 * self.groups + 1)
-        return buffers * self.tokens * EXAMPLES * self.itemsize + tables + SPILLED * self.together * logits
-
-
-def choose_parts(sizes: Sizes) -> Sizes | None:
-    """`sizes` with the most windows together and then the most lanes that fit; None: not even one and 128.
-
-    There is a part of the channels for each core.
-    """
-    memory, cores = core()
-    whole, together = sizes.channels // LANES, min(8, 2 ** int(math.log2(max(1, 640 // sizes.slots))))
-    parts = [n for n in range(1, whole + 1) if whole % n == 0 and (n % cores == 0 or whole % cores)]
-    while together:
-        for n in parts:
-            found = dataclasses.replace(sizes, lanes=sizes.channels // n, together=together)
-            if found.vmem() <= memory * 7 // 8:
-                return found
-        together //= 2
-    return None
-
-
-def core() -> tuple[int, int]:
-    """Bytes of memory of a core, and cores, of the chip that is compiled for."""
-    try:
-        info = pltpu.get_tpu_info()
-    except ValueError:  # no TPU
-        return INTERPRETED_VMEM, 1
-    return info.vmem_capacity_bytes, info.num_cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +40,7 @@ class _Stream:
       starts: (windows * pieces,), the map's token that each piece of a window begins with; offsets: (pieces,), the
         window's.
       chunk: which part of the channels.
-      hbm: the map, (tokens, batch, parts * C). buffer: (2, parts, tokens, EXAMPLES, lanes). done: 2 semaphores.
+      hbm: the map, (tokens, batch, parts * C). buffer: (2, tokens, EXAMPLES, parts * lanes). done: 2 semaphores.
       inward: from the map to the buffer, or back.
     """
 
@@ -145,13 +59,16 @@ class _Stream:
         blocks, pieces = sizes.batch // EXAMPLES, sizes.runs[-1][2]
         window, block = jax.lax.div(step, blocks), jax.lax.rem(step, blocks)
         rows = pl.ds(pl.multiple_of(block * EXAMPLES, EXAMPLES), EXAMPLES)
-        for part in range(self.buffer.shape[1]):
+        # All parts of a piece by one copy, where its channels are all there.
+        width = sizes.lanes if sizes.chunks > 1 else self.buffer.shape[-1]
+        for part in range(self.buffer.shape[-1] // width):
             first = part * sizes.channels + self.chunk * sizes.lanes
-            columns = pl.ds(pl.multiple_of(first, LANES), sizes.lanes)
+            outer = pl.ds(pl.multiple_of(first, LANES), width)
+            inner = pl.ds(part * width, width)
 
-            def copy(piece: Any, length: int, part: int = part, columns: Any = columns) -> None:
-                outside = self.hbm.at[pl.ds(self.starts[window * pieces + piece], length), rows, columns]
-                inside = self.buffer.at[slot, part, pl.ds(self.offsets[piece], length)]
+            def copy(piece: Any, length: int, outer: Any = outer, inner: Any = inner) -> None:
+                outside = self.hbm.at[pl.ds(self.starts[window * pieces + piece], length), rows, outer]
+                inside = self.buffer.at[slot, pl.ds(self.offsets[piece], length), :, inner]
                 pair = (outside, inside) if self.inward else (inside, outside)
                 pltpu.make_async_copy(*pair, self.done.at[slot]).start()
 
@@ -194,20 +111,29 @@ def _pipeline(
 
 
 def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-    """Product of each window, contracted over these axes, in float32."""
-    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    """Product of each window's a, rounded to the dtype of b, and b, contracted over these axes, in float32."""
+    contract = (((axis_a - 1,), (axis_b - 1,)), ((), ()))
+    products = [
+        jax.lax.dot_general(x.astype(b.dtype), y, contract, preferred_element_type=jnp.float32)
+        for x, y in zip(a, b, strict=True)
+    ]
+    return jnp.stack(products)
 
 
 def _head_of_lane(sizes: Sizes) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, (1, 1, LANES), 2) // sizes.head_width
 
 
-def _stack(x: jax.Array, sizes: Sizes) -> jax.Array:
-    """(windows, tokens, 128) -> (windows, heads * slots, 128): in the rows of a head its own lanes, else zeros."""
-    head = _head_of_lane(sizes)
-    if sizes.slots > sizes.tokens:
-        x = jnp.concatenate([x, jnp.zeros((len(x), sizes.slots - sizes.tokens, LANES), x.dtype)], 1)
-    return jnp.concatenate([jnp.where(head == i, x, jnp.zeros_like(x)) for i in range(sizes.heads)], 1)
+def _stack(words: jax.Array, sizes: Sizes, dtype: Any) -> jax.Array:
+    """Words of (windows, slots, 128) -> (windows, heads * slots, 128): a head's rows have its own lanes, else zeros.
+
+    Rows beyond the window's tokens become zeros, whatever is there: that is why words are masked and not numbers.
+    """
+    row, head = jax.lax.broadcasted_iota(jnp.int32, (1, words.shape[1], 1), 1), _head_of_lane(sizes)
+    whole, rest = divmod(sizes.tokens, sizes.per_word)
+    filled = jnp.where(row < whole, -1, jnp.where((row == whole) & (rest > 0), 0xFFFF, 0))
+    parts = [words & jnp.where(head == i, filled, 0).astype(jnp.uint32) for i in range(sizes.heads)]
+    return pltpu.bitcast(jnp.concatenate(parts, 1), dtype)
 
 
 def _unstack(x: jax.Array, sizes: Sizes) -> jax.Array:
@@ -219,10 +145,10 @@ def _unstack(x: jax.Array, sizes: Sizes) -> jax.Array:
     return out
 
 
-def _scaled_queries(q: jax.Array, sizes: Sizes) -> jax.Array:
-    """Stacked queries whose products with keys are logits to the base 2."""
-    scale = sizes.head_width**-0.5 * LOG2E
-    return _stack((q.astype(jnp.float32) * scale).astype(q.dtype), sizes)
+def _scaled_queries(q: jax.Array, sizes: Sizes, dtype: Any) -> jax.Array:
+    """Stacked queries, of words, whose products with keys are logits to the base 2."""
+    scaled = pltpu.bitcast(q, dtype).astype(jnp.float32) * (sizes.head_width**-0.5 * LOG2E)
+    return _stack(pltpu.bitcast(scaled.astype(dtype), jnp.uint32), sizes, dtype)
 
 
 def _softmax(queries: jax.Array, keys: jax.Array, bias: jax.Array) -> jax.Array:
@@ -233,64 +159,131 @@ def _softmax(queries: jax.Array, keys: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _forward_windows(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, sizes: Sizes) -> jax.Array:
-    """Attention of 128 lanes: q, k, v (windows, tokens, 128), bias (tokens, heads * slots); float32."""
-    weights = _softmax(_scaled_queries(q, sizes), k, bias)
-    return _unstack(_dot(weights.astype(v.dtype), v, 1, 1), sizes)
+    """Attention of 128 lanes: q words, k, v (windows, tokens, 128), bias (tokens, heads * slots); float32."""
+    weights = _softmax(_scaled_queries(q, sizes, k.dtype), k, bias)
+    return _unstack(_dot(weights, v, 1, 1), sizes)
 
 
 def _backward_windows(
     q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array, bias: jax.Array, sizes: Sizes
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v, and of the bias, summed over windows; arguments as of `_forward_windows`, float32."""
-    queries, grads = _scaled_queries(q, sizes), _stack(grad, sizes)
+    queries, grads = _scaled_queries(q, sizes, k.dtype), _stack(grad, sizes, k.dtype)
     weights = _softmax(queries, k, bias)
     of_weights = _dot(v, grads, 2, 2)
     of_logits = weights * (of_weights - jnp.sum(weights * of_weights, 1, keepdims=True))
-    of_bias, of_logits = jnp.sum(of_logits, 0), of_logits.astype(q.dtype)
+    of_bias = jnp.sum(of_logits, 0)
     of_q = _unstack(_dot(of_logits, k, 1, 1), sizes) * sizes.head_width**-0.5
     of_k = _dot(of_logits, queries, 2, 1) * (1 / LOG2E)
-    return of_q, of_k, _dot(weights.astype(q.dtype), grads, 2, 1), of_bias
+    return of_q, of_k, _dot(weights, grads, 2, 1), of_bias
 
 
-def _lanes(group: Any) -> Any:
-    return pl.ds(pl.multiple_of(group * LANES, LANES), LANES)
+def _halves(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of words of two halves: words of the lower halves, a's below b's, and of the upper ones."""
+    lower = jnp.uint32(0xFFFF)
+    return (a & lower) | (b << 16), (a >> 16) | (b & ~lower)
 
 
-def _each_group(buffers: Sequence[Any], out: Any, slot: Any, at_work: Any, work: Callable[[Any], None]) -> None:
+def _gather(tokens: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Of the tokens that a word holds, (EXAMPLES, 128): the words of two times 8 examples."""
+    words = [pltpu.bitcast(x, jnp.uint32) for x in tokens]
+    return _halves(*words) if len(words) == 2 else tuple(jnp.split(words[0], 2))
+
+
+def _scatter(words: Sequence[jax.Array], dtype: Any) -> list[jax.Array]:
+    """The inverse of `_gather`."""
+    tokens = _halves(*words) if jnp.dtype(dtype).itemsize == 2 else (jnp.concatenate(words),)
+    return [pltpu.bitcast(x, dtype) for x in tokens]
+
+
+def _parts(buffers: Sequence[Any], group: Any, sizes: Sizes) -> list[tuple[Any, Any]]:
+    """Of each part of buffers (tokens, EXAMPLES, parts * lanes): the buffer, and a group's 128 lanes."""
+    return [
+        (buffer, pl.ds(pl.multiple_of(first + group * LANES, LANES), LANES))
+        for buffer in buffers
+        for first in range(0, buffer.shape[-1], sizes.lanes)
+    ]
+
+
+def _turn(parts: Sequence[tuple[Any, Any]], at_work: Any, sizes: Sizes, back: bool) -> None:
+    """From `_parts` to (parts, *`Sizes.at_work`), or back.
+
+    A row of words lies in registers as it is read, and is written with a stride, or the other way round: nothing is
+    transposed.
+    """
+    examples = EXAMPLES // 2
+
+    def turn(row: Any, count: int) -> None:
+        tokens = [row * sizes.per_word + i for i in range(count)]
+        rows = [pl.ds(row + half * examples * sizes.rows, examples, stride=sizes.rows) for half in range(2)]
+        for part, (buffer, lanes) in enumerate(parts):
+            if back:
+                found = _scatter([at_work.at[part][row] for row in rows], buffer.dtype)
+                for token, x in zip(tokens, found, strict=False):  # of the last word maybe only the first
+                    buffer[token, :, lanes] = x
+            else:
+                found = [buffer[token, :, lanes] for token in tokens]
+                found += [jnp.zeros_like(found[0])] * (sizes.per_word - count)
+                for row, words in zip(rows, _gather(found), strict=True):
+                    at_work.at[part][row] = words
+
+    whole, rest = divmod(sizes.tokens, sizes.per_word)
+
+    @pl.loop(0, whole // ROWS_TURNED)
+    def _(i: Any) -> None:
+        for row in range(ROWS_TURNED):
+            turn(i * ROWS_TURNED + row, sizes.per_word)
+
+    for row in range(whole // ROWS_TURNED * ROWS_TURNED, whole):
+        turn(row, sizes.per_word)
+    if rest:
+        turn(whole, rest)
+
+
+def _turn_by_definition(parts: Sequence[tuple[Any, Any]], at_work: Any, sizes: Sizes, back: bool) -> None:
+    """What `_turn` does, for the interpreter, which reaches every number by itself where there is a stride."""
+    per, many = sizes.per_word, EXAMPLES // sizes.per_word
+    words, tokens = pl.ds(0, EXAMPLES * sizes.rows), sizes.rows * per
+    for part, (buffer, lanes) in enumerate(parts):
+        if back:
+            x = pltpu.bitcast(at_work[part, words].reshape(per, many, sizes.rows, LANES), buffer.dtype)
+            buffer[:, :, lanes] = x.transpose(2, 1, 0, 3).reshape(tokens, EXAMPLES, LANES)[: sizes.tokens]
+        else:
+            x = jnp.pad(buffer[:, :, lanes], ((0, tokens - sizes.tokens), (0, 0), (0, 0)))
+            x = x.reshape(tokens, many, per, LANES).transpose(2, 1, 0, 3)
+            at_work[part, words] = pltpu.bitcast(x, jnp.uint32).reshape(-1, LANES)
+
+
+def _read(at_work: Any, first: Any, sizes: Sizes) -> jax.Array:
+    """Words of the examples from `first` on: (together, slots) rows, what is beyond a window's tokens undefined."""
+    count = sizes.slots // sizes.per_word
+    return jnp.stack([at_work[pl.ds((first + i) * sizes.rows, count)] for i in range(sizes.together)])
+
+
+def _write(at_work: Any, first: Any, sizes: Sizes, value: jax.Array, dtype: Any) -> None:
+    """Numbers (together, tokens, 128) to where `_read` finds them as words of this dtype."""
+    if more := min(sizes.slots, sizes.rows * sizes.per_word) - sizes.tokens:  # to whole words and more
+        value = jnp.concatenate([value, jnp.zeros((len(value), more, LANES), value.dtype)], 1)
+    words = pltpu.bitcast(value.astype(dtype), jnp.uint32)
+    for i in range(sizes.together):
+        at_work[pl.ds((first + i) * sizes.rows, words.shape[1])] = words[i]
+
+
+def _each_group(
+    buffers: Sequence[Any], out: Any, slot: Any, at_work: Any, work: Callable[[Any], None], sizes: Sizes
+) -> None:
     """Runs `work(group)` for each 128 lanes.
 
-    `at_work` holds them window by window, (parts, EXAMPLES, tokens, 128): first the parts of `buffers`, after `work` in
-    the foremost those of `out`.
+    `at_work` holds them, (parts, *sizes.at_work): first the parts of `buffers`, after `work` in the foremost those of
+    `out`.
     """
-    parts = [(buffer, part) for buffer in buffers for part in range(buffer.shape[1])]
+    turn = _turn if sizes.strided else _turn_by_definition
 
-    tokens = at_work.shape[2]
-
-    def turn(lanes: Any, first: Any, count: int, back: bool) -> None:
-        some = pl.ds(first, count)
-        if back:
-            for part in range(out.shape[1]):
-                out[slot, part, some, :, lanes] = jnp.swapaxes(at_work[part, :, some], 0, 1)
-        else:
-            for i, (buffer, part) in enumerate(parts):
-                at_work[i, :, some] = jnp.swapaxes(buffer[slot, part, some, :, lanes], 0, 1)
-
-    def turn_all(lanes: Any, back: bool) -> None:
-        if tokens >= EXAMPLES:
-
-            @pl.loop(0, tokens // EXAMPLES)
-            def _(i: Any) -> None:
-                turn(lanes, pl.multiple_of(i * EXAMPLES, EXAMPLES), EXAMPLES, back)
-
-        if rest := tokens % EXAMPLES:
-            turn(lanes, tokens - rest, rest, back)
-
-    @pl.loop(0, out.shape[-1] // LANES)
+    @pl.loop(0, sizes.groups)
     def _(group: Any) -> None:
-        lanes = pl.ds(pl.multiple_of(group * LANES, LANES), LANES)
-        turn_all(lanes, back=False)
+        turn(_parts([buffer.at[slot] for buffer in buffers], group, sizes), at_work, sizes, back=False)
         work(group)
-        turn_all(lanes, back=True)
+        turn(_parts([out.at[slot]], group, sizes), at_work, sizes, back=True)
 
 
 def _forward_kernel(
@@ -304,12 +297,13 @@ def _forward_kernel(
 
         @pl.loop(0, EXAMPLES // sizes.together)
         def _(i: Any) -> None:
-            some = pl.ds(i * sizes.together, sizes.together)
-            q, k, v = (at_work[part, some] for part in range(3))
-            at_work[0, some] = _forward_windows(q, k, v, table, sizes).astype(at_work.dtype)
+            first = i * sizes.together
+            q, *kv = (_read(at_work.at[part], first, sizes) for part in range(3))
+            k, v = (pltpu.bitcast(words, qkv.dtype)[:, : sizes.tokens] for words in kv)
+            _write(at_work.at[0], first, sizes, _forward_windows(q, k, v, table, sizes), qkv.dtype)
 
     def step(slot: Any) -> None:
-        _each_group([qkv_buffer], out_buffer, slot, at_work, work)
+        _each_group([qkv_buffer], out_buffer, slot, at_work, work, sizes)
 
     incoming, outgoing = [stream(qkv, qkv_buffer, arrived, True)], [stream(out, out_buffer, left, False)]
     _pipeline(pl.program_id(1), sizes.steps, incoming, outgoing, step)
@@ -331,15 +325,16 @@ def _backward_kernel(
 
         @pl.loop(0, EXAMPLES // sizes.together)
         def _(i: Any) -> None:
-            some = pl.ds(i * sizes.together, sizes.together)
-            q, k, v, outer = (at_work[part, some] for part in range(4))
+            first = i * sizes.together
+            q, *kv, outer = (_read(at_work.at[part], first, sizes) for part in range(4))
+            k, v = (pltpu.bitcast(words, qkv.dtype)[:, : sizes.tokens] for words in kv)
             *grads, of_table = _backward_windows(q, k, v, outer, table, sizes)
             for part, value in enumerate(grads):
-                at_work[part, some] = value.astype(at_work.dtype)
+                _write(at_work.at[part], first, sizes, value, qkv.dtype)
             of_bias[group] += of_table
 
     def step(slot: Any) -> None:
-        _each_group([qkv_buffer, grad_buffer], out_buffer, slot, at_work, work)
+        _each_group([qkv_buffer, grad_buffer], out_buffer, slot, at_work, work, sizes)
 
     incoming = [stream(qkv, qkv_buffer, arrived, True), stream(grad, grad_buffer, grad_arrived, True)]
     _pipeline(pl.program_id(1), sizes.steps, incoming, [stream(out, out_buffer, left, False)], step)
@@ -365,7 +360,7 @@ def run(
     Returns:
       [(map tokens, batch, C)]; backward [the gradient of qkv, of bias (without the factor)].
     """
-    backward = len(maps) == 2
+    backward, sizes = len(maps) == 2, dataclasses.replace(sizes, strided=STRIDED or not interpret)
     dtype = maps[0].dtype
     parts = [array.shape[-1] // sizes.channels for array in maps] + [3 if backward else 1]
     out = [jax.ShapeDtypeStruct((*maps[0].shape[:2], parts[-1] * sizes.channels), dtype)]
@@ -383,8 +378,8 @@ def run(
         grid=(sizes.chunks, sizes.steps),
         in_specs=[*[anywhere] * len(maps), of_chunk, of_kind],
         out_specs=out_specs,
-        scratch_shapes=[pltpu.VMEM((4 if backward else 3, EXAMPLES, sizes.tokens, LANES), dtype)]
-        + [pltpu.VMEM((2, n, sizes.tokens, EXAMPLES, sizes.lanes), dtype) for n in parts]
+        scratch_shapes=[pltpu.VMEM((4 if backward else 3, *sizes.at_work), jnp.uint32)]
+        + [pltpu.VMEM((2, sizes.tokens, EXAMPLES, n * sizes.lanes), dtype) for n in parts]
         + [pltpu.SemaphoreType.DMA((2,))] * len(parts),
     )
     call = pl.pallas_call(
