@@ -168,7 +168,7 @@ def test_an_adapter_lies_beside_the_towers():
     assert jax.eval_shape(model.apply, alone, batch)["logits"].shape == (3, 16, 3)
     with pytest.raises(UserError, match="lacks image"):
         model.apply(params, {"text": small_batch()["text"]})
-    with pytest.raises(UserError, match="the parameters no tower"):
+    with pytest.raises(UserError, match="the weights hold no text tower"):
         jax.eval_shape(model.apply, alone, small_batch())
 
 

@@ -6,7 +6,11 @@ import pytest
 from golden import fill, sinx, swin_shapes
 from safetensors.numpy import save_file
 
+from configs.video import get_config
+from florence_jax.errors import UserError
+from florence_jax.inference import Florence
 from florence_jax.params.sharding import make_mesh
+from florence_jax.tasks import create_suite
 from florence_jax.tasks.encoder import Encoder
 from florence_jax.tasks.video_tower import VideoTower
 from florence_jax.tools.import_torch.__main__ import main
@@ -52,6 +56,21 @@ def test_the_golden_clip_through_a_folder(tmp_path):
     np.testing.assert_allclose(pooled[0, :4], [0.76302054, -0.91257894, -1.46748051, 0.47856257], atol=1e-5)
     logits = tower.logits(params, pooled)
     np.testing.assert_allclose(logits[0], pooled[0] @ HEAD["weight"].T + HEAD["bias"], atol=1e-5)
+
+
+@pytest.mark.parametrize("protocol", ["zeroshot", "retrieval"])
+def test_weights_without_towers_for_texts(tmp_path, protocol):
+    save_file(video_state(), tmp_path / "v.safetensors")
+    assert main(["--from=videoswin", f"--file={tmp_path / 'v.safetensors'}", f"--out={tmp_path / 'out'}"]) == 0
+    config = get_config(f"protocol={protocol}")
+    config.init, config.data.test = str(tmp_path / "out"), "motions:held_out:4"
+    with pytest.raises(UserError, match=f"out holds no text tower, which protocol '{protocol}' needs to read texts"):
+        create_suite(config)
+    model = Florence(str(tmp_path / "out"))
+    with pytest.raises(UserError, match="holds no text tower: it can embed no texts"):
+        model.classify_videos(["clip.mp4"], ["run", "jump"])
+    with pytest.raises(UserError, match="the weights hold no image tower"):
+        model.embed_videos([np.zeros((8, 32, 32, 3), np.uint8)])
 
 
 def test_torchvision_names_the_same(tmp_path):

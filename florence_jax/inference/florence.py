@@ -437,7 +437,8 @@ class Florence:
           videos, frames, tower: as for `embed_videos`.
           names, templates: as for `classify`.
         """
-        return softmax(self.embed_videos(videos, frames, tower) @ self._class_vectors(names, templates))
+        classes = self._class_vectors(names, templates)
+        return softmax(self.embed_videos(videos, frames, tower) @ classes)
 
     @functools.cached_property
     def _reader(self) -> VideoReader:
@@ -445,7 +446,7 @@ class Florence:
 
     def _check_text(self) -> None:
         if not self.encoder.has_text:
-            raise UserError(f"{self.encoder.description.folder} holds no text tower: only pictures can be embedded")
+            raise UserError(f"{self.encoder.description.folder} holds no text tower: it can embed no texts")
         _ = self.encoder.tokenizer  # raises where nobody named it
 
     def _embedder(self, tower: str, count: int) -> Embedder:

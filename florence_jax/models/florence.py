@@ -78,7 +78,7 @@ class TwoTowers(nn.Module):
             if given in batch and needed not in batch:
                 raise UserError(f"the batch holds {given} without {needed}")
             if needed in batch and not self._has(needed):
-                raise UserError(f"the batch holds {needed}, the parameters no tower for it")
+                raise UserError(f"the weights hold no {needed} tower, which the batch needs")
         outputs = {}
         if self._has("logit_scale"):
             outputs["logit_scale"] = jnp.exp(self.logit_scale.astype(jnp.float32))

@@ -271,7 +271,7 @@ class VideoTowers(TwoTowers):
         if video is None:
             return outputs
         if not self._has("video"):
-            raise UserError("the batch holds video, the parameters no tower for it")
+            raise UserError("the weights hold no video tower, which the batch needs")
         found = self.video(video, train, batch.get("example"))
         outputs |= {f"video/{name}": value for name, value in found.items()}
         if self._has("image_projection"):

@@ -74,8 +74,8 @@ class ClassificationSuite(Suite):
     def _check_text(self) -> None:
         if self.needs_text and not self.encoder.has_text:
             raise UserError(
-                f"{self.config.init} holds no text tower, which protocol {self.config.protocol!r} needs for the class "
-                f"names; {self.without_text}"
+                f"{self.config.init} holds no text tower, which protocol {self.config.protocol!r} needs to read "
+                f"texts; {self.without_text}"
             )
         if self.needs_text:
             _ = self.encoder.tokenizer  # raises where nobody named it
