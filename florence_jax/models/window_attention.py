@@ -111,12 +111,12 @@ def _tpu_misfit(x: jax.Array, places: Places, heads: int) -> str:
         return f"it is of {x.dtype}"
     if places.pieces()[0].size > MOST_PIECES:
         return f"its windows are more than {MOST_PIECES} pieces"
-    if _sizes(x, places, heads) is None:
+    if kernel_sizes(x, places, heads) is None:
         return "a window of 16 examples does not fit into a core's memory"
     return ""
 
 
-def _sizes(x: Any, places: Places, heads: int) -> Sizes | None:
+def kernel_sizes(x: Any, places: Places, heads: int) -> Sizes | None:
     """`Sizes` for a map, or its shape, on the devices in context; None where it does not fit."""
     windows, tokens = places.tokens.shape
     smallest = Sizes(
@@ -165,7 +165,7 @@ def _tpu_kernel(
 ) -> tuple[Callable[[list[jax.Array], jax.Array], list[jax.Array]], jax.Array]:
     """What `_with_gradient` takes, and the bias as that is given it; arguments as of `fused_attention`."""
     tpu, channels = _for_tpu(), qkv.shape[-1] // 3
-    sizes = _sizes(jax.ShapeDtypeStruct((*qkv.shape[:-1], channels), qkv.dtype), places, heads)
+    sizes = kernel_sizes(jax.ShapeDtypeStruct((*qkv.shape[:-1], channels), qkv.dtype), places, heads)
     starts, offsets, _ = places.pieces()
     kind, regions, outside = places.kinds()
 

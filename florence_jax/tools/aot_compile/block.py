@@ -4,8 +4,9 @@
 
 One JSON line: for each form of `--attention` the compiler's estimate in milliseconds (see `estimate.py`), its part that
 is kernels, the FLOPs of the products as milliseconds at the chip's peak (`ideal_ms`), bytes of temporaries, and the
-most expensive places. The block is shifted where its map is larger than the window, in bfloat16, nothing recomputed,
-with the gradients of its parameters and of the map. It needs libtpu (pip install '.[aot]').
+most expensive places; of each kernel the bundles of instructions for a window of one example and 128 channels, loops by
+their trips, copies included. The block is shifted where its map is larger than the window, in bfloat16, nothing
+recomputed, with the gradients of its parameters and of the map. It needs libtpu (pip install '.[aot]').
 """
 
 import argparse
@@ -22,7 +23,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from florence_jax.command_line import enter, exit_code
 from florence_jax.errors import UserError
-from florence_jax.models.windows import SwinBlock
+from florence_jax.models.window_attention import kernel_sizes
+from florence_jax.models.window_sizes_tpu import EXAMPLES
+from florence_jax.models.windows import SwinBlock, window_places
 from florence_jax.tools.aot_compile import report, topologies
 from florence_jax.tools.aot_compile.estimate import estimate, kernel_names
 from florence_jax.tools.aot_compile.schedules import kernel_lengths
@@ -92,14 +95,18 @@ def compile_block(
 
     with jax.set_mesh(mesh):  # kernels ask the mesh in context which chip they are compiled for
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, x, x).compile()
-    program = compiled.as_text()
-    found = estimate(program, topology.chip.clock, kernel_lengths(schedules, kernel_names(program)))
+        program = compiled.as_text()
+        lengths = kernel_lengths(schedules, kernel_names(program))
+        places = window_places((args.side,) * 2, (args.window,) * 2, (shift,) * 2)
+        sizes = kernel_sizes(x, places, args.channels // HEAD_CHANNELS) if lengths else None
+    found = estimate(program, topology.chip.clock, lengths)
     if found is None:
         raise UserError("the compiler gives no estimate; it needs libtpu (pip install '.[aot]')")
     return {
         "ms": found["seconds"] * 1e3,
         "kernels_ms": found["kernel_seconds"] * 1e3,
         "unknown_kernels": found["unknown_kernels"],
+        "bundles": {name: length / (EXAMPLES * sizes.groups) for name, length in lengths.items()} if sizes else {},
         "temporaries": report.hbm_of_compiled(compiled.memory_analysis())["temporaries"],
         "places": {place["place"]: place["seconds"] * 1e3 for place in found["places"][:PLACES_SHOWN]},
     }
