@@ -164,9 +164,9 @@ def test_padding_changes_nothing(params, batch):
     longer = jnp.concatenate([jnp.where(real, batch["text"], 0), jnp.full((ROWS, 2), 3, jnp.int32)], axis=1)
     got = run(params, batch | {"text": longer})
     for name in ("pooled", "fused_image", "attention", "mlm_logits", "answer_logits"):
-        np.testing.assert_allclose(got[name], want[name], atol=1e-6)
+        np.testing.assert_allclose(got[name], want[name], atol=1e-5)  # processors add longer rows in another order
     words = [jnp.where(real[..., None], out["fused_text"][:, :LENGTH], 0) for out in (got, want)]
-    np.testing.assert_allclose(*words, atol=1e-6)
+    np.testing.assert_allclose(*words, atol=1e-5)
     shorter = run(params, batch | {"text_length": batch["text_length"] - 1})
     assert jnp.abs(shorter["fused_image"] - want["fused_image"]).max() > 1e-3
 
