@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from florence_jax.errors import UserError
 from florence_jax.models.dropout import Dropout
-from florence_jax.models.products import forward_product, kernel_gradient, product
+from florence_jax.models.products import forward_product, kernel_gradient, product, spread
 
 Dtype = jnp.dtype | str
 
@@ -70,7 +70,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
     The variance is the mean of squared deviations (two passes), not E[x^2] - E[x]^2, which cancels in float32. For its
     derivatives it keeps x as it was given and two numbers for each row, nothing of the size of x in float32.
     """
-    return _layer_norm(x, _spread(scale, x), _spread(bias, x), eps)
+    return _layer_norm(x, spread(scale, x), spread(bias, x), eps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -108,16 +108,6 @@ def _layer_norm_backward(
 
 
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
-
-
-def _spread(parameter: jax.Array, x: jax.Array) -> jax.Array:
-    """A parameter for a function of it and `x` with derivatives of its own.
-
-    Inside a shard_map where only `x` differs from device to device the sum of the parameter's gradients over the
-    devices is the derivative of this cast, as JAX's own functions do it unasked.
-    """
-    varying, ours = (jax.typeof(a).manual_axis_type.varying for a in (x, parameter))
-    return jax.lax.pcast(parameter, tuple(varying - ours), to="varying") if varying - ours else parameter
 
 
 def constrain(x: jax.Array) -> jax.Array:

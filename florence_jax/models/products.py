@@ -20,10 +20,19 @@ def compute_dtype(precision: str) -> str:
 
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(..., C) times (C, features): (..., features), in the dtype of both."""
-    if not _rounds(x):
-        return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-    return _rounded_product(x, kernel)
+    """(..., C) times a parameter (C, features): (..., features), in the dtype of both."""
+    kernel = spread(kernel, x)
+    return _rounded_product(x, kernel) if _rounds(x) else _product(x, kernel)
+
+
+def spread(parameter: jax.Array, x: jax.Array) -> jax.Array:
+    """A parameter for a function of it and `x` with derivatives of its own.
+
+    Inside a shard_map where only `x` differs from device to device the sum of the parameter's gradients over the
+    devices is the derivative of this cast, as JAX's own functions do it unasked.
+    """
+    varying, ours = (jax.typeof(a).manual_axis_type.varying for a in (x, parameter))
+    return jax.lax.pcast(parameter, tuple(varying - ours), to="varying") if varying - ours else parameter
 
 
 def forward_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -35,10 +44,20 @@ def forward_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def kernel_gradient(x: jax.Array, grad: jax.Array) -> jax.Array:
     """(..., C) and (..., features), of one dtype: (C, features), the sum of outer products, in that dtype."""
-    if not _rounds(x):
-        rows = tuple(range(x.ndim - 1))
-        return jax.lax.dot_general(x, grad, ((rows, rows), ((), ())))
-    return _low_kernel_gradient(_low(x), _low(grad))
+    if _rounds(x):
+        return _low_kernel_gradient(_low(x), _low(grad))
+    return jax.lax.platform_dependent(x, grad, cpu=_kernel_gradient_of_rows, default=_kernel_gradient)
+
+
+def _kernel_gradient(x: jax.Array, grad: jax.Array) -> jax.Array:
+    rows = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(grad, x, ((rows, rows), ((), ()))).T
+
+
+def _kernel_gradient_of_rows(x: jax.Array, grad: jax.Array) -> jax.Array:
+    # Of several axes to sum over XLA's CPU compiler makes one by copying a factor turned round, and multiplies that
+    # slowly. (On a TPU it is this reshape that may copy: maps do not lie there as they are indexed.)
+    return _kernel_gradient(x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]))
 
 
 def _rounds(x: jax.Array) -> bool:
@@ -61,6 +80,24 @@ def _low_kernel_gradient(x: jax.Array, grad: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, kernel), (x, kernel)
+
+
+def _backward(factors: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = factors
+    x_grad = jax.lax.dot_general(grad, kernel, (((grad.ndim - 1,), (1,)), ((), ())))
+    return x_grad, kernel_gradient(x, grad)
+
+
+_product.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
 def _rounded_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`product` of rounded factors; in its derivatives the gradient, a factor there, is rounded as well.
 
@@ -69,16 +106,16 @@ def _rounded_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _low_product(_low(x), _low(kernel))
 
 
-def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _rounded_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     x, kernel = _low(x), _low(kernel)
     return _low_product(x, kernel), (x, kernel)
 
 
-def _backward(factors: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _rounded_backward(factors: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = factors
     grad = _low(grad)
     x_grad = jnp.einsum("...f,cf->...c", grad, kernel, preferred_element_type=jnp.float32)
     return x_grad, _low_kernel_gradient(x, grad)
 
 
-_rounded_product.defvjp(_forward, _backward)
+_rounded_product.defvjp(_rounded_forward, _rounded_backward)
