@@ -21,7 +21,8 @@ from florence_jax.models.window_places import LOG2E, MASKED, Places
 from florence_jax.models.window_sizes_tpu import EXAMPLES, LANES, Sizes, choose_parts
 
 ATTENTIONS = ("auto", "xla", "fused", "cudnn")
-MOST_TOKENS = 256  # of a window: the logits of four heads still lie in a core's memory, for several windows
+MOST_TOKENS = 256  # of a window: the logits of four heads still lie in a core's memory, but for v4
+LEAST_WIDTH = 16  # of a head: narrower ones make many queries, whose registers no longer fit
 MOST_PIECES = 2**16  # of a map: their addresses lie in 1 MiB of memory for scalars
 
 
@@ -105,6 +106,8 @@ def _tpu_misfit(x: jax.Array, places: Places, heads: int) -> str:
     channels, devices = x.shape[-1], _devices()
     if channels % LANES or LANES % (channels // heads):
         return f"its {channels} channels in {heads} heads do not make up whole groups of {LANES}"
+    if channels // heads < LEAST_WIDTH:
+        return f"its heads have {channels // heads} channels, fewer than {LEAST_WIDTH}"
     if len(x) % (devices * EXAMPLES):
         return f"a device's part of the batch is not a multiple of {EXAMPLES}"
     if x.dtype not in (jnp.bfloat16, jnp.float32):
@@ -169,6 +172,7 @@ def _tpu_kernel(
     starts, offsets, _ = places.pieces()
     kind, regions, outside = places.kinds()
 
+    @jax.custom_batching.sequential_vmap  # of a kernel with one more axis Mosaic could not reach the maps
     def run(maps: list[jax.Array], tables: jax.Array) -> list[jax.Array]:
         # (tokens, batch, channels) is how XLA lays out a map on a TPU whatever the order of axes: nothing is moved.
         by_token = [x.reshape(len(x), -1, x.shape[-1]).swapaxes(0, 1) for x in maps]

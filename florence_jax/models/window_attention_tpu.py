@@ -113,8 +113,12 @@ def _pipeline(
 def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
     """Product of each window's a, rounded to the dtype of b, and b, contracted over these axes, in float32."""
     contract = (((axis_a - 1,), (axis_b - 1,)), ((), ()))
+    # Of what may be asked of all products Mosaic knows two: float32 in one pass of bfloat16, the default, or whole.
+    asked = jax.config.jax_default_matmul_precision
+    whole = b.dtype == jnp.float32 and asked not in (None, "default", "fastest", "bfloat16")
+    precision = jax.lax.Precision.HIGHEST if whole else jax.lax.Precision.DEFAULT
     products = [
-        jax.lax.dot_general(x.astype(b.dtype), y, contract, preferred_element_type=jnp.float32)
+        jax.lax.dot_general(x.astype(b.dtype), y, contract, precision, preferred_element_type=jnp.float32)
         for x, y in zip(a, b, strict=True)
     ]
     return jnp.stack(products)
@@ -167,7 +171,10 @@ def _forward_windows(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, 
 def _backward_windows(
     q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array, bias: jax.Array, sizes: Sizes
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v, and of the bias, summed over windows; arguments as of `_forward_windows`, float32."""
+    """Gradients of q, k and v, and of the bias, summed over windows; float32.
+
+    Arguments as of `_forward_windows`; `grad`, of the output, is words like q.
+    """
     queries, grads = _scaled_queries(q, sizes, k.dtype), _stack(grad, sizes, k.dtype)
     weights = _softmax(queries, k, bias)
     of_weights = _dot(v, grads, 2, 2)
@@ -354,7 +361,8 @@ def run(
       sizes: of the call.
       tables: int32, the pieces' starts (windows * pieces,) and offsets (pieces,), and the windows' kinds (windows,).
       maps: qkv (map tokens, batch, 3C), and for the backward pass the gradient (map tokens, batch, C).
-      bias: float32 (C / 128, tokens, heads * slots), keys first, times log2(e); mask: (kinds, tokens, heads * slots).
+      bias: float32 (C / 128, tokens, heads * slots), keys first; mask: (kinds, tokens, heads * slots); both times
+        log2(e).
       interpret: run without a TPU.
 
     Returns:

@@ -77,7 +77,7 @@ class Sizes:
 
     @property
     def at_work(self) -> tuple[int, int]:
-        """Shape of the words of 16 examples' windows: example by example, those with even numbers first."""
+        """Shape of the words of 16 examples' windows: example by example, of 16 bits those with even numbers first."""
         beyond = max(0, self.slots // self.per_word - self.rows)  # what is read of the last one
         return EXAMPLES * self.rows + beyond, LANES
 
@@ -91,13 +91,14 @@ class Sizes:
 
 
 def choose_parts(sizes: Sizes) -> Sizes | None:
-    """`sizes` with the most windows together and then the most lanes that fit; None: not even one and 128.
+    """`sizes` with the most windows together, then the best parts of the channels, that fit; None: none does.
 
-    There is a part of the channels for each core.
+    The best parts leave the busiest core the least, then they are few: cores share parts, not windows.
     """
     memory, cores = core()
     whole, together = sizes.channels // LANES, min(EXAMPLES, 2 ** int(math.log2(max(1, MOST_SLOTS // sizes.slots))))
-    parts = [n for n in range(1, whole + 1) if whole % n == 0 and (n % cores == 0 or whole % cores)]
+    parts = [n for n in range(1, whole + 1) if whole % n == 0]
+    parts.sort(key=lambda n: (-(-n // cores) * (whole // n), n))
     while together:
         for n in parts:
             found = dataclasses.replace(sizes, lanes=sizes.channels // n, together=together)
