@@ -114,7 +114,7 @@ def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
     """Product of each window's a, rounded to the dtype of b, and b, contracted over these axes, in float32."""
     contract = (((axis_a - 1,), (axis_b - 1,)), ((), ()))
     # Of what may be asked of all products Mosaic knows two: float32 in one pass of bfloat16, the default, or whole.
-    asked = jax.config.jax_default_matmul_precision
+    asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     whole = b.dtype == jnp.float32 and asked not in (None, "default", "fastest", "bfloat16")
     precision = jax.lax.Precision.HIGHEST if whole else jax.lax.Precision.DEFAULT
     products = [
