@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from florence_jax.errors import UserError
 from florence_jax.models.dropout import Dropout
-from florence_jax.models.products import forward_product, kernel_gradient, product, spread
+from florence_jax.models.products import forward_product, kernel_gradient, product, varying_as
 
 Dtype = jnp.dtype | str
 
@@ -70,7 +70,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
     The variance is the mean of squared deviations (two passes), not E[x^2] - E[x]^2, which cancels in float32. For its
     derivatives it keeps x as it was given and two numbers for each row, nothing of the size of x in float32.
     """
-    return _layer_norm(x, spread(scale, x), spread(bias, x), eps)
+    return _layer_norm(x, varying_as(scale, x), varying_as(bias, x), eps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -21,11 +21,11 @@ def compute_dtype(precision: str) -> str:
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """(..., C) times a parameter (C, features): (..., features), in the dtype of both."""
-    kernel = spread(kernel, x)
+    kernel = varying_as(kernel, x)
     return _rounded_product(x, kernel) if _rounds(x) else _product(x, kernel)
 
 
-def spread(parameter: jax.Array, x: jax.Array) -> jax.Array:
+def varying_as(parameter: jax.Array, x: jax.Array) -> jax.Array:
     """A parameter for a function of it and `x` with derivatives of its own.
 
     Inside a shard_map where only `x` differs from device to device the sum of the parameter's gradients over the
