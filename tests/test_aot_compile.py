@@ -165,7 +165,7 @@ def test_estimate_of_a_recorded_program(tmp_path):
     (tmp_path / name.format(1)).write_text("     0   :  { %s1 = smov 0 }\n" * 197)
     (tmp_path / name.format(0).replace("-final", "-schedule-analysis_final")).write_text("total bundles: 1")
     (tmp_path / name.format(2).replace("twice", "other")).write_text("     0   :  {}")
-    kernels = schedules.kernel_lengths(tmp_path, estimates.kernel_names(program))
+    kernels = schedules.kernel_lengths(tmp_path, estimates.kernels_of(program))
     assert kernels == {"twice.3": 197}
     found = estimates.estimate(program, 1.5e9, kernels)
     cycles = {"forward twice": 3 * 8 * 197, "outside of the model": 3 * 768, "the compiler's own (copy)": 3 * 48}
@@ -177,6 +177,16 @@ def test_estimate_of_a_recorded_program(tmp_path):
     whole = aot_compile.of_peak(found, 1e9, 12, topologies.find("v5e:2x2"))
     assert whole["share_of_peak"] == pytest.approx(1e9 / (4 * 197e12 * found["seconds"]))
     assert whole["examples_per_second_per_chip"] == pytest.approx(3 / found["seconds"])
+
+
+def test_kernels_that_are_alike_have_one_schedule(tmp_path):
+    """The compiler leaves one where a program has a kernel twice, in a forward pass and in its recomputation."""
+    line = next(line for line in RECORDED.read_text().splitlines() if "tpu_custom_call" in line)
+    program = "\n".join(
+        [line, line.replace("twice.3", "twice.7"), line.replace("twice.3", "twice.8").replace("512", "256")]
+    )
+    (tmp_path / "1796037075693671393-twice.3-01-final_bundles.txt").write_text("     0   :  { %s1 = smov 0 }\n" * 5)
+    assert schedules.kernel_lengths(tmp_path, estimates.kernels_of(program)) == {"twice.3": 5, "twice.7": 5}
 
 
 def test_loops_inside_of_a_kernel_count_by_their_trips():

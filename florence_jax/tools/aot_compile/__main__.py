@@ -51,7 +51,7 @@ from florence_jax.params.sharding import BATCH_AXES, batch_sharding, mesh_sizes,
 from florence_jax.tasks import create_task
 from florence_jax.tasks.base import Task
 from florence_jax.tools.aot_compile import report, topologies
-from florence_jax.tools.aot_compile.estimate import estimate, kernel_names
+from florence_jax.tools.aot_compile.estimate import estimate, kernels_of
 from florence_jax.tools.aot_compile.schedules import kernel_lengths
 from florence_jax.tools.aot_compile.topologies import Topology
 from florence_jax.train.loop import Trainer, variants
@@ -199,7 +199,7 @@ def compile_bucket(trainer: Trainer, step: Any, bucket: int, topology: Topology)
     hbm["capacity"] = topology.chip.hbm
     if "peak" in hbm:
         hbm["share"] = hbm["peak"] / hbm["capacity"]
-    lengths = kernel_lengths(schedules_folder(), kernel_names(program or ""))
+    lengths = kernel_lengths(schedules_folder(), kernels_of(program or ""))
     return {
         "bucket": bucket,
         "inputs": {name: list(leaf.shape[1:]) for name, leaf in shapes.items()},

@@ -27,7 +27,7 @@ from florence_jax.models.window_attention import kernel_sizes
 from florence_jax.models.window_sizes_tpu import EXAMPLES
 from florence_jax.models.windows import SwinBlock, window_places
 from florence_jax.tools.aot_compile import report, topologies
-from florence_jax.tools.aot_compile.estimate import estimate, kernel_names
+from florence_jax.tools.aot_compile.estimate import estimate, kernels_of
 from florence_jax.tools.aot_compile.schedules import kernel_lengths
 from florence_jax.tools.aot_compile.topologies import Topology
 
@@ -96,7 +96,7 @@ def compile_block(
     with jax.set_mesh(mesh):  # kernels ask the mesh in context which chip they are compiled for
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, x, x).compile()
         program = compiled.as_text()
-        lengths = kernel_lengths(schedules, kernel_names(program))
+        lengths = kernel_lengths(schedules, kernels_of(program))
         places = window_places((args.side,) * 2, (args.window,) * 2, (shift,) * 2)
         sizes = kernel_sizes(x, places, args.channels // HEAD_CHANNELS) if lengths else None
     found = estimate(program, topology.chip.clock, lengths)

@@ -19,6 +19,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TRIPS = re.compile(r'kernel_metadata=\{[^}]*"trips":"(\d+)"')
+_OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _INNER = {"while", "conditional", "call"}  # instructions whose computations the program runs as written
 # Parts of a traced name that tell nothing of the model.
@@ -89,6 +90,11 @@ def origin(line: str, opcode: str) -> str:
     return f"{way} {'/'.join(parts)}" if parts else "outside of the model"
 
 
-def kernel_names(hlo: str) -> set[str]:
-    """The kernels of a compiled program."""
-    return {match[1] for line in hlo.splitlines() if _KERNEL in line and (match := _NAME.match(line))}
+def kernels_of(hlo: str) -> dict[str, str]:
+    """The kernels of a compiled program, and of each what is alike in those that are compiled once for all of them."""
+    found = {}
+    for line in hlo.splitlines():
+        if _KERNEL in line and (match := _NAME.match(line)):
+            operands = _OPERANDS.search(line)
+            found[match[1]] = match[1].rstrip(".0123456789") + (operands[1] if operands else "")
+    return found

@@ -8,7 +8,7 @@ the next index has reached the loop's end. It takes effect four bundles later:
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,19 @@ _BACK = re.compile(r"sbr\.rel \(!%(\w+)\) target = \$region(\d+)")
 _DELAY = 4  # bundles after a branch that still run
 
 
-def kernel_lengths(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    """`turn_length` of the kernels of these names that have a schedule in a folder of `topologies.devices`."""
-    wanted, lengths = set(names), {}
+def kernel_lengths(folder: Path, kernels: Mapping[str, str]) -> dict[str, int]:
+    """`turn_length` of kernels, by their names.
+
+    Args:
+      folder: of `topologies.devices`, where the compiler leaves schedules.
+      kernels: see `estimate.kernels_of`. Several that are alike may have one schedule, that of one of them.
+    """
+    lengths = {}
     for file in folder.iterdir():
-        if (named := _FILE.match(file.name)) and named[1] in wanted:
+        if (named := _FILE.match(file.name)) and named[1] in kernels:
             lengths[named[1]] = turn_length(file.read_text())
-    return lengths
+    alike = {kernels[name]: length for name, length in lengths.items()}
+    return {name: alike[kind] for name, kind in kernels.items() if kind in alike} | lengths
 
 
 def turn_length(bundles: str) -> int:
