@@ -218,7 +218,7 @@ def test_kernels_that_do_not_say_how_often_they_run_are_told():
 def test_estimate_of_branches_is_that_of_the_longest():
     def op(name, cycles):
         config = f'{{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
-        return f'  %{name} = f32[8]{{0}} fusion(%a), metadata={{op_name="jit(step)/transpose(jvp(Two))/text/text._f/{name}/dot"}}, backend_config={config}'  # noqa: E501
+        return f'  %{name} = f32[8]{{0}} fusion(%a), metadata={{op_name="jit(step)/transpose(jvp(Two))/text/text._f/{name}/cond/branch_1_fun/dot"}}, backend_config={config}'  # noqa: E501
 
     branches = [
         f"%branch_{name} (a: f32[8]) -> f32[8] {{\n{op(name, cycles)}\n}}" for name, cycles in (("x", 5), ("y", 7))

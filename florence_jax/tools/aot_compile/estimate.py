@@ -23,7 +23,7 @@ _OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _INNER = {"while", "conditional", "call"}  # instructions whose computations the program runs as written
 # Parts of a traced name that tell nothing of the model.
-_WRAPPERS = {"while", "body", "cond", "closed_call", "checkpoint", "rematted_computation", "shard_map"}
+_WRAPPERS = re.compile(r"while|body|cond|branch_\d+_fun|closed_call|checkpoint|rematted_computation|shard_map")
 
 
 def estimate(hlo: str, clock: float, kernels: Mapping[str, int]) -> dict[str, Any] | None:
@@ -86,7 +86,7 @@ def origin(line: str, opcode: str) -> str:
     if match is None:
         return f"the compiler's own ({opcode})"
     way = "backward" if "transpose(" in match[1] else "forward"
-    parts = [part for part in match[1].split("/")[:-1] if re.fullmatch(r"\w+", part) and part not in _WRAPPERS]
+    parts = [part for part in match[1].split("/")[:-1] if re.fullmatch(r"\w+", part) and not _WRAPPERS.fullmatch(part)]
     return f"{way} {'/'.join(parts)}" if parts else "outside of the model"
 
 
